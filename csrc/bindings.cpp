@@ -1,0 +1,36 @@
+// The Python module moe_kernels._C. Ops register themselves with PyTorch's dispatcher in their own
+// files (TORCH_LIBRARY_IMPL); only classes and plain functions are bound here.
+#include <torch/extension.h>
+
+#include "build_info.h"
+
+namespace py = pybind11;
+
+namespace {
+
+// Kept as one string in the file too, so that a library that no longer loads, because torch was
+// exchanged, can still say which torch it was built with.
+[[gnu::used]] constexpr char kBuiltWithTorch[] =
+    "moe_kernels._C was built with torch==" MOE_KERNELS_TORCH_VERSION;
+
+py::dict build_info() {
+  using namespace py::literals;
+  py::dict info("version"_a = MOE_KERNELS_VERSION, "torch"_a = MOE_KERNELS_TORCH_VERSION,
+                "compiler"_a = MOE_KERNELS_COMPILER, "cuda"_a = py::none(),
+                "cuda_architectures"_a = py::list());
+#ifdef MOE_KERNELS_WITH_CUDA
+  info["cuda"] = MOE_KERNELS_CUDA_VERSION;
+  info["cuda_architectures"] = py::str(MOE_KERNELS_CUDA_ARCHITECTURES).attr("split")(";");
+#endif
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "Native kernels of moe_kernels.";
+  m.def(
+      "build_info", &build_info,
+      "What this library was built with: version, torch, compiler, cuda (the toolkit's version, or "
+      "None) and cuda_architectures.");
+}
