@@ -1,0 +1,34 @@
+"""Mixture-of-Experts kernels: routing, permutation, grouped GEMM and whole expert layers.
+
+Triton on NVIDIA GPUs, C++ on CPUs, plain PyTorch elsewhere, behind one function an op.
+"""
+
+from moe_kernels.ops import (
+    ExpertOrder,
+    RouterOutput,
+    chunk_permute,
+    expert_activation,
+    fused_experts,
+    fused_moe,
+    grouped_gemm,
+    grouped_gemm_wgrad,
+    permute,
+    sort_by_expert,
+    topk_router,
+    unpermute,
+)
+
+__all__ = [
+    "ExpertOrder",
+    "RouterOutput",
+    "chunk_permute",
+    "expert_activation",
+    "fused_experts",
+    "fused_moe",
+    "grouped_gemm",
+    "grouped_gemm_wgrad",
+    "permute",
+    "sort_by_expert",
+    "topk_router",
+    "unpermute",
+]

@@ -1,0 +1,25 @@
+"""Public functions: schema, checks, fakes, autograd, and the kernels behind them."""
+
+from moe_kernels.ops.chunk_permute import chunk_permute
+from moe_kernels.ops.expert_activation import expert_activation
+from moe_kernels.ops.fused_experts import fused_experts, fused_moe
+from moe_kernels.ops.grouped_gemm import grouped_gemm, grouped_gemm_wgrad
+from moe_kernels.ops.permute import permute
+from moe_kernels.ops.sort_by_expert import ExpertOrder, sort_by_expert
+from moe_kernels.ops.topk_router import RouterOutput, topk_router
+from moe_kernels.ops.unpermute import unpermute
+
+__all__ = [
+    "ExpertOrder",
+    "RouterOutput",
+    "chunk_permute",
+    "expert_activation",
+    "fused_experts",
+    "fused_moe",
+    "grouped_gemm",
+    "grouped_gemm_wgrad",
+    "permute",
+    "sort_by_expert",
+    "topk_router",
+    "unpermute",
+]

@@ -1,0 +1,27 @@
+"""The definition of every op: plain PyTorch, on any device, in any float dtype up to float64.
+
+Each file holds the definition itself, written to be read and differentiated by autograd, and beneath
+it, with the op's schema, what the dispatcher runs where there is no kernel.
+"""
+
+from moe_kernels.reference.chunk_permute import chunk_permute
+from moe_kernels.reference.expert_activation import ACTIVATIONS, expert_activation, is_gated
+from moe_kernels.reference.fused_experts import fused_experts
+from moe_kernels.reference.grouped_gemm import grouped_gemm
+from moe_kernels.reference.permute import permute
+from moe_kernels.reference.sort_by_expert import sort_by_expert
+from moe_kernels.reference.topk_router import topk_router
+from moe_kernels.reference.unpermute import unpermute
+
+__all__ = [
+    "ACTIVATIONS",
+    "chunk_permute",
+    "expert_activation",
+    "fused_experts",
+    "grouped_gemm",
+    "is_gated",
+    "permute",
+    "sort_by_expert",
+    "topk_router",
+    "unpermute",
+]

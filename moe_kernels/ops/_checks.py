@@ -1,0 +1,64 @@
+"""Argument checks shared by the ops: each message names the requirement and the value found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+INDEX_DTYPES = (torch.int32, torch.int64)
+
+
+def shape(tensor: Tensor) -> list[Any]:
+    return list(tensor.shape)
+
+
+def check_tensor(op: str, name: str, value: Any, ndim: int, layout: str) -> None:
+    """Raise unless ``value`` is a tensor with ``ndim`` dimensions, described as ``layout``."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor {layout}; got {type(value).__name__}")
+    if value.dim() != ndim:
+        raise ValueError(f"{op}: {name} must be {layout}; got {shape(value)}")
+
+
+def check_dtype(op: str, name: str, value: Tensor, allowed: Sequence[torch.dtype]) -> None:
+    if value.dtype not in allowed:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        found = str(value.dtype).removeprefix("torch.")
+        raise TypeError(f"{op}: {name} must be one of {names}; got {found}")
+
+
+def check_same(op: str, first_name: str, first: Tensor, name: str, value: Tensor | None) -> None:
+    """Raise unless ``value`` (where given) has the dtype and the device of ``first``."""
+    if value is None:
+        return
+    if value.dtype != first.dtype:
+        raise TypeError(
+            f"{op}: {name} must have {first_name}'s dtype {first.dtype}; got {value.dtype}. "
+            "Convert one of them, or run under torch.autocast."
+        )
+    check_device(op, first_name, first, name, value)
+
+
+def check_device(op: str, first_name: str, first: Tensor, name: str, value: Tensor | None) -> None:
+    if value is not None and value.device != first.device:
+        raise ValueError(
+            f"{op}: {name} must be on {first_name}'s device {first.device}; got {value.device}"
+        )
+
+
+def check_choice(op: str, name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(choices)}; got {value!r}")
+
+
+def check_rows(op: str, rows: Any) -> None:
+    """Slots are numbered with int32: refuse more than it holds."""
+    if isinstance(rows, int) and rows >= 2**31:
+        raise ValueError(
+            f"{op}: T * K must be below 2**31, the range of the int32 row numbers; got {rows}. "
+            "Split the tokens over several calls."
+        )

@@ -1,0 +1,176 @@
+"""How an op reaches PyTorch's dispatcher: one schema, one implementation per dispatch key.
+
+    CompositeExplicitAutograd   the plain PyTorch reference: any device without kernels of its own
+    CPU                         C++, registered by importing ``moe_kernels._C``
+    CUDA                        Triton, imported at the first call
+    Meta                        the fake
+    Autograd                    one formula for every device
+
+``MOE_KERNELS_BACKEND=reference``, read once at import, puts the reference under CPU and CUDA too.
+The extension is imported before the first op, so that the reference is registered over it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+NAMESPACE = "moe_kernels"
+BACKENDS = ("native", "reference")
+
+_lib = torch.library.Library(NAMESPACE, "DEF")
+
+
+def _read_backend() -> str:
+    backend = os.environ.get("MOE_KERNELS_BACKEND", "native")
+    if backend not in BACKENDS:
+        raise ValueError(f"MOE_KERNELS_BACKEND must be one of {BACKENDS}; got {backend!r}")
+    return backend
+
+
+_backend = _read_backend()
+
+
+def _load_native() -> None:
+    """Import the extension, which registers the CPU kernels, or say what to do about it."""
+    remedy = (
+        "Build it in this environment: pip install --no-build-isolation . (or, in a checkout, "
+        "python setup.py build_ext --inplace). MOE_KERNELS_BACKEND=reference runs the slow plain "
+        "PyTorch definitions without it."
+    )
+    try:
+        native = importlib.import_module(f"{NAMESPACE}._C")
+    except ModuleNotFoundError as error:
+        if error.name != f"{NAMESPACE}._C":
+            raise
+        if _backend == "reference":
+            return
+        raise ImportError(f"moe_kernels: the compiled extension is missing. {remedy}") from error
+    except ImportError as error:
+        raise ImportError(
+            f"moe_kernels: the compiled extension does not load with torch {torch.__version__}; "
+            f"it was built for another torch or Python ({error}). {remedy}"
+        ) from error
+    built = native.build_info()["torch"]
+    if built.split("+")[0] != torch.__version__.split("+")[0]:
+        raise ImportError(
+            f"moe_kernels: the compiled extension was built for torch {built} and this is torch "
+            f"{torch.__version__}. {remedy}"
+        )
+
+
+_load_native()
+
+
+def _lazy_triton(name: str) -> Callable[..., Any]:
+    """The Triton launcher ``moe_kernels.triton.<name>.<name>``, imported when first called."""
+    launcher: list[Callable[..., Any]] = []
+
+    def call(*args: Any) -> Any:
+        if not launcher:
+            module = name.removesuffix("_backward")
+            module = {"grouped_gemm_wgrad_": "grouped_gemm"}.get(module, module)
+            module = module.removesuffix("_wgrad").removesuffix("_dbias")
+            try:
+                loaded = importlib.import_module(f"{NAMESPACE}.triton.{module}")
+            except ModuleNotFoundError as error:
+                if error.name is None or not error.name.split(".")[0] == "triton":
+                    raise
+                raise ImportError(
+                    f"moe_kernels.{name}: CUDA tensors need Triton, which is not installed. "
+                    "Install the release your torch names (pip show torch), or set "
+                    "MOE_KERNELS_BACKEND=reference."
+                ) from error
+            launcher.append(getattr(loaded, name))
+        return launcher[0](*args)
+
+    return call
+
+
+def define(
+    schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any]
+) -> torch._ops.OpOverload:
+    """Define ``moe_kernels::<schema>`` and register every Python implementation of it.
+
+    Args:
+        schema: ``name(arguments) -> returns``. The Triton launcher is found by that name.
+        reference: plain PyTorch with the schema's arguments.
+        fake: shapes, dtypes and strides of the outputs.
+
+    Returns:
+        The op's default overload.
+    """
+    name = schema.split("(", 1)[0]
+    _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _lib.impl(name, reference, "CompositeExplicitAutograd")
+    if _backend == "native":
+        _lib.impl(name, _lazy_triton(name), "CUDA")
+    else:
+        with warnings.catch_warnings():  # the kernel of the extension is overridden on purpose
+            warnings.simplefilter("ignore")
+            _lib.impl(name, reference, "CPU")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_lib)
+    overload: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default
+    return overload
+
+
+def register_autograd(
+    name: str, backward: Callable[..., Any], setup_context: Callable[..., Any]
+) -> None:
+    """Register the backward of ``moe_kernels::<name>``."""
+    torch.library.register_autograd(
+        f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_lib
+    )
+
+
+def refuse_double_backward(*names: str) -> None:
+    """Make differentiating a backward op a clear error instead of a wrong gradient."""
+
+    def refuse(name: str) -> Callable[..., Any]:
+        def backward(ctx: Any, *grads: Any) -> None:
+            raise RuntimeError(
+                f"{name}: double backward is not supported. Differentiate once, or set "
+                "MOE_KERNELS_BACKEND=reference and call moe_kernels.reference's functions, which "
+                "autograd differentiates any number of times."
+            )
+
+        return backward
+
+    for name in names:
+        torch.library.register_autograd(
+            f"{NAMESPACE}::{name}",
+            refuse(name),
+            lib=_lib,
+        )
+
+
+def remember_inputs(ctx: Any, inputs: Sequence[Any]) -> None:
+    """Keep in ``ctx`` which inputs were tensors: the graph has an edge for those alone."""
+    ctx.tensor_inputs = tuple(isinstance(value, torch.Tensor) for value in inputs)
+
+
+def owed_gradients(ctx: Any) -> list[bool]:
+    """Which inputs' gradients this run of backward must produce.
+
+    ``ctx.needs_input_grad`` says what requires grad at all; the engine knows what this run was asked
+    for. They differ when a pipeline schedule runs backward for the inputs and later for the weights.
+    Needs :func:`remember_inputs` in ``setup_context``.
+    """
+    owed = []
+    edges = iter(ctx.next_functions)
+    for is_tensor, needed in zip(ctx.tensor_inputs, ctx.needs_input_grad, strict=True):
+        node = next(edges)[0] if is_tensor else None
+        owed.append(bool(needed and node is not None and _engine_wants(node)))
+    return owed
+
+
+def _engine_wants(node: Any) -> bool:
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:
+        return True  # a leaf captured by torch.autograd.grad: wanted, and not executed

@@ -1,0 +1,355 @@
+"""The experts of an MoE layer in one op.
+
+T tokens, K experts a token, R = T * K rows, H hidden size, I intermediate size, E experts,
+W = 2 * I columns for gated activations, else I.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from moe_kernels.ops._autocast import autocast
+from moe_kernels.ops._checks import (
+    FLOAT_DTYPES,
+    INDEX_DTYPES,
+    check_device,
+    check_dtype,
+    check_rows,
+    check_same,
+    check_tensor,
+    shape,
+)
+from moe_kernels.ops._library import (
+    define,
+    owed_gradients,
+    refuse_double_backward,
+    register_autograd,
+    remember_inputs,
+)
+from moe_kernels.ops.expert_activation import resolve_activation
+from moe_kernels.ops.grouped_gemm import empty_like_weight, is_transposed
+from moe_kernels.reference.expert_activation import is_gated
+from moe_kernels.reference.fused_experts import (
+    fused_experts_backward as fused_experts_backward_reference,
+)
+from moe_kernels.reference.fused_experts import (
+    fused_experts_forward as fused_experts_forward_reference,
+)
+
+
+def _fake(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    interleaved: bool,
+    alpha: float,
+    limit: float,
+    num_rows: Any,
+    save_for_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tokens, top_k = topk_ids.shape
+    kept = save_for_backward
+    index = {"dtype": torch.int32}
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(num_rows if kept else 0, gate_up.shape[2]),
+        topk_ids.new_empty(tokens * top_k if kept else 0, **index),
+        topk_ids.new_empty(tokens if kept else 0, top_k, **index),
+        topk_ids.new_empty(gate_up.shape[0] + 1 if kept else 0, **index),
+    )
+
+
+def _backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    topk_weights: Tensor,
+    h: Tensor,
+    row_to_slot: Tensor,
+    slot_to_row: Tensor,
+    offsets: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    interleaved: bool,
+    alpha: float,
+    limit: float,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    def weight_like(weight: Tensor) -> Tensor:
+        return empty_like_weight(weight, *weight.shape, weight.dtype, is_transposed(weight))
+
+    def contiguous_like(value: Tensor) -> Tensor:
+        return value.new_empty(value.shape)
+
+    outputs = (
+        (x, contiguous_like),
+        (gate_up, weight_like),
+        (down, weight_like),
+        (topk_weights, contiguous_like),
+        (gate_up_bias, contiguous_like),
+        (down_bias, contiguous_like),
+    )
+    return tuple(
+        make(value) if need and value is not None else x.new_empty(0)
+        for need, (value, make) in zip(needs, outputs, strict=True)
+    )
+
+
+_op = define(
+    "fused_experts(Tensor x, Tensor gate_up, Tensor down, Tensor topk_ids, Tensor topk_weights,"
+    " Tensor? gate_up_bias, Tensor? down_bias, str activation, bool interleaved, float alpha,"
+    " float limit, SymInt num_rows, bool save_for_backward)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference=fused_experts_forward_reference,
+    fake=_fake,
+)
+_backward_op = define(
+    "fused_experts_backward(Tensor grad, Tensor x, Tensor gate_up, Tensor down,"
+    " Tensor topk_weights, Tensor h, Tensor row_to_slot, Tensor slot_to_row, Tensor offsets,"
+    " Tensor? gate_up_bias, Tensor? down_bias, str activation, bool interleaved, float alpha,"
+    " float limit, bool[6] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference=fused_experts_backward_reference,
+    fake=_backward_fake,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, gate_up, down, _, topk_weights, gate_up_bias, down_bias, *options = inputs
+    _, h, row_to_slot, slot_to_row, offsets = output
+    ctx.mark_non_differentiable(h, row_to_slot, slot_to_row, offsets)
+    ctx.set_materialize_grads(False)
+    remember_inputs(ctx, inputs)
+    ctx.options = options[:4]
+    ctx.save_for_backward(
+        x,
+        gate_up,
+        down,
+        topk_weights,
+        h,
+        row_to_slot,
+        slot_to_row,
+        offsets,
+        gate_up_bias,
+        down_bias,
+    )
+
+
+def _backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 13
+    owed = owed_gradients(ctx)
+    # x, gate_up, down, topk_weights, gate_up_bias, down_bias
+    needs = [owed[0], owed[1], owed[2], owed[4], owed[5], owed[6]]
+    results = _backward_op(grad, *ctx.saved_tensors, *ctx.options, needs)
+    dx, dgate_up, ddown, dweights, dbias1, dbias2 = (
+        result if need else None for result, need in zip(results, needs, strict=True)
+    )
+    return dx, dgate_up, ddown, None, dweights, dbias1, dbias2, *(None,) * 6
+
+
+register_autograd("fused_experts", _backward, _setup_context)
+refuse_double_backward("fused_experts_backward")
+
+
+@register_flop_formula(torch.ops.moe_kernels.fused_experts)  # type: ignore[untyped-decorator]
+def _flops(
+    x: Any, gate_up: Any, down: Any, topk_ids: Any, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    """Two products over every slot: ``2 * R * (H * W + I * H)``."""
+    slots = topk_ids[0] * topk_ids[1]
+    num_rows = args[7] if len(args) > 7 else slots
+    return int(2 * min(slots, num_rows) * (gate_up[1] * gate_up[2] + down[1] * down[2]))
+
+
+@register_flop_formula(torch.ops.moe_kernels.fused_experts_backward)  # type: ignore[untyped-decorator]
+def _backward_flops(
+    grad: Any,
+    x: Any,
+    gate_up: Any,
+    down: Any,
+    topk_weights: Any,
+    h: Any,
+    *args: Any,
+    out_shape: Any = None,
+    **kwargs: Any,
+) -> int:
+    """Each of the products whose result is owed: dA, dX, dW1, dW2."""
+    dx, dgate_up, ddown, dweights, dbias1, _ = args[-1]
+    up, low = 2 * h[0] * gate_up[1] * gate_up[2], 2 * h[0] * down[1] * down[2]
+    through_down = dx or dgate_up or dweights or dbias1
+    return int(low * (through_down + ddown) + up * (dx + dgate_up))
+
+
+def _check(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    activation: str,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+) -> None:
+    op = "fused_experts"
+    check_tensor(op, "x", x, 2, "[T, H]")
+    check_dtype(op, "x", x, FLOAT_DTYPES)
+    check_tensor(op, "topk_ids", topk_ids, 2, "[T, K]")
+    check_dtype(op, "topk_ids", topk_ids, INDEX_DTYPES)
+    check_tensor(op, "topk_weights", topk_weights, 2, "[T, K]")
+    check_dtype(op, "topk_weights", topk_weights, FLOAT_DTYPES)
+    tokens, hidden = x.shape
+    if topk_ids.shape[0] != tokens:
+        raise ValueError(
+            f"{op}: topk_ids must be [T, K] with T = {tokens} (x.shape[0]); got {shape(topk_ids)}"
+        )
+    if topk_weights.shape != topk_ids.shape:
+        raise ValueError(
+            f"{op}: topk_weights must be {shape(topk_ids)} as topk_ids; got {shape(topk_weights)}"
+        )
+    columns = "2*I" if is_gated(activation) else "I"
+    layout = f"[E, H, {columns}] with H = {hidden} (x.shape[1])"
+    check_tensor(op, "gate_up", gate_up, 3, layout)
+    if gate_up.shape[1] != hidden or (is_gated(activation) and gate_up.shape[2] % 2):
+        raise ValueError(f"{op}: gate_up must be {layout}; got {shape(gate_up)}")
+    experts, width = gate_up.shape[0], gate_up.shape[2]
+    inner = width // 2 if is_gated(activation) else width
+    check_tensor(op, "down", down, 3, "[E, I, H]")
+    if shape(down) != [experts, inner, hidden]:
+        raise ValueError(
+            f"{op}: down must be [E, I, H] = {[experts, inner, hidden]} for gate_up "
+            f"{shape(gate_up)} and activation {activation}; got {shape(down)}"
+        )
+    check_same(op, "x", x, "gate_up", gate_up)
+    check_same(op, "x", x, "down", down)
+    for name, bias, size in (
+        ("gate_up_bias", gate_up_bias, width),
+        ("down_bias", down_bias, hidden),
+    ):
+        if bias is None:
+            continue
+        check_tensor(op, name, bias, 2, f"[E, {size}]")
+        check_same(op, "x", x, name, bias)
+        if shape(bias) != [experts, size]:
+            raise ValueError(f"{op}: {name} must be {[experts, size]}; got {shape(bias)}")
+    check_device(op, "x", x, "topk_ids", topk_ids)
+    check_device(op, "x", x, "topk_weights", topk_weights)
+
+
+def fused_experts(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    *,
+    activation: str = "swiglu",
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    interleaved: bool = False,
+    alpha: float | None = None,
+    limit: float | None = None,
+    num_rows: int | None = None,
+) -> Tensor:
+    """Run every token through its experts and sum the weighted results.
+
+    ``y[t] = sum_k w[t, k] * (act(x[t] @ gate_up[e] + gate_up_bias[e]) @ down[e] + down_bias[e])``
+    with ``e = topk_ids[t, k]``. Weighting the activation instead gives the same value without a down
+    bias. Deterministic: sums run in float32 in slot order. No host synchronisation on CUDA.
+
+    Differentiable in x, both weights, both biases and topk_weights. For backward it keeps x, the
+    pre-activation h [num_rows, W], topk_weights and the order; activations are recomputed. The
+    gradients of the weights have the weights' strides. Without gradients nothing is kept.
+
+    Args:
+        x: [T, H], bf16, fp16, fp32 (fp64 on CPU).
+        gate_up: [E, H, 2*I] for gated activations, else [E, H, I]; x's dtype, any strides: a
+            checkpoint's [E, 2*I, H] comes in as ``w.mT``.
+        down: [E, I, H]; x's dtype, any strides.
+        topk_ids: [T, K], int32 or int64, in [0, E). -1 and E mean "no expert here" and add nothing.
+        topk_weights: [T, K], any float dtype; their gradient has that dtype.
+        activation: see :func:`expert_activation`.
+        gate_up_bias: [E, 2*I] (or [E, I]); x's dtype.
+        down_bias: [E, H]; x's dtype; weighted like the rest of the expert's output.
+        interleaved: gate and up alternate in the columns of gate_up (g0 u0 g1 u1 ...).
+        alpha, limit: of the activation.
+        num_rows: an upper bound, known on the host, of the ids in [0, E). Every row buffer has that
+            many rows instead of T * K: it saves memory where most ids are -1, as under Expert
+            Parallelism.
+
+    Returns:
+        [T, H] in x.dtype.
+
+    Raises:
+        ValueError: shapes, devices or options that do not fit, T * K >= 2**31, num_rows too small
+            (always on CPU; on CUDA with ``MOE_KERNELS_CHECK=1``, else the surplus is dropped).
+        IndexError: an id outside [-1, E] (always on CPU; on CUDA with ``MOE_KERNELS_CHECK=1``, else
+            such a slot adds nothing).
+        TypeError: dtypes that do not fit. Under autocast x, weights and biases are converted first,
+            as for linear.
+        RuntimeError: on differentiating twice.
+    """
+    op = "fused_experts"
+    alpha_value, limit_value = resolve_activation(op, activation, interleaved, alpha, limit)
+    x, gate_up, down, gate_up_bias, down_bias = autocast(  # type: ignore[assignment]
+        x, gate_up, down, gate_up_bias, down_bias
+    )
+    _check(x, gate_up, down, topk_ids, topk_weights, activation, gate_up_bias, down_bias)
+    slots = topk_ids.shape[0] * topk_ids.shape[1]
+    check_rows(op, slots)
+    if num_rows is not None and num_rows < 0:
+        raise ValueError(f"{op}: num_rows must be at least 0; got {num_rows}")
+    differentiable = (x, gate_up, down, topk_weights, gate_up_bias, down_bias)
+    save = torch.is_grad_enabled() and any(
+        value is not None and value.requires_grad for value in differentiable
+    )
+    y: Tensor = _op(
+        x,
+        gate_up,
+        down,
+        topk_ids,
+        topk_weights,
+        gate_up_bias,
+        down_bias,
+        activation,
+        interleaved,
+        alpha_value,
+        limit_value,
+        slots if num_rows is None else num_rows,
+        save,
+    )[0]
+    return y
+
+
+def fused_moe(
+    x: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    **options: Any,
+) -> Tensor:
+    """:func:`fused_experts` with the argument order and weight layout of inference engines.
+
+    Args:
+        x: [T, H].
+        w13: [E, 2*I, H], gate above up.
+        w2: [E, H, I].
+        topk_weights: [T, K].
+        topk_ids: [T, K].
+        options: keyword arguments of :func:`fused_experts`.
+
+    Returns:
+        [T, H].
+    """
+    return fused_experts(x, w13.mT, w2.mT, topk_ids, topk_weights, **options)

@@ -1,0 +1,91 @@
+"""Token permutation: rows grouped by expert.
+
+T tokens, K experts a token, R = T * K rows, H hidden size, E experts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_kernels.ops._checks import FLOAT_DTYPES, check_device, check_dtype, check_tensor
+from moe_kernels.ops._library import define, register_autograd
+from moe_kernels.ops.sort_by_expert import ExpertOrder
+from moe_kernels.reference.permute import (
+    permute as permute_reference,
+)
+
+
+def _fake(
+    x: Tensor, row_to_slot: Tensor, slot_to_row: Tensor, offsets: Tensor, num_rows: int
+) -> Tensor:
+    return x.new_empty(num_rows, x.shape[1])
+
+
+_op = define(
+    "permute(Tensor x, Tensor row_to_slot, Tensor slot_to_row, Tensor offsets, SymInt num_rows)"
+    " -> Tensor",
+    reference=permute_reference,
+    fake=_fake,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, *order, _ = inputs
+    ctx.save_for_backward(*order)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    # the op, not the public function: it is differentiable itself
+    dx = torch.ops.moe_kernels.unpermute(grad, *ctx.saved_tensors, None)
+    return dx, None, None, None, None
+
+
+register_autograd("permute", _backward, _setup_context)
+
+
+def check_order(op: str, order: ExpertOrder, tokens_name: str, tokens: Any) -> None:
+    """Raise unless ``order`` is that of ``tokens`` tokens."""
+    row_to_slot, slot_to_row, offsets = order
+    check_tensor(op, "order.slot_to_row", slot_to_row, 2, "[T, K]")
+    check_tensor(op, "order.row_to_slot", row_to_slot, 1, "[T * K]")
+    check_tensor(op, "order.offsets", offsets, 1, "[E + 1]")
+    for name, value in zip(order._fields, order, strict=True):
+        check_dtype(op, f"order.{name}", value, (torch.int32,))
+    if slot_to_row.shape[0] != tokens:
+        raise ValueError(
+            f"{op}: order.slot_to_row must be [T, K] with T = {tokens} ({tokens_name}); "
+            f"got {list(slot_to_row.shape)}"
+        )
+    if row_to_slot.shape[0] != slot_to_row.shape[0] * slot_to_row.shape[1]:
+        raise ValueError(
+            f"{op}: order.row_to_slot must have T * K = {slot_to_row.numel()} rows; "
+            f"got {row_to_slot.shape[0]}"
+        )
+
+
+def permute(x: Tensor, order: ExpertOrder, *, num_rows: int | None = None) -> Tensor:
+    """Copy each token's row to the rows of its experts.
+
+    Args:
+        x: [T, H], any float dtype, any strides.
+        order: from :func:`sort_by_expert`.
+        num_rows: how many rows to return, at least ``offsets[E]`` (a bound the caller knows; with
+            fewer, rows are lost). Default R = T * K.
+
+    Returns:
+        [num_rows, H]: rows of expert e at ``offsets[e]:offsets[e + 1]``; rows of dropped slots, at
+        the tail, are zero. Backward sums a token's row gradients in slot order in float32.
+
+    Raises:
+        ValueError: x is not [T, H] with the T of the order, or lies on another device.
+        TypeError: x is not floating point.
+    """
+    check_tensor("permute", "x", x, 2, "[T, H]")
+    check_dtype("permute", "x", x, FLOAT_DTYPES)
+    check_order("permute", order, "x.shape[0]", x.shape[0])
+    check_device("permute", "x", x, "order", order.row_to_slot)
+    rows = order.row_to_slot.shape[0] if num_rows is None else num_rows
+    return _op(x, *order, rows)

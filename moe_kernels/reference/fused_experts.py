@@ -1,0 +1,153 @@
+"""The experts of an MoE layer.
+
+T tokens, K experts a token, R = T * K rows, H hidden size, I intermediate size, E experts,
+W = 2 * I columns for gated activations, else I.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from moe_kernels.reference._accumulate import accumulate_dtype
+from moe_kernels.reference.expert_activation import (
+    expert_activation,
+    expert_activation_backward,
+)
+from moe_kernels.reference.grouped_gemm import (
+    grouped_gemm,
+    grouped_gemm_dbias,
+    grouped_gemm_wgrad,
+)
+from moe_kernels.reference.permute import permute
+from moe_kernels.reference.sort_by_expert import sort_by_expert
+from moe_kernels.reference.unpermute import unpermute, unpermute_backward
+
+
+def fused_experts(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    *,
+    activation: str = "swiglu",
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    interleaved: bool = False,
+    alpha: float = 1.702,
+    limit: float = math.inf,
+) -> Tensor:
+    """``y[t] = sum_k w[t, k] * (act(x[t] @ gate_up[e] + b1[e]) @ down[e] + b2[e])``, ``e = ids[t, k]``.
+
+    Ids -1 and E add nothing. Sums are in float64 for float64 inputs, else float32.
+    """
+    accumulate = accumulate_dtype(x.dtype)
+    y = x.new_zeros(x.shape, dtype=accumulate)
+    for e in range(gate_up.shape[0]):
+        token, slot = torch.where(topk_ids == e)
+        h = x[token].to(accumulate) @ gate_up[e].to(accumulate)
+        if gate_up_bias is not None:
+            h = h + gate_up_bias[e].to(accumulate)
+        a = expert_activation(h, activation, None, interleaved, alpha, limit)
+        out = a @ down[e].to(accumulate)
+        if down_bias is not None:
+            out = out + down_bias[e].to(accumulate)
+        y = y.index_add(0, token, out * topk_weights[token, slot].to(accumulate)[:, None])
+    return y.to(x.dtype)
+
+
+def fused_experts_forward(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    interleaved: bool,
+    alpha: float,
+    limit: float,
+    num_rows: int,
+    save_for_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``y [T, H]`` and, if ``save_for_backward``, ``h [num_rows, W]`` and the order; else empties."""
+    order = sort_by_expert(topk_ids, gate_up.shape[0])
+    valid = int(order[2][-1])
+    if valid > num_rows:
+        raise ValueError(
+            f"fused_experts: num_rows must be at least the number of ids in [0, E) = {valid}; "
+            f"got {num_rows}"
+        )
+    rows = permute(x, *order, num_rows)
+    h = grouped_gemm(rows, gate_up, order[2], gate_up_bias)
+    a = expert_activation(h, activation, None, interleaved, alpha, limit)
+    out = grouped_gemm(a, down, order[2], down_bias, accumulate_dtype(x.dtype))
+    y = unpermute(out, *order, topk_weights).to(x.dtype)
+    if save_for_backward:
+        return y, h, *order
+    return (
+        y,
+        h.new_empty(0, gate_up.shape[2]),
+        order[0].new_empty(0),
+        order[1].new_empty(0, topk_ids.shape[1]),
+        order[2].new_empty(0),
+    )
+
+
+def fused_experts_backward(
+    grad: Tensor,
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    topk_weights: Tensor,
+    h: Tensor,
+    row_to_slot: Tensor,
+    slot_to_row: Tensor,
+    offsets: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    interleaved: bool,
+    alpha: float,
+    limit: float,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients to x, gate_up, down, topk_weights and the biases; empty where not in ``needs``."""
+    accumulate = accumulate_dtype(x.dtype)
+    order = (row_to_slot, slot_to_row, offsets)
+    num_rows = h.shape[0]
+    empty = x.new_empty(0)
+    grads = [empty] * 6
+    a = expert_activation(h, activation, None, interleaved, alpha, limit).to(accumulate)
+    out = grouped_gemm(a, down, offsets, down_bias, accumulate)
+    grad_out, grad_weights = unpermute_backward(
+        grad.to(accumulate), out, *order, topk_weights, [True, needs[3]]
+    )
+    if needs[3]:
+        grads[3] = grad_weights
+    if needs[2]:
+        grads[2] = grouped_gemm_wgrad(a, grad_out, offsets, down.dtype, is_transposed(down))
+    if needs[5] and down_bias is not None:
+        grads[5] = grouped_gemm_dbias(grad_out, offsets, down_bias.dtype)
+    if needs[0] or needs[1] or needs[4]:
+        grad_a = grouped_gemm(grad_out, down.mT, offsets)
+        grad_h, _ = expert_activation_backward(
+            grad_a, h.to(accumulate), activation, None, interleaved, alpha, limit
+        )
+        if needs[1]:
+            rows = permute(x, *order, num_rows).to(accumulate)
+            transposed = is_transposed(gate_up)
+            grads[1] = grouped_gemm_wgrad(rows, grad_h, offsets, gate_up.dtype, transposed)
+        if needs[4] and gate_up_bias is not None:
+            grads[4] = grouped_gemm_dbias(grad_h, offsets, gate_up_bias.dtype)
+        if needs[0]:
+            grad_rows = grouped_gemm(grad_h, gate_up.mT, offsets)
+            grads[0] = unpermute(grad_rows, *order, None).to(x.dtype)
+    return tuple(grads)  # type: ignore[return-value]
+
+
+def is_transposed(weight: Tensor) -> bool:
+    """Whether ``weight [E, M, N]`` is stored as [E, N, M]; its gradient is then stored alike."""
+    return weight.stride(1) == 1 and weight.stride(2) != 1

@@ -1,0 +1,33 @@
+"""Order the slots of a routed batch by expert.
+
+T tokens, K experts a token, R = T * K slots, E experts.
+"""
+
+import torch
+from torch import Tensor
+
+
+def sort_by_expert(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``row_to_slot [R]``, ``slot_to_row [T, K]``, ``offsets [E + 1]``, all int32.
+
+    Slot ``t * K + k`` holds ``topk_ids[t, k]``; rows are the slots sorted by expert, stably. Ids -1
+    and E sort to the tail, past ``offsets[E]``.
+    """
+    ids = topk_ids.reshape(-1).to(torch.int64)
+    out_of_range = (ids < -1) | (ids > num_experts)
+    if bool(out_of_range.any()):
+        raise IndexError(
+            f"sort_by_expert: topk_ids must be in [-1, {num_experts}] (-1 and {num_experts} mean "
+            f"dropped); got {int(ids[out_of_range][0])}"
+        )
+    ids = torch.where(ids < 0, num_experts, ids)
+    row_to_slot = torch.argsort(ids, stable=True)
+    slot_to_row = torch.empty_like(row_to_slot)
+    slot_to_row[row_to_slot] = torch.arange(ids.numel(), device=ids.device)
+    counts = torch.bincount(ids, minlength=num_experts + 1)[:num_experts]
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return (
+        row_to_slot.to(torch.int32),
+        slot_to_row.view(topk_ids.shape).to(torch.int32),
+        offsets.to(torch.int32),
+    )
