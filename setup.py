@@ -4,11 +4,15 @@ Metadata is in pyproject.toml; sources, flags and CUDA architectures are in CMak
 
 Environment:
     CXX                     the C++ compiler (C++20: GCC 11, Clang 14 or newer).
-    MOE_KERNELS_CUDA        auto (default): with CUDA if torch and a toolkit have it; on: fail if not; off.
-    MOE_KERNELS_CUDA_ARCHS  CMake's notation, for example "90a" or "80;90a" (the default is in CMakeLists.txt).
+    MOE_KERNELS_CUDA        auto (default): use CUDA if torch and a toolkit have it; on: fail if
+                            they do not; off; compile: as off, and compile the CUDA sources
+                            without linking them, a check where torch has no CUDA.
+    MOE_KERNELS_CUDA_ARCHS  in CMake's notation, "90a-real" or "80;90a-real" for example.
+    CUDACXX, CUDA_HOME      where nvcc is, if it is not on PATH.
     MAX_JOBS                parallel compilations; all processors by default.
 """
 
+import filecmp
 import importlib.util
 import os
 import re
@@ -17,6 +21,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -24,70 +29,56 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 
 
-def stop(message: str) -> None:
+def stop(message: str) -> NoReturn:
     raise SystemExit(f"\nmoe-kernels: {message}\n")
 
 
-def which(program: str) -> str | None:
+def find_tool(program: str) -> str:
     """A program beside this interpreter (pip installs cmake and ninja there), or else on PATH."""
-    beside = str(Path(sys.executable).parent)
-    return shutil.which(program, path=os.pathsep.join([beside, os.environ.get("PATH", "")]))
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
+    return shutil.which(program, path=path) or stop(
+        f"building needs {program}, which was not found. Remedy: pip install {program}"
+    )
 
 
-def tool(program: str) -> str:
-    found = which(program)
-    if not found:
-        stop(f"building needs {program}, which was not found. Remedy: pip install {program}")
-    return found
-
-
-def cxx_compiler() -> str:
-    """The C++ compiler, from $CXX (arguments and launchers allowed) or PATH."""
-    wanted = shlex.split(os.environ.get("CXX", ""))
-    found = next(filter(None, map(shutil.which, wanted[-1:] or ["c++", "g++", "clang++"])), None)
+def find_cxx() -> str:
+    """The C++ compiler: the last word of $CXX (a launcher may precede it), or one on PATH."""
+    wanted = shlex.split(os.environ.get("CXX", ""))[-1:]
+    found = [path for name in wanted or ["c++", "g++", "clang++"] if (path := shutil.which(name))]
     if not found:
         tried = f"CXX={os.environ['CXX']}" if wanted else "c++, g++ and clang++"
         stop(
             f"building needs a C++20 compiler; tried {tried} and found none. Remedy: install one "
-            "(for example the package g++ of your system) or set CXX to its path."
+            "(the package g++ of most systems) or set CXX to the path of one."
         )
-    return found
+    return found[0]
 
 
-def cuda_compiler() -> tuple[str | None, str]:
-    """The nvcc to build with, or None and the reason why the build goes without CUDA."""
-    import torch
-
-    mode = os.environ.get("MOE_KERNELS_CUDA", "auto").lower()
-    if mode not in ("auto", "on", "off"):
-        stop(f"MOE_KERNELS_CUDA must be auto, on or off; got {mode!r}")
-    if mode == "off":
-        return None, "MOE_KERNELS_CUDA=off"
+def find_nvcc() -> str | None:
+    """nvcc: $CUDACXX, or that of $CUDA_HOME, or the one on PATH, or that of /usr/local/cuda."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    nvcc = os.environ.get("CUDACXX") or (
-        shutil.which("nvcc", path=f"{home}/bin") if home else which("nvcc")
-    )
-    nvcc = nvcc or shutil.which("nvcc", path="/usr/local/cuda/bin")
-    reason = ""
-    if torch.version.cuda is None:
-        reason = f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch"
-    elif not nvcc or not shutil.which(nvcc):
-        reason = (
-            f"no CUDA toolkit was found (nvcc on PATH, CUDA_HOME or CUDACXX); "
-            f"install CUDA {torch.version.cuda}, the version of this torch"
+    if named := os.environ.get("CUDACXX") or (home and f"{home}/bin/nvcc"):
+        return shutil.which(named)
+    return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+def why_no_cuda(nvcc: str | None, torch_cuda: str | None) -> str:
+    """Why a build with `nvcc` for a torch built with CUDA `torch_cuda` is impossible, or ""."""
+    if torch_cuda is None:
+        return "this torch is built without CUDA; install a CUDA build of torch"
+    if nvcc is None:
+        return (
+            f"no nvcc was found by CUDACXX, CUDA_HOME, PATH or in /usr/local/cuda; install the "
+            f"toolkit of CUDA {torch_cuda} or set CUDA_HOME to where it is"
         )
-    else:
-        text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-        release = re.search(r"release (\d+)\.\d+", text)
-        if not release or release[1] != torch.version.cuda.split(".")[0]:
-            found = release[0] if release else "of an unknown version"
-            reason = (
-                f"{nvcc} is {found}, but torch {torch.__version__} is built with "
-                f"CUDA {torch.version.cuda}; set CUDA_HOME to a toolkit of the same major version"
-            )
-    if reason and mode == "on":
-        stop(f"MOE_KERNELS_CUDA=on, but {reason}. Or build for the CPU with MOE_KERNELS_CUDA=off.")
-    return (None, reason) if reason else (nvcc, "")
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+)\.\d+", text)
+    if release and release[1] == torch_cuda.split(".")[0]:
+        return ""
+    return (
+        f"{nvcc} is {release[0] if release else 'no nvcc'} and this torch is built with CUDA "
+        f"{torch_cuda}; set CUDA_HOME to a toolkit of the same major version"
+    )
 
 
 class CMakeBuild(build_ext):
@@ -95,45 +86,60 @@ class CMakeBuild(build_ext):
         import torch
         from torch.utils import cpp_extension
 
-        cmake, ninja, cxx = tool("cmake"), tool("ninja"), cxx_compiler()
-        nvcc, why_not = cuda_compiler()
-        print(f"moe-kernels: CUDA {'on, ' + nvcc if nvcc else 'off: ' + why_not}", flush=True)
-        pybind11 = importlib.util.find_spec(
-            "pybind11"
-        )  # torch's own copy comes first, if it has one
-        version = self.distribution.get_version()
-        name = f"{sys.implementation.cache_tag}-torch{torch.__version__}{'-cuda' if nvcc else ''}"
-        build = ROOT / "build" / "cmake" / name
-        output = Path(self.get_ext_fullpath(ext.name)).resolve()
-        variables = {
+        mode = os.environ.get("MOE_KERNELS_CUDA", "auto").lower()
+        if mode not in ("auto", "on", "off", "compile"):
+            stop(f"MOE_KERNELS_CUDA must be auto, on, off or compile; got {mode!r}")
+        nvcc = None if mode == "off" else find_nvcc()
+        reason = why_no_cuda(nvcc, torch.version.cuda) if mode != "off" else "as asked"
+        if mode == "on" and reason:
+            stop(f"MOE_KERNELS_CUDA=on, but {reason}. Without CUDA: MOE_KERNELS_CUDA=off.")
+        if mode == "compile" and not nvcc:
+            stop("MOE_KERNELS_CUDA=compile, but no nvcc was found; set CUDA_HOME to a toolkit.")
+        cuda = "COMPILE" if mode == "compile" else "OFF" if reason else "ON"
+        print(f"moe-kernels: CUDA {f'off: {reason}' if reason else f'on: {nvcc}'}", flush=True)
+
+        # A package of pybind11 is used only where torch does not bring its own.
+        pybind11 = importlib.util.find_spec("pybind11")
+        settings = {
             "CMAKE_BUILD_TYPE": "Debug" if self.debug else "Release",
-            "CMAKE_MAKE_PROGRAM": ninja,
-            "CMAKE_CXX_COMPILER": cxx,
+            "CMAKE_MAKE_PROGRAM": find_tool("ninja"),
+            "CMAKE_CXX_COMPILER": find_cxx(),
             "Python_EXECUTABLE": sys.executable,
-            "MOE_KERNELS_VERSION": version,
-            "MOE_KERNELS_OUTPUT_DIR": output.parent,
-            "MOE_KERNELS_WITH_CUDA": "ON" if nvcc else "OFF",
-            "MOE_KERNELS_CUDA_ARCHS": os.environ.get("MOE_KERNELS_CUDA_ARCHS", "") if nvcc else "",
+            "MOE_KERNELS_VERSION": self.distribution.get_version(),
+            "MOE_KERNELS_CUDA": cuda,
+            "MOE_KERNELS_CUDA_ARCHS": os.environ.get("MOE_KERNELS_CUDA_ARCHS", ""),
             "TORCH_VERSION": torch.__version__,
             "TORCH_INCLUDE_DIRS": ";".join(cpp_extension.include_paths()),
             "TORCH_LIBRARY_DIR": cpp_extension.TORCH_LIB_PATH,
             "TORCH_CXX11_ABI": int(torch.compiled_with_cxx11_abi()),
-            "PYBIND11_INCLUDE_DIR": Path(pybind11.origin).parent / "include" if pybind11 else "",
+            "PYBIND11_DIR": os.path.dirname(pybind11.origin or "") if pybind11 else "",
         }
-        if nvcc:
-            variables["CMAKE_CUDA_COMPILER"] = nvcc
-        defines = [f"-D{key}={value}" for key, value in variables.items()]
+        if cuda != "OFF":
+            settings["CMAKE_CUDA_COMPILER"] = nvcc
+        # One folder for each interpreter, torch and mode: none rebuilds what another left.
+        tag = f"{sys.implementation.cache_tag}-torch{torch.__version__}-cuda-{cuda.lower()}"
+        build = ROOT / "build" / "cmake" / tag
+        defines = [f"-D{name}={value}" for name, value in settings.items()]
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        configure = [find_tool("cmake"), "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
         try:
-            subprocess.run([cmake, "-S", ROOT, "-B", build, "-G", "Ninja", *defines], check=True)
-            subprocess.run([cmake, "--build", build, "--parallel", jobs], check=True)
+            subprocess.run([*configure, *defines], check=True)
+            subprocess.run([configure[0], "--build", str(build), "--parallel", jobs], check=True)
         except subprocess.CalledProcessError as error:
-            stop(f"{shlex.join(map(str, error.cmd[:3]))} failed; its own message is above.")
+            stop(f"`{shlex.join(error.cmd[:4])} ...` failed; the reason is above.")
+
+        target = Path(self.get_ext_fullpath(ext.name))
+        built = build / target.name
+        if not target.exists() or not filecmp.cmp(built, target, shallow=False):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.unlink(missing_ok=True)  # it may be mapped by a running process
+            shutil.copy2(built, target)
 
 
 if importlib.util.find_spec("torch") is None:
     stop(
-        "the extension is built against the torch you will use, and torch is not importable here.\n"
-        "Remedy: pip install torch setuptools cmake ninja pybind11 && pip install --no-build-isolation ."
+        "the extension is built against the torch you will use, and this Python finds no torch.\n"
+        "Remedy: pip install torch setuptools cmake ninja pybind11\n"
+        "        pip install --no-build-isolation ."
     )
 setup(ext_modules=[Extension("moe_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -27,7 +27,7 @@ py::dict build_info() {
 
 }  // namespace
 
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of moe_kernels.";
   m.def(
       "build_info", &build_info,
