@@ -157,9 +157,9 @@ def remember_inputs(ctx: Any, inputs: Sequence[Any]) -> None:
 def owed_gradients(ctx: Any) -> list[bool]:
     """Which inputs' gradients this run of backward must produce.
 
-    ``ctx.needs_input_grad`` says what requires grad at all; the engine knows what this run was asked
-    for. They differ when a pipeline schedule runs backward for the inputs and later for the weights.
-    Needs :func:`remember_inputs` in ``setup_context``.
+    ``ctx.needs_input_grad`` says what requires grad at all; the engine knows what this run was
+    asked for. They differ when a pipeline schedule runs backward for the inputs and later for the
+    weights. Needs :func:`remember_inputs` in ``setup_context``.
     """
     owed = []
     edges = iter(ctx.next_functions)

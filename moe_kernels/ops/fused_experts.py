@@ -264,8 +264,8 @@ def fused_experts(
     """Run every token through its experts and sum the weighted results.
 
     ``y[t] = sum_k w[t, k] * (act(x[t] @ gate_up[e] + gate_up_bias[e]) @ down[e] + down_bias[e])``
-    with ``e = topk_ids[t, k]``. Weighting the activation instead gives the same value without a down
-    bias. Deterministic: sums run in float32 in slot order. No host synchronisation on CUDA.
+    with ``e = topk_ids[t, k]``. Weighting the activation instead gives the same value without a
+    down bias. Deterministic: sums run in float32 in slot order. No host synchronisation on CUDA.
 
     Differentiable in x, both weights, both biases and topk_weights. For backward it keeps x, the
     pre-activation h [num_rows, W], topk_weights and the order; activations are recomputed. The

@@ -38,7 +38,7 @@ class RouterOutput(NamedTuple):
     Attributes:
         topk_weights: [T, K] float32, routing weights.
         topk_ids: [T, K] int32, chosen experts, best first.
-        scores: [T, E] float32, every expert's score, for auxiliary losses ([0, E] if not asked for).
+        scores: [T, E] float32, every expert's score, for auxiliary losses; [0, E] if not asked for.
         load: [E] int32, how many (token, choice) pairs of unmasked tokens each expert got.
     """
 
@@ -170,9 +170,9 @@ def topk_router(
     ``s = score_func(logits)`` in float32; the experts are the K best of ``s + correction_bias``
     (of the raw logits for a softmax after top-k), the lower id on a tie; weights are the unbiased
     ``s`` of the chosen (or the softmax over the chosen logits), renormalised if asked for, times
-    ``route_scale``. Covers the routers of Switch and Mixtral (softmax), DeepSeek-V3 (sigmoid, groups
-    and correction bias, arXiv:2412.19437 section 2.1.2, arXiv:2408.15664), gpt-oss (softmax after
-    top-k) and sqrt(softplus).
+    ``route_scale``. Covers the routers of Switch and Mixtral (softmax), DeepSeek-V3 (sigmoid,
+    groups and correction bias, arXiv:2412.19437 section 2.1.2, arXiv:2408.15664), gpt-oss (softmax
+    after top-k) and sqrt(softplus).
 
     Args:
         logits: [T, E], any float dtype.

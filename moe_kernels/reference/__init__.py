@@ -1,7 +1,7 @@
 """The definition of every op: plain PyTorch, on any device, in any float dtype up to float64.
 
-Each file holds the definition itself, written to be read and differentiated by autograd, and beneath
-it, with the op's schema, what the dispatcher runs where there is no kernel.
+Each file holds the definition itself, written to be read and differentiated by autograd, and
+beneath it, with the op's schema, what the dispatcher runs where there is no kernel.
 """
 
 from moe_kernels.reference.chunk_permute import chunk_permute

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def chunk_permute(rows: Tensor, sizes: Tensor, order: Tensor) -> Tensor:
-    """``[R, H]``: chunk ``order[0]`` of ``rows``, then chunk ``order[1]``, ...; zeros at the tail."""
+    """``[R, H]``: chunk ``order[0]`` of ``rows``, then chunk ``order[1]``, ...; then zeros."""
     sizes = sizes.to(torch.int64)
     order = order.to(torch.int64)
     ends = sizes.cumsum(0)

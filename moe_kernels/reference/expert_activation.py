@@ -39,9 +39,10 @@ def expert_activation(
 ) -> Tensor:
     """``[R, I]``: the activation of ``h [R, W]``, times ``row_weights [R]`` where given.
 
-    swiglu ``silu(g) * u`` (Shazeer 2020, arXiv:2002.05202), geglu with the tanh form of GELU, reglu;
-    swigluoai ``g * sigmoid(alpha * g) * (u + 1)``. ``limit`` clamps g above and u to +-limit in swiglu
-    and swigluoai. Not gated: relu2 ``relu(h)**2`` (So et al. 2021, arXiv:2109.08668), silu, gelu (erf).
+    swiglu ``silu(g) * u`` (Shazeer 2020, arXiv:2002.05202), geglu with the tanh form of GELU,
+    reglu; swigluoai ``g * sigmoid(alpha * g) * (u + 1)``. ``limit`` clamps g above and u to +-limit
+    in swiglu and swigluoai. Not gated: relu2 ``relu(h)**2`` (So et al. 2021, arXiv:2109.08668),
+    silu, gelu (erf).
     """
     wide = h.to(accumulate_dtype(h.dtype))
     if kind in GATED:

@@ -38,9 +38,10 @@ def fused_experts(
     alpha: float = 1.702,
     limit: float = math.inf,
 ) -> Tensor:
-    """``y[t] = sum_k w[t, k] * (act(x[t] @ gate_up[e] + b1[e]) @ down[e] + b2[e])``, ``e = ids[t, k]``.
+    """``y[t] = sum_k w[t, k] * (act(x[t] @ gate_up[e] + b1[e]) @ down[e] + b2[e])``.
 
-    Ids -1 and E add nothing. Sums are in float64 for float64 inputs, else float32.
+    Expert e is ``ids[t, k]``. Ids -1 and E add nothing. Sums are in float64 for float64 inputs,
+    else float32.
     """
     accumulate = accumulate_dtype(x.dtype)
     y = x.new_zeros(x.shape, dtype=accumulate)
@@ -72,7 +73,7 @@ def fused_experts_forward(
     num_rows: int,
     save_for_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``y [T, H]`` and, if ``save_for_backward``, ``h [num_rows, W]`` and the order; else empties."""
+    """``y [T, H]``; with ``save_for_backward`` also ``h [num_rows, W]`` and the order."""
     order = sort_by_expert(topk_ids, gate_up.shape[0])
     valid = int(order[2][-1])
     if valid > num_rows:

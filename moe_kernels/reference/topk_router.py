@@ -70,6 +70,12 @@ def topk_router(
     after_topk = score_func == "softmax" and not softmax_before_topk
     if given_ids is not None:
         ids = given_ids.to(torch.int64)
+        out_of_range = (ids < 0) | (ids >= logits.shape[1])
+        if bool(out_of_range.any()):
+            raise IndexError(
+                f"topk_router: given_ids must be in [0, {logits.shape[1]}); "
+                f"got {int(ids[out_of_range][0])}"
+            )
     else:
         choice = wide if after_topk else scores
         if correction_bias is not None:

@@ -13,11 +13,8 @@ from moe_kernels.reference.permute import permute
 def _gather(rows: Tensor, slot_to_row: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     """Rows by slot ``[T, K, H]``, zero for dropped slots, and which slots are used ``[T, K]``."""
     used = slot_to_row < offsets[-1]
-    index = torch.where(used, slot_to_row, 0).to(torch.int64)
-    if rows.shape[0] == 0:
-        return rows.new_zeros(*slot_to_row.shape, rows.shape[1]), used
-    gathered = rows[index]
-    return torch.where(used[..., None], gathered, gathered.new_zeros(())), used
+    with_zero = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+    return with_zero[torch.where(used, slot_to_row, rows.shape[0]).to(torch.int64)], used
 
 
 def unpermute(

@@ -1,0 +1,83 @@
+"""The implementations that the kernel tests run on.
+
+Every test that takes ``impl`` runs on the C++ kernels and on the Triton ones: on the GPU where
+there is one, else in Triton's interpreter, put under the CPU key of the dispatcher so that public
+functions, autograd and checks are the same code.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are decorated, so before their import
+
+OPS = (
+    "sort_by_expert",
+    "permute",
+    "unpermute",
+    "unpermute_backward",
+    "chunk_permute",
+    "expert_activation",
+    "expert_activation_backward",
+    "topk_router",
+    "topk_router_backward",
+    "grouped_gemm",
+    "grouped_gemm_wgrad",
+    "grouped_gemm_wgrad_",
+    "grouped_gemm_dbias",
+    "fused_experts",
+    "fused_experts_backward",
+)
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """Where a test's tensors live and which kernels answer there."""
+
+    name: str
+    device: torch.device
+
+    @property
+    def interpreted(self) -> bool:
+        return self.name == "interpreter"
+
+
+@contextmanager
+def triton_under_cpu() -> Iterator[None]:
+    """Put the Triton launchers under the CPU key for a while."""
+    from moe_kernels.ops._library import NAMESPACE, _lazy_triton
+
+    library = torch.library.Library(NAMESPACE, "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that kernels are overridden is the purpose
+        for op in OPS:
+            library.impl(op, _lazy_triton(op), "CPU")
+    try:
+        yield
+    finally:
+        library._destroy()
+
+
+@pytest.fixture(scope="module", params=["cpu", "cuda" if HAS_GPU else "interpreter"])
+def impl(request: pytest.FixtureRequest) -> Iterator[Implementation]:
+    if request.param == "interpreter":
+        with triton_under_cpu():
+            yield Implementation("interpreter", torch.device("cpu"))
+    else:
+        yield Implementation(request.param, torch.device(request.param))
+
+
+@pytest.fixture(autouse=True)
+def _seed(request: pytest.FixtureRequest) -> None:
+    """Different data in every test, the same from run to run."""
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))

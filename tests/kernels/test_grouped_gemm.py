@@ -1,0 +1,150 @@
+"""grouped_gemm and its gradients: layouts, ragged groups, accumulation, poisoned padding."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+import moe_kernels
+from moe_kernels import reference
+from moe_kernels.reference.grouped_gemm import grouped_gemm_wgrad as wgrad_definition
+from tests.conftest import Implementation
+from tests.kernels.accuracy import assert_accurate, gradients
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+GROUPS = {
+    "ragged": [0, 5, 5, 38, 39, 70],
+    "one": [0, 23],
+    "all_to_last": [0, 0, 0, 0, 61],
+    "none": [0, 0, 0],
+}
+PADDING = 7  # rows after the last group
+
+
+def _case(
+    groups: str, inner: int, columns: int, dtype: torch.dtype
+) -> tuple[dict[str, Tensor], Tensor]:
+    offsets = torch.tensor(GROUPS[groups], dtype=torch.int32)
+    rows, experts = GROUPS[groups][-1] + PADDING, len(GROUPS[groups]) - 1
+    inputs = {
+        "a": torch.randn(rows, inner).to(dtype),
+        "b": torch.randn(experts, inner, columns).to(dtype),
+        "bias": torch.randn(experts, columns).to(dtype),
+    }
+    return inputs, offsets
+
+
+def _poison(value: Tensor, used: int) -> Tensor:
+    value = value.clone()
+    value[used:] = float("nan")
+    return value
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["plain", "transposed", "strided"])
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("sizes", [(64, 48), (33, 17), (1, 1)])
+def test_equals_definition(
+    impl: Implementation, sizes: tuple[int, int], groups: str, layout: str, dtype: torch.dtype
+) -> None:
+    inputs, offsets = _case(groups, *sizes, dtype)
+    used = GROUPS[groups][-1]
+
+    def view(b: Tensor) -> Tensor:
+        if layout == "transposed":
+            return b.mT.contiguous().mT
+        if layout == "strided":
+            return b.repeat_interleave(2, -1)[..., ::2]
+        return b
+
+    def ours(a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
+        return moe_kernels.grouped_gemm(a, view(b), offsets.to(a.device), bias=bias)
+
+    def definition(a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
+        return reference.grouped_gemm(a, b, offsets, bias)
+
+    def chain(a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
+        parts = [
+            a[start:end] @ b[e] + bias[e] for e, (start, end) in enumerate(pairwise(GROUPS[groups]))
+        ]
+        return torch.cat([*parts, a.new_zeros(PADDING, b.shape[2])])
+
+    upstream = torch.randn(used + PADDING, sizes[1]).to(dtype)
+    poisoned = {**inputs, "a": _poison(inputs["a"], used)}
+    actual = gradients(
+        ours,
+        {key: value.to(impl.device) for key, value in poisoned.items()},
+        _poison(upstream, used).to(impl.device),
+    )
+    truth = gradients(definition, {k: v.double() for k, v in inputs.items()}, upstream)
+    yardstick = gradients(chain, inputs, upstream)
+    for name, value in truth.items():
+        assert_accurate(name, actual[name], value, yardstick[name])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weight_gradient_has_the_strides_of_the_weight(
+    impl: Implementation, dtype: torch.dtype
+) -> None:
+    offsets = torch.tensor([0, 3, 9], dtype=torch.int32, device=impl.device)
+    a = torch.randn(9, 8, dtype=dtype).to(impl.device)
+    stored = torch.randn(2, 5, 8, dtype=dtype).to(impl.device).requires_grad_()
+    out = moe_kernels.grouped_gemm(a, stored.mT, offsets)
+    (grad,) = torch.autograd.grad(out.sum(), stored)
+    assert grad.stride() == stored.stride()
+
+
+def test_out_dtype_keeps_the_sums(impl: Implementation) -> None:
+    inputs, offsets = _case("ragged", 64, 48, torch.bfloat16)
+    out = moe_kernels.grouped_gemm(
+        inputs["a"].to(impl.device),
+        inputs["b"].to(impl.device),
+        offsets.to(impl.device),
+        out_dtype=torch.float32,
+    )
+    truth = reference.grouped_gemm(inputs["a"].double(), inputs["b"].double(), offsets)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out.cpu().double(), truth, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_wgrad_accumulates_into_a_buffer(
+    impl: Implementation, dtype: torch.dtype, transposed: bool
+) -> None:
+    inputs, offsets = _case("ragged", 24, 40, dtype)
+    used = GROUPS["ragged"][-1]
+    a, grad = inputs["a"], torch.randn(used + PADDING, 40).to(dtype)
+    start = torch.randn(5, 40, 24).mT if transposed else torch.randn(5, 24, 40)
+    out = start.clone().to(impl.device)
+    result = moe_kernels.grouped_gemm_wgrad(
+        _poison(a, used).to(impl.device),
+        _poison(grad, used).to(impl.device),
+        offsets.to(impl.device),
+        out=out,
+    )
+    assert result is out
+    assert out.stride() == start.stride()
+    added = wgrad_definition(a.double(), grad.double(), offsets, torch.float64, False)
+    expected = start.double() + added
+    torch.testing.assert_close(out.cpu().double(), expected, rtol=1e-5, atol=2e-5)
+
+
+def test_refuses_what_does_not_fit() -> None:
+    inputs, offsets = _case("ragged", 8, 6, torch.float32)
+    a, b, bias = inputs["a"], inputs["b"], inputs["bias"]
+    gemm = moe_kernels.grouped_gemm
+    with pytest.raises(ValueError, match=r"Kd = 8 \(a.shape\[1\]\); got \[5, 9, 6\]"):
+        gemm(a, torch.randn(5, 9, 6), offsets)
+    with pytest.raises(ValueError, match="E = 5"):
+        gemm(a, b[:4], offsets)
+    with pytest.raises(ValueError, match="bias must be"):
+        gemm(a, b, offsets, bias=bias[:, :5])
+    with pytest.raises(TypeError, match="b must have a's dtype"):
+        gemm(a, b.double(), offsets)
+    with pytest.raises(TypeError, match="offsets must be one of int32"):
+        gemm(a, b, offsets.long())
+    for bad in ([0, 5, 4, 38, 39, 70], [1, 5, 5, 38, 39, 70], [0, 5, 5, 38, 39, 78]):
+        with pytest.raises(ValueError, match="offsets must rise from 0"):
+            gemm(a, b, torch.tensor(bad, dtype=torch.int32))

@@ -1,0 +1,262 @@
+"""What PyTorch asks of an op: opcheck, compile, autocast, flops, split and double backward."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import moe_kernels
+from tests.conftest import Implementation
+from tests.kernels.accuracy import assert_accurate, torch_experts
+from tests.kernels.test_fused_experts import make_case
+
+ops = torch.ops.moe_kernels
+
+
+def _leaves(inputs: dict[str, Tensor], impl: Implementation) -> dict[str, Tensor]:
+    return {
+        name: value.to(impl.device).requires_grad_(value.is_floating_point())
+        for name, value in inputs.items()
+    }
+
+
+def _op_samples(device: torch.device) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    inputs, _ = make_case("dropped", torch.float32, bias=True)
+    case = {k: v.to(device).requires_grad_(v.is_floating_point()) for k, v in inputs.items()}
+    ids = case["topk_ids"]
+    order = moe_kernels.sort_by_expert(ids, 6)
+    x, weights = case["x"], case["topk_weights"]
+    rows = torch.randn(ids.numel(), 40, device=device, requires_grad=True)
+    logits = torch.randn(9, 8, device=device, requires_grad=True)
+    h = torch.randn(5, 8, device=device, requires_grad=True)
+    sizes = torch.tensor([2, 1, 2], device=device)
+    return {
+        "sort_by_expert": (ops.sort_by_expert, (ids, 6)),
+        "permute": (ops.permute, (x, *order, ids.numel())),
+        "unpermute": (ops.unpermute, (rows, *order, weights)),
+        "chunk_permute": (ops.chunk_permute, (h, sizes, sizes.argsort())),
+        "expert_activation": (
+            ops.expert_activation,
+            (h, "swiglu", torch.rand(5, device=device), False, 1.702, 7.0),
+        ),
+        "topk_router": (
+            ops.topk_router,
+            (logits, 3, "softmax", True, True, None, 1, 1, "max", 0.0, 1.0, None, None, True),
+        ),
+        "grouped_gemm": (
+            ops.grouped_gemm,
+            (rows, case["gate_up"], order.offsets, case["gate_up_bias"], None),
+        ),
+        "grouped_gemm_wgrad": (
+            ops.grouped_gemm_wgrad,
+            (rows.detach(), rows.detach(), order.offsets, torch.float32, True),
+        ),
+        "grouped_gemm_wgrad_": (
+            ops.grouped_gemm_wgrad_,
+            (torch.zeros(6, 40, 40, device=device), rows.detach(), rows.detach(), order.offsets),
+        ),
+        "grouped_gemm_dbias": (
+            ops.grouped_gemm_dbias,
+            (rows.detach(), order.offsets, torch.float32),
+        ),
+        "fused_experts": (
+            ops.fused_experts,
+            (
+                x,
+                case["gate_up"],
+                case["down"],
+                ids,
+                weights,
+                case["gate_up_bias"],
+                case["down_bias"],
+                "swiglu",
+                True,
+                1.702,
+                2.0,
+                ids.numel() - 3,
+                True,
+            ),
+        ),
+    }
+
+
+OPCHECKED = (
+    "sort_by_expert",
+    "permute",
+    "unpermute",
+    "chunk_permute",
+    "expert_activation",
+    "topk_router",
+    "grouped_gemm",
+    "grouped_gemm_wgrad",
+    "grouped_gemm_wgrad_",
+    "grouped_gemm_dbias",
+    "fused_experts",
+)
+
+
+@pytest.mark.parametrize("name", OPCHECKED)
+def test_opcheck(impl: Implementation, name: str) -> None:
+    op, args = _op_samples(impl.device)[name]
+    torch.library.opcheck(op.default, args)
+
+
+def test_compiles_whole(impl: Implementation) -> None:
+    inputs, upstream = make_case("dropped", torch.float32, bias=True)
+    logits = torch.randn(29, 6).to(impl.device)
+
+    def layer(**kwargs: Tensor) -> Tensor:
+        route = moe_kernels.topk_router(logits, 4, renormalize=True)
+        y = moe_kernels.fused_experts(**kwargs)
+        order = moe_kernels.sort_by_expert(route.topk_ids, 6)
+        rows = moe_kernels.grouped_gemm(
+            moe_kernels.permute(y, order), kwargs["gate_up"], order.offsets
+        )
+        a = moe_kernels.expert_activation(rows, "swiglu")
+        out = moe_kernels.grouped_gemm(a, kwargs["down"], order.offsets)
+        return moe_kernels.unpermute(out, order, route.topk_weights)
+
+    results = []
+    for function in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        leaves = _leaves(inputs, impl)
+        y = function(**leaves)
+        y.backward(upstream.to(impl.device))
+        results.append([y, *(leaf.grad for leaf in leaves.values() if leaf.grad is not None)])
+    assert len(results[0]) == 7
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(eager, compiled)
+
+
+def test_compile_with_dynamic_tokens(impl: Implementation) -> None:
+    inputs, _ = make_case("plain", torch.float32)
+    moved = {k: v.to(impl.device) for k, v in inputs.items()}
+    compiled = torch.compile(
+        moe_kernels.fused_experts, fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    for tokens in (37, 11, 2):
+        part = {
+            k: v[:tokens] if k in ("x", "topk_ids", "topk_weights") else v for k, v in moved.items()
+        }
+        torch.testing.assert_close(compiled(**part), moe_kernels.fused_experts(**part))
+
+
+def test_autocast_follows_linear(impl: Implementation) -> None:
+    inputs, _ = make_case("plain", torch.float32, bias=True)
+    leaves = _leaves(inputs, impl)
+    leaves["x"] = leaves["x"].detach().bfloat16().requires_grad_()
+    with torch.autocast(impl.device.type, dtype=torch.bfloat16):
+        y = moe_kernels.fused_experts(**leaves)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert leaves["gate_up"].grad is not None
+    assert leaves["gate_up"].grad.dtype == torch.float32
+    narrow = {k: v.bfloat16() if v.dtype == torch.float32 else v for k, v in inputs.items()}
+    narrow["topk_weights"] = inputs["topk_weights"]
+    wide = {k: v.double() if v.is_floating_point() else v for k, v in narrow.items()}
+    assert_accurate("y", y.detach(), torch_experts(**wide), torch_experts(**narrow))
+
+
+def test_flops_are_counted(impl: Implementation) -> None:
+    inputs, _ = make_case("plain", torch.float32)
+    leaves = _leaves(inputs, impl)
+    with FlopCounterMode(display=False) as counter:
+        y = moe_kernels.fused_experts(**leaves)
+    slots, hidden, inner = 37 * 3, 40, 24
+    assert counter.get_total_flops() == 6 * slots * hidden * inner
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    assert counter.get_total_flops() == 12 * slots * hidden * inner
+
+
+def test_double_backward_is_refused(impl: Implementation) -> None:
+    inputs, _ = make_case("plain", torch.float32)
+    leaves = _leaves(inputs, impl)
+    y = moe_kernels.fused_experts(**leaves)
+    (grad,) = torch.autograd.grad(y.sum(), leaves["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        grad.sum().backward()
+
+
+def test_split_backward_equals_one(impl: Implementation) -> None:
+    inputs, upstream = make_case("dropped", torch.bfloat16, bias=True)
+    leaves = _leaves(inputs, impl)
+    names = [name for name, value in leaves.items() if value.requires_grad]
+    y = moe_kernels.fused_experts(**leaves)
+    up = upstream.to(impl.device)
+    whole = dict(
+        zip(
+            names,
+            torch.autograd.grad(y, [leaves[n] for n in names], up, retain_graph=True),
+            strict=True,
+        )
+    )
+    for part in (["x", "topk_weights"], ["gate_up", "down"], ["gate_up_bias", "down_bias"]):
+        grads = torch.autograd.grad(y, [leaves[n] for n in part], up, retain_graph=True)
+        for name, grad in zip(part, grads, strict=True):
+            assert torch.equal(grad, whole[name]), name
+
+
+def test_backward_does_only_the_work_owed(impl: Implementation) -> None:
+    inputs, upstream = make_case("plain", torch.float32)
+    leaves = _leaves(inputs, impl)
+    y = moe_kernels.fused_experts(**leaves)
+    product = 2 * 37 * 3 * 40 * 24  # flops of the down projection
+    for names, expected in ((["x"], 3), (["down"], 1), (["gate_up", "down"], 4)):
+        with FlopCounterMode(display=False) as counter:
+            torch.autograd.grad(
+                y, [leaves[n] for n in names], upstream.to(impl.device), retain_graph=True
+            )
+        assert counter.get_total_flops() == expected * product, names
+
+
+@pytest.mark.parametrize("frozen", ["x", "gate_up", "down", "topk_weights"])
+def test_frozen_inputs_get_no_gradient(impl: Implementation, frozen: str) -> None:
+    inputs, _ = make_case("plain", torch.float32)
+    leaves = _leaves(inputs, impl)
+    leaves[frozen] = leaves[frozen].detach()
+    moe_kernels.fused_experts(**leaves).sum().backward()
+    for name in ("x", "gate_up", "down", "topk_weights"):
+        assert (leaves[name].grad is None) == (name == frozen)
+
+
+def test_saves_what_is_documented_and_nothing_without_gradients(impl: Implementation) -> None:
+    inputs, _ = make_case("plain", torch.bfloat16)
+    leaves = _leaves(inputs, impl)
+    tokens, top_k, hidden, inner, experts = 37, 3, 40, 24, 8
+    rows = tokens * top_k
+    saved: dict[int, int] = {}
+
+    def pack(value: Tensor) -> Tensor:
+        saved[value.untyped_storage().data_ptr()] = value.numel() * value.element_size()
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        moe_kernels.fused_experts(**leaves)
+    weights = {leaves[name].untyped_storage().data_ptr() for name in ("gate_up", "down")}
+    activations = sum(size for pointer, size in saved.items() if pointer not in weights)
+    limit = 2 * tokens * hidden + 4 * rows * inner + 12 * rows + 4 * (experts + 1)
+    assert activations <= limit
+
+    saved.clear()
+    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        y = moe_kernels.fused_experts(**leaves)
+    assert not saved
+    with torch.inference_mode():
+        assert torch.equal(moe_kernels.fused_experts(**leaves), y)
+
+
+def test_saved_tensors_survive_backward(impl: Implementation) -> None:
+    inputs, upstream = make_case("dropped", torch.bfloat16, bias=True)
+    leaves = _leaves(inputs, impl)
+    names = [name for name, value in leaves.items() if value.requires_grad]
+    y = moe_kernels.fused_experts(**leaves)
+    runs = [
+        torch.autograd.grad(
+            y, [leaves[n] for n in names], upstream.to(impl.device), retain_graph=True
+        )
+        for _ in range(2)
+    ]
+    for first, second in zip(*runs, strict=True):
+        assert torch.equal(first, second)

@@ -1,0 +1,129 @@
+"""topk_router: every score function, groups, bias, ties, replay, gradients."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+import moe_kernels
+from moe_kernels import reference
+from tests.conftest import Implementation
+from tests.kernels.accuracy import assert_accurate
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "softmax": {},
+    "mixtral": {"renormalize": True},
+    "gpt_oss": {"softmax_before_topk": False},
+    "softmax_bias_groups": {
+        "correction_bias": True,
+        "num_groups": 4,
+        "topk_groups": 2,
+        "group_score": "top2",
+        "group_fill": 0.0,
+    },
+    "deepseek_v3": {
+        "score_func": "sigmoid",
+        "correction_bias": True,
+        "num_groups": 4,
+        "topk_groups": 2,
+        "group_score": "top2",
+        "renormalize": True,
+        "route_scale": 2.5,
+    },
+    "sigmoid_groups": {"score_func": "sigmoid", "num_groups": 2, "group_fill": 0.0},
+    "sqrtsoftplus": {"score_func": "sqrtsoftplus", "correction_bias": True, "renormalize": True},
+}
+
+
+@pytest.mark.parametrize("shape", [(29, 16, 3), (1, 8, 1), (0, 8, 2), (5, 132, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_equals_definition(
+    impl: Implementation, name: str, dtype: torch.dtype, shape: tuple[int, int, int]
+) -> None:
+    tokens, experts, top_k = shape
+    options = dict(OPTIONS[name])
+    if top_k > experts // options.get("num_groups", 1) * options.get("topk_groups", 1):
+        options["topk_groups"] = options["num_groups"]
+    if options.get("correction_bias"):
+        options["correction_bias"] = 0.3 * torch.randn(experts)
+    logits = torch.randn(tokens, experts).to(dtype)
+    mask = torch.rand(tokens) < 0.7
+    upstream = torch.randn(tokens, top_k), torch.randn(tokens, experts)
+
+    def run(values: torch.Tensor, function: Any) -> list[torch.Tensor]:
+        leaf = values.detach().clone().requires_grad_()
+        moved = {
+            key: value.to(leaf.device) if isinstance(value, torch.Tensor) else value
+            for key, value in options.items()
+        }
+        out = function(leaf, top_k, token_mask=mask.to(leaf.device), return_scores=True, **moved)
+        grads = [upstream[0].to(out[0]), upstream[1].to(out[2])]
+        (grad,) = torch.autograd.grad([out[0], out[2]], leaf, grads)
+        return [*(value.detach().cpu() for value in out), grad.cpu()]
+
+    ours = run(logits.to(impl.device), moe_kernels.topk_router)
+    truth = run(logits.double(), reference.topk_router)
+    yardstick = run(logits.float(), reference.topk_router)
+    assert torch.equal(ours[1], truth[1])
+    assert torch.equal(ours[3], truth[3])
+    assert_accurate("weights", ours[0], truth[0], yardstick[0])
+    assert_accurate("scores", ours[2], truth[2], yardstick[2])
+    assert_accurate("grad", ours[4], truth[4], yardstick[4].to(dtype))
+
+
+def test_lower_id_wins_a_tie(impl: Implementation) -> None:
+    logits = torch.zeros(3, 12, device=impl.device)
+    logits[1, 7:] = 1.0
+    out = moe_kernels.topk_router(logits, 4)
+    assert out.topk_ids.tolist() == [[0, 1, 2, 3], [7, 8, 9, 10], [0, 1, 2, 3]]
+
+
+def test_given_ids_are_replayed_with_live_gradients(impl: Implementation) -> None:
+    logits = torch.randn(9, 8).to(impl.device).requires_grad_()
+    ids = torch.stack([torch.randperm(8)[:3] for _ in range(9)]).to(impl.device)
+    out = moe_kernels.topk_router(logits, 3, given_ids=ids, renormalize=True)
+    assert torch.equal(out.topk_ids.long(), ids)
+    expected = logits.softmax(-1).gather(1, ids)
+    expected = expected / expected.sum(-1, keepdim=True)
+    torch.testing.assert_close(out.topk_weights, expected)
+    upstream = torch.randn(9, 3).to(impl.device)
+    ours = torch.autograd.grad(out.topk_weights, logits, upstream)
+    torch.testing.assert_close(ours, torch.autograd.grad(expected, logits, upstream))
+    assert int(out.load.sum()) == 27
+
+
+def test_non_finite_logits_never_leave_the_range(impl: Implementation) -> None:
+    logits = torch.randn(4, 8)
+    logits[0] = -math.inf
+    logits[1, :5] = -math.inf
+    logits[2] = math.nan
+    logits[3, 2] = math.inf
+    ids = moe_kernels.topk_router(logits.to(impl.device), 4).topk_ids
+    assert ((ids >= 0) & (ids < 8)).all()
+    assert all(len(set(row)) == 4 for row in ids.tolist())
+
+
+def test_refuses_wrong_options() -> None:
+    logits = torch.randn(4, 8)
+    for message, top_k, options in (
+        (r"top_k must be in \[1, E = 8\]; got 9", 9, {}),
+        (r"top_k must be in \[1, E = 8\]; got 0", 0, {}),
+        ("score_func must be one of", 2, {"score_func": "tanh"}),
+        ("num_groups must be at least 1 and divide E = 8; got 3", 2, {"num_groups": 3}),
+        ("topk_groups must be in", 2, {"num_groups": 2, "topk_groups": 3}),
+        ("top_k must be at most the experts", 5, {"num_groups": 2, "topk_groups": 1}),
+        ("group_fill must be 0 or -inf", 2, {"group_fill": 1.0}),
+        ("group_score must be one of", 2, {"group_score": "mean"}),
+        (r"correction_bias must be \[E\]", 2, {"correction_bias": torch.zeros(7)}),
+        (r"token_mask must be \[T\]", 2, {"token_mask": torch.ones(3, dtype=torch.bool)}),
+        (r"given_ids must be \[T, K\]", 2, {"given_ids": torch.zeros(4, 3, dtype=torch.int64)}),
+        ("route_scale must be finite", 2, {"route_scale": math.nan}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            moe_kernels.topk_router(logits, top_k, **options)
+    with pytest.raises(TypeError, match="token_mask must be one of bool"):
+        moe_kernels.topk_router(logits, 2, token_mask=torch.ones(4))
+    with pytest.raises(IndexError, match="given_ids"):
+        moe_kernels.topk_router(logits, 2, given_ids=torch.full((4, 2), 8))
