@@ -49,8 +49,9 @@ def assert_accurate(name: str, actual: Tensor, truth: Tensor, yardstick: Tensor)
         assert actual.double().norm() == 0, f"{name} must be zero"
         return
     rounding = torch.finfo(yardstick.dtype).eps * (0.5 if yardstick.element_size() == 2 else 2)
-    # a single row scatters more than the whole: it may have the rounding of its largest entries
-    for measure, slack in ((frobenius_error, rounding), (worst_row_error, 4 * rounding)):
+    # a single row scatters more than the whole, and one of a few entries says nothing
+    measures = [(frobenius_error, rounding), (worst_row_error, 4 * rounding)]
+    for measure, slack in measures[: 2 if truth.shape[-1] >= 16 else 1]:
         ours, theirs = measure(actual, truth), measure(yardstick, truth)
         limit = max(FACTOR * theirs, slack)
         assert ours <= limit, f"{name}: {measure.__name__} {ours:.2e}, limit {limit:.2e}"
