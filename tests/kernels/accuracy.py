@@ -10,8 +10,6 @@ from torch.nn import functional
 
 from moe_kernels.reference.expert_activation import split_gate_up
 
-FACTOR = 1.5  # how much larger than the yardstick's our error may be
-
 
 def _pair(actual: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
     width = truth.shape[-1] if truth.dim() else 1
@@ -37,9 +35,11 @@ def worst_row_error(actual: Tensor, truth: Tensor) -> float:
 
 
 def assert_accurate(name: str, actual: Tensor, truth: Tensor, yardstick: Tensor) -> None:
-    """Our error is at most 1.5 times the yardstick's, or a rounding that nobody can avoid.
+    """Our error is at most 1.5 times the yardstick's, and no single row stands out.
 
-    That is a few roundings in a row, which a small sample of the yardstick may by luck not show.
+    Both may have a few roundings in a row, which a small sample of the yardstick may by luck not
+    show. The worst of many rows scatters more than their sum, so it may be three times as far: a
+    row that is wrong is a hundred times as far.
     """
     assert actual.shape == truth.shape, f"{name}: {actual.shape} is not {truth.shape}"
     assert actual.dtype == yardstick.dtype, f"{name}: {actual.dtype} is not {yardstick.dtype}"
@@ -49,11 +49,9 @@ def assert_accurate(name: str, actual: Tensor, truth: Tensor, yardstick: Tensor)
         assert actual.double().norm() == 0, f"{name} must be zero"
         return
     rounding = torch.finfo(yardstick.dtype).eps * (0.5 if yardstick.element_size() == 2 else 2)
-    # a single row scatters more than the whole, and one of a few entries says nothing
-    measures = [(frobenius_error, rounding), (worst_row_error, 4 * rounding)]
-    for measure, slack in measures[: 2 if truth.shape[-1] >= 16 else 1]:
+    for measure, factor in ((frobenius_error, 1.5), (worst_row_error, 3.0)):
         ours, theirs = measure(actual, truth), measure(yardstick, truth)
-        limit = max(FACTOR * theirs, slack)
+        limit = factor * max(theirs, rounding)
         assert ours <= limit, f"{name}: {measure.__name__} {ours:.2e}, limit {limit:.2e}"
 
 
