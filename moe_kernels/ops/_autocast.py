@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-T = TypeVar("T", bound=Tensor | None)
 
-
-def autocast(*tensors: T) -> tuple[T, ...]:
+def autocast(*operands: Tensor | None) -> tuple[Any, ...]:
     """The operands as the enabled autocast wants them; the first decides the device.
 
     float64 operands stay as they are, as in torch.
     """
-    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+    device = operands[0].device.type if isinstance(operands[0], Tensor) else "cpu"
     if not torch.is_autocast_enabled(device):
-        return tensors
+        return operands
     dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        tensor.to(dtype)  # type: ignore[misc]
-        if isinstance(tensor, Tensor)
-        and tensor.is_floating_point()
-        and tensor.dtype != torch.float64
-        else tensor
-        for tensor in tensors
-    )
+
+    def convert(value: Any) -> Any:
+        narrow = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(dtype) if narrow and value.dtype != torch.float64 else value
+
+    return tuple(convert(value) for value in operands)

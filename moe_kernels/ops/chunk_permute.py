@@ -79,4 +79,5 @@ def chunk_permute(rows: Tensor, sizes: Tensor, order: Tensor) -> Tensor:
         raise ValueError(
             f"chunk_permute: order must be {shape(sizes)} as sizes; got {shape(order)}"
         )
-    return _op(rows, sizes, order)
+    out: Tensor = _op(rows, sizes, order)
+    return out

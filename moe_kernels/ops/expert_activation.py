@@ -158,4 +158,5 @@ def expert_activation(
                 f"{op}: row_weights must be [R] with R = {h.shape[0]} (h.shape[0]); "
                 f"got {shape(row_weights)}"
             )
-    return _op(h, kind, row_weights, interleaved, alpha_value, limit_value)
+    out: Tensor = _op(h, kind, row_weights, interleaved, alpha_value, limit_value)
+    return out

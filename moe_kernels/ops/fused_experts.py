@@ -58,13 +58,12 @@ def _fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tokens, top_k = topk_ids.shape
     kept = save_for_backward
-    index = {"dtype": torch.int32}
     return (
         x.new_empty(x.shape),
         x.new_empty(num_rows if kept else 0, gate_up.shape[2]),
-        topk_ids.new_empty(tokens * top_k if kept else 0, **index),
-        topk_ids.new_empty(tokens if kept else 0, top_k, **index),
-        topk_ids.new_empty(gate_up.shape[0] + 1 if kept else 0, **index),
+        topk_ids.new_empty(tokens * top_k if kept else 0, dtype=torch.int32),
+        topk_ids.new_empty(tokens if kept else 0, top_k, dtype=torch.int32),
+        topk_ids.new_empty(gate_up.shape[0] + 1 if kept else 0, dtype=torch.int32),
     )
 
 
@@ -87,7 +86,7 @@ def _backward_fake(
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
     def weight_like(weight: Tensor) -> Tensor:
-        return empty_like_weight(weight, *weight.shape, weight.dtype, is_transposed(weight))
+        return empty_like_weight(weight, weight.shape, weight.dtype, is_transposed(weight))
 
     def contiguous_like(value: Tensor) -> Tensor:
         return value.new_empty(value.shape)
@@ -162,7 +161,7 @@ register_autograd("fused_experts", _backward, _setup_context)
 refuse_double_backward("fused_experts_backward")
 
 
-@register_flop_formula(torch.ops.moe_kernels.fused_experts)  # type: ignore[untyped-decorator]
+@register_flop_formula(torch.ops.moe_kernels.fused_experts)
 def _flops(
     x: Any, gate_up: Any, down: Any, topk_ids: Any, *args: Any, out_shape: Any = None, **kwargs: Any
 ) -> int:
@@ -172,7 +171,7 @@ def _flops(
     return int(2 * min(slots, num_rows) * (gate_up[1] * gate_up[2] + down[1] * down[2]))
 
 
-@register_flop_formula(torch.ops.moe_kernels.fused_experts_backward)  # type: ignore[untyped-decorator]
+@register_flop_formula(torch.ops.moe_kernels.fused_experts_backward)
 def _backward_flops(
     grad: Any,
     x: Any,
@@ -301,9 +300,7 @@ def fused_experts(
     """
     op = "fused_experts"
     alpha_value, limit_value = resolve_activation(op, activation, interleaved, alpha, limit)
-    x, gate_up, down, gate_up_bias, down_bias = autocast(  # type: ignore[assignment]
-        x, gate_up, down, gate_up_bias, down_bias
-    )
+    x, gate_up, down, gate_up_bias, down_bias = autocast(x, gate_up, down, gate_up_bias, down_bias)
     _check(x, gate_up, down, topk_ids, topk_weights, activation, gate_up_bias, down_bias)
     slots = topk_ids.shape[0] * topk_ids.shape[1]
     check_rows(op, slots)

@@ -5,6 +5,7 @@ R rows, E experts, Kd contracted size, N columns.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -49,12 +50,12 @@ def is_transposed(weight: Tensor) -> bool:
 
 
 def empty_like_weight(
-    like: Tensor, experts: Any, rows: Any, columns: Any, dtype: torch.dtype, transposed: bool
+    like: Tensor, shape: Sequence[Any], dtype: torch.dtype, transposed: bool
 ) -> Tensor:
-    """An empty [experts, rows, columns], stored with the last two swapped if ``transposed``."""
+    """An empty [E, M, N] = ``shape``, stored with the last two swapped if ``transposed``."""
     if transposed:
-        return like.new_empty((experts, columns, rows), dtype=dtype).mT
-    return like.new_empty((experts, rows, columns), dtype=dtype)
+        return like.new_empty((shape[0], shape[2], shape[1]), dtype=dtype).mT
+    return like.new_empty(tuple(shape), dtype=dtype)
 
 
 def _fake(
@@ -66,8 +67,8 @@ def _fake(
 def _wgrad_fake(
     a: Tensor, grad: Tensor, offsets: Tensor, out_dtype: torch.dtype, transposed: bool
 ) -> Tensor:
-    experts = offsets.shape[0] - 1
-    return empty_like_weight(a, experts, a.shape[1], grad.shape[1], out_dtype, transposed)
+    shape = (offsets.shape[0] - 1, a.shape[1], grad.shape[1])
+    return empty_like_weight(a, shape, out_dtype, transposed)
 
 
 def _dbias_fake(grad: Tensor, offsets: Tensor, out_dtype: torch.dtype) -> Tensor:
@@ -177,7 +178,8 @@ def grouped_gemm(
             )
     if out_dtype is not None and out_dtype not in FLOAT_DTYPES:
         raise TypeError(f"{op}: out_dtype must be a float dtype; got {out_dtype}")
-    return _op(a, b, offsets, bias, out_dtype)
+    out: Tensor = _op(a, b, offsets, bias, out_dtype)
+    return out
 
 
 def grouped_gemm_wgrad(
@@ -215,7 +217,8 @@ def grouped_gemm_wgrad(
             f"{op}: grad must be [R, N] with R = {a.shape[0]} (a.shape[0]); got {shape(grad)}"
         )
     if out is None:
-        return _wgrad_op(a, grad, offsets, out_dtype or a.dtype, False)
+        result: Tensor = _wgrad_op(a, grad, offsets, out_dtype or a.dtype, False)
+        return result
     if out_dtype is not None:
         raise ValueError(f"{op}: give out or out_dtype, not both; got {out_dtype}")
     expected = [offsets.shape[0] - 1, a.shape[1], grad.shape[1]]

@@ -88,4 +88,5 @@ def permute(x: Tensor, order: ExpertOrder, *, num_rows: int | None = None) -> Te
     check_order("permute", order, "x.shape[0]", x.shape[0])
     check_device("permute", "x", x, "order", order.row_to_slot)
     rows = order.row_to_slot.shape[0] if num_rows is None else num_rows
-    return _op(x, *order, rows)
+    out: Tensor = _op(x, *order, rows)
+    return out

@@ -131,4 +131,5 @@ def unpermute(rows: Tensor, order: ExpertOrder, weights: Tensor | None = None) -
                 f"unpermute: weights must be {shape(order.slot_to_row)} as order.slot_to_row; "
                 f"got {shape(weights)}"
             )
-    return _op(rows, *order, weights)
+    out: Tensor = _op(rows, *order, weights)
+    return out
