@@ -20,6 +20,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import NoReturn
 
@@ -86,6 +87,12 @@ class CMakeBuild(build_ext):
         import torch
         from torch.utils import cpp_extension
 
+        if not Path(sysconfig.get_path("include"), "Python.h").exists():
+            stop(
+                f"building needs the headers of Python {sysconfig.get_python_version()}, and "
+                f"{sysconfig.get_path('include')}/Python.h does not exist. Remedy: install your "
+                "system's package python3-dev (python3-devel), or use another Python."
+            )
         mode = os.environ.get("MOE_KERNELS_CUDA", "auto").lower()
         if mode not in ("auto", "on", "off", "compile"):
             stop(f"MOE_KERNELS_CUDA must be auto, on, off or compile; got {mode!r}")

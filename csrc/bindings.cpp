@@ -8,11 +8,6 @@ namespace py = pybind11;
 
 namespace {
 
-// Kept as one string in the file too, so that a library that no longer loads, because torch was
-// exchanged, can still say which torch it was built with.
-[[gnu::used]] constexpr char kBuiltWithTorch[] =
-    "moe_kernels._C was built with torch==" MOE_KERNELS_TORCH_VERSION;
-
 py::dict build_info() {
   using namespace py::literals;
   py::dict info("version"_a = MOE_KERNELS_VERSION, "torch"_a = MOE_KERNELS_TORCH_VERSION,

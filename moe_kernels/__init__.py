@@ -3,6 +3,7 @@
 Triton on NVIDIA GPUs, C++ on CPUs, plain PyTorch elsewhere, behind one function an op.
 """
 
+from moe_kernels._version import __version__
 from moe_kernels.ops import (
     ExpertOrder,
     RouterOutput,
@@ -21,6 +22,7 @@ from moe_kernels.ops import (
 __all__ = [
     "ExpertOrder",
     "RouterOutput",
+    "__version__",
     "chunk_permute",
     "expert_activation",
     "fused_experts",

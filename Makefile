@@ -1,0 +1,78 @@
+# One word for each daily task. Everything runs in .venv, which is made on first use and brought up
+# to date when pyproject.toml or constraints.txt change. With PYTHON=python3 (an environment that has
+# torch) no .venv is made and nothing is installed or downloaded: the extension is built in place.
+#
+#   TORCH_SPEC   what pip installs as torch in .venv ("torch", pinned in constraints.txt)
+#   ARGS         further arguments of demo, test, test-all and bench
+#   OUT          where gpu-check writes its results
+
+TORCH_SPEC ?= torch
+OUT ?= build/gpu-check
+
+ifdef PYTHON
+PY := $(PYTHON)
+ENVIRONMENT :=
+else
+PY := .venv/bin/python
+ENVIRONMENT := .venv/installed
+endif
+export PATH := $(if $(findstring /,$(PY)),$(abspath $(dir $(PY))):)$(PATH)
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+
+# Tests start processes by fork, which needs a parent without OpenMP threads.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
+
+CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+
+.PHONY: demo test test-all lint format bench gpu-check build clean
+
+demo: build
+	OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc-per-node=2 \
+		examples/train_lm.py $(ARGS)
+
+test: build
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: build
+	$(PYTEST) $(ARGS)
+
+lint: $(ENVIRONMENT)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	clang-format --dry-run -Werror $(CXX_FILES)
+	lint-imports --no-logo
+
+format: $(ENVIRONMENT)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	clang-format -i $(CXX_FILES)
+
+bench: build
+	$(PY) -m benchmarks run fused_experts $(ARGS)
+
+# On a machine with an NVIDIA GPU: PYTHON=python3 make gpu-check
+gpu-check: export MOE_KERNELS_CUDA ?= on
+gpu-check: build
+	mkdir -p $(OUT)
+	$(PYTEST) -m "gpu and not slow" --junitxml=$(OUT)/tests.xml
+	$(PY) -m benchmarks run fused_experts --device cuda --output $(OUT)
+
+# CMake and ninja do only what is needed, so it is always run.
+build: $(ENVIRONMENT)
+	@$(PY) setup.py --quiet build_ext --inplace
+
+.venv/installed: pyproject.toml constraints.txt
+	@test -x .venv/bin/pip || { \
+		for python in python3 python3.13 python3.12 python3.11; do \
+			$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && \
+			exec $$python -m venv .venv; \
+		done; \
+		echo "Python 3.11 or newer was not found on PATH." >&2; exit 1; }
+	$(PY) -m pip install --quiet -c constraints.txt "$(TORCH_SPEC)" setuptools cmake ninja pybind11
+	$(PY) setup.py --quiet build_ext --inplace
+	$(PY) -m pip install --quiet -c constraints.txt --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info moe_kernels/_C.*.so
