@@ -69,7 +69,7 @@ build: $(ENVIRONMENT)
 			exec $$python -m venv .venv; \
 		done; \
 		echo "Python 3.11 or newer was not found on PATH." >&2; exit 1; }
-	$(PY) -m pip install --quiet -c constraints.txt "$(TORCH_SPEC)" setuptools cmake ninja pybind11
+	$(PY) -m pip install --quiet -c constraints.txt "$(TORCH_SPEC)" numpy setuptools cmake ninja pybind11
 	$(PY) setup.py --quiet build_ext --inplace
 	$(PY) -m pip install --quiet -c constraints.txt --no-build-isolation --editable '.[dev]'
 	@touch $@

@@ -13,6 +13,7 @@ Environment:
 """
 
 import filecmp
+import hashlib
 import importlib.util
 import os
 import re
@@ -123,17 +124,22 @@ class CMakeBuild(build_ext):
         }
         if cuda != "OFF":
             settings["CMAKE_CUDA_COMPILER"] = nvcc
-        # One folder for each interpreter, torch and mode: none rebuilds what another left.
-        tag = f"{sys.implementation.cache_tag}-torch{torch.__version__}-cuda-{cuda.lower()}"
+        # CMake cannot exchange compilers in a folder: one for each combination of tools and torch.
+        parts = [settings["CMAKE_CXX_COMPILER"], nvcc, sys.executable, cpp_extension.TORCH_LIB_PATH]
+        digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:8]
+        tag = (
+            f"{sys.implementation.cache_tag}-torch{torch.__version__}-cuda-{cuda.lower()}-{digest}"
+        )
         build = ROOT / "build" / "cmake" / tag
         defines = [f"-D{name}={value}" for name, value in settings.items()]
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-        configure = [find_tool("cmake"), "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
+        cmake = find_tool("cmake")
+        configure = [cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "--log-level=NOTICE"]
         try:
             subprocess.run([*configure, *defines], check=True)
-            subprocess.run([configure[0], "--build", str(build), "--parallel", jobs], check=True)
+            subprocess.run([cmake, "--build", str(build), "--parallel", jobs], check=True)
         except subprocess.CalledProcessError as error:
-            stop(f"`{shlex.join(error.cmd[:4])} ...` failed; the reason is above.")
+            stop(f"`{shlex.join(error.cmd[:3])} ...` failed; the reason is above.")
 
         target = Path(self.get_ext_fullpath(ext.name))
         built = build / target.name

@@ -1,0 +1,229 @@
+"""What is shipped, and what a user reads when the build or the import cannot work."""
+
+import ast
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import moe_kernels
+import moe_kernels._C as native
+
+ROOT = Path(__file__).resolve().parents[1]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("MOE_KERNELS_", "CUDA", "CXX"))
+    }
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=environment.pop("cwd", ROOT),
+        env=inherited | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def build(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = ("setup.py", "-q", "build_ext", "--build-lib", folder, "--build-temp", folder)
+    return run(*command, **environment)
+
+
+# ------------------------------------------------------------------------------------- the package
+
+
+def test_version_is_the_same_everywhere():
+    assert re.fullmatch(r"\d+\.\d+\.\d+", moe_kernels.__version__)
+    assert native.build_info()["version"] == moe_kernels.__version__
+    try:
+        installed = importlib.metadata.version("moe-kernels")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    assert installed == moe_kernels.__version__
+
+
+def test_build_info_describes_this_build():
+    info = native.build_info()
+    assert info["torch"] == torch.__version__
+    assert re.match(r"(GNU|Clang|AppleClang|IntelLLVM) \d+\.", info["compiler"])
+    assert (info["cuda"] is None) == (info["cuda_architectures"] == [])
+    if torch.version.cuda is None:
+        assert info["cuda"] is None
+
+
+def test_cmake_lists_every_source():
+    listed = set(re.findall(r"csrc/\S+\.(?:cpp|cu)\b", (ROOT / "CMakeLists.txt").read_text()))
+    present = {str(p.relative_to(ROOT)) for e in ("cpp", "cu") for p in ROOT.glob(f"csrc/**/*.{e}")}
+    assert listed == present
+
+
+def test_every_requirement_has_one_pin():
+    requirements = PYPROJECT["project"]["dependencies"] + PYPROJECT["build-system"]["requires"]
+    for extra in PYPROJECT["project"]["optional-dependencies"].values():
+        requirements += extra
+    names = {re.match(r"[\w-]+", requirement)[0] for requirement in requirements} - {"moe-kernels"}
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [line.split("==")[0] for line in lines if "==" in line]
+    assert sorted(pins) == sorted(names)
+
+
+def test_only_the_loader_and_the_dispatch_import_the_extension():
+    # import-linter sees Python files alone.
+    importers = set()
+    for path in [*ROOT.glob("moe_kernels/**/*.py"), *ROOT.glob("moe_parallel/**/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                modules = [f"{node.module}.{alias.name}" for alias in node.names]
+            elif isinstance(node, ast.Attribute):
+                modules = [ast.unparse(node)]
+            else:
+                continue
+            if any(m == "moe_kernels._C" or m.startswith("moe_kernels._C.") for m in modules):
+                importers.add(path.relative_to(ROOT).as_posix())
+    allowed = ("moe_kernels/ops/_library.py", "moe_parallel/dispatch/")
+    assert not [path for path in importers if not path.startswith(allowed)]
+
+
+def test_wheel_holds_both_packages_and_nothing_else(tmp_path):
+    result = run("setup.py", "-q", "bdist_wheel", "--dist-dir", tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"moe_kernels", "moe_parallel"}
+    assert {"moe_kernels/py.typed", "moe_parallel/py.typed"} <= set(names)
+    assert len([name for name in names if re.fullmatch(r"moe_kernels/_C\..*\.(so|pyd)", name)]) == 1
+    assert [name for name in names if name.endswith("licenses/LICENSE")]
+    assert not [name for name in names if name.endswith((".cpp", ".cu", ".h", ".in", ".txt.in"))]
+
+
+# ------------------------------------------------------------------------------- builds that cannot
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"CXX": "/nonexistent/c++"}, ["C++20 compiler", "CXX=/nonexistent/c++", "Remedy"]),
+        (
+            {"MOE_KERNELS_CUDA": "on", "CUDA_HOME": "/nonexistent"},
+            ["MOE_KERNELS_CUDA=on, but", "CUDA", "MOE_KERNELS_CUDA=off"],
+        ),
+        ({"MOE_KERNELS_CUDA": "compile", "CUDA_HOME": "/nonexistent"}, ["no nvcc", "CUDA_HOME"]),
+        ({"MOE_KERNELS_CUDA": "maybe"}, ["auto, on, off or compile", "'maybe'"]),
+    ],
+    ids=["compiler", "cuda", "nvcc", "mode"],
+)
+def test_build_refuses_with_one_message(tmp_path, environment, said):
+    result = build(tmp_path, **environment)
+    assert result.returncode != 0
+    (message,) = [line for line in result.stderr.splitlines() if line.startswith("moe-kernels:")]
+    for words in said:
+        assert words in message
+    assert "Traceback" not in result.stderr
+
+
+def test_cuda_auto_goes_without_and_says_why(tmp_path):
+    # Asked for a compiler that is not there, it stops after it has decided on CUDA.
+    result = build(tmp_path, CUDA_HOME="/nonexistent", CXX="/nonexistent")
+    reason = "built without CUDA" if torch.version.cuda is None else "no nvcc was found"
+    assert re.search(f"moe-kernels: CUDA off: .*{reason}", result.stdout), result.stdout
+
+
+def test_build_without_torch_names_the_command():
+    hide = "import runpy, sys; sys.modules['torch'] = None; sys.argv = ['setup.py', '--version']; "
+    result = run("-c", hide + "runpy.run_path('setup.py')")
+    assert result.returncode != 0
+    assert "no torch" in result.stderr
+    assert "pip install --no-build-isolation ." in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+# ------------------------------------------------------------------------------ imports that cannot
+
+
+@pytest.mark.parametrize(
+    ("extension", "said"),
+    [
+        (None, "extension is missing"),
+        (("_C.abi3.so", "no shared library"), "does not load"),
+        (("_C.py", "def build_info():\n    return {'torch': '1.13.1'}\n"), "torch 1.13.1"),
+    ],
+    ids=["missing", "damaged", "other torch"],
+)
+def test_import_refuses_with_the_remedy(tmp_path, extension, said):
+    sources = shutil.ignore_patterns("_C.*", "__pycache__")
+    shutil.copytree(ROOT / "moe_kernels", tmp_path / "moe_kernels", ignore=sources)
+    if extension:
+        (tmp_path / "moe_kernels" / extension[0]).write_text(extension[1])
+    result = run("-c", "import moe_kernels", PYTHONPATH=str(tmp_path), cwd=str(tmp_path))
+    assert result.returncode != 0
+    message = result.stderr.splitlines()[-1]
+    assert message.startswith("ImportError: moe_kernels:")
+    assert said in message
+    assert "pip install --no-build-isolation ." in message
+    if extension:
+        assert torch.__version__ in message
+
+
+# ------------------------------------------------------------------------------------ CUDA sources
+
+KERNEL = """
+#include <ATen/core/Tensor.h>
+#include <c10/cuda/CUDAStream.h>
+
+namespace moe {
+namespace {
+__global__ void fill_kernel(float* x, int n) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < n) x[i] = 1.0f;
+}
+}  // namespace
+
+void fill(at::Tensor x) {
+  const int n = static_cast<int>(x.numel());
+  fill_kernel<<<(n + 255) / 256, 256, 0, c10::cuda::getCurrentCUDAStream()>>>(
+      x.mutable_data_ptr<float>(), n);
+}
+}  // namespace moe
+"""
+
+
+@pytest.mark.slow
+def test_cuda_sources_compile_for_each_architecture(tmp_path):
+    if not (shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")):
+        pytest.skip("needs nvcc")
+    for name in ("csrc", "moe_kernels", "moe_parallel"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    # The sources of the repository, if any, and one that is always there; nothing for the CPU.
+    (tmp_path / "csrc/cuda").mkdir(exist_ok=True)
+    (tmp_path / "csrc/cuda/fill.cu").write_text(KERNEL)
+    cmake = (ROOT / "CMakeLists.txt").read_text()
+    for kind in ("CPU", "CPU_SIMD", "DISPATCH"):
+        cmake = re.sub(rf"set\({kind}_SOURCES\b[^)]*\)", f"set({kind}_SOURCES)", cmake)
+    cmake = cmake.replace("set(CUDA_SOURCES", "set(CUDA_SOURCES csrc/cuda/fill.cu ")
+    (tmp_path / "CMakeLists.txt").write_text(cmake)
+    (tmp_path / "csrc/bindings.cpp").write_text("int unused;\n")
+
+    command = ("setup.py", "-q", "build_ext", "--build-lib", tmp_path / "lib")
+    result = run(*command, MOE_KERNELS_CUDA="compile", cwd=str(tmp_path))
+    assert result.returncode == 0, result.stdout + result.stderr
+    (compiled,) = tmp_path.glob("build/cmake/*/CMakeFiles/cuda_kernels.dir/csrc/cuda/fill.cu.o")
+    binary = compiled.read_bytes()
+    for architecture in (b"sm_80", b"sm_90a", b"sm_100a"):
+        assert architecture in binary
