@@ -25,7 +25,7 @@ import sysconfig
 from pathlib import Path
 from typing import NoReturn
 
-from setuptools import Extension, setup
+from setuptools import Extension, __version__, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
@@ -154,5 +154,9 @@ if importlib.util.find_spec("torch") is None:
         "the extension is built against the torch you will use, and this Python finds no torch.\n"
         "Remedy: pip install torch setuptools cmake ninja pybind11\n"
         "        pip install --no-build-isolation ."
+    )
+if int(__version__.split(".")[0]) < 77:
+    stop(
+        f"building needs setuptools 77 or newer; found {__version__}. Remedy: pip install -U setuptools"
     )
 setup(ext_modules=[Extension("moe_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
