@@ -70,7 +70,10 @@ def triton_under_cpu() -> Iterator[None]:
         library._destroy()
 
 
-@pytest.fixture(scope="module", params=["cpu", "cuda" if HAS_GPU else "interpreter"])
+GPU = pytest.param("cuda", marks=pytest.mark.gpu)
+
+
+@pytest.fixture(scope="module", params=["cpu", GPU if HAS_GPU else "interpreter"])
 def impl(request: pytest.FixtureRequest) -> Iterator[Implementation]:
     if request.param == "interpreter":
         with triton_under_cpu():
