@@ -1,0 +1,163 @@
+"""Configuration of MoE layers and of what they run on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moe_parallel.dispatch import TRANSPORTS
+
+_DTYPES = {
+    "float": torch.float32,
+    "float32": torch.float32,
+    "double": torch.float64,
+    "float64": torch.float64,
+    "half": torch.float16,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "uint8": torch.uint8,
+    "int8": torch.int8,
+    "int16": torch.int16,
+    "short": torch.int16,
+    "int32": torch.int32,
+    "int": torch.int32,
+    "int64": torch.int64,
+    "long": torch.int64,
+    "bool": torch.bool,
+}
+
+
+def dtype_from_str(val: Any, default: torch.dtype | None = torch.bfloat16) -> torch.dtype:
+    """The dtype that ``val`` names.
+
+    Args:
+        val: a dtype, returned as it is, or its name in any case, with or without ``torch.``.
+        default: the result for None and for every other type.
+
+    Raises:
+        KeyError: an unknown name.
+        AssertionError: ``default`` is needed and is not a dtype.
+    """
+    if isinstance(val, torch.dtype):
+        return val
+    if isinstance(val, str):
+        name = val.lower().removeprefix("torch.")
+        if name not in _DTYPES:
+            raise KeyError(f"dtype must be one of {', '.join(_DTYPES)}; got {val!r}")
+        return _DTYPES[name]
+    assert isinstance(default, torch.dtype), f"default must be a torch.dtype; got {default!r}"
+    return default
+
+
+@dataclass(kw_only=True)
+class MoEConfig:
+    """The shape and the routing of one MoE layer.
+
+    Attributes:
+        n_routed_experts, n_shared_experts: experts to choose from, and experts every token uses.
+        n_activated_experts: experts a token, K.
+        n_expert_groups, n_limited_groups: groups of consecutive experts, and how many of them a
+            token may use; 1 group (or 0) is no limit.
+        train_gate: whether the router learns.
+        gate_bias_update_factor: step of the correction bias, see :meth:`Gate.update_bias`; 0: none.
+        aux_loss_coeff: weight of the load-balancing loss; 0 is none.
+        score_func: "softmax", "softmax_with_bias", "sqrtsoftplus", "sigmoid_with_bias"; any other
+            is "sigmoid".
+        route_scale: multiplies the routing weights.
+        dim, inter_dim, moe_inter_dim: hidden size of the model, intermediate size of its dense
+            layers, and of an expert.
+        norm_topk_prob: whether a token's routing weights sum to 1 (before ``route_scale``).
+        router_bias, expert_bias: whether the router's projection and the experts have biases.
+        expert_activation: "swiglu", "swigluoai", "quick_geglu", "geglu" or "relu2".
+        activation_alpha, activation_limit: of swigluoai and quick_geglu.
+        swiglu_limit: clamps swiglu's factors; 0 is no clamp.
+        softmax_before_topk: for "softmax": over all experts, or over the K chosen.
+        dtype: of the parameters; a name is converted.
+        shared_expert_gate, shared_expert_inter_dim, shared_expert_activation: of the shared
+            experts; an intermediate size of None is ``moe_inter_dim``.
+        force_e_score_correction_bias: keep a correction bias although nothing updates it.
+        moe_latent_size: hidden size of the routed experts, if it is not ``dim``.
+        enable_routing_replay: give the gate a :class:`RoutingReplay`.
+    """
+
+    n_routed_experts: int
+    n_shared_experts: int
+    n_activated_experts: int
+    n_expert_groups: int
+    n_limited_groups: int
+    train_gate: bool
+    gate_bias_update_factor: float
+    aux_loss_coeff: float
+    score_func: str
+    route_scale: float
+    dim: int
+    inter_dim: int
+    moe_inter_dim: int
+    norm_topk_prob: bool
+    router_bias: bool = False
+    expert_bias: bool = False
+    expert_activation: str = "swiglu"
+    activation_alpha: float = 1.702
+    activation_limit: float = 7.0
+    swiglu_limit: float = 0.0
+    softmax_before_topk: bool = False
+    dtype: torch.dtype = torch.bfloat16
+    shared_expert_gate: bool = False
+    shared_expert_inter_dim: int | None = None
+    shared_expert_activation: str = "swiglu"
+    force_e_score_correction_bias: bool = False
+    moe_latent_size: int | None = None
+    enable_routing_replay: bool = False
+
+    def __post_init__(self) -> None:
+        self.dtype = dtype_from_str(self.dtype)
+
+    @property
+    def expert_dim(self) -> int:
+        """Hidden size of the routed experts."""
+        return self.dim if self.moe_latent_size is None else self.moe_latent_size
+
+
+@dataclass(kw_only=True)
+class BackendConfig:
+    """What an MoE layer runs on.
+
+    Attributes:
+        dispatcher: transport of the tokens under Expert Parallelism, or "auto".
+        dispatcher_timeout: seconds a rank waits for the others; None for the group's own timeout.
+        experts: "auto" for :func:`moe_kernels.fused_experts`, "reference" for its definition.
+        fake_balanced_gate: replace the router by one that balances perfectly (for benchmarks).
+        fake_gate_noise: how uneven that one is, 0 to 1.
+        enable_fsdp_optimizations: skip FSDP communication between accumulated micro-batches.
+        gate_precision: dtype the router computes in, or its name; None for that of its input.
+    """
+
+    dispatcher: str = "auto"
+    dispatcher_timeout: float | None = None
+    experts: str = "auto"
+    fake_balanced_gate: bool = False
+    fake_gate_noise: float = 0.0
+    enable_fsdp_optimizations: bool = False
+    gate_precision: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        choices = {"dispatcher": ("auto", *TRANSPORTS), "experts": ("auto", "reference")}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"BackendConfig: {name} must be one of {', '.join(allowed)}; "
+                    f"got {getattr(self, name)!r}"
+                )
+        if self.dispatcher_timeout is not None and not self.dispatcher_timeout > 0:
+            raise ValueError(
+                f"BackendConfig: dispatcher_timeout must be positive; got {self.dispatcher_timeout}"
+            )
+        if not 0 <= self.fake_gate_noise <= 1:
+            raise ValueError(
+                f"BackendConfig: fake_gate_noise must be in [0, 1]; got {self.fake_gate_noise}"
+            )
+        if self.gate_precision is not None:
+            self.gate_precision = dtype_from_str(self.gate_precision)

@@ -1,0 +1,58 @@
+"""How tokens get to the experts and back: the protocol, and the dispatcher of one device.
+
+T tokens, H hidden size, K experts a token, E experts, U tokens received.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+TRANSPORTS = ("process_group",)  # of AllToAllDispatcher
+
+
+@dataclass(frozen=True)
+class Dispatched:
+    """What a rank's experts have to do.
+
+    Attributes:
+        x: [U, H], the tokens that have an expert here, each once.
+        topk_ids: [U, K], ids in [0, E / ranks) of this rank's experts; -1 where the slot's expert
+            is elsewhere.
+        topk_weights: [U, K], routing weights of those slots.
+        handle: to be given to ``combine``; a plain value, so any number may be in flight.
+        num_rows: an upper bound, known on the host, of the ids that are not -1; None if unknown.
+    """
+
+    x: Tensor
+    topk_ids: Tensor
+    topk_weights: Tensor
+    handle: Any
+    num_rows: int | None
+
+
+class TokenDispatcher(Protocol):
+    """Takes tokens to the ranks of their experts and brings the results back, differentiably."""
+
+    def dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Dispatched:
+        """Send each of the tokens ``x [T, H]`` to the owners of the experts ``topk_ids [T, K]``.
+
+        An id of -1 or E has no owner. Differentiable in ``x`` and ``topk_weights [T, K]``.
+        """
+        ...
+
+    def combine(self, y: Tensor, handle: Any) -> Tensor:
+        """``[T, H]``: for each token the sum of its rows in the ranks' ``y [U, H]``."""
+        ...
+
+
+class LocalDispatcher:
+    """Every expert is here: tokens stay where they are."""
+
+    def dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Dispatched:
+        return Dispatched(x, topk_ids, topk_weights, handle=None, num_rows=None)
+
+    def combine(self, y: Tensor, handle: None) -> Tensor:
+        return y

@@ -1,0 +1,126 @@
+"""The routed experts, on one device and on many.
+
+T tokens, D hidden size of the experts, I intermediate size, E experts, K experts a token,
+W = 2 * I columns for gated activations, else I.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_kernels import fused_experts, reference
+from moe_parallel.config import BackendConfig, MoEConfig
+from moe_parallel.dispatch import Dispatched, LocalDispatcher, TokenDispatcher
+from moe_parallel.tensors import local_tensor
+
+
+def _activation_options(config: MoEConfig) -> tuple[dict[str, Any], bool]:
+    """The options of :func:`moe_kernels.fused_experts`, and whether the activation has a gate."""
+    kind = config.expert_activation
+    if kind == "swiglu":
+        limit = {"limit": config.swiglu_limit} if config.swiglu_limit > 0 else {}
+        return {"activation": kind, **limit}, True
+    if kind in ("swigluoai", "quick_geglu"):
+        # One formula; quick_geglu's gate and up columns alternate.
+        return {
+            "activation": "swigluoai",
+            "interleaved": kind == "quick_geglu",
+            "alpha": config.activation_alpha,
+            "limit": config.activation_limit,
+        }, True
+    if kind in ("geglu", "relu2"):
+        return {"activation": kind}, kind == "geglu"
+    raise ValueError(
+        "GroupedExperts: expert_activation must be one of swiglu, swigluoai, quick_geglu, geglu, "
+        f"relu2; got {kind!r}"
+    )
+
+
+class GroupedExperts(nn.Module):
+    """The experts' weights, and the way of the tokens to them.
+
+    Parameters, with the expert in dimension 0: ``gate_and_up_projs [E, D, W]`` and ``down_projs
+    [E, I, D]``; with ``expert_bias`` also ``gate_up_proj_bias [E, W]`` and ``down_proj_bias
+    [E, D]``, else None.
+
+    Args:
+        config: sizes and activation.
+        backend: dispatcher and implementation.
+
+    Raises:
+        ValueError: an unknown activation.
+    """
+
+    def __init__(self, config: MoEConfig, backend: BackendConfig | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.backend = BackendConfig() if backend is None else backend
+        self.n_routed_experts = config.n_routed_experts
+        self.token_dispatcher: TokenDispatcher = LocalDispatcher()
+        self._options, gated = _activation_options(config)
+        experts, dim, inner = config.n_routed_experts, config.expert_dim, config.moe_inter_dim
+        width = 2 * inner if gated else inner
+
+        def parameter(*size: int) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(experts, *size, dtype=config.dtype))
+
+        self.gate_and_up_projs = parameter(dim, width)
+        self.down_projs = parameter(inner, dim)
+        self.gate_up_proj_bias = parameter(width) if config.expert_bias else None
+        self.down_proj_bias = parameter(dim) if config.expert_bias else None
+        nn.init.normal_(self.gate_and_up_projs, std=0.02)
+        nn.init.normal_(self.down_projs, std=0.02)
+
+    def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+        """The weighted sum of each token's experts.
+
+        Args:
+            x: [T, D]; T may differ between the ranks, and be 0.
+            token_mask: [T] bool; the experts see nothing of tokens that are False.
+            weights: [T, K] routing weights, any float dtype.
+            indices: [T, K] expert ids, int32 or int64; -1 and E mean "no expert".
+
+        Returns:
+            [T, D] in x.dtype; zero for masked tokens.
+        """
+        ids = torch.where(token_mask[:, None], indices, -1)
+        dispatched = self.token_dispatcher.dispatch(x, ids, weights)
+        y = self._compute(dispatched)
+        return self.token_dispatcher.combine(y.to(x.dtype), dispatched.handle)
+
+    def _compute(self, tokens: Dispatched) -> Tensor:
+        def weight(parameter: Tensor) -> Tensor:
+            return local_tensor(parameter).to(tokens.x.dtype)
+
+        def bias(parameter: Tensor | None) -> Tensor | None:
+            return None if parameter is None else weight(parameter)
+
+        arguments = (
+            tokens.x,
+            weight(self.gate_and_up_projs),
+            weight(self.down_projs),
+            tokens.topk_ids,
+            tokens.topk_weights,
+        )
+        options = {
+            **self._options,
+            "gate_up_bias": bias(self.gate_up_proj_bias),
+            "down_bias": bias(self.down_proj_bias),
+        }
+        if self.backend.experts == "reference":
+            return reference.fused_experts(*arguments, **options)
+        return fused_experts(*arguments, **options, num_rows=tokens.num_rows)
+
+    @torch.no_grad()
+    def init_weights(
+        self, buffer_device: torch.device | str | None = None, init_std: float = 0.02
+    ) -> None:
+        """Draw the matrices from N(0, init_std) and zero the biases."""
+        for matrix in (self.gate_and_up_projs, self.down_projs):
+            local_tensor(matrix).normal_(0.0, init_std)
+        for bias in (self.gate_up_proj_bias, self.down_proj_bias):
+            if bias is not None:
+                local_tensor(bias).zero_()

@@ -1,0 +1,192 @@
+"""The MoE layer and its dense companion.
+
+T tokens, H hidden size, K experts a token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn import functional
+
+from moe_parallel.config import BackendConfig, MoEConfig
+from moe_parallel.experts import GroupedExperts
+from moe_parallel.gate import FakeBalancedGate, Gate
+from moe_parallel.tensors import local_tensor
+
+__all__ = ["MLP", "FakeBalancedGate", "Gate", "MoE"]
+
+
+class MLP(nn.Module):
+    """A dense feed-forward layer; the shared experts of an MoE layer are one.
+
+    Args:
+        dim, inter_dim: hidden and intermediate size.
+        dtype: of the parameters.
+        activation: "swiglu", ``down(silu(gate(x)) * up(x))``, or "relu2", ``down(relu(up(x))**2)``
+            without a gate.
+        bias: whether the projections have biases.
+        swiglu_limit: above 0, clamps the gate's factor above and the other to +-swiglu_limit, in
+            float32.
+
+    Raises:
+        ValueError: another activation.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        inter_dim: int,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        activation: str = "swiglu",
+        bias: bool = False,
+        swiglu_limit: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if activation not in ("swiglu", "relu2"):
+            raise ValueError(f"MLP: activation must be swiglu or relu2; got {activation!r}")
+        self.activation = activation
+        self.swiglu_limit = swiglu_limit
+        options: dict[str, Any] = {"bias": bias, "dtype": dtype}
+        self.up_proj = nn.Linear(dim, inter_dim, **options)
+        self.down_proj = nn.Linear(inter_dim, dim, **options)
+        gated = activation == "swiglu"
+        self.gate_proj = nn.Linear(dim, inter_dim, **options) if gated else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., dim]`` of ``x [..., dim]``."""
+        up = self.up_proj(x)
+        if self.gate_proj is None:
+            return self.down_proj(functional.relu(up).square())
+        gate = self.gate_proj(x)
+        if self.swiglu_limit > 0:
+            wide, limit = torch.promote_types(x.dtype, torch.float32), self.swiglu_limit
+            gate, up = gate.to(wide).clamp(max=limit), up.to(wide).clamp(-limit, limit)
+            return self.down_proj((functional.silu(gate) * up).to(x.dtype))
+        return self.down_proj(functional.silu(gate) * up)
+
+    @torch.no_grad()
+    def init_weights(
+        self, buffer_device: torch.device | str | None = None, init_std: float = 0.02
+    ) -> None:
+        """Draw the matrices from N(0, init_std) and zero the biases."""
+        for linear in (self.gate_proj, self.up_proj, self.down_proj):
+            if linear is not None:
+                _init_linear(linear, init_std)
+
+
+class MoE(nn.Module):
+    """A Mixture-of-Experts layer: router, routed experts and, where configured, shared experts.
+
+    ``y = experts(x) + sigmoid(shared_expert_gate(x)) * shared_experts(x)``; with a
+    ``moe_latent_size`` the routed path runs between ``fc1_latent_proj`` and ``fc2_latent_proj``.
+
+    Attributes:
+        cp_mesh: ranks with other parts of the same sequences, used where forward is given none.
+    """
+
+    def __init__(self, config: MoEConfig, backend: BackendConfig | None = None) -> None:
+        super().__init__()
+        self.backend = BackendConfig() if backend is None else backend
+        self.dim = config.dim
+        self.n_routed_experts = config.n_routed_experts
+        self.n_activated_experts = config.n_activated_experts
+        self.cp_mesh: DeviceMesh | None = None
+        self.gate: Gate | FakeBalancedGate
+        if self.backend.fake_balanced_gate:
+            self.gate = FakeBalancedGate(config, noise=self.backend.fake_gate_noise)
+        else:
+            self.gate = Gate(config, gate_precision=self.backend.gate_precision)
+        self.experts = GroupedExperts(config, self.backend)
+
+        self.shared_experts: MLP | None = None
+        self.shared_expert_gate: nn.Linear | None = None
+        if config.n_shared_experts > 0:
+            width = config.shared_expert_inter_dim or config.moe_inter_dim
+            self.shared_experts = MLP(
+                config.dim,
+                config.n_shared_experts * width,
+                dtype=config.dtype,
+                activation=config.shared_expert_activation,
+                swiglu_limit=config.swiglu_limit,
+            )
+            if config.shared_expert_gate:
+                self.shared_expert_gate = self._linear(config.dim, 1, config)
+
+        self.fc1_latent_proj: nn.Linear | None = None
+        self.fc2_latent_proj: nn.Linear | None = None
+        if config.moe_latent_size is not None:
+            self.fc1_latent_proj = self._linear(config.dim, config.moe_latent_size, config)
+            self.fc2_latent_proj = self._linear(config.moe_latent_size, config.dim, config)
+
+    @staticmethod
+    def _linear(inputs: int, outputs: int, config: MoEConfig) -> nn.Linear:
+        return nn.Linear(inputs, outputs, bias=False, dtype=config.dtype)
+
+    def forward(
+        self,
+        x: Tensor,
+        padding_mask: Tensor | None = None,
+        cp_mesh: DeviceMesh | None = None,
+    ) -> Tensor:
+        """Route, compute and combine.
+
+        Args:
+            x: [..., H].
+            padding_mask: [...] bool, True for padding, which no routed expert sees.
+            cp_mesh: see :attr:`cp_mesh`.
+
+        Returns:
+            A new tensor shaped like ``x``.
+        """
+        cp_mesh = self.cp_mesh if cp_mesh is None else cp_mesh
+        tokens = x.reshape(-1, x.shape[-1])
+        if padding_mask is None:
+            token_mask = torch.ones(tokens.shape[0], dtype=torch.bool, device=x.device)
+        else:
+            token_mask = ~padding_mask.reshape(-1).to(torch.bool)
+
+        weights, indices, _ = self.gate(tokens, token_mask, cp_mesh)
+        shared = self._shared(tokens)
+        latent = tokens if self.fc1_latent_proj is None else self.fc1_latent_proj(tokens)
+        y = self.experts(latent, token_mask, weights, indices)
+        if self.fc2_latent_proj is not None:
+            y = self.fc2_latent_proj(y)
+        if shared is not None:
+            y = y + shared
+        # Not a view: hooks that FSDP hangs on the output would be lost by an update in place.
+        return torch.ops.aten._unsafe_view.default(y, x.shape)
+
+    def _shared(self, tokens: Tensor) -> Tensor | None:
+        if self.shared_experts is None:
+            return None
+        shared = self.shared_experts(tokens)
+        if self.shared_expert_gate is not None:
+            shared = torch.sigmoid(self.shared_expert_gate(tokens)) * shared
+        return shared
+
+    @torch.no_grad()
+    def init_weights(
+        self, buffer_device: torch.device | str | None = None, init_std: float = 0.02
+    ) -> None:
+        """Draw every matrix from N(0, init_std); zero the biases and the correction bias.
+
+        Under Expert Parallelism each rank draws its own shard: seed the ranks differently.
+        """
+        self.gate.init_weights(buffer_device, init_std)
+        self.experts.init_weights(buffer_device, init_std)
+        if self.shared_experts is not None:
+            self.shared_experts.init_weights(buffer_device, init_std)
+        for linear in (self.shared_expert_gate, self.fc1_latent_proj, self.fc2_latent_proj):
+            if linear is not None:
+                _init_linear(linear, init_std)
+
+
+def _init_linear(linear: nn.Linear, init_std: float) -> None:
+    local_tensor(linear.weight).normal_(0.0, init_std)
+    if linear.bias is not None:
+        local_tensor(linear.bias).zero_()

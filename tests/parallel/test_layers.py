@@ -1,0 +1,238 @@
+"""MoE layers on one device against their formulas."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from moe_parallel import MLP, BackendConfig, FakeBalancedGate, GroupedExperts, MoE, MoEConfig
+from tests.parallel import definitions
+from tests.parallel.definitions import make_config
+
+LAYERS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "mixtral": {"norm_topk_prob": True, "softmax_before_topk": False, "aux_loss_coeff": 0.2},
+    "deepseek": {
+        "score_func": "sigmoid",
+        "n_expert_groups": 4,
+        "n_limited_groups": 2,
+        "norm_topk_prob": True,
+        "route_scale": 2.5,
+        "force_e_score_correction_bias": True,
+        "n_shared_experts": 2,
+    },
+    "gpt_oss": {
+        "expert_activation": "quick_geglu",
+        "expert_bias": True,
+        "router_bias": True,
+        "softmax_before_topk": False,
+        "activation_limit": 1.5,
+    },
+    "swigluoai": {"expert_activation": "swigluoai", "expert_bias": True, "activation_alpha": 1.1},
+    "geglu": {"expert_activation": "geglu", "n_shared_experts": 1, "shared_expert_gate": True},
+    "nemotron": {
+        "expert_activation": "relu2",
+        "shared_expert_activation": "relu2",
+        "n_shared_experts": 1,
+        "shared_expert_inter_dim": 17,
+        "moe_latent_size": 7,
+        "score_func": "sqrtsoftplus",
+    },
+    "clamped": {"swiglu_limit": 0.5, "n_shared_experts": 1},
+}
+
+
+def make_moe(backend: BackendConfig | None = None, **changes: Any) -> tuple[MoE, MoEConfig]:
+    config = make_config(**changes)
+    layer = MoE(config, BackendConfig() if backend is None else backend)
+    definitions.randomize(layer)
+    if config.force_e_score_correction_bias:
+        bias = layer.gate.e_score_correction_bias
+        assert isinstance(bias, Tensor)
+        bias.copy_(torch.rand(bias.shape))
+    return layer, config
+
+
+@pytest.mark.parametrize("experts", ["auto", "reference"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_moe_is_its_formula(name: str, experts: str) -> None:
+    """Output and every gradient, with padding; tokens in three dimensions, not contiguous."""
+    layer, config = make_moe(BackendConfig(experts=experts), **LAYERS[name])
+    x = torch.randn(config.dim, 7, 5, dtype=torch.float64).transpose(0, 2).requires_grad_()
+    padding = torch.rand(5, 7) < 0.3
+    upstream = torch.randn(5, 7, config.dim, dtype=torch.float64)
+    y = layer(x, padding)
+    assert y.shape == x.shape
+    trained = dict(layer.named_parameters())
+    actual = torch.autograd.grad(y, [x, *trained.values()], upstream)
+
+    twin = definitions.leaves(layer)
+    tokens = x.detach().reshape(-1, config.dim).requires_grad_()
+    mask = ~padding.flatten()
+    expected, aux = definitions.moe(config, twin, tokens, mask)
+    total = (expected * upstream.flatten(0, 1)).sum() + config.aux_loss_coeff * aux
+    truth = torch.autograd.grad(total, [tokens, *(twin[key] for key in trained)])
+    assert_close(y.flatten(0, 1), expected)
+    assert_close(actual[0].flatten(0, 1), truth[0], rtol=1e-6, atol=1e-7)
+    for key, ours, theirs in zip(trained, actual[1:], truth[1:], strict=True):
+        assert_close(ours, theirs, rtol=1e-6, atol=1e-7, msg=key)
+
+
+def test_experts_see_nothing_of_masked_tokens_and_dropped_slots() -> None:
+    """Not even if they hold NaN, in forward or in backward."""
+    config = make_config(expert_bias=True)
+    experts = GroupedExperts(config)
+    definitions.randomize(experts)
+    x = torch.randn(9, config.dim, dtype=torch.float64)
+    mask = torch.arange(9) % 3 > 0
+    weights = torch.rand(9, 3, dtype=torch.float64)
+    indices = torch.rand(9, 8).topk(3).indices
+    indices[4] = torch.tensor([-1, 8, 2])
+    poisoned = torch.where(mask[:, None], x, torch.nan).requires_grad_()
+    y = experts(poisoned, mask, weights.requires_grad_(), indices)
+    assert torch.equal(y[~mask], torch.zeros_like(y[~mask]))
+    y.sum().backward()
+    assert poisoned.grad is not None
+    assert weights.grad is not None
+    assert bool((poisoned.grad[~mask] == 0).all())
+    assert bool((weights.grad[~mask] == 0).all())
+    for parameter in experts.parameters():
+        assert parameter.grad is not None
+        assert bool(parameter.grad.isfinite().all())
+    alone = experts(x[4:5], mask[4:5], weights[4:5, 2:].expand(1, 3), torch.tensor([[2, -1, 8]]))
+    assert_close(y[4:5], alone)
+
+
+@pytest.mark.parametrize("tokens", [0, 6])
+def test_every_expert_parameter_gets_a_gradient(tokens: int) -> None:
+    """Zero where no token came, whatever the weights and the tokens hold."""
+    config = make_config(expert_bias=True)
+    experts = GroupedExperts(config)
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter.fill_(torch.inf)
+    x = torch.full((tokens, config.dim), torch.nan, dtype=torch.float64)
+    indices = torch.full((tokens, 3), -1)
+    weights = torch.rand(tokens, 3, dtype=torch.float64)
+    experts(x, torch.ones(tokens, dtype=torch.bool), weights, indices).sum().backward()
+    for name, parameter in experts.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.equal(parameter.grad, torch.zeros_like(parameter)), name
+
+
+def test_float32_parameters_serve_bfloat16_activations() -> None:
+    config = make_config(dtype=torch.float32, dim=32, moe_inter_dim=16)
+    experts = GroupedExperts(config)
+    definitions.randomize(experts)
+    x = torch.randn(12, 32, dtype=torch.bfloat16)
+    y = experts(
+        x, torch.ones(12, dtype=torch.bool), torch.rand(12, 3), torch.rand(12, 8).topk(3).indices
+    )
+    assert y.dtype == torch.bfloat16
+    y.sum().backward()
+    assert experts.down_projs.grad is not None
+    assert experts.down_projs.grad.dtype == torch.float32
+
+
+def test_unknown_activations_are_named() -> None:
+    with pytest.raises(ValueError, match=r"expert_activation must be one of swiglu.*'tanh'"):
+        GroupedExperts(make_config(expert_activation="tanh"))
+    with pytest.raises(ValueError, match="MLP: activation must be swiglu or relu2; got 'geglu'"):
+        MLP(3, 4, activation="geglu")
+
+
+def test_mlp() -> None:
+    x = torch.randn(4, 6, dtype=torch.float64) * 3
+    layer = MLP(6, 5, dtype=torch.float64, bias=True)
+    assert layer.gate_proj is not None
+    gate, up = layer.gate_proj(x), layer.up_proj(x)
+    assert_close(layer(x), layer.down_proj(gate * torch.sigmoid(gate) * up))
+    layer.swiglu_limit = 0.3
+    gate, up = gate.clamp(max=0.3), up.clamp(-0.3, 0.3)
+    assert_close(layer(x), layer.down_proj(gate * torch.sigmoid(gate) * up))
+    plain = MLP(6, 5, dtype=torch.float64, activation="relu2")
+    assert plain.gate_proj is None
+    assert_close(plain(x), plain.down_proj(plain.up_proj(x).relu() ** 2))
+    assert MLP(6, 5)(torch.randn(2, 6).bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["plain", "deepseek"])
+def test_output_is_a_tensor_of_its_own(name: str) -> None:
+    """Residual connections may be added in place."""
+    layer, config = make_moe(**LAYERS[name])
+    for shape in ((3, 4, config.dim), (5, config.dim), (0, config.dim)):
+        x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        y = layer(x)
+        assert y.shape == shape
+        assert not y._is_view()
+        y += 1
+        y.sum().backward()
+
+
+def test_parts_are_called_with_positional_arguments() -> None:
+    layer, config = make_moe(moe_latent_size=7)
+    x = torch.randn(2, 4, config.dim, dtype=torch.float64)
+    padding = torch.rand(2, 4) < 0.5
+    weights, indices = torch.rand(8, 3), torch.zeros(8, 3, dtype=torch.int64)
+    layer.gate.forward = MagicMock(return_value=(weights, indices, None))
+    routed = torch.randn(8, 7, dtype=torch.float64)
+    layer.experts.forward = MagicMock(return_value=routed)
+    mesh = MagicMock()
+    layer.cp_mesh = mesh
+    layer(x, padding)
+    tokens, mask, cp_mesh = layer.gate.forward.call_args.args
+    assert torch.equal(tokens, x.flatten(0, 1))
+    assert torch.equal(mask, ~padding.flatten())
+    assert cp_mesh is mesh
+    latent, mask, *routing = layer.experts.forward.call_args.args
+    assert layer.fc1_latent_proj is not None
+    assert_close(latent, layer.fc1_latent_proj(tokens))
+    assert torch.equal(mask, ~padding.flatten())
+    assert routing[0] is weights
+    assert routing[1] is indices
+    other = MagicMock()
+    layer(x, cp_mesh=other)
+    assert layer.gate.forward.call_args.args[2] is other
+    assert bool(layer.gate.forward.call_args.args[1].all())
+
+
+def test_balanced_gate_of_the_backend() -> None:
+    layer, config = make_moe(BackendConfig(fake_balanced_gate=True, fake_gate_noise=0.5))
+    assert isinstance(layer.gate, FakeBalancedGate)
+    assert layer.gate.noise == 0.5
+    assert layer(torch.randn(4, config.dim, dtype=torch.float64)).shape == (4, config.dim)
+
+
+def test_init_weights() -> None:
+    layer, config = make_moe(
+        **LAYERS["gpt_oss"], n_shared_experts=1, force_e_score_correction_bias=True
+    )
+    layer.init_weights(torch.device("cpu"), init_std=0.5)
+    for name, value in layer.state_dict().items():
+        if "bias" in name:
+            assert bool((value == 0).all()), name
+        else:
+            assert 0.3 < value.std().item() < 0.7, name
+    with torch.device("meta"):
+        bare = MoE(config, BackendConfig())
+    bare.to_empty(device="cpu").init_weights(torch.device("cpu"))
+    assert all(bool(value.isfinite().all()) for value in bare.state_dict().values())
+
+
+def test_a_layer_compiles_whole() -> None:
+    layer, config = make_moe(**LAYERS["deepseek"])
+    x = torch.randn(6, config.dim, dtype=torch.float64, requires_grad=True)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    y, expected = compiled(x), layer(x)
+    assert_close(y, expected)
+    for ours, theirs in zip(
+        torch.autograd.grad(y.square().sum(), [x, *layer.parameters()]),
+        torch.autograd.grad(expected.square().sum(), [x, *layer.parameters()]),
+        strict=True,
+    ):
+        assert_close(ours, theirs)
