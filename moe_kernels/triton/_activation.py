@@ -10,7 +10,8 @@ import math
 
 import triton
 import triton.language as tl
-from triton.language import PropagateNan
+
+from moe_kernels.triton._math import fast_sigmoid, sigmoid
 
 GATED = ("swiglu", "geglu", "reglu", "swigluoai")
 CLAMPED = ("swiglu", "swigluoai")
@@ -22,19 +23,7 @@ def clamps(kind: str, limit: float) -> bool:
 
 @triton.jit
 def _sigmoid(x, PRECISE: tl.constexpr):
-    if x.dtype == tl.float64:
-        return 1.0 / (1.0 + tl.exp(-x))
-    log2e: tl.constexpr = 1.4426950408889634
-    if PRECISE:
-        # what x * log2e loses in rounding comes back as a factor near 1
-        y = x * -log2e
-        lost = tl.fma(x, -log2e, -y) + x * -1.925963033500e-8
-        lost = tl.minimum(tl.maximum(lost, -1.0), 1.0)
-        return tl.div_rn(1.0, 1.0 + tl.exp2(y) * (1.0 + 0.6931471805599453 * lost))
-    # rsqrt(1 + e)**2 is 1 / (1 + e) in three instructions, where a division takes about ten and a
-    # quotient of two tiles makes kernels spill
-    r = tl.rsqrt(1.0 + tl.exp2(x * -log2e))
-    return r * r
+    return sigmoid(x) if PRECISE else fast_sigmoid(x)
 
 
 @triton.jit
@@ -42,23 +31,31 @@ def _value_and_slope(z, alpha, KIND: tl.constexpr, PRECISE: tl.constexpr):
     """``f(z)`` and ``f'(z)`` of the function that the gate (or the whole input) goes through."""
     if KIND == "swiglu" or KIND == "silu":
         s = _sigmoid(z, PRECISE)
-        return z * s, s + z * s * (1.0 - s)
-    if KIND == "swigluoai":
+        value = z * s
+        slope = s + value * (1.0 - s)
+    elif KIND == "swigluoai":
         s = _sigmoid(alpha * z, PRECISE)
-        return z * s, s + alpha * z * s * (1.0 - s)
-    if KIND == "geglu":
+        value = z * s
+        slope = s + alpha * value * (1.0 - s)
+    elif KIND == "geglu":
         # 0.5 * (1 + tanh(y)) is sigmoid(2 * y)
         c: tl.constexpr = 1.5957691216057308  # 2 * sqrt(2 / pi)
         s = _sigmoid(c * z * (1.0 + 0.044715 * z * z), PRECISE)
-        return z * s, s + z * s * (1.0 - s) * c * (1.0 + 0.134145 * z * z)
-    if KIND == "reglu":
-        return tl.maximum(z, 0.0, propagate_nan=PropagateNan.ALL), tl.where(z > 0.0, 1.0, 0.0)
-    if KIND == "relu2":
-        p = tl.maximum(z, 0.0, propagate_nan=PropagateNan.ALL)
-        return p * p, 2.0 * p
-    tl.static_assert(KIND == "gelu")
-    cdf = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
-    return z * cdf, cdf + z * tl.exp2(z * z * -0.7213475204444817) * 0.3989422804014327
+        value = z * s
+        slope = s + value * (1.0 - s) * c * (1.0 + 0.134145 * z * z)
+    elif KIND == "reglu":
+        value = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        slope = tl.where(z > 0.0, 1.0, 0.0)
+    elif KIND == "relu2":
+        p = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        value = p * p
+        slope = 2.0 * p
+    else:
+        tl.static_assert(KIND == "gelu")
+        cdf = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
+        value = z * cdf
+        slope = cdf + z * tl.exp2(z * z * -0.7213475204444817) * 0.3989422804014327
+    return value, slope
 
 
 @triton.jit
@@ -66,8 +63,8 @@ def activate_gated(
     gate, up, alpha, limit, KIND: tl.constexpr, CLAMP: tl.constexpr, PRECISE: tl.constexpr
 ):
     if CLAMP:
-        gate = tl.minimum(gate, limit, propagate_nan=PropagateNan.ALL)
-        up = tl.clamp(up, -limit, limit, propagate_nan=PropagateNan.ALL)
+        gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
+        up = tl.clamp(up, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
     value, _ = _value_and_slope(gate, alpha, KIND, PRECISE)
     return value * (up + 1.0 if KIND == "swigluoai" else up)
 
@@ -79,8 +76,8 @@ def activate_gated_backward(
     """The activation, and the gradients to gate and up of ``grad`` to it."""
     g, u = gate, up
     if CLAMP:
-        g = tl.minimum(gate, limit, propagate_nan=PropagateNan.ALL)
-        u = tl.clamp(up, -limit, limit, propagate_nan=PropagateNan.ALL)
+        g = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
+        u = tl.clamp(up, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
     value, slope = _value_and_slope(g, alpha, KIND, PRECISE)
     shifted = u + 1.0 if KIND == "swigluoai" else u
     grad_gate, grad_up = grad * slope * shifted, grad * value

@@ -19,7 +19,7 @@ from moe_kernels.triton._launch import ceil_div, checks_values, next_power_of_2,
 
 ONE_BLOCK = 1024  # up to as many slots are sorted in one launch
 BLOCK = 256
-LANES = 32  # slots that every slot of a block is compared with at a time
+LANES = 16  # slots that every slot of a block is compared with at a time
 SCAN_BLOCKS, SCAN_BINS = 64, 32  # tile of the sum over blocks
 
 
@@ -126,7 +126,16 @@ def sort_by_expert(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, 
         if R <= ONE_BLOCK:
             block = max(next_power_of_2(R), 32)
             _sort_one_block_kernel[(1,)](
-                ids, row_to_slot, slot_to_row, offsets, R, E, BINS=bins, BLOCK=block, LANES=LANES
+                ids,
+                row_to_slot,
+                slot_to_row,
+                offsets,
+                R,
+                E,
+                BINS=bins,
+                BLOCK=block,
+                LANES=LANES,
+                num_warps=8 if block > 256 else 4,
             )
             return row_to_slot, slot_to_row, offsets
         blocks = ceil_div(R, BLOCK)
