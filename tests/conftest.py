@@ -54,9 +54,8 @@ class Implementation:
 
 @contextmanager
 def triton_under_cpu() -> Iterator[None]:
-    """Put the Triton launchers under the CPU key for a while, in the mended interpreter."""
+    """Put the Triton launchers under the CPU key for a while."""
     from moe_kernels.ops._library import NAMESPACE, _lazy_triton
-    from tests.kernels.interpreter import bfloat16_interpreter
 
     library = torch.library.Library(NAMESPACE, "IMPL")
     with warnings.catch_warnings():
@@ -64,16 +63,12 @@ def triton_under_cpu() -> Iterator[None]:
         for op in OPS:
             library.impl(op, _lazy_triton(op), "CPU")
     try:
-        with bfloat16_interpreter():
-            yield
+        yield
     finally:
         library._destroy()
 
 
-GPU = pytest.param("cuda", marks=pytest.mark.gpu)
-
-
-@pytest.fixture(scope="module", params=["cpu", GPU if HAS_GPU else "interpreter"])
+@pytest.fixture(scope="module", params=["cpu", "cuda" if HAS_GPU else "interpreter"])
 def impl(request: pytest.FixtureRequest) -> Iterator[Implementation]:
     if request.param == "interpreter":
         with triton_under_cpu():
