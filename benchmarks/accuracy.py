@@ -1,0 +1,78 @@
+"""Whether an implementation computed the right thing.
+
+Two checks. Some rows of every result against float64: the relative Frobenius error may be at most
+1.5 times that of plain PyTorch in the same dtype. And the norm of every row against that of plain
+PyTorch, so that no row is missing or garbage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from benchmarks.registry import Truth
+
+MAX_RATIO = 1.5
+FLOAT32_ROUNDING = 1e-6  # sums in another order differ by this much: never called wrong
+NORM_TOLERANCE = 0.05  # relative; bf16 chains differ by less than 0.01
+
+
+@dataclass
+class Accuracy:
+    """Of one implementation on one case.
+
+    Attributes:
+        errors: relative Frobenius error against float64, by result.
+        norms: of every row (entry of dim 0) of every result.
+        wrong: what is wrong beyond rounding, or "".
+    """
+
+    errors: dict[str, float] = field(default_factory=dict)
+    norms: dict[str, Tensor] = field(default_factory=dict)
+    wrong: str = ""
+
+    @property
+    def error(self) -> float:
+        return max(self.errors.values(), default=0.0)
+
+    def verdict(self, yardstick: Accuracy | None) -> str:
+        """Why the result must not be counted, or ""."""
+        if self.wrong or yardstick is None:
+            return self.wrong
+        for name, error in self.errors.items():
+            allowed = max(MAX_RATIO * yardstick.errors[name], FLOAT32_ROUNDING)
+            if not error <= allowed:
+                return f"error of {name} {error:.2e} is above {allowed:.2e}"
+            own, theirs = self.norms[name], yardstick.norms[name]
+            slack = NORM_TOLERANCE * (theirs + theirs.mean())
+            bad = ((own - theirs).abs() > slack).nonzero().flatten()
+            if len(bad):
+                return f"{len(bad)} rows of {name} are wrong, first {int(bad[0])}"
+        return ""
+
+
+def judge(results: Mapping[str, Tensor], truth: Mapping[str, Truth]) -> Accuracy:
+    """Compare results with the truth."""
+    accuracy = Accuracy()
+    for name, right in truth.items():
+        found = results[name].detach()
+        norms = _row_norms(found if found.is_floating_point() else found.double())
+        if not bool(norms.isfinite().all()):
+            accuracy.wrong = f"{name} is not finite"
+        rows = found[right.rows].double()
+        size = float(right.values.norm())
+        difference = float((rows - right.values).norm())
+        accuracy.errors[name] = difference / size if size else difference
+        accuracy.norms[name] = norms
+    return accuracy
+
+
+def _row_norms(values: Tensor) -> Tensor:
+    if values.dim() == 1:
+        return values.abs().double()
+    inner = tuple(range(1, values.dim()))
+    wide = torch.promote_types(values.dtype, torch.float32)
+    return torch.linalg.vector_norm(values, dim=inner, dtype=wide).double()

@@ -1,0 +1,164 @@
+"""The command line: ``python -m benchmarks run|report|list``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import environment, plots, results, tables
+from benchmarks.limits import Limits
+from benchmarks.ops import OPS
+from benchmarks.providers import OURS, PROVIDERS
+from benchmarks.registry import DIRECTIONS, DTYPES, Op
+from benchmarks.routing import ROUTINGS
+from benchmarks.runner import Settings, available, run_op
+
+RUNS = environment.ROOT / "runs" / "benchmarks"
+COMMITTED = environment.ROOT / "benchmarks" / "results"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        code: int = options.command(options)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return 2
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+
+    run = commands.add_parser("run", help="measure ops and write the results as JSON")
+    run.add_argument("ops", nargs="+", choices=[*OPS, "all"], metavar="op", help=", ".join(OPS))
+    run.add_argument("--device", choices=("cpu", "cuda"), default=_default_device())
+    run.add_argument(
+        "--shape",
+        nargs="+",
+        default=(),
+        help="names of shape sets (see list), or sizes such as T=16,E=8 (others as in the default)",
+    )
+    run.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=())
+    run.add_argument("--direction", nargs="+", choices=DIRECTIONS, default=())
+    run.add_argument("--provider", nargs="+", choices=list(PROVIDERS), default=())
+    run.add_argument("--routing", choices=ROUTINGS, default="uniform")
+    run.add_argument("--threads", type=int, help="of PyTorch on the CPU")
+    run.add_argument("--seconds", type=float, default=20.0, help="of timing for each table")
+    run.add_argument("--rounds", type=int, default=50, help="of timing at most")
+    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--out", type=Path, help="a .json file (for one op) or a folder")
+    run.set_defaults(command=_run)
+
+    report = commands.add_parser("report", help="tables and plots from result files")
+    report.add_argument(
+        "files", nargs="*", type=Path, help="default: the committed results and those of last runs"
+    )
+    report.add_argument("--out", type=Path, default=RUNS / "report", help="a folder")
+    report.set_defaults(command=_report)
+
+    show = commands.add_parser("list", help="ops, shapes, and providers and why they cannot run")
+    show.add_argument("--device", choices=("cpu", "cuda"), default=_default_device())
+    show.set_defaults(command=_list)
+    return parser
+
+
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device cuda: torch {torch.__version__} finds no CUDA device")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    settings = Settings(
+        device=torch.device(options.device),
+        shapes=options.shape,
+        dtypes=options.dtype,
+        directions=options.direction,
+        providers=options.provider,
+        routing=options.routing,
+        seconds=options.seconds,
+        max_rounds=options.rounds,
+        seed=options.seed,
+    )
+    ops = list(OPS) if "all" in options.ops else list(dict.fromkeys(options.ops))
+    if options.out and options.out.suffix == ".json" and len(ops) > 1:
+        raise ValueError(f"--out must be a folder for {len(ops)} ops; got {options.out}")
+    failed = [problem for name in ops for problem in _run_one(OPS[name], settings, options.out)]
+    for problem in failed:
+        print(f"benchmarks: {problem}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _run_one(op: Op, settings: Settings, out: Path | None) -> list[str]:
+    """Measure, print and write one op. Returns what is wrong with our own rows."""
+    described = environment.describe(settings.device)
+    why = available(op, settings.device.type, settings.providers)
+    for name, reason in why.items():
+        if reason:
+            print(f"{op.name}: without {name}: {reason}", flush=True)
+    path = out or RUNS / environment.slug(described["device"])
+    if path.suffix != ".json":
+        path = path / f"{op.name}.json"
+    limits: dict[str, Limits] = {}
+    rows: list[dict[str, Any]] = []
+    document: dict[str, Any] = {"rows": []}
+    for new, dtype, seen in run_op(op, settings):
+        limits[dtype] = limits[dtype].best(seen) if dtype in limits else seen
+        rows += new
+        document = results.document(op.name, described, why, limits, rows)
+        results.write(path, document)
+        for group in tables.grouped(document["rows"][len(rows) - len(new) :]).values():
+            print(f"\n{tables.table(group)}", flush=True)
+    print(f"\n{tables.summary(document['rows'])}\n\nwritten: {path}", flush=True)
+    return [
+        f"{op.name} {row['shape']} {row['dtype']} {row['direction']}: {row['void'] or row['note']}"
+        for row in rows
+        if row["provider"] == OURS and (row["void"] or row["note"])
+    ]
+
+
+def _report(options: argparse.Namespace) -> int:
+    files = options.files or sorted([*COMMITTED.rglob("*.json"), *RUNS.rglob("*.json")])
+    if not files:
+        raise FileNotFoundError(
+            f"no results in {COMMITTED} or {RUNS}; python -m benchmarks run all"
+        )
+    options.out.mkdir(parents=True, exist_ok=True)
+    parts = []
+    for file in files:
+        found = results.read(file)
+        device, commit = found["device"], found["commit"]
+        dirty = " with changes" if commit["dirty"] else ""
+        versions = ", ".join(f"{name} {of}" for name, of in found["versions"].items() if of)
+        parts += [
+            f"## {found['op']} on {device['name']}, {found['threads']} threads",
+            f"Commit {commit['hash']}{dirty}, {found['date']}; {versions}.",
+            tables.summary(found["rows"]),
+        ]
+        folder = options.out / environment.slug(device)
+        for picture in plots.draw(found["rows"], folder):
+            parts.append(f"![{picture.stem}]({picture.relative_to(options.out)})")
+    text = "\n\n".join(["# Benchmarks", *parts]) + "\n"
+    (options.out / "report.md").write_text(text)
+    print(f"{text}\nwritten: {options.out / 'report.md'}")
+    return 0
+
+
+def _list(options: argparse.Namespace) -> int:
+    for op in OPS.values():
+        print(f"{op.name}")
+        for name, shapes in op.shape_sets.items():
+            default = " (default)" if name in op.defaults[options.device] else ""
+            print(f"  {name}{default}: {'; '.join(map(str, shapes))}")
+        for name, reason in available(op, options.device).items():
+            print(f"  {name}: {reason or 'available'}")
+    return 0

@@ -1,0 +1,110 @@
+"""What a measurement was made on: device, versions, commit."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import re
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+MODULES = ("torch", "triton", "transformers", "moe_kernels", "numpy")
+# settings that change times
+VARIABLES = (
+    "MOE_KERNELS_BACKEND",
+    "OMP_NUM_THREADS",
+    "OMP_PROC_BIND",
+    "KMP_AFFINITY",
+    "LD_PRELOAD",
+    "THP_MEM_ALLOC_ENABLE",
+    "ONEDNN_MAX_CPU_ISA",
+    "ATEN_CPU_CAPABILITY",
+    "CUDA_VISIBLE_DEVICES",
+    "PYTORCH_CUDA_ALLOC_CONF",
+)
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Everything that a reader needs in order to judge a figure, as JSON values."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "command": "python -m benchmarks " + " ".join(sys.argv[1:]),
+        "device": _cuda(device) if device.type == "cuda" else _cpu(),
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version()} | {m: _version(m) for m in MODULES},
+        "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        "load_average": os.getloadavg()[0],
+    }
+
+
+def slug(device: dict[str, Any]) -> str:
+    """A folder name for results of a device: "nvidia-h200", "cpu-amd-epyc"."""
+    name = re.sub(r"[^a-z0-9]+", "-", str(device["name"]).lower()).strip("-")
+    return name if device["type"] == "cuda" else f"cpu-{name}"
+
+
+def commit() -> dict[str, Any]:
+    """Hash of the checked out commit, and whether tracked files differ from it."""
+    hash_ = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
+    changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
+    return {"hash": hash_ or None, "dirty": bool(changed)}
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def _version(module: str) -> str | None:
+    try:
+        loaded = importlib.import_module(module)
+    except ImportError:
+        return None
+    own = getattr(loaded, "__version__", None)
+    if own is None:
+        own = getattr(importlib.import_module(f"{module}._version"), "__version__", None)
+    return str(own)
+
+
+def _cpu() -> dict[str, Any]:
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    model = re.search(r"model name\s*: (.*)", text)
+    clocks = [float(mhz) for mhz in re.findall(r"cpu MHz\s*: ([\d.]+)", text)]
+    return {
+        "type": "cpu",
+        "name": model[1].strip() if model else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "clocks_mhz": clocks,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _cuda(device: torch.device) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(device)
+    fields = ("clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "driver_version")
+    answer = _output(
+        "nvidia-smi",
+        f"--id={getattr(properties, 'uuid', 0) and 'GPU-' + str(properties.uuid)}",
+        f"--query-gpu={','.join(fields)}",
+        "--format=csv,noheader,nounits",
+    )
+    values = [value.strip() for value in answer.split(",")] if answer else []
+    return {
+        "type": "cuda",
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "cuda": torch.version.cuda,
+        "clocks": dict(zip(fields, values, strict=False)),
+    }

@@ -1,0 +1,60 @@
+"""What this machine can do, measured: the rate of a dense product and of reading memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.registry import Cost
+from benchmarks.timing import Clock, measure
+
+ROUNDS = 4
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Rates of one device and dtype.
+
+    Attributes:
+        flops: per second, of a large square product.
+        bytes: per second, of reading memory once.
+    """
+
+    flops: float
+    bytes: float
+
+    def floor_ms(self, cost: Cost) -> float:
+        """The time below which nothing on this machine can do this much work."""
+        return 1e3 * max(cost.flops / self.flops, cost.bytes / self.bytes)
+
+    def best(self, other: Limits) -> Limits:
+        """The fastest that the machine was seen to be."""
+        return Limits(max(self.flops, other.flops), max(self.bytes, other.bytes))
+
+
+def measure_limits(clock: Clock, device: torch.device, dtype: torch.dtype) -> Limits:
+    """The best of a few repetitions: a limit is what the machine can do, not what it did."""
+    cuda = device.type == "cuda"
+    size = 8192 if cuda else 2048
+    a = torch.randn(size, size, device=device).to(dtype)
+    b = torch.randn(size, size, device=device).to(dtype)
+    c = torch.empty_like(a)
+    memory = torch.ones((4 << 30 if cuda else 256 << 20) // 4, device=device)
+    integers = memory.view(torch.int32)
+    stages = {
+        "product": lambda: torch.mm(a, b, out=c),
+        "sum": lambda: memory.sum(),
+        "maximum": lambda: integers.amax(),
+    }
+    ms = {}
+    for name, stage in stages.items():
+
+        def call(clock: Clock, _: int, stage: object = stage) -> None:
+            clock.mark()
+            stage()  # type: ignore[operator]
+            clock.mark()
+
+        ms[name] = min(measure(clock, call, 0, 1)[0] for _ in range(ROUNDS))
+    read_ms = min(ms["sum"], ms["maximum"])
+    return Limits(2 * size**3 / ms["product"] * 1e3, memory.nbytes / read_ms * 1e3)

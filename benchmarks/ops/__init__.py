@@ -1,0 +1,23 @@
+"""Every op that can be measured. A new one is a file here and its name in OPS."""
+
+from benchmarks.ops.expert_activation import expert_activation
+from benchmarks.ops.fused_experts import fused_experts
+from benchmarks.ops.grouped_gemm import grouped_gemm
+from benchmarks.ops.permute import permute
+from benchmarks.ops.sort_by_expert import sort_by_expert
+from benchmarks.ops.topk_router import topk_router
+from benchmarks.ops.unpermute import unpermute
+from benchmarks.registry import Op
+
+OPS: dict[str, Op] = {
+    op.name: op
+    for op in (
+        fused_experts,
+        grouped_gemm,
+        expert_activation,
+        permute,
+        unpermute,
+        sort_by_expert,
+        topk_router,
+    )
+}

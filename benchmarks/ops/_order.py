@@ -1,0 +1,42 @@
+"""Routed batches for the ops that move rows: T tokens, H hidden, E experts, K a token."""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks.ops._shapes import CPU_TOKENS, LAYERS, TRAINING_TOKENS
+from benchmarks.registry import Inputs, Shape
+from benchmarks.routing import make_topk_ids
+from moe_kernels import ExpertOrder, reference
+
+INPUT_SETS = 4
+
+
+def _shapes(name: str, tokens: tuple[int, ...]) -> list[Shape]:
+    hidden, _, experts, top_k = LAYERS[name]
+    return [Shape({"T": t, "H": hidden, "E": experts, "K": top_k}) for t in tokens]
+
+
+def row_sets() -> dict[str, list[Shape]]:
+    """Shapes of routed batches by set name."""
+    cpu = {"cpu": _shapes("qwen3-30b-a3b", CPU_TOKENS)}
+    return cpu | {name: _shapes(name, TRAINING_TOKENS) for name in LAYERS}
+
+
+ROW_DEFAULTS = {"cpu": ("cpu",), "cuda": ("qwen3-30b-a3b", "deepseek-v3")}
+
+
+def make_orders(shape: Shape, device: torch.device, routing: str, seed: int) -> list[Inputs]:
+    """For each input set the fields of an expert order."""
+    T, E, K = (shape[letter] for letter in "TEK")
+    generator = torch.Generator().manual_seed(seed)
+    orders: list[Inputs] = []
+    for _ in range(INPUT_SETS):
+        ids = make_topk_ids(T, E, K, routing, generator)
+        fields = (value.to(device) for value in reference.sort_by_expert(ids, E))
+        orders.append(ExpertOrder(*fields)._asdict())
+    return orders
+
+
+def order_of(inputs: Inputs) -> ExpertOrder:
+    return ExpertOrder(*(inputs[name] for name in ExpertOrder._fields))

@@ -1,0 +1,27 @@
+"""Every source of implementations. A new one is a file here and its name in PROVIDERS."""
+
+from benchmarks.providers.copy_limit import copy_limit
+from benchmarks.providers.dense_limit import dense_limit
+from benchmarks.providers.moe_kernels import moe_kernels
+from benchmarks.providers.torch_chain import torch_chain
+from benchmarks.providers.transformers import transformers_batched_mm as batched_mm
+from benchmarks.providers.transformers import transformers_eager as eager
+from benchmarks.providers.transformers import transformers_grouped_mm as grouped_mm
+from benchmarks.registry import Provider
+
+OURS = moe_kernels.name
+YARDSTICK = torch_chain.name  # whose error against float64 the others' is held to
+LIMITS = (dense_limit.name, copy_limit.name)
+
+PROVIDERS: dict[str, Provider] = {
+    provider.name: provider
+    for provider in (
+        moe_kernels,
+        torch_chain,
+        eager,
+        grouped_mm,
+        batched_mm,
+        dense_limit,
+        copy_limit,
+    )
+}

@@ -1,0 +1,198 @@
+"""What a benchmark is made of: an op, a shape, a case, and providers of implementations.
+
+An :class:`Op` says what is computed, on which shapes, what it costs at least and what the right
+answer is. A :class:`Provider` builds one implementation of it. Neither knows of clocks or files.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DIRECTIONS = ("forward", "backward", "forward+backward")
+
+Inputs = Mapping[str, Tensor]
+Output = Tensor | tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes by their letter, in the op's order: ``Shape({"T": 16, "H": 2048})`` is "T16 H2048"."""
+
+    sizes: Mapping[str, int]
+
+    def __str__(self) -> str:
+        return " ".join(f"{letter}{size}" for letter, size in self.sizes.items())
+
+    def __getitem__(self, letter: str) -> int:
+        return self.sizes[letter]
+
+    def replace(self, text: str) -> Shape:
+        """This shape with the sizes that ``text`` names ("T=4,E=8", "T4 E8"), the others kept."""
+        words = [word for word in re.split(r"[\s,]+", text.strip()) if word]
+        sizes = dict(self.sizes)
+        for word in words:
+            match = re.fullmatch(r"([A-Za-z]+)=?(\d+)", word)
+            if not match or match[1] not in sizes:
+                raise ValueError(
+                    f"shape must be sizes by letter, of {', '.join(sizes)} (T=16,H=2048); "
+                    f"got {word!r} in {text!r}"
+                )
+            sizes[match[1]] = int(match[2])
+        if min(sizes.values()) < 1:
+            raise ValueError(f"shape must have sizes of at least 1; got {text!r}")
+        return Shape(sizes)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op on one shape, ready to be computed.
+
+    Attributes:
+        weights: tensors that every call shares; leaves, in checkpoint layout.
+        inputs: sets of arguments that calls rotate through, so that no cache holds the last one's.
+            "grad" is the gradient of the (first) output.
+        differentiable: the names in weights and inputs that backward yields gradients of.
+    """
+
+    shape: Shape
+    dtype: torch.dtype
+    device: torch.device
+    inputs: Sequence[Inputs]
+    weights: Inputs = field(default_factory=dict)
+    differentiable: tuple[str, ...] = ()
+
+    def leaves(self, index: int) -> dict[str, Tensor]:
+        """The differentiable tensors of input set ``index``."""
+        both = {**self.weights, **self.inputs[index]}
+        return {name: both[name] for name in self.differentiable}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What any implementation must do at the least."""
+
+    flops: float
+    bytes: float
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.flops + other.flops, self.bytes + other.bytes)
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Right values, float64, of some rows (entries of dim 0) of an output or a gradient."""
+
+    rows: Tensor
+    values: Tensor
+
+
+MakeCase = Callable[[Shape, torch.dtype, torch.device, str, int], Case]
+
+
+@dataclass(frozen=True)
+class Op:
+    """An operation that can be measured.
+
+    Attributes:
+        name: as in the package.
+        outputs: names of the results, in order; only the first is differentiated.
+        shape_sets: lists of shapes by name.
+        defaults: for each device type the names of the sets to run if none is asked for.
+        make_case: from shape, dtype, device, routing and seed to random inputs.
+        cost: the least work of "forward" and of "backward", averaged over the case's inputs.
+        truth: results (and ``gradients``) for an input set in float64, of a subset of rows.
+        dtypes, directions: that it is measured in by default.
+    """
+
+    name: str
+    outputs: tuple[str, ...]
+    shape_sets: Mapping[str, Sequence[Shape]]
+    defaults: Mapping[str, Sequence[str]]
+    make_case: MakeCase
+    cost: Callable[[Case], Mapping[str, Cost]]
+    truth: Callable[[Case, int, bool], Mapping[str, Truth]]
+    dtypes: tuple[str, ...] = ("bf16", "fp32")
+    directions: Mapping[str, tuple[str, ...]] = field(
+        default_factory=lambda: {
+            "cpu": ("forward", "forward+backward"),
+            "cuda": ("forward", "backward"),
+        }
+    )
+
+    def shapes(self, device: str, wanted: Sequence[str] = ()) -> list[Shape]:
+        """Shapes named by set, or by sizes (those missing come from the first default set)."""
+        default_sets = [self.shape_sets[name] for name in self.defaults[device]]
+        if not wanted:
+            return [shape for shapes in default_sets for shape in shapes]
+        found: list[Shape] = []
+        for text in wanted:
+            known = self.shape_sets.get(text)
+            found += known if known else [default_sets[0][0].replace(text)]
+        return found
+
+
+def autograd_backward(outputs: Output, inputs: Inputs) -> None:
+    y = outputs if isinstance(outputs, Tensor) else outputs[0]
+    torch.autograd.backward(y, inputs["grad"])
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One provider's way to compute one case.
+
+    Attributes:
+        run: from one set of inputs to the outputs.
+        backward: from the outputs and the inputs; by default autograd's, of the first output.
+        own_weights: for weights that it keeps in another layout: its leaf, and the function that
+            brings the leaf's gradient into the layout of the case.
+    """
+
+    run: Callable[[Inputs], Output]
+    backward: Callable[[Output, Inputs], None] = autograd_backward
+    own_weights: Mapping[str, tuple[Tensor, Callable[[Tensor], Tensor]]] = field(
+        default_factory=dict
+    )
+
+
+Builder = Callable[[Case], Implementation]
+
+
+class Unsupported(Exception):
+    """Raised by a builder for a case that it cannot compute; the message says why."""
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One source of implementations.
+
+    Attributes:
+        name: in tables and results.
+        builders: by op.
+        requires: modules that must be importable.
+        devices: device types it runs on.
+        limit: it stands for a limit of the machine and computes nothing that could be wrong.
+    """
+
+    name: str
+    builders: Mapping[str, Builder]
+    requires: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    limit: bool = False
+
+    def unavailable(self, device: str) -> str:
+        """Why it cannot run on ``device`` here, or ""."""
+        if device not in self.devices:
+            return f"runs on {' and '.join(self.devices)} only"
+        for module in self.requires:
+            try:
+                importlib.import_module(module)
+            except Exception as error:  # an installed but broken package must not end the run
+                return f"{module} does not import ({type(error).__name__}: {error})".split("\n")[0]
+        return ""

@@ -1,0 +1,74 @@
+"""Results as JSON: written, read and checked."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.limits import Limits
+from benchmarks.registry import DIRECTIONS, Cost
+
+Row = dict[str, Any]
+ROW_KEYS = (
+    *("op", "shape", "direction", "provider", "ms", "ms_min", "tflops", "over_floor"),
+    *("peak_bytes", "error", "void", "note"),
+)
+HEADER_KEYS = ("device", "threads", "versions", "commit", "limits", "providers", "rows")
+
+
+def document(
+    op: str,
+    environment: Mapping[str, Any],
+    providers: Mapping[str, str],
+    limits: Mapping[str, Limits],
+    rows: Sequence[Row],
+) -> dict[str, Any]:
+    """One JSON document. Rows get their floor here, when the machine's limits are all measured."""
+    full = []
+    for row in rows:
+        floor = limits[row["dtype"]].floor_ms(Cost(row["flops"], row["bytes"]))
+        over = row["ms"] / floor if row["ms"] else None
+        full.append({**row, "floor_ms": floor, "over_floor": over})
+    return {
+        "op": op,
+        **environment,
+        "limits": {
+            name: {"flops_per_second": limit.flops, "bytes_per_second": limit.bytes}
+            for name, limit in limits.items()
+        },
+        "providers": dict(providers),
+        "rows": full,
+    }
+
+
+def write(path: Path, value: Mapping[str, Any]) -> None:
+    """Replace ``path`` in one step: an interrupted run leaves the last complete file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A results file.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    try:
+        value: dict[str, Any] = json.loads(path.read_text())
+        missing = [key for key in HEADER_KEYS if key not in value]
+        for row in value.get("rows", []):
+            missing += [key for key in ROW_KEYS if key not in row]
+            if row["direction"] not in DIRECTIONS:
+                raise ValueError(f"{path}: direction {row['direction']!r} of {row['provider']}")
+    except (json.JSONDecodeError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"{path} is not a results file: {error}") from error
+    if missing:
+        raise ValueError(
+            f"{path} is not a results file: it lacks {', '.join(sorted(set(missing)))}"
+        )
+    return value

@@ -1,0 +1,248 @@
+"""Runs one op: every shape, dtype and direction, all providers in turns."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.accuracy import Accuracy, judge
+from benchmarks.limits import Limits, measure_limits
+from benchmarks.memory import PeakMemory
+from benchmarks.providers import PROVIDERS, YARDSTICK
+from benchmarks.registry import (
+    DTYPES,
+    Case,
+    Cost,
+    Implementation,
+    Op,
+    Output,
+    Provider,
+    Unsupported,
+)
+from benchmarks.timing import Call, Clock, Samples, make_clock, take_turns
+
+Row = dict[str, Any]
+SLOW_MS = 2000.0  # a first call longer than this is not repeated just to be warm
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to run.
+
+    Attributes:
+        shapes: by set name or sizes; none means the op's default sets.
+        dtypes, directions: none means the op's defaults.
+        providers: by name; none means all that can run.
+        seconds: of timing for each shape, dtype and mode (inference or training).
+        max_rounds: of timing at most.
+    """
+
+    device: torch.device
+    shapes: Sequence[str] = ()
+    dtypes: Sequence[str] = ()
+    directions: Sequence[str] = ()
+    providers: Sequence[str] = ()
+    routing: str = "uniform"
+    seconds: float = 20.0
+    max_rounds: int = 50
+    seed: int = 0
+
+
+@dataclass
+class Contender:
+    """One provider on one case: what it said when tried, and then its times."""
+
+    implementation: Implementation | None = None
+    note: str = ""
+    accuracy: Accuracy = field(default_factory=Accuracy)
+    first_ms: float = 0.0
+    peak_bytes: int | None = None
+    samples: Samples = field(default_factory=Samples)
+
+
+def available(op: Op, device: str, wanted: Sequence[str] = ()) -> dict[str, str]:
+    """Of the providers of ``op`` (those ``wanted``, or all) why each cannot run, or ""."""
+    names = [
+        n for n, p in PROVIDERS.items() if op.name in p.builders and n in (wanted or PROVIDERS)
+    ]
+    return {name: PROVIDERS[name].unavailable(device) for name in names}
+
+
+def run_op(op: Op, settings: Settings) -> Iterator[tuple[list[Row], str, Limits]]:
+    """Measure ``op``: for each dtype and shape its rows, the dtype, and the machine's limits."""
+    device = settings.device
+    clock = make_clock(device)
+    usable = [n for n, why in available(op, device.type, settings.providers).items() if not why]
+    directions = settings.directions or op.directions[device.type]
+    modes = {
+        "inference": [d for d in directions if d == "forward"],
+        "training": [d for d in directions if d != "forward"],
+    }
+    for dtype in settings.dtypes or op.dtypes:
+        for shape in op.shapes(device.type, settings.shapes):
+            limits = measure_limits(clock, device, DTYPES[dtype])
+            case = op.make_case(shape, DTYPES[dtype], device, settings.routing, settings.seed)
+            cost = op.cost(case)
+            rows: list[Row] = []
+            for mode, wanted in modes.items():
+                if not wanted or (mode == "training" and not case.differentiable):
+                    continue
+                contenders = _compete(op, case, clock, settings, usable, mode == "training")
+                common = {"op": op.name, "shape": str(shape), "sizes": dict(shape.sizes)}
+                common |= {"dtype": dtype, "routing": settings.routing}
+                for direction in wanted:
+                    rows += _rows(common, direction, contenders, cost)
+            yield rows, dtype, limits
+            del case
+            _free(device)
+
+
+def _compete(
+    op: Op, case: Case, clock: Clock, settings: Settings, names: Sequence[str], training: bool
+) -> dict[str, Contender]:
+    """Try every provider once, then time those that work in turns."""
+    truth = op.truth(case, 0, training)
+    contenders = {name: _try(op, PROVIDERS[name], case, truth, training) for name in names}
+    del truth
+    calls = {
+        name: _timed_call(case, contender.implementation, training)
+        for name, contender in contenders.items()
+        if contender.implementation is not None
+    }
+    first = {name: contenders[name].first_ms for name in calls}
+    samples = take_turns(
+        clock, calls, first, seconds=settings.seconds, max_rounds=settings.max_rounds
+    )
+    for name, taken in samples.items():
+        contenders[name].samples = taken
+    _clear_gradients(case)
+    return contenders
+
+
+def _try(
+    op: Op, provider: Provider, case: Case, truth: Mapping[str, Any], training: bool
+) -> Contender:
+    """Build and call a provider on the first inputs: warm-up, accuracy and peak memory."""
+    contender = Contender()
+    try:
+        implementation = provider.builders[op.name](case)
+        for _ in range(2):
+            _clear_gradients(case)
+            with PeakMemory(case.device) as memory:
+                start = time.perf_counter()
+                outputs = _call(case, implementation, training)
+                memory.synchronize()
+                contender.first_ms = 1e3 * (time.perf_counter() - start)
+            if memory.bytes is not None:
+                contender.peak_bytes = max(contender.peak_bytes or 0, memory.bytes)
+            if contender.first_ms > SLOW_MS:
+                break
+        if not provider.limit:
+            found = _named_results(op, case, implementation, outputs, training)
+            contender.accuracy = judge(found, truth)
+        contender.implementation = implementation
+    except Unsupported as reason:
+        contender.note = str(reason)
+    except Exception as error:  # another project's failure is a row of the table, not the end of it
+        contender.note = f"{type(error).__name__}: {error}".split("\n")[0]
+        _free(case.device)
+    _clear_gradients(case)
+    return contender
+
+
+def _call(case: Case, implementation: Implementation, training: bool) -> Output:
+    inputs = case.inputs[0]
+    if not training:
+        with torch.inference_mode():
+            return implementation.run(inputs)
+    outputs = implementation.run(inputs)
+    implementation.backward(outputs, inputs)
+    return outputs
+
+
+def _timed_call(case: Case, implementation: Implementation, training: bool) -> Call:
+    def forward(clock: Clock, number: int) -> None:
+        inputs = case.inputs[number % len(case.inputs)]
+        with torch.inference_mode():
+            clock.mark()
+            implementation.run(inputs)
+            clock.mark()
+
+    def forward_backward(clock: Clock, number: int) -> None:
+        _clear_gradients(case)
+        inputs = case.inputs[number % len(case.inputs)]
+        clock.mark()
+        outputs = implementation.run(inputs)
+        clock.mark()
+        implementation.backward(outputs, inputs)
+        clock.mark()
+
+    return forward_backward if training else forward
+
+
+def _named_results(
+    op: Op, case: Case, implementation: Implementation, outputs: Output, training: bool
+) -> dict[str, Tensor]:
+    several = (outputs,) if isinstance(outputs, Tensor) else outputs
+    results = dict(zip(op.outputs, several, strict=True))
+    if not training:
+        return results
+    for name, leaf in case.leaves(0).items():
+        own, convert = implementation.own_weights.get(name, (leaf, None))
+        if own.grad is None:
+            raise RuntimeError(f"no gradient of {name}")
+        results[name] = convert(own.grad) if convert else own.grad
+    return results
+
+
+def _clear_gradients(case: Case) -> None:
+    for index in range(len(case.inputs)):
+        for leaf in case.leaves(index).values():
+            leaf.grad = None
+
+
+def _rows(
+    common: Row, direction: str, contenders: Mapping[str, Contender], cost: Mapping[str, Cost]
+) -> list[Row]:
+    """One row a provider. A wrong result leaves a row without a time."""
+    parts = direction.split("+")
+    work = sum((cost[part] for part in parts), Cost(0.0, 0.0))
+    yardstick = contenders[YARDSTICK].accuracy if YARDSTICK in contenders else None
+    rows = []
+    for name, contender in contenders.items():
+        times = contender.samples.of(direction) if contender.samples.stages else []
+        void = contender.accuracy.verdict(yardstick)
+        counted = bool(times) and not void
+        ms = statistics.median(times) if counted else None
+        rows.append(
+            {
+                **common,
+                "direction": direction,
+                "provider": name,
+                "ms": ms,
+                "ms_min": min(times) if counted else None,
+                "rounds": len(times),
+                "tflops": work.flops / ms / 1e9 if ms and work.flops else None,
+                "gbs": work.bytes / ms / 1e6 if ms else None,
+                "flops": work.flops,
+                "bytes": work.bytes,
+                "peak_bytes": contender.peak_bytes,
+                "error": contender.accuracy.error if contender.accuracy.errors else None,
+                "void": void,
+                "note": contender.note,
+            }
+        )
+    return rows
+
+
+def _free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

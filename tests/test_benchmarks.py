@@ -1,0 +1,208 @@
+"""The benchmark command on tiny shapes: its JSON, and that wrong results do not count."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import results
+from benchmarks.cli import main
+from benchmarks.limits import Limits
+from benchmarks.ops import OPS
+from benchmarks.providers import LIMITS, OURS, PROVIDERS
+from benchmarks.registry import Case, Implementation, Shape
+from benchmarks.routing import ROUTINGS, make_topk_ids
+
+TINY = {
+    "fused_experts": "T=5,H=32,I=16,E=8,K=2",
+    "grouped_gemm": "R=20,D=16,N=24,E=4",
+    "expert_activation": "R=9,I=16",
+    "permute": "T=5,H=16,E=4,K=2",
+    "unpermute": "T=5,H=16,E=4,K=2",
+    "sort_by_expert": "T=5,E=4,K=2",
+    "topk_router": "T=5,E=8,K=2",
+}
+
+
+@pytest.fixture
+def given_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measuring the machine's own limits takes longer than all else on tiny shapes."""
+    limits = Limits(flops=1e11, bytes=1e10)
+    monkeypatch.setattr("benchmarks.runner.measure_limits", lambda *arguments: limits)
+
+
+def run(op: str, out: Path, *options: str) -> tuple[int, dict[str, Any]]:
+    arguments = ["run", op, "--device", "cpu", "--shape", TINY[op], "--out", str(out)]
+    code = main([*arguments, "--seconds", "9", "--rounds", "2", *options])
+    return code, results.read(out)
+
+
+def rows_of(found: dict[str, Any], **wanted: str) -> list[dict[str, Any]]:
+    return [row for row in found["rows"] if all(row[k] == v for k, v in wanted.items())]
+
+
+def test_every_op_has_a_tiny_shape() -> None:
+    assert set(TINY) == set(OPS)
+
+
+@pytest.mark.usefixtures("given_limits")
+@pytest.mark.parametrize("op", TINY)
+def test_rows_are_complete(op: str, tmp_path: Path) -> None:
+    directions = ("forward", "backward", "forward+backward")
+    code, found = run(op, tmp_path / "out.json", "--direction", *directions)
+    assert code == 0
+    expected = ["forward"] if op == "sort_by_expert" else list(directions)
+    for dtype in OPS[op].dtypes:
+        for direction in expected:
+            rows = rows_of(found, dtype=dtype, direction=direction)
+            names = {name for name, why in found["providers"].items() if not why}
+            assert {row["provider"] for row in rows} == names
+            assert {OURS, "torch", "copy_limit"} <= names
+            for row in rows:
+                assert row["void"] == row["note"] == ""
+                assert 0 < row["ms_min"] <= row["ms"]
+                assert row["rounds"] == 2
+                assert row["over_floor"] == pytest.approx(row["ms"] / row["floor_ms"])
+                assert (row["error"] is None) == (row["provider"] in LIMITS)
+                if row["flops"]:
+                    rate = row["flops"] / row["ms"] / 1e9
+                    assert row["tflops"] == pytest.approx(rate)
+    assert {row["direction"] for row in found["rows"]} == set(expected)
+
+
+def test_the_file_says_what_it_was_measured_on(tmp_path: Path) -> None:
+    _, found = run("expert_activation", tmp_path / "out.json", "--dtype", "fp32", "--threads", "1")
+    assert found["threads"] == 1
+    assert found["device"]["type"] == "cpu"
+    assert found["versions"]["torch"] == torch.__version__
+    assert len(found["commit"]["hash"]) == 40
+    assert isinstance(found["commit"]["dirty"], bool)
+    assert found["limits"]["fp32"]["flops_per_second"] > 1e8
+    assert found["limits"]["fp32"]["bytes_per_second"] > 1e8
+
+
+def test_the_costs_are_those_of_the_definition() -> None:
+    shape = Shape({"T": 6, "H": 32, "I": 16, "E": 4, "K": 2})
+    op = OPS["fused_experts"]
+    case = op.make_case(shape, torch.float32, torch.device("cpu"), "one", 0)
+    cost = op.cost(case)
+    expert = 3 * 32 * 16
+    assert cost["forward"].flops == 2 * 6 * 2 * expert
+    assert cost["forward"].bytes == 4 * (2 * expert + 2 * 6 * 32)  # two experts have tokens
+    assert cost["backward"].flops == 2 * cost["forward"].flops
+    assert cost["backward"].bytes == 4 * ((2 + 4) * expert + 3 * 6 * 32)
+
+
+def _wrong(name: str, change: Any) -> Any:
+    """A provider whose output is that of plain PyTorch, changed."""
+
+    def build(case: Case) -> Implementation:
+        right = PROVIDERS["torch"].builders["fused_experts"](case)
+        return Implementation(lambda inputs: change(right.run(inputs)))
+
+    return dataclasses.replace(PROVIDERS[OURS], name=name, builders={"fused_experts": build})
+
+
+@pytest.mark.usefixtures("given_limits")
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda y: y * 1.01, "error of y"),
+        # a row that the sample against float64 leaves out
+        (lambda y: y * (torch.arange(len(y)) != 4)[:, None], "1 rows of y are wrong, first 4"),
+        (lambda y: y.index_fill(0, torch.tensor([4]), torch.nan), "not finite"),
+    ],
+)
+def test_a_wrong_result_has_no_time(
+    change: Any, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PROVIDERS, OURS, _wrong(OURS, change))
+    shape = ("--shape", "T=6,H=32,I=16,E=8,K=2")
+    out = tmp_path / "out.json"
+    code, found = run("fused_experts", out, *shape, "--dtype", "fp32")
+    assert code == 1
+    for row in rows_of(found, provider=OURS):
+        assert reason in row["void"]
+        assert row["ms"] is row["ms_min"] is row["tflops"] is row["over_floor"] is None
+    assert all(row["ms"] for row in rows_of(found, provider="torch"))
+
+
+@pytest.mark.usefixtures("given_limits")
+def test_a_failing_or_missing_provider_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(case: Case) -> Implementation:
+        raise NotImplementedError("not for this shape")
+
+    failing = dataclasses.replace(PROVIDERS["torch"], name="x", builders={"fused_experts": fail})
+    missing = dataclasses.replace(failing, name="y", requires=("no_such_module",))
+    monkeypatch.setitem(PROVIDERS, "x", failing)
+    monkeypatch.setitem(PROVIDERS, "y", missing)
+    code, found = run("fused_experts", tmp_path / "out.json", "--dtype", "fp32")
+    assert code == 0
+    assert "no_such_module does not import" in found["providers"]["y"]
+    assert "without y: no_such_module" in capsys.readouterr().out
+    notes = {row["note"] for row in rows_of(found, provider="x")}
+    assert notes == {"NotImplementedError: not for this shape"}
+    assert not rows_of(found, provider="y")
+
+
+@pytest.mark.usefixtures("given_limits")
+def test_report_draws_and_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.json"
+    _, found = run("fused_experts", out, "--dtype", "fp32", "--direction", "forward")
+    capsys.readouterr()
+    assert main(["report", str(out), "--out", str(tmp_path / "report")]) == 0
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert text in capsys.readouterr().out
+    best = min(row["ms_min"] for row in found["rows"] if row["provider"] not in (OURS, *LIMITS))
+    own = rows_of(found, provider=OURS)[0]["ms_min"]
+    line = next(line for line in text.splitlines() if line.startswith("| T5 H32 I16 E8 K2 |"))
+    assert line.endswith(f"| {best / own:.2f} |")
+    pictures = list((tmp_path / "report").rglob("*.png"))
+    assert len(pictures) == 1
+    assert pictures[0].read_bytes().startswith(b"\x89PNG")
+    assert pictures[0].name in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "permute", "--shape", "Q=3"], "of T, H, E, K (T=16,H=2048); got 'Q=3'"),
+        (["run", "permute", "--shape", "T=0"], "sizes of at least 1"),
+        (["run", "topk_router", "permute", "--out", "x.json"], "--out must be a folder"),
+        (["report", "no_such_file.json"], "no_such_file.json"),
+    ],
+)
+def test_bad_arguments(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_report_refuses_another_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text('{"rows": []}')
+    with pytest.raises(ValueError, match="lacks commit, device"):
+        results.read(path)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_routing(routing: str) -> None:
+    ids = make_topk_ids(64, 16, 4, routing, torch.Generator().manual_seed(0))
+    assert ids.shape == (64, 4)
+    assert all(len(set(row)) == 4 for row in ids.tolist())
+    load = torch.bincount(ids.flatten(), minlength=16)
+    if routing == "one":
+        assert load.tolist() == [64] * 4 + [0] * 12
+    elif routing == "balanced":
+        assert load.tolist() == [16] * 16
+    elif routing == "zipf":
+        assert load.max() > 2.5 * load.float().mean()
+    else:
+        assert load.max() < 2.5 * load.float().mean()
