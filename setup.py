@@ -44,16 +44,16 @@ def find_tool(program: str) -> str:
 
 
 def find_cxx() -> str:
-    """The C++ compiler: the last word of $CXX (a launcher may precede it), or one on PATH."""
-    wanted = shlex.split(os.environ.get("CXX", ""))[-1:]
-    found = [path for name in wanted or ["c++", "g++", "clang++"] if (path := shutil.which(name))]
-    if not found:
-        tried = f"CXX={os.environ['CXX']}" if wanted else "c++, g++ and clang++"
-        stop(
-            f"building needs a C++20 compiler; tried {tried} and found none. Remedy: install one "
-            "(the package g++ of most systems) or set CXX to the path of one."
-        )
-    return found[0]
+    """The C++ compiler that $CXX names, or else one on PATH. CMakeLists.txt adds ccache itself."""
+    words = shlex.split(os.environ.get("CXX", ""))
+    named = [word for word in words if Path(word).name not in ("ccache", "sccache")][:1]
+    for name in named or ["c++", "g++", "clang++"]:
+        if path := shutil.which(name):
+            return path
+    stop(
+        f"building needs a C++20 compiler; {f'CXX={named[0]}' if named else 'c++, g++ or clang++'} "
+        "was not found. Remedy: install one (the package g++ of most systems), or set CXX to one."
+    )
 
 
 def find_nvcc() -> str | None:
@@ -125,11 +125,15 @@ class CMakeBuild(build_ext):
         if cuda != "OFF":
             settings["CMAKE_CUDA_COMPILER"] = nvcc
         # CMake cannot exchange compilers in a folder: one for each combination of tools and torch.
-        parts = [settings["CMAKE_CXX_COMPILER"], nvcc, sys.executable, cpp_extension.TORCH_LIB_PATH]
+        parts = [
+            settings["CMAKE_CXX_COMPILER"],
+            nvcc,
+            cuda,
+            sys.executable,
+            cpp_extension.TORCH_LIB_PATH,
+        ]
         digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:8]
-        tag = (
-            f"{sys.implementation.cache_tag}-torch{torch.__version__}-cuda-{cuda.lower()}-{digest}"
-        )
+        tag = f"{sys.implementation.cache_tag}-torch{torch.__version__}-{digest}"
         build = ROOT / "build" / "cmake" / tag
         defines = [f"-D{name}={value}" for name, value in settings.items()]
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
