@@ -12,7 +12,6 @@ Environment:
     MAX_JOBS                parallel compilations; all processors by default.
 """
 
-import filecmp
 import hashlib
 import importlib.util
 import os
@@ -146,11 +145,9 @@ class CMakeBuild(build_ext):
             stop(f"`{shlex.join(error.cmd[:3])} ...` failed; the reason is above.")
 
         target = Path(self.get_ext_fullpath(ext.name))
-        built = build / target.name
-        if not target.exists() or not filecmp.cmp(built, target, shallow=False):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.unlink(missing_ok=True)  # it may be mapped by a running process
-            shutil.copy2(built, target)
+        self.mkpath(str(target.parent))
+        self.force = True  # copy whatever the dates say: another torch may have been here before
+        self.copy_file(str(build / target.name), str(target))
 
 
 if importlib.util.find_spec("torch") is None:
@@ -160,7 +157,5 @@ if importlib.util.find_spec("torch") is None:
         "        pip install --no-build-isolation ."
     )
 if int(__version__.split(".")[0]) < 77:
-    stop(
-        f"building needs setuptools 77 or newer; found {__version__}. Remedy: pip install -U setuptools"
-    )
+    stop(f"building needs setuptools 77; found {__version__}. Remedy: pip install -U setuptools")
 setup(ext_modules=[Extension("moe_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -3,6 +3,7 @@
 #include <torch/extension.h>
 
 #include "build_info.h"
+#include "cpu/capability.h"
 
 namespace py = pybind11;
 
@@ -28,4 +29,10 @@ PYBIND11_MODULE(_C, m) {
       "build_info", &build_info,
       "What this library was built with: version, torch, compiler, cuda (the toolkit's version, or "
       "None) and cuda_architectures.");
+  m.def("cpu_capabilities", &moe::cpu_capabilities,
+        "The instruction sets of the CPU kernels that this processor has, weakest first.");
+  m.def("cpu_capability", &moe::cpu_capability,
+        "The one in use: the strongest, or the one MOE_KERNELS_CPU_CAPABILITY names.");
+  m.def("set_cpu_capability", &moe::set_cpu_capability, py::arg("name"),
+        "Use another one from now on. For tests: kernels that run meanwhile may use either.");
 }

@@ -54,8 +54,9 @@ class Implementation:
 
 @contextmanager
 def triton_under_cpu() -> Iterator[None]:
-    """Put the Triton launchers under the CPU key for a while."""
+    """Put the Triton launchers under the CPU key for a while, in the mended interpreter."""
     from moe_kernels.ops._library import NAMESPACE, _lazy_triton
+    from tests.kernels.interpreter import bfloat16_interpreter
 
     library = torch.library.Library(NAMESPACE, "IMPL")
     with warnings.catch_warnings():
@@ -63,12 +64,16 @@ def triton_under_cpu() -> Iterator[None]:
         for op in OPS:
             library.impl(op, _lazy_triton(op), "CPU")
     try:
-        yield
+        with bfloat16_interpreter():
+            yield
     finally:
         library._destroy()
 
 
-@pytest.fixture(scope="module", params=["cpu", "cuda" if HAS_GPU else "interpreter"])
+GPU = pytest.param("cuda", marks=pytest.mark.gpu)
+
+
+@pytest.fixture(scope="module", params=["cpu", GPU if HAS_GPU else "interpreter"])
 def impl(request: pytest.FixtureRequest) -> Iterator[Implementation]:
     if request.param == "interpreter":
         with triton_under_cpu():

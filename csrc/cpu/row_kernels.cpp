@@ -1,0 +1,166 @@
+// Functions over single rows: sums, products, conversions, router scores.
+//
+// Every sum runs in an order that depends on the row's length alone.
+#include "cpu/kernels.h"
+#include "cpu/simd.h"
+
+namespace moe::CPU_CAPABILITY {
+
+namespace {
+
+// Calls f(i, lanes) for each vector of n elements; lanes < kLanes in the last one only.
+template <typename A, typename F>
+MOE_INLINE void for_vectors(int64_t n, F f) {
+  constexpr int L = kLanes<A>;
+  int64_t i = 0;
+  for (; i + L <= n; i += L) f(i, L);
+  if (i < n) f(i, n - i);
+}
+
+template <typename T>
+MOE_INLINE Vec<acc_t<T>> load_n(const T* p, int64_t n) {
+  return n == kLanes<acc_t<T>> ? load(p) : load_some(p, n);
+}
+
+template <typename T>
+MOE_INLINE void store_n(T* p, Vec<acc_t<T>> v, int64_t n) {
+  n == kLanes<acc_t<T>> ? store(p, v) : store_some(p, v, n);
+}
+
+template <typename T, typename Row>
+void weighted_sum(T* out, const Row* const* rows, const acc_t<T>* weights, int64_t count,
+                  int64_t n) {
+  using A = acc_t<T>;
+  for_vectors<A>(n, [&](int64_t i, int64_t lanes) {
+    Vec<A> sum{};
+    for (int64_t r = 0; r < count; ++r) {
+      const Vec<A> row = load_n(rows[r] + i, lanes);
+      sum = weights ? fma(row, broadcast(weights[r]), sum) : sum + row;
+    }
+    store_n(out + i, sum, lanes);
+  });
+}
+
+template <typename T>
+acc_t<T> dot(const T* a, const T* b, int64_t n) {
+  using A = acc_t<T>;
+  constexpr int L = kLanes<A>;
+  Vec<A> sums[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * L <= n; i += 4 * L) {
+    for (int j = 0; j < 4; ++j) sums[j] = fma(load(a + i + j * L), load(b + i + j * L), sums[j]);
+  }
+  for_vectors<A>(n - i, [&](int64_t j, int64_t lanes) {
+    sums[0] = fma(load_n(a + i + j, lanes), load_n(b + i + j, lanes), sums[0]);
+  });
+  return sum_lanes<A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+template <typename T>
+void scale(T* out, const T* in, acc_t<T> factor, int64_t n) {
+  for_vectors<acc_t<T>>(n, [&](int64_t i, int64_t lanes) {
+    store_n(out + i, load_n(in + i, lanes) * factor, lanes);
+  });
+}
+
+template <typename T>
+void add_scaled(acc_t<T>* sums, const T* row, acc_t<T> factor, int64_t n) {
+  for_vectors<acc_t<T>>(n, [&](int64_t i, int64_t lanes) {
+    store_n(sums + i, fma(load_n(row + i, lanes), broadcast(factor), load_n(sums + i, lanes)),
+            lanes);
+  });
+}
+
+template <typename T>
+void widen(acc_t<T>* out, const T* in, int64_t n) {
+  for_vectors<acc_t<T>>(
+      n, [&](int64_t i, int64_t lanes) { store_n(out + i, load_n(in + i, lanes), lanes); });
+}
+
+template <typename T>
+void narrow(T* out, const acc_t<T>* in, int64_t n) {
+  for_vectors<acc_t<T>>(
+      n, [&](int64_t i, int64_t lanes) { store_n(out + i, load_n(in + i, lanes), lanes); });
+}
+
+// log(1 + e^x), without loss where x is very negative or overflow where it is large.
+template <typename A>
+A softplus(A x) {
+  return x > 0 ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x));
+}
+
+template <typename A>
+void softmax(A* out, const A* in, int64_t n) {
+  A largest = n ? in[0] : A(0);
+  for (int64_t i = 1; i < n; ++i) largest = in[i] > largest ? in[i] : largest;
+  Vec<A> sums{};
+  for_vectors<A>(n, [&](int64_t i, int64_t lanes) {
+    Vec<A> e = exp(load_n(in + i, lanes) - largest);
+    for (int64_t j = lanes; j < kLanes<A>; ++j) e[j] = 0;
+    sums += e;
+    store_n(out + i, e, lanes);
+  });
+  const A total = sum_lanes<A>(sums);
+  for_vectors<A>(n, [&](int64_t i, int64_t lanes) {
+    store_n(out + i, load_n(out + i, lanes) / total, lanes);
+  });
+}
+
+template <typename A>
+void scores(ScoreFunc func, A* out, const A* in, int64_t n) {
+  if (func == ScoreFunc::kSoftmax) {
+    softmax(out, in, n);
+  } else if (func == ScoreFunc::kSigmoid) {
+    for_vectors<A>(n, [&](int64_t i, int64_t lanes) {
+      store_n(out + i, sigmoid<A>(load_n(in + i, lanes)), lanes);
+    });
+  } else {
+    for (int64_t i = 0; i < n; ++i) out[i] = std::sqrt(softplus(in[i]));
+  }
+}
+
+template <typename A>
+void scores_backward(ScoreFunc func, A* grad_logits, const A* grad, const A* scores,
+                     const A* logits, int64_t n) {
+  const A product = func == ScoreFunc::kSoftmax ? dot(grad, scores, n) : A(0);
+  for_vectors<A>(n, [&](int64_t i, int64_t lanes) {
+    const Vec<A> g = load_n(grad + i, lanes), s = load_n(scores + i, lanes);
+    Vec<A> slope;
+    if (func == ScoreFunc::kSoftmax) {
+      slope = s * (g - product);
+    } else if (func == ScoreFunc::kSigmoid) {
+      slope = g * s * (A(1) - s);
+    } else {
+      slope = g * sigmoid<A>(load_n(logits + i, lanes)) / (A(2) * s);
+    }
+    store_n(grad_logits + i, load_n(grad_logits + i, lanes) + slope, lanes);
+  });
+}
+
+}  // namespace
+
+template <typename T>
+void fill_rows(RowKernels<T>& kernels) {
+  kernels.weighted_sum = weighted_sum<T, T>;
+  kernels.weighted_sum_wide = weighted_sum<T, acc_t<T>>;
+  kernels.dot = dot<T>;
+  kernels.scale = scale<T>;
+  kernels.add_scaled = add_scaled<T>;
+  kernels.widen = widen<T>;
+  kernels.narrow = narrow<T>;
+}
+
+template <typename A>
+void fill_scores(ScoreKernels<A>& kernels) {
+  kernels.scores = scores<A>;
+  kernels.scores_backward = scores_backward<A>;
+}
+
+template void fill_rows(RowKernels<bf16>&);
+template void fill_rows(RowKernels<fp16>&);
+template void fill_rows(RowKernels<float>&);
+template void fill_rows(RowKernels<double>&);
+template void fill_scores(ScoreKernels<float>&);
+template void fill_scores(ScoreKernels<double>&);
+
+}  // namespace moe::CPU_CAPABILITY

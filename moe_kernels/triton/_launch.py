@@ -1,0 +1,62 @@
+"""What launchers know of the device and the compiler."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from contextlib import AbstractContextManager
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED: bool = triton.knobs.runtime.interpret
+# few, so that a persistent kernel's loop takes several turns where it is tested
+INTERPRETED_PROCESSORS = 3
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least ``n``, and at least 1."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Make the tensor's GPU the current one: Triton launches on the current device."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """How many streaming multiprocessors the device has."""
+    if device.type != "cuda":
+        return INTERPRETED_PROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def float_type(tensor: Tensor) -> tl.dtype:
+    """The type kernels compute in: float64 for float64, float32 for everything narrower."""
+    return tl.float64 if tensor.dtype == torch.float64 else tl.float32
+
+
+def is_precise(tensor: Tensor) -> bool:
+    """Whether results in the tensor's dtype show the last bits of float32."""
+    return tensor.element_size() >= 4
+
+
+def checks_values() -> bool:
+    """Whether ``MOE_KERNELS_CHECK=1`` asks for checks of device values, which synchronise."""
+    return os.environ.get("MOE_KERNELS_CHECK", "0") == "1"
+
+
+def refuse_float64(op: str, name: str, tensor: Tensor) -> None:
+    if tensor.dtype == torch.float64:
+        raise TypeError(
+            f"{op}: {name} must be bfloat16, float16 or float32 on CUDA; got float64. Convert it, "
+            "or set MOE_KERNELS_BACKEND=reference."
+        )

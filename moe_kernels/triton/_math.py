@@ -1,0 +1,52 @@
+"""Elementary functions to the last bits, where Triton's own are approximate in float32."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def divide(a, b):
+    return a / b if b.dtype == tl.float64 else tl.div_rn(a, b)
+
+
+@triton.jit
+def square_root(x):
+    return tl.sqrt(x) if x.dtype == tl.float64 else tl.sqrt_rn(x)
+
+
+@triton.jit
+def exp(x):
+    if x.dtype == tl.float64:
+        result = tl.exp(x)
+    else:
+        # what x * log2(e) loses in rounding comes back as a factor near 1
+        log2e: tl.constexpr = 1.4426950408889634
+        y = x * log2e
+        lost = tl.fma(x, log2e, -y) + x * 1.925963033500e-8
+        lost = tl.minimum(tl.maximum(lost, -1.0), 1.0)
+        result = tl.exp2(y) * (1.0 + 0.6931471805599453 * lost)
+    return result
+
+
+@triton.jit
+def sigmoid(x):
+    return divide(tl.full(x.shape, 1.0, x.dtype), 1.0 + exp(-x))
+
+
+@triton.jit
+def softplus(x):
+    """``log(1 + exp(x))``, accurate also where exp(x) vanishes beside 1."""
+    e = exp(-tl.abs(x))
+    u = 1.0 + e
+    log1p = tl.where(u == 1.0, e, tl.log(u) * divide(e, tl.where(u == 1.0, 1.0, u - 1.0)))
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) + log1p
+
+
+@triton.jit
+def fast_sigmoid(x):
+    # rsqrt(1 + e)**2 is 1 / (1 + e) in three instructions, where a division takes about ten and a
+    # quotient of two tiles makes kernels spill
+    r = tl.rsqrt(1.0 + tl.exp2(x * -1.4426950408889634))
+    return r * r

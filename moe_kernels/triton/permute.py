@@ -1,0 +1,60 @@
+"""Token permutation: rows grouped by expert.
+
+T tokens, K experts a token, R = T * K slots, H hidden size, E experts.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moe_kernels.triton._launch import ceil_div, next_power_of_2, on_device_of
+
+TILE = 4096  # elements a program copies
+
+
+@triton.jit
+def _permute_kernel(
+    x, row_to_slot, offsets, out, num_rows, R, H, E, top_k, stride_t, stride_h,
+    BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    column = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    used = tl.minimum(tl.load(offsets + E), R)
+    slot = tl.load(row_to_slot + row, mask=row < used, other=-1)
+    valid = (slot >= 0) & (slot < R)
+    token = (slot // top_k).to(tl.int64)
+    inside = (column < H)[None, :]
+    tile = tl.load(
+        x + token[:, None] * stride_t + column[None, :].to(tl.int64) * stride_h,
+        mask=valid[:, None] & inside,
+        other=0.0,
+    )
+    tl.store(
+        out + row[:, None] * H + column[None, :], tile, mask=(row < num_rows)[:, None] & inside
+    )
+
+
+def copy_tile(columns: int) -> tuple[int, int]:
+    """Rows and columns of the tile a program copies, for rows of ``columns`` elements."""
+    block_columns = min(next_power_of_2(columns), 512)
+    return TILE // max(block_columns, 32), block_columns
+
+
+def permute(
+    x: Tensor, row_to_slot: Tensor, slot_to_row: Tensor, offsets: Tensor, num_rows: int
+) -> Tensor:
+    H = x.shape[1]
+    out = x.new_empty(num_rows, H)
+    if out.numel() == 0:
+        return out
+    if row_to_slot.numel() == 0:
+        return out.zero_()
+    block_r, block_h = copy_tile(H)
+    with on_device_of(x):
+        _permute_kernel[(ceil_div(num_rows, block_r), ceil_div(H, block_h))](
+            x, row_to_slot, offsets, out, num_rows, row_to_slot.numel(), H, offsets.numel() - 1,
+            slot_to_row.shape[1], *x.stride(), BLOCK_R=block_r, BLOCK_H=block_h,
+        )  # fmt: skip
+    return out

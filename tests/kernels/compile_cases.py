@@ -1,0 +1,99 @@
+"""Calls whose kernels ``compile_check`` compiles: launchers on tensors of a real layer's shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+T, K, E, H, INNER = 4096, 8, 128, 2048, 768
+BF16 = torch.bfloat16
+
+
+def _order(tokens: int = T) -> tuple[Tensor, Tensor, Tensor]:
+    rows = tokens * K
+    return (
+        torch.empty(rows, dtype=torch.int32),
+        torch.empty(tokens, K, dtype=torch.int32),
+        torch.empty(E + 1, dtype=torch.int32),
+    )
+
+
+def _sort(tokens: int) -> None:
+    from moe_kernels.triton.sort_by_expert import sort_by_expert
+
+    sort_by_expert(torch.empty(tokens, K, dtype=torch.int32), E)
+
+
+def _permute(dtype: torch.dtype) -> None:
+    from moe_kernels.triton.permute import permute
+    from moe_kernels.triton.unpermute import unpermute, unpermute_backward
+
+    x, rows, weights = torch.empty(T, H, dtype=dtype), torch.empty(T * K, H, dtype=dtype), None
+    permute(x, *_order(), T * K)
+    unpermute(rows, *_order(), weights)
+    unpermute(rows, *_order(), torch.empty(T, K))
+    unpermute_backward(x, rows, *_order(), torch.empty(T, K), [True, True])
+
+
+def _chunk_permute() -> None:
+    from moe_kernels.triton.chunk_permute import chunk_permute
+
+    chunk_permute(torch.empty(T, H, dtype=BF16), *torch.empty(2, E, dtype=torch.int32))
+
+
+def _activation(kind: str, dtype: torch.dtype) -> None:
+    from moe_kernels.triton.expert_activation import (
+        expert_activation,
+        expert_activation_backward,
+    )
+
+    h, grad, weights = torch.empty(T, H), torch.empty(T, H // 2), torch.empty(T)
+    options = (kind, weights, kind == "swigluoai", 1.702, 7.0)
+    expert_activation(h.to(dtype), *options)
+    expert_activation_backward(grad.to(dtype), h.to(dtype), *options)
+
+
+def _router(**changes: object) -> None:
+    from moe_kernels.triton.topk_router import topk_router, topk_router_backward
+
+    options = {
+        "score_func": "softmax",
+        "softmax_before_topk": True,
+        "renormalize": True,
+        "correction_bias": None,
+        "num_groups": 1,
+        "topk_groups": 1,
+        "group_score": "top2",
+        "group_fill": 0.0,
+        "route_scale": 2.5,
+        "token_mask": None,
+        "given_ids": None,
+        "return_scores": True,
+        **changes,
+    }
+    logits = torch.empty(T, E)
+    weights, ids, scores, _ = topk_router(logits, K, **options)  # type: ignore[arg-type]
+    keys = ("score_func", "softmax_before_topk", "renormalize", "route_scale")
+    topk_router_backward(weights, scores, logits, ids, *(options[key] for key in keys))
+
+
+CASES: dict[str, Callable[[], None]] = {
+    "sort_small": partial(_sort, 64),
+    "sort": partial(_sort, T),
+    "permute": partial(_permute, BF16),
+    "chunk_permute": _chunk_permute,
+    "router": _router,
+    "router_groups": partial(
+        _router,
+        score_func="sigmoid",
+        correction_bias=torch.empty(E),
+        num_groups=8,
+        topk_groups=4,
+        token_mask=torch.empty(T, dtype=torch.bool),
+    ),
+    "activation": partial(_activation, "swiglu", BF16),
+    "activation_oai": partial(_activation, "swigluoai", torch.float32),
+}

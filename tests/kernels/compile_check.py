@@ -1,0 +1,201 @@
+"""Compile the kernels that launchers launch, for a GPU that need not be there, and report on them.
+
+    python -m tests.kernels.compile_check --arch 90 [case ...]
+
+Launchers run on CPU tensors under a driver that compiles and never launches, so specialisation
+(alignment, divisibility, strides of one) is that of a real call. Each kernel's PTX, resources and
+machine code are then read: one JSON object a kernel. Triton's cache makes a second run cheap.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)  # read when kernels are decorated
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime.jit import JITFunction
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+# bytes of shared memory that a block may have, by architecture
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
+class CompileOnlyDriver(DriverBase):  # type: ignore[misc]
+    """Says which GPU to compile for and has none."""
+
+    def __init__(self, arch: int) -> None:
+        self.target = GPUTarget("cuda", arch, 32)
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return True
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return ty
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_benchmarker(self) -> Any:
+        raise NotImplementedError("nothing can be timed without a GPU")
+
+
+@contextmanager
+def compile_only(arch: int) -> Iterator[list[Any]]:
+    """While open, a launch compiles its kernel for ``arch``, and puts it on the list, once."""
+    triton.runtime.driver.set_active(CompileOnlyDriver(arch))
+    kernels: list[Any] = []
+    run = JITFunction.run
+
+    def compile_instead(self: Any, *args: Any, warmup: bool = True, **kwargs: Any) -> Any:
+        kernel = run(self, *args, warmup=True, **kwargs)
+        if kernel not in kernels:
+            kernels.append(kernel)
+        return kernel
+
+    JITFunction.run = compile_instead
+    try:
+        yield kernels
+    finally:
+        JITFunction.run = run
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the compiler made of a kernel.
+
+    Attributes:
+        registers: of a thread.
+        spilled: bytes of registers stored to and loaded from memory, and of any stack.
+        shared: bytes of shared memory of a block; ``fits`` if the architecture has them.
+        wgmma, tcgen05, mma: tensor core instructions of each kind, in the PTX.
+        tma_load, tma_store, cp_async: instructions that copy to or from shared memory.
+        fenced: every wait for ``cp.async`` is followed by a proxy fence before a ``wgmma``.
+        serialized: ptxas could not keep ``wgmma`` asynchronous.
+    """
+
+    case: str
+    kernel: str
+    arch: int
+    warps: int
+    registers: int
+    spilled: int
+    shared: int
+    fits: bool
+    wgmma: int
+    tcgen05: int
+    mma: int
+    tma_load: int
+    tma_store: int
+    cp_async: int
+    fenced: bool
+    serialized: bool
+    instructions: int
+
+
+def _run(tool: str, *args: str) -> str:
+    done = subprocess.run([str(TOOLS / tool), *args], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{tool} failed: {done.stderr}")
+    return done.stdout + done.stderr
+
+
+def _is_fenced(ptx: str) -> bool:
+    """Data copied by cp.async is read by wgmma only behind a proxy fence.
+
+    Reads straight through the text: between a wait for copies and the next wgmma there is a fence.
+    """
+    waiting = False
+    for line in ptx.splitlines():
+        if "cp.async.wait" in line and "bulk" not in line:
+            waiting = True
+        elif "fence.proxy.async" in line:
+            waiting = False
+        elif "wgmma.mma_async" in line and waiting:
+            return False
+    return True
+
+
+def read(case: str, kernel: Any, arch: int) -> Report:
+    ptx, meta = kernel.asm["ptx"], kernel.metadata
+    gpu = re.search(r"\.target (\w+)", ptx)
+    assert gpu is not None
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        ptxas = (
+            "ptxas-blackwell" if arch >= 100 and (TOOLS / "ptxas-blackwell").exists() else "ptxas"
+        )
+        log = _run(
+            ptxas, "-v", f"--gpu-name={gpu[1]}", str(source), "-o", str(Path(folder) / "out.cubin")
+        )
+    stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", log)
+    registers = re.search(r"Used (\d+) registers", log)
+    assert stack is not None
+    assert registers is not None
+    limit = SHARED_MEMORY[arch]
+    return Report(
+        case=case,
+        kernel=meta.name,
+        arch=arch,
+        warps=meta.num_warps,
+        registers=int(registers[1]),
+        spilled=sum(int(value) for value in stack.groups()),
+        shared=meta.shared,
+        fits=meta.shared <= limit,
+        wgmma=ptx.count("wgmma.mma_async"),
+        tcgen05=ptx.count("tcgen05.mma"),
+        mma=ptx.count("mma.sync"),
+        tma_load=len(re.findall(r"cp\.async\.bulk\.tensor\S*\.shared::c\w+\.global", ptx)),
+        tma_store=len(re.findall(r"cp\.async\.bulk\.tensor\S*\.global\.shared", ptx)),
+        cp_async=len(re.findall(r"cp\.async\.c[ag]", ptx)),
+        fenced=_is_fenced(ptx),
+        serialized="serialized" in log,
+        instructions=len(re.findall(r"^\s+[a-z@].*;", ptx, re.M)),
+    )
+
+
+def check(names: list[str], arch: int) -> list[Report]:
+    from tests.kernels.compile_cases import CASES
+
+    reports = []
+    with compile_only(arch) as kernels:
+        for name in names or CASES:
+            kernels.clear()
+            CASES[name]()
+            reports += [read(name, kernel, arch) for kernel in kernels]
+    return reports
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", type=int, default=90, choices=SHARED_MEMORY)
+    parser.add_argument("cases", nargs="*")
+    options = parser.parse_args()
+    for report in check(options.cases, options.arch):
+        json.dump(asdict(report), sys.stdout)
+        print(flush=True)

@@ -1,0 +1,82 @@
+"""Triton's interpreter with bfloat16 that computes.
+
+It keeps bfloat16 as uint16, and multiplies, adds and compares those bits as integers. Here operands
+are widened to float32 and results rounded to nearest even, as the hardware does. Reductions of
+bfloat16 tiles, ``tl.sum`` for one, remain wrong: kernels widen first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+
+def _round(values: Any) -> Any:
+    """float32 to the bits of bfloat16."""
+    values = np.asarray(values, dtype=np.float32)
+    bits = np.ascontiguousarray(values).view(np.uint32).reshape(values.shape)
+    odd = (bits >> np.uint32(16)) & np.uint32(1)
+    rounded = ((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+
+
+def _widen(bits: Any) -> Any:
+    """The bits of bfloat16 to float32."""
+    return (np.ascontiguousarray(bits).astype(np.uint32) << 16).view(np.float32).reshape(bits.shape)
+
+
+@contextmanager
+def bfloat16_interpreter() -> Iterator[None]:
+    """Mend the interpreter for a while. Has no effect on compiled kernels."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    dot = InterpreterBuilder.create_dot
+    cast = InterpreterBuilder.cast_impl
+    convert = InterpreterBuilder.create_fp_to_fp
+    binary = InterpreterBuilder.binary_op
+    unary = InterpreterBuilder.unary_op
+
+    def narrow(handle: Any) -> bool:
+        return bool(handle.dtype.scalar == tl.bfloat16)
+
+    def wide(handle: Any) -> Any:
+        return TensorHandle(_widen(handle.data), tl.float32) if narrow(handle) else handle
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
+        return dot(self, wide(a), wide(b), d, *rest)
+
+    def cast_impl(self: Any, source: Any, target: Any) -> Any:
+        if narrow(source) and target.scalar == tl.bfloat16:
+            return source
+        source = wide(source)
+        if target.scalar == tl.bfloat16:
+            return TensorHandle(_round(source.data), tl.bfloat16)
+        return cast(self, source, target)
+
+    def create_fp_to_fp(self: Any, source: Any, target: Any, mode: Any) -> Any:
+        pair = {source.dtype.scalar, target.scalar}
+        if tl.bfloat16 in pair and pair <= {tl.bfloat16, tl.float16, tl.float32, tl.float64}:
+            return cast_impl(self, source, target)
+        return convert(self, source, target, mode)
+
+    def binary_op(self: Any, lhs: Any, rhs: Any, op: Callable[..., Any]) -> Any:
+        if not (narrow(lhs) and narrow(rhs)):
+            return binary(self, lhs, rhs, op)
+        result = op(_widen(lhs.data), _widen(rhs.data))
+        if result.dtype == np.bool_:
+            return TensorHandle(result, tl.int1)
+        return TensorHandle(_round(result), tl.bfloat16)
+
+    def unary_op(self: Any, operand: Any, op: Callable[..., Any]) -> Any:
+        if not narrow(operand):
+            return unary(self, operand, op)
+        return TensorHandle(_round(op(_widen(operand.data))), tl.bfloat16)
+
+    mended = (create_dot, cast_impl, create_fp_to_fp, binary_op, unary_op)
+    with mock.patch.multiple(InterpreterBuilder, **{f.__name__: f for f in mended}):
+        yield
