@@ -56,8 +56,11 @@ def check_choice(op: str, name: str, value: Any, choices: Sequence[str]) -> None
 
 
 def check_rows(op: str, rows: Any) -> None:
-    """Slots are numbered with int32: refuse more than it holds."""
-    if isinstance(rows, int) and rows >= 2**31:
+    """Slots are numbered with int32: refuse more than it holds.
+
+    Not under torch.compile, where a number may be unknown and asking for it breaks the graph.
+    """
+    if not torch.compiler.is_compiling() and rows >= 2**31:
         raise ValueError(
             f"{op}: T * K must be below 2**31, the range of the int32 row numbers; got {rows}. "
             "Split the tokens over several calls."
