@@ -1,5 +1,6 @@
 """Token dispatch: on one device, and by all-to-all between the ranks of Expert Parallelism."""
 
+from moe_parallel.dispatch.all_to_all import AllToAllDispatcher, Handle
 from moe_parallel.dispatch.protocol import (
     TRANSPORTS,
     Dispatched,
@@ -7,4 +8,11 @@ from moe_parallel.dispatch.protocol import (
     TokenDispatcher,
 )
 
-__all__ = ["TRANSPORTS", "Dispatched", "LocalDispatcher", "TokenDispatcher"]
+__all__ = [
+    "TRANSPORTS",
+    "AllToAllDispatcher",
+    "Dispatched",
+    "Handle",
+    "LocalDispatcher",
+    "TokenDispatcher",
+]

@@ -1,0 +1,39 @@
+// The steps of an exchange that move rows, on tensors: native loops on the CPU (layout.h), ATen
+// elsewhere. Letters as in layout.h; U rows received, H hidden size.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <tuple>
+
+namespace moe::ep {
+
+struct Layout {
+  at::Tensor slot_rows;  // [T, K] int32
+  at::Tensor counts;     // [P, 2] int64 on the device of the ids: rows and slots for each rank
+  at::Tensor bad;        // [] int64, there too: 1 if an id is outside [-1, E]; raised on the CPU
+};
+
+// ids [T, K] int32 or int64. IndexError for an id outside [-1, E] on the CPU.
+Layout make_layout(const at::Tensor& ids, int64_t experts, int64_t ranks);
+
+// [S, H] of x [T, H], any strides.
+at::Tensor pack_rows(const at::Tensor& x, const at::Tensor& slot_rows, int64_t num_rows);
+
+// [S, bytes] uint8 of ids and weights [T, K], each row for the rank it goes to.
+at::Tensor pack_routing(const at::Tensor& ids, const at::Tensor& weights,
+                        const at::Tensor& slot_rows, int64_t num_rows, int64_t experts_per_rank);
+
+// An empty tensor for `num_rows` rows of pack_routing, and its ids and weights.
+at::Tensor empty_routing(const at::Tensor& weights, int64_t num_rows);
+std::tuple<at::Tensor, at::Tensor> unpack_routing(const at::Tensor& routing, int64_t top_k,
+                                                  at::ScalarType weight_dtype);
+
+// [T, H]: the sum of each token's rows [S, H] in the order of their ranks, in float32 (float64 for
+// float64), rounded once.
+at::Tensor sum_rows(const at::Tensor& rows, const at::Tensor& slot_rows, int64_t ranks);
+
+// [T, K]: for each slot its entry of rows [S, K], zero for slots without an expert.
+at::Tensor gather_slots(const at::Tensor& rows, const at::Tensor& slot_rows);
+
+}  // namespace moe::ep

@@ -1,0 +1,132 @@
+"""Token dispatch between the ranks of a process group.
+
+T tokens, H hidden size, K experts a token, E experts, P ranks, U tokens received.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import NamedTuple
+
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from moe_parallel.dispatch import ops
+from moe_parallel.dispatch.protocol import TRANSPORTS, Dispatched
+
+
+class Handle(NamedTuple):
+    """The way back of dispatched tokens.
+
+    Attributes:
+        slot_rows: [T, K] int32, the row of the exchange that each slot travelled in, or -1.
+        plan: [2 P] int64 on the CPU, rows sent to each rank, then rows received from each.
+    """
+
+    slot_rows: Tensor
+    plan: Tensor
+
+
+class AllToAllDispatcher:
+    """Sends each token once to every rank that owns one of its experts, and adds what they return.
+
+    Rank r of the group owns the experts ``[r * E / P, (r + 1) * E / P)``. Received tokens are in
+    the order of their ranks, then of their positions there. What the ranks return is added in the
+    order of the ranks in float32 (float64 for float64), so that results repeat bit for bit; a row
+    is rounded to its dtype once on the wire. Differentiable in x and topk_weights, not twice.
+
+    Every rank of the group must make the same calls in the same order, with any number of tokens,
+    zero included. Calls that do not match are a ValueError on every rank; on CUDA that is checked
+    in dispatch alone.
+
+    Args:
+        group: the ranks; of any c10d backend that can exchange tensors on the device of the tokens.
+        num_experts: E, a multiple of P.
+        transport: "process_group", c10d's all-to-all: the counts first, then the tokens. "auto"
+            chooses the fastest that fits.
+        timeout: seconds a rank waits for the others in each exchange; None for the group's own
+            timeout. On CUDA the backend's watchdog applies it.
+
+    Raises:
+        ValueError: an unknown transport, a timeout that is not positive, E not a multiple of P.
+        ImportError: moe_kernels was built without its extension.
+    """
+
+    def __init__(
+        self,
+        group: ProcessGroup,
+        num_experts: int,
+        *,
+        transport: str = "auto",
+        timeout: float | None = None,
+    ) -> None:
+        op = "AllToAllDispatcher"
+        if transport not in ("auto", *TRANSPORTS):
+            raise ValueError(
+                f"{op}: transport must be one of auto, {', '.join(TRANSPORTS)}; got {transport!r}"
+            )
+        if num_experts < 1 or num_experts % group.size():
+            raise ValueError(
+                f"{op}: num_experts must be a positive multiple of the group's size "
+                f"{group.size()}; got {num_experts}. Choose another Expert Parallel size."
+            )
+        if timeout is not None and not timeout > 0:
+            raise ValueError(f"{op}: timeout must be positive, in seconds; got {timeout}")
+        if importlib.util.find_spec("moe_kernels._C") is None:
+            raise ImportError(
+                f"{op}: the compiled extension of moe_kernels is missing. Build it in this "
+                "environment: pip install --no-build-isolation ."
+            )
+        # The name alone: modules that hold a dispatcher stay copyable, and the group may end first.
+        self.group_name: str = group.group_name
+        self.num_experts = num_experts
+        self.num_ranks: int = group.size()
+        self.transport = "process_group"
+        self.timeout = timeout
+
+    def __repr__(self) -> str:
+        return (
+            f"AllToAllDispatcher(group={self.group_name!r}, num_ranks={self.num_ranks}, "
+            f"num_experts={self.num_experts}, transport={self.transport!r}, timeout={self.timeout})"
+        )
+
+    def dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Dispatched:
+        """Send tokens to their experts.
+
+        Args:
+            x: [T, H] in bf16, fp16, fp32 or fp64, any strides.
+            topk_ids: [T, K] int32 or int64, in [0, E); -1 and E mean "no expert".
+            topk_weights: [T, K], any of x's dtypes.
+
+        Returns:
+            :class:`Dispatched` with int32 ids; weights of other ranks' slots are 0.
+
+        Raises:
+            ValueError, TypeError, IndexError: arguments that do not fit, or not those of the other
+                ranks. Ranks whose own arguments are right raise a RuntimeError that names the rank.
+            torch.distributed.DistBackendError: a rank is missing; it names the exchange.
+        """
+        received, ids, weights, slot_rows, plan, num_slots = ops.dispatch(
+            x, topk_ids, topk_weights, self.num_experts, self.group_name, self.timeout or 0.0
+        )
+        # The number of slots is the size of a tensor without elements: under torch.compile a size
+        # may be unknown and yet an integer, and reading a value would break the graph.
+        return Dispatched(received, ids, weights, Handle(slot_rows, plan), num_slots.shape[0])
+
+    def combine(self, y: Tensor, handle: Handle) -> Tensor:
+        """Send results back and add them.
+
+        Args:
+            y: [U, H], a row for each received token.
+            handle: of the dispatch; any number may be in flight, and each may be used once more for
+                every y.
+
+        Returns:
+            [T, H]: zero for a token without experts.
+
+        Raises:
+            ValueError: y does not fit the handle, or the ranks' handles do not belong together.
+            torch.distributed.DistBackendError: a rank is missing; it names the exchange.
+        """
+        out: Tensor = ops.combine(y, *handle, self.group_name, self.timeout or 0.0)
+        return out

@@ -1,0 +1,151 @@
+"""The exchange as ops: ``moe_kernels::dispatch`` and ``combine``, and their backwards.
+
+Functional, so that autograd, torch.compile and selective activation checkpointing know them: the
+name of a process group and tensors go in, tensors come out. The kernels are C++ (csrc/dispatch).
+
+T tokens, H hidden size, K experts a token, E experts, P ranks, U tokens received.
+``slot_rows [T, K]`` int32 is the row that each slot travelled in, -1 if in none; ``plan [2 P]``
+int64, on the CPU, the number of rows sent to each rank, then of those received from each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "moe_kernels"
+
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+def _define(schema: str, fake: Callable[..., Any]) -> Any:
+    name = schema.split("(", 1)[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def _dispatch_fake(
+    x: Tensor, topk_ids: Tensor, topk_weights: Tensor, num_experts: int, group: str, timeout: float
+) -> tuple[Tensor, ...]:
+    context = torch.library.get_ctx()
+    received, slots = context.new_dynamic_size(), context.new_dynamic_size()
+    top_k = topk_ids.shape[1]
+    resolve = torch._C._distributed_c10d._resolve_process_group
+    ranks = resolve(group).size()  # type: ignore[arg-type]
+    return (
+        x.new_empty(received, x.shape[1]),
+        topk_ids.new_empty(received, top_k, dtype=torch.int32),
+        topk_weights.new_empty(received, top_k),
+        topk_ids.new_empty(topk_ids.shape, dtype=torch.int32),
+        torch.empty(2 * ranks, dtype=torch.int64, device="cpu"),
+        x.new_empty(slots, 0, dtype=torch.uint8),
+    )
+
+
+def _dispatch_backward_fake(
+    grad_x: Tensor | None,
+    grad_weights: Tensor | None,
+    slot_rows: Tensor,
+    plan: Tensor,
+    group: str,
+    timeout: float,
+) -> tuple[Tensor, Tensor]:
+    empty = slot_rows.new_empty(0)
+    return (
+        empty if grad_x is None else grad_x.new_empty(slot_rows.shape[0], grad_x.shape[1]),
+        torch.empty_like(empty)
+        if grad_weights is None
+        else grad_weights.new_empty(slot_rows.shape),
+    )
+
+
+def _combine_fake(y: Tensor, slot_rows: Tensor, plan: Tensor, group: str, timeout: float) -> Tensor:
+    return y.new_empty(slot_rows.shape[0], y.shape[1])
+
+
+def _combine_backward_fake(
+    grad: Tensor, slot_rows: Tensor, plan: Tensor, received: Any, group: str, timeout: float
+) -> Tensor:
+    return grad.new_empty(received, grad.shape[1])
+
+
+dispatch = _define(
+    "dispatch(Tensor x, Tensor topk_ids, Tensor topk_weights, int num_experts, str group,"
+    " float timeout) -> (Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor slot_rows,"
+    " Tensor plan, Tensor num_slots)",
+    _dispatch_fake,
+)
+_dispatch_backward_op = _define(
+    "dispatch_backward(Tensor? grad_x, Tensor? grad_weights, Tensor slot_rows, Tensor plan,"
+    " str group, float timeout) -> (Tensor, Tensor)",
+    _dispatch_backward_fake,
+)
+combine = _define(
+    "combine(Tensor y, Tensor slot_rows, Tensor plan, str group, float timeout) -> Tensor",
+    _combine_fake,
+)
+_combine_backward_op = _define(
+    "combine_backward(Tensor grad, Tensor slot_rows, Tensor plan, SymInt received, str group,"
+    " float timeout) -> Tensor",
+    _combine_backward_fake,
+)
+
+
+def _dispatch_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, ids, _, slot_rows, plan, num_slots = output
+    ctx.mark_non_differentiable(ids, slot_rows, plan, num_slots)
+    ctx.group = inputs[4:]
+    ctx.save_for_backward(slot_rows, plan)
+
+
+def _dispatch_backward(
+    ctx: Any, grad_x: Tensor, grad_ids: None, grad_weights: Tensor, *unused: Any
+) -> tuple[Tensor | None, ...]:
+    """Rows go back and are added; each slot's weight gradient comes from its expert's rank.
+
+    Whatever this rank's graph used of the outputs, every rank takes part: missing gradients are
+    zeros here, and what requires a gradient is the same on all ranks.
+    """
+    with_x, _, with_weights, *_ = ctx.needs_input_grad
+    slot_rows, plan = ctx.saved_tensors
+    dx, dweights = _dispatch_backward_op(
+        grad_x if with_x else None,
+        grad_weights if with_weights else None,
+        slot_rows,
+        plan,
+        *ctx.group,
+    )
+    return dx if with_x else None, None, dweights if with_weights else None, None, None, None
+
+
+def _combine_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    y, slot_rows, plan, *ctx.group = inputs
+    ctx.received = y.shape[0]
+    ctx.save_for_backward(slot_rows, plan)
+
+
+def _combine_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grad_y = _combine_backward_op(grad, *ctx.saved_tensors, ctx.received, *ctx.group)
+    return grad_y, None, None, None, None
+
+
+def _refuse(name: str) -> Callable[..., None]:
+    def backward(ctx: Any, *grads: Any) -> None:
+        raise RuntimeError(f"{name}: double backward is not supported. Differentiate once.")
+
+    return backward
+
+
+for _name, _backward, _setup in (
+    ("dispatch", _dispatch_backward, _dispatch_setup),
+    ("combine", _combine_backward, _combine_setup),
+    ("dispatch_backward", _refuse("dispatch_backward"), None),
+    ("combine_backward", _refuse("combine_backward"), None),
+):
+    torch.library.register_autograd(
+        f"{NAMESPACE}::{_name}", _backward, setup_context=_setup, lib=_library
+    )

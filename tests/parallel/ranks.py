@@ -1,0 +1,125 @@
+"""Tests on several ranks: processes of one machine, joined by gloo.
+
+The processes are forked by a server that has imported what they need and done nothing else: a fork
+of the test process itself would inherit its OpenMP, CUDA and autograd threads as locks that nobody
+opens. A test costs a fifth of a second after the first.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import io
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+GRACE = 3.0  # seconds that the other ranks have to report after one has failed
+
+
+def run_ranks(
+    ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0
+) -> list[Any]:
+    """Run ``function(rank, ranks, *args)`` on every rank of a new gloo group.
+
+    Args:
+        ranks: how many processes.
+        function: at module level, as are the classes of ``args`` (they are pickled).
+        timeout: seconds after which every process is killed.
+
+    Returns:
+        What the ranks returned, in their order; tensors come on the CPU.
+
+    Raises:
+        AssertionError: with the traceback of every rank that raised, and the ranks that died,
+            or were still running at the end.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "moe_parallel.parallelizer"])
+    with tempfile.TemporaryDirectory() as folder:
+        connections, processes = [], []
+        for rank in range(ranks):
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(
+                target=_main,
+                args=(theirs, os.path.join(folder, "store"), rank, ranks, timeout, function, args),
+            )
+            process.start()
+            theirs.close()
+            connections.append(ours)
+            processes.append(process)
+        try:
+            return _collect(connections, processes, timeout)
+        finally:
+            for process in processes:
+                process.kill()
+            for process in processes:
+                process.join()
+
+
+def _collect(connections: list[Connection], processes: list[Any], timeout: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    failures: dict[int, str] = {}
+    deadline = time.monotonic() + timeout
+    waiting = dict(zip(connections, range(len(connections)), strict=True))
+    while waiting and (left := deadline - time.monotonic()) > 0:
+        for connection in wait(list(waiting), left):
+            rank = waiting.pop(connection)  # type: ignore[arg-type]
+            try:
+                succeeded, payload = connection.recv()  # type: ignore[union-attr]
+            except EOFError:
+                processes[rank].join()
+                succeeded, payload = False, f"died with exit code {processes[rank].exitcode}"
+            if succeeded:
+                results[rank] = torch.load(io.BytesIO(payload), weights_only=False)
+            else:
+                deadline = min(deadline, time.monotonic() + GRACE)
+                failures[rank] = payload
+    for rank in waiting.values():
+        failures[rank] = "was still running and was killed; its stack is on stderr"
+    if failures:
+        report = "\n".join(f"--- rank {rank}: {failures[rank]}" for rank in sorted(failures))
+        raise AssertionError(f"{len(failures)} of {len(processes)} ranks failed\n{report}")
+    return [results[rank] for rank in range(len(processes))]
+
+
+def _main(
+    connection: Connection,
+    store: str,
+    rank: int,
+    ranks: int,
+    timeout: float,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> None:
+    faulthandler.dump_traceback_later(timeout * 0.9)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    try:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{store}",
+            rank=rank,
+            world_size=ranks,
+            timeout=timedelta(seconds=timeout),
+        )
+        payload = io.BytesIO()
+        torch.save(function(rank, ranks, *args), payload)
+        connection.send((True, payload.getvalue()))
+    except BaseException:
+        connection.send((False, traceback.format_exc()))
+    finally:
+        connection.close()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Without the clean-up of a group whose other ranks may be gone.
+        os._exit(0)

@@ -1,0 +1,463 @@
+"""The exchange of tokens, against what a single process knows the ranks should get.
+
+T tokens, H hidden size, K experts a token, E experts, P ranks.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.testing import assert_close
+
+from moe_parallel.dispatch import AllToAllDispatcher, Dispatched, LocalDispatcher, ops
+from tests.parallel.ranks import run_ranks
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one rank brings to a dispatch."""
+
+    x: Tensor
+    ids: Tensor
+    weights: Tensor
+
+
+def make_case(
+    seed: int,
+    rank: int,
+    tokens: int,
+    hidden: int,
+    top_k: int,
+    experts: int,
+    *,
+    dtype: torch.dtype = torch.float64,
+    weight_dtype: torch.dtype = torch.float64,
+    ids_dtype: torch.dtype = torch.int64,
+    skew: str = "even",
+    strided: bool = False,
+) -> Case:
+    """The case of any rank, computed alike everywhere."""
+    generator = torch.Generator().manual_seed(1000 * seed + rank)
+    shape = (hidden, tokens) if strided else (tokens, hidden)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    ids = torch.rand(tokens, experts, generator=generator).topk(top_k, dim=1).indices
+    if skew == "one_expert":
+        ids.fill_(experts - 1)
+    elif skew == "dropped":
+        drop = torch.rand(ids.shape, generator=generator)
+        ids[drop < 0.4] = -1
+        ids[drop > 0.8] = experts
+    weights = torch.rand(tokens, top_k, generator=generator, dtype=torch.float64).to(weight_dtype)
+    return Case(x.T if strided else x, ids.to(ids_dtype), weights)
+
+
+def expected_tokens(
+    cases: list[Case], rank: int, experts_per_rank: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What ``rank`` receives, by loops over the cases of all ranks."""
+    xs, ids, weights = [], [], []
+    for case in cases:
+        for x, token_ids, token_weights in zip(case.x, case.ids, case.weights, strict=True):
+            low = rank * experts_per_rank
+            mine = (token_ids >= low) & (token_ids < low + experts_per_rank)
+            if mine.any():
+                xs.append(x)
+                ids.append(torch.where(mine, token_ids - low, -1).to(torch.int32))
+                weights.append(torch.where(mine, token_weights, 0))
+    first = cases[0]
+    top_k = first.ids.shape[1]
+    return (
+        torch.stack(xs) if xs else first.x.new_empty(0, first.x.shape[1]),
+        torch.stack(ids) if ids else first.ids.new_empty(0, top_k, dtype=torch.int32),
+        torch.stack(weights) if weights else first.weights.new_empty(0, top_k),
+    )
+
+
+def apply_experts(tokens: Dispatched, first_expert: int) -> Tensor:
+    """An expert is a factor here: expert e multiplies by e + 1."""
+    factor = torch.where(tokens.topk_ids >= 0, tokens.topk_ids + first_expert + 1, 0)
+    return tokens.x * (factor * tokens.topk_weights).sum(1, keepdim=True).to(tokens.x.dtype)
+
+
+def round_trip(
+    dispatcher: AllToAllDispatcher, case: Case, rank: int
+) -> tuple[Dispatched, Tensor, Tensor, Tensor]:
+    """What arrived, the combined result, and the gradients of x and of the weights."""
+    x, weights = case.x.clone().requires_grad_(), case.weights.clone().requires_grad_()
+    tokens = dispatcher.dispatch(x, case.ids, weights)
+    first_expert = rank * dispatcher.num_experts // dispatcher.num_ranks
+    y = dispatcher.combine(apply_experts(tokens, first_expert), tokens.handle)
+    y.backward(torch.ones_like(y) * (rank + 1), retain_graph=True)
+    dx, dweights = x.grad, weights.grad
+    x.grad = weights.grad = None
+    y.backward(torch.ones_like(y) * (rank + 1))
+    assert x.grad is not None
+    assert weights.grad is not None
+    assert dx is not None
+    assert dweights is not None
+    assert torch.equal(x.grad, dx), "the second backward differs"
+    assert torch.equal(weights.grad, dweights), "the second backward differs"
+    return tokens, y.detach(), dx, dweights
+
+
+def _random_cases(rank: int, ranks: int, seeds: list[int]) -> None:
+    for seed in seeds:
+        draw = random.Random(seed)
+        tokens = [draw.choice([0, 1, 2, 17, 40]) for _ in range(ranks)]
+        experts = ranks * draw.choice([1, 2, 5])
+        settings = {
+            "hidden": draw.choice([1, 3, 64, 300]),
+            "top_k": draw.randint(1, min(experts, 9)),
+            "experts": experts,
+            "skew": draw.choice(["even", "even", "one_expert", "dropped"]),
+            "ids_dtype": draw.choice([torch.int32, torch.int64]),
+            "strided": draw.random() < 0.3,
+        }
+        cases = [make_case(seed, r, tokens[r], **settings) for r in range(ranks)]
+        mine = cases[rank]
+        dispatcher = AllToAllDispatcher(dist.group.WORLD, experts)
+        got, y, dx, dweights = round_trip(dispatcher, mine, rank)
+
+        x, ids, weights = expected_tokens(cases, rank, experts // ranks)
+        assert torch.equal(got.x, x), (seed, "x")
+        assert torch.equal(got.topk_ids, ids), (seed, "ids")
+        assert torch.equal(got.topk_weights, weights), (seed, "weights")
+        assert got.num_rows == int((ids >= 0).sum()), (seed, "num_rows")
+
+        valid = (mine.ids >= 0) & (mine.ids < experts)
+        factor = torch.where(valid, mine.ids + 1, 0)
+        scale = (factor * mine.weights).sum(1, keepdim=True)
+        assert_close(y, mine.x * scale)
+        assert_close(dx, (rank + 1) * scale.expand_as(mine.x))
+        assert_close(dweights, (rank + 1) * factor * mine.x.sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_exchange_is_the_definition(ranks: int) -> None:
+    """Bit for bit on the way there; sums within rounding on the way back; any sizes and skew."""
+    run_ranks(ranks, _random_cases, list(range(12)))
+
+
+def _narrow_dtypes(rank: int, ranks: int) -> None:
+    for dtype, weight_dtype in (
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float16),
+        (torch.float32, torch.bfloat16),
+    ):
+        case = make_case(3, rank, 50, 70, 3, 8, dtype=dtype, weight_dtype=weight_dtype)
+        dispatcher = AllToAllDispatcher(dist.group.WORLD, 8)
+        tokens, y, dx, dweights = round_trip(dispatcher, case, rank)
+        assert tokens.topk_weights.dtype == dweights.dtype == weight_dtype
+        assert y.dtype == dx.dtype == dtype
+        # A row for each rank, computed and rounded there; then float32 in the order of the ranks.
+        total = torch.zeros(50, 70)
+        for peer in range(ranks):
+            mine = case.ids // (8 // ranks) == peer
+            factor = torch.where(mine, case.ids + 1, 0)
+            scale = (factor * torch.where(mine, case.weights, 0)).sum(1, keepdim=True).to(dtype)
+            row = (case.x * scale).float()
+            total = torch.where(mine.any(1, keepdim=True), total + row, total)
+        assert torch.equal(y, total.to(dtype)), dtype
+        for _ in range(3):
+            again = round_trip(dispatcher, case, rank)
+            assert all(torch.equal(a, b) for a, b in zip(again[1:], (y, dx, dweights), strict=True))
+
+
+def test_rows_are_added_in_float32_in_rank_order_and_repeat_bit_for_bit() -> None:
+    run_ranks(4, _narrow_dtypes)
+
+
+def _sub_groups_and_handles_in_flight(rank: int, ranks: int) -> None:
+    members = [rank % 2, rank % 2 + 2]
+    groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    dispatcher = AllToAllDispatcher(groups[rank % 2], 6)
+    cases = [[make_case(s, r, 5 + r, 4, 2, 6) for r in range(4)] for s in range(3)]
+    sent = [dispatcher.dispatch(c[rank].x, c[rank].ids, c[rank].weights) for c in cases]
+    for seed in (1, 2, 0):
+        mine, tokens = cases[seed][rank], sent[seed]
+        expected = expected_tokens([cases[seed][r] for r in members], members.index(rank), 3)
+        assert torch.equal(tokens.x, expected[0])
+        y = dispatcher.combine(apply_experts(tokens, 3 * members.index(rank)), tokens.handle)
+        assert_close(y, mine.x * ((mine.ids + 1) * mine.weights).sum(1, keepdim=True))
+
+
+def test_sub_groups_with_several_handles_in_flight() -> None:
+    run_ranks(4, _sub_groups_and_handles_in_flight)
+
+
+def _frozen_inputs(rank: int, ranks: int) -> None:
+    """Only what needs a gradient travels in backward; what the loss does not use is zero."""
+    case = make_case(5, rank, 6, 4, 2, 4)
+    dispatcher = AllToAllDispatcher(dist.group.WORLD, 4)
+    x, weights = case.x.clone().requires_grad_(), case.weights.clone().requires_grad_()
+    tokens = dispatcher.dispatch(x, case.ids, case.weights)
+    (dx,) = torch.autograd.grad(tokens.x.sum(), x)
+    assert_close(
+        dx,
+        torch.stack([(case.ids // 2).eq(r).any(1) for r in range(2)], 1)
+        .sum(1, True)
+        .double()
+        .expand_as(dx),
+    )
+    tokens = dispatcher.dispatch(case.x, case.ids, weights)
+    (dweights,) = torch.autograd.grad(tokens.topk_weights.square().sum(), weights)
+    assert_close(dweights, 2 * case.weights)
+    tokens = dispatcher.dispatch(x, case.ids, weights)
+    used = tokens.x if rank == 0 else tokens.topk_weights
+    used.sum().backward()
+    assert x.grad is not None
+    assert weights.grad is not None
+    assert_close(x.grad, (case.ids // 2).eq(0).any(1, keepdim=True).double().expand_as(x))
+    assert_close(weights.grad, (case.ids // 2).eq(1).double())
+
+
+def test_backward_carries_what_is_needed() -> None:
+    run_ranks(2, _frozen_inputs)
+
+
+def raised(function: Callable[..., Any], *args: Any) -> tuple[str, str]:
+    """The type and the message of what ``function`` raises."""
+    try:
+        function(*args)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return "nothing", ""
+
+
+def _mismatch(rank: int, ranks: int, what: str) -> tuple[tuple[str, str], bool]:
+    odd = rank == 1
+    dispatcher = AllToAllDispatcher(dist.group.WORLD, 12 if what == "experts" and odd else 6)
+    settings: dict[str, Any] = {"hidden": 6, "top_k": 2, "dtype": torch.float32}
+    if odd:
+        settings |= {
+            "hidden": {"hidden": 7},
+            "top_k": {"top_k": 3},
+            "dtype": {"dtype": torch.bfloat16},
+            "weight_dtype": {"weight_dtype": torch.float32},
+        }.get(what, {})
+    case = make_case(1, rank, 9, experts=6, **settings)
+    arguments = (case.x, case.ids, case.weights)
+    if what in ("phase", "handle", "rows"):
+        first = dispatcher.dispatch(*arguments)
+        second = dispatcher.dispatch(*(value[:4] for value in arguments))
+        handle, x = (second.handle, second.x) if odd else (first.handle, first.x)
+        if what == "rows":
+            result = raised(dispatcher.combine, first.x[odd:], first.handle)
+        elif what == "handle":
+            result = raised(dispatcher.combine, x, handle)
+        elif odd:
+            result = raised(dispatcher.combine, first.x, first.handle)
+        else:
+            result = raised(dispatcher.dispatch, *arguments)
+    else:
+        result = raised(dispatcher.dispatch, *arguments)
+    # The group is as good as before.
+    case = make_case(2, rank, 9, 6, 2, 6)
+    y = round_trip(AllToAllDispatcher(dist.group.WORLD, 6), case, rank)[1]
+    return result, torch.allclose(y, case.x * ((case.ids + 1) * case.weights).sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize(
+    ("what", "named", "values"),
+    [
+        ("hidden", "H (the columns of x)", ("6", "7")),
+        ("top_k", "K (the columns of topk_ids)", ("2", "3")),
+        ("dtype", "x's dtype", ("Float", "BFloat16")),
+        ("weight_dtype", "topk_weights' dtype", ("Double", "Float")),
+        ("experts", "num_experts", ("6", "12")),
+        ("phase", "the phase", ("dispatch", "combine")),
+    ],
+)
+def test_calls_that_do_not_match_are_an_error_on_every_rank(
+    what: str, named: str, values: tuple[str, str]
+) -> None:
+    for rank, ((kind, message), healthy) in enumerate(run_ranks(3, _mismatch, what)):
+        assert kind == "ValueError", message
+        mine, other = values if rank != 1 else values[::-1]
+        assert f"must agree on {named}; rank {rank} has {mine} and rank" in message
+        assert f"has {other}." in message
+        assert healthy
+
+
+def test_handles_that_do_not_belong_together_are_an_error_on_every_rank() -> None:
+    for (kind, message), healthy in run_ranks(2, _mismatch, "handle"):
+        assert kind == "ValueError"
+        assert "their handles are of different dispatches" in message
+        assert healthy
+
+
+def _wrong_arguments(rank: int, ranks: int) -> list[tuple[str, str]]:
+    dispatcher = AllToAllDispatcher(dist.group.WORLD, 4)
+    x, ids, weights = torch.randn(3, 5), torch.zeros(3, 2, dtype=torch.int64), torch.rand(3, 2)
+    bad_ids = ids.clone()
+    bad_ids[2, 1] = 5
+    wrong = [
+        (x, bad_ids, weights),
+        (x[0], ids, weights),
+        (x, ids[:2], weights),
+        (x, ids, weights[:, :1]),
+        (x.int(), ids, weights),
+        (x, ids.float(), weights),
+    ]
+    return [
+        raised(dispatcher.dispatch, *(arguments if rank == 1 else (x, ids, weights)))
+        for arguments in wrong
+    ]
+
+
+def test_one_rank_with_wrong_arguments_leaves_nobody_waiting() -> None:
+    good, bad = run_ranks(2, _wrong_arguments)
+    assert all(kind == "RuntimeError" for kind, _ in good)
+    assert all("rank 1 of group '0' found an error in its own arguments" in m for _, m in good)
+    assert [kind for kind, _ in bad] == [
+        "IndexError",
+        "ValueError",
+        "ValueError",
+        "ValueError",
+        "TypeError",
+        "TypeError",
+    ]
+    for (_, message), part in zip(
+        bad,
+        [
+            "topk_ids must be in [-1, E] with E = 4; got 5 at [2, 1]",
+            "x must be [T, H]; got [5]",
+            "topk_ids must be [T, K] with T = 3",
+            "topk_weights must be [3, 2] as topk_ids; got [3, 1]",
+            "x must be one of bfloat16, float16, float32, float64; got Int",
+            "topk_ids must be int32 or int64; got Float",
+        ],
+        strict=True,
+    ):
+        assert message.startswith("dispatch: ")
+        assert part in message
+
+
+def test_a_result_of_the_wrong_size_is_refused_where_it_is() -> None:
+    (good, _), (bad, _) = run_ranks(2, _mismatch, "rows")
+    assert good[0] == "RuntimeError"
+    assert bad[0] == "ValueError"
+    assert "y must have the" in bad[1]
+
+
+def _missing_rank(rank: int, ranks: int, how: str) -> tuple[str, str, float]:
+    dispatcher = AllToAllDispatcher(dist.group.WORLD, 3, timeout=1.0)
+    case = make_case(1, rank, 9, 6, 2, 3)
+    tokens = dispatcher.dispatch(case.x, case.ids, case.weights)
+    begin = time.monotonic()
+    if rank == 1:
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(3)
+    kind, message = raised(dispatcher.combine, tokens.x, tokens.handle)
+    assert kind == "DistBackendError" or rank == 1, message
+    return kind, message, time.monotonic() - begin
+
+
+def test_a_stuck_rank_is_an_error_after_the_timeout() -> None:
+    results = run_ranks(3, _missing_rank, "stuck")
+    for rank in (0, 2):
+        _, message, seconds = results[rank]
+        assert f"combine: the exchange of token counts failed on rank {rank} of 3" in message
+        assert 0.9 < seconds < 2.5
+
+
+def test_a_dead_rank_is_an_error() -> None:
+    with pytest.raises(AssertionError, match="1 of 3 ranks failed\n--- rank 1: died"):
+        run_ranks(3, _missing_rank, "killed")
+
+
+def _threads_run_on(rank: int, ranks: int) -> int:
+    ticks, stop = 0, threading.Event()
+
+    def tick() -> None:
+        nonlocal ticks
+        while not stop.wait(0.005):
+            ticks += 1
+
+    dispatcher = AllToAllDispatcher(dist.group.WORLD, 2)
+    thread = threading.Thread(target=tick)
+    thread.start()
+    if rank == 1:
+        time.sleep(0.5)
+    dispatcher.dispatch(torch.randn(2, 3), torch.zeros(2, 1, dtype=torch.int32), torch.ones(2, 1))
+    seen = ticks
+    stop.set()
+    thread.join()
+    return seen
+
+
+def test_waiting_leaves_the_interpreter_free() -> None:
+    assert min(run_ranks(2, _threads_run_on)) > 20
+
+
+def _op_contract(rank: int, ranks: int) -> None:
+    case = make_case(1, 0, 7, 5, 2, 4)
+    x, weights = case.x.requires_grad_(), case.weights.requires_grad_()
+    group = dist.group.WORLD.group_name
+    received = ops.dispatch(x, case.ids, weights, 4, group, 0.0)
+    torch.library.opcheck(torch.ops.moe_kernels.dispatch, (x, case.ids, weights, 4, group, 0.0))
+    y = received[0].detach().requires_grad_()
+    handle = received[3:5]
+    torch.library.opcheck(torch.ops.moe_kernels.combine, (y, *handle, group, 0.0))
+    grads = (received[0].detach(), received[2].detach())
+    torch.library.opcheck(torch.ops.moe_kernels.dispatch_backward, (*grads, *handle, group, 0.0))
+    rows = received[0].shape[0]
+    torch.library.opcheck(
+        torch.ops.moe_kernels.combine_backward, (case.x.detach(), *handle, rows, group, 0.0)
+    )
+
+    dispatcher = AllToAllDispatcher(dist.group.WORLD, 4)
+    tokens = dispatcher.dispatch(x, case.ids, weights)
+    out = dispatcher.combine(tokens.x.square(), tokens.handle)
+    (dx,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        dx.sum().backward()
+
+
+def test_ops_keep_the_contract_of_custom_ops() -> None:
+    run_ranks(1, _op_contract)
+
+
+def _constructor(rank: int, ranks: int) -> list[tuple[str, str]]:
+    group = dist.group.WORLD
+    twin = copy.deepcopy(AllToAllDispatcher(group, 4, timeout=5))
+    assert twin.transport == "process_group"
+    assert twin.timeout == 5
+    assert "num_experts=4" in repr(twin)
+    return [
+        raised(lambda: AllToAllDispatcher(group, 4, transport="carrier_pigeon")),
+        raised(lambda: AllToAllDispatcher(group, 5)),
+        raised(lambda: AllToAllDispatcher(group, 4, timeout=0)),
+    ]
+
+
+def test_constructor_names_what_does_not_fit() -> None:
+    results = run_ranks(2, _constructor)[0]
+    assert [kind for kind, _ in results] == ["ValueError"] * 3
+    assert "transport must be one of auto, process_group; got 'carrier_pigeon'" in results[0][1]
+    assert "num_experts must be a positive multiple of the group's size 2; got 5" in results[1][1]
+    assert "timeout must be positive, in seconds; got 0" in results[2][1]
+
+
+def test_local_dispatcher_is_the_identity() -> None:
+    case = make_case(1, 0, 7, 5, 2, 4)
+    tokens = LocalDispatcher().dispatch(case.x, case.ids, case.weights)
+    assert tokens.x is case.x
+    assert tokens.topk_ids is case.ids
+    assert tokens.topk_weights is case.weights
+    assert LocalDispatcher().combine(case.x, tokens.handle) is case.x
+    with pytest.raises(AttributeError):
+        tokens.x = case.x
