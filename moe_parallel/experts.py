@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from moe_kernels import fused_experts, reference
 from moe_parallel.config import BackendConfig, MoEConfig
-from moe_parallel.dispatch import Dispatched, LocalDispatcher, TokenDispatcher
+from moe_parallel.dispatch import AllToAllDispatcher, Dispatched, LocalDispatcher, TokenDispatcher
 from moe_parallel.tensors import local_tensor
 
 
@@ -44,7 +45,7 @@ class GroupedExperts(nn.Module):
 
     Parameters, with the expert in dimension 0: ``gate_and_up_projs [E, D, W]`` and ``down_projs
     [E, I, D]``; with ``expert_bias`` also ``gate_up_proj_bias [E, W]`` and ``down_proj_bias
-    [E, D]``, else None.
+    [E, D]``, else None. Under Expert Parallelism they are DTensors ``Shard(0)``.
 
     Args:
         config: sizes and activation.
@@ -73,6 +74,19 @@ class GroupedExperts(nn.Module):
         self.down_proj_bias = parameter(dim) if config.expert_bias else None
         nn.init.normal_(self.gate_and_up_projs, std=0.02)
         nn.init.normal_(self.down_projs, std=0.02)
+
+    def init_token_dispatcher(self, ep_mesh: DeviceMesh) -> None:
+        """Send tokens to the ranks of the 1-D ``ep_mesh``, each of which owns E / size experts.
+
+        Raises:
+            ValueError: E is not a multiple of the mesh's size.
+        """
+        self.token_dispatcher = AllToAllDispatcher(
+            ep_mesh.get_group(),
+            self.n_routed_experts,
+            transport=self.backend.dispatcher,
+            timeout=self.backend.dispatcher_timeout,
+        )
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         """The weighted sum of each token's experts.
