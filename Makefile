@@ -51,12 +51,14 @@ format: $(ENVIRONMENT)
 bench: build
 	$(PY) -m benchmarks run fused_experts $(ARGS)
 
-# On a machine with an NVIDIA GPU: PYTHON=python3 make gpu-check
+# On a machine with an NVIDIA GPU: PYTHON=python3 make gpu-check. Ends within nine minutes whatever
+# happens, with what it has found by then.
 gpu-check: export MOE_KERNELS_CUDA ?= on
 gpu-check: build
-	mkdir -p $(OUT)
-	$(PYTEST) -m "gpu and not slow" --junitxml=$(OUT)/tests.xml
-	$(PY) -m benchmarks run fused_experts --device cuda --output $(OUT)
+	@mkdir -p $(OUT); status=0; \
+	timeout --signal=INT 300 env $(PYTEST) -m "gpu and not slow" --junitxml=$(OUT)/tests.xml || status=$$?; \
+	timeout --signal=INT 120 $(PY) -m benchmarks run fused_experts --device cuda --out $(OUT) || status=$$?; \
+	exit $$status
 
 # CMake and ninja do only what is needed, so it is always run.
 build: $(ENVIRONMENT)
