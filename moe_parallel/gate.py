@@ -85,6 +85,12 @@ class Gate(nn.Module):
         self._last_aux_loss: Tensor | None = None
         nn.init.normal_(self.weight, std=0.02)
 
+    def logits(self, x: Tensor) -> Tensor:
+        """``x [T, H]`` projected to ``[T, E]``, in :attr:`gate_precision`."""
+        dtype = x.dtype if self.gate_precision is None else self.gate_precision
+        router_bias = None if self.bias is None else self.bias.to(dtype)
+        return functional.linear(x.to(dtype), self.weight.to(dtype), router_bias)
+
     def _router_options(self, bias: Tensor | None) -> dict[str, Any]:
         """What :attr:`score_func` means to :func:`moe_kernels.topk_router`."""
         if self.score_func == "softmax":
@@ -122,9 +128,7 @@ class Gate(nn.Module):
             auxiliary loss, a float32 scalar (None outside training or without a coefficient).
             ``aux_loss_coeff * aux`` is already part of the graph of ``weights``.
         """
-        dtype = x.dtype if self.gate_precision is None else self.gate_precision
-        router_bias = None if self.bias is None else self.bias.to(dtype)
-        logits = functional.linear(x.to(dtype), self.weight.to(dtype), router_bias)
+        logits = self.logits(x)
         correction = self.e_score_correction_bias
         with_aux = self.training and self.aux_loss_coeff > 0
         routed = topk_router(
