@@ -76,6 +76,19 @@ _OWN_GATES = {
 }
 
 
+def require_transformers(caller: str) -> None:
+    """Raise an ImportError that speaks for ``caller`` unless a usable transformers is installed."""
+    needed = ".".join(map(str, MINIMUM_VERSION))
+    who = f"{caller} needs transformers >= {needed}"
+    remedy = f'Install it: pip install "transformers>={needed}".'
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError(f"{who}, and importing it failed ({error}). {remedy}") from error
+    if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < MINIMUM_VERSION:
+        raise ImportError(f"{who}; found {transformers.__version__}. {remedy}")
+
+
 def register() -> None:
     """Make ``experts_implementation="moe_kernels"`` known to transformers. Any number of times.
 
@@ -85,15 +98,7 @@ def register() -> None:
     Raises:
         ImportError: transformers is missing, or older than 5.7.
     """
-    needed = ".".join(map(str, MINIMUM_VERSION))
-    who = f"moe_kernels.integrations.transformers needs transformers >= {needed}"
-    remedy = f'Install it: pip install "transformers>={needed}".'
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError(f"{who}, and importing it failed ({error}). {remedy}") from error
-    if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < MINIMUM_VERSION:
-        raise ImportError(f"{who}; found {transformers.__version__}. {remedy}")
+    require_transformers("moe_kernels.integrations.transformers.register")
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
@@ -127,10 +132,23 @@ def _computes(gate: Callable[[Any, Tensor], Tensor], known: _Gate) -> bool:
         return found.shape == expected.shape and torch.allclose(found, expected, atol=1e-12)
 
 
+def activation_name(act_fn: Any) -> str | None:
+    """What an activation of transformers computes, if we know it.
+
+    Args:
+        act_fn: a module such as those of ``ACT2FN``, its class, or a function.
+
+    Returns:
+        "silu", "gelu" (erf), "gelu_tanh", "relu", "relu2", or None.
+    """
+    named = act_fn if isinstance(act_fn, type | types.FunctionType) else type(act_fn)
+    return _ACT_FNS.get(f"{named.__module__}.{named.__qualname__}")
+
+
 @functools.cache
 def _recognise(gate: Callable[..., Tensor] | None, act_fn: Any) -> _Gate | None:
     """What ``gate`` (None: experts without one) computes over ``act_fn``, a function or a class."""
-    act = _ACT_FNS.get(f"{act_fn.__module__}.{act_fn.__qualname__}", "")
+    act = activation_name(act_fn) or ""
     if gate is None:
         return _WITHOUT_GATE.get(act)
     if not isinstance(gate, types.FunctionType):

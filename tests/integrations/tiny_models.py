@@ -89,9 +89,45 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+# Families whose MoE blocks can be replaced, beside those above.
+_SIGMOID = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+_INDEXER = {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 8}
+CONFIGS_OF_MODULES: dict[str, dict[str, Any]] = {
+    "flex_olmo": {"num_experts": 6, "num_experts_per_tok": 2},
+    "mellum": {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20},
+    "minimax": {"num_local_experts": 6, "num_experts_per_tok": 2},
+    "qwen3_next": {
+        **CONFIGS["qwen2_moe"],
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
+    "deepseek_v2": {**CONFIGS["deepseek_v3"], "topk_method": "greedy"},
+    "deepseek_v32": {**CONFIGS["deepseek_v3"], **_INDEXER},
+    "dots1": CONFIGS["glm4_moe"],
+    "glm4_moe_lite": CONFIGS["deepseek_v3"],
+    "glm_moe_dsa": {**CONFIGS["deepseek_v3"], **_INDEXER},
+    "solar_open": _GROUPS,
+    "exaone_moe": {
+        **{key: _GROUPS[key] for key in ("num_experts_per_tok", "n_group", "topk_group")},
+        "num_experts": 8,
+        "num_shared_experts": 1,
+        "moe_intermediate_size": 20,
+        "routed_scaling_factor": 1.5,
+        "first_k_dense_replace": 1,
+    },
+    "hunyuan_v1_moe": {"num_experts": 6, "moe_topk": 2},
+    "afmoe": {**_SIGMOID, "num_dense_layers": 1, "num_shared_experts": 1},
+    "hy_v3": {**_SIGMOID, "num_shared_experts": 1},
+}
+
+
 def tiny_model(family: str, **overrides: Any) -> PreTrainedModel:
     """A model of ``family`` whose every parameter is random, norms, biases and buffers included."""
-    config = AutoConfig.for_model(family, **{**_COMMON, **CONFIGS[family], **overrides})
+    own = {**CONFIGS, **CONFIGS_OF_MODULES}[family]
+    config = AutoConfig.for_model(family, **{**_COMMON, **own, **overrides})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for name, value in model.named_parameters():

@@ -1,0 +1,209 @@
+"""Checkpoints of Hugging Face models whose MoE layers have been replaced."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from moe_parallel.integrations._names import FORMATS, Part, parts, plain_name
+
+
+def _layers(model: nn.Module) -> dict[str, Any]:
+    """The replaced layers by name."""
+    from moe_parallel.integrations._layers import TransformersMoE
+
+    return {
+        plain_name(name): module
+        for name, module in model.named_modules()
+        if isinstance(module, TransformersMoE)
+    }
+
+
+def _named_parts(name: str, layer: Any, names: str) -> Iterator[tuple[str, Part]]:
+    """``(name in the checkpoint, part)`` for the layer called ``name`` in the model."""
+    block = name
+    if names == "checkpoint":
+        block = name.removesuffix("mlp") + layer.family.published_block
+    for part in parts(layer, names):
+        yield f"{block}.{part.name}", part
+
+
+def to_hf_state_dict(model: nn.Module, names: str = "checkpoint") -> Iterator[tuple[str, Tensor]]:
+    """The model's weights under the names, and in the layout, of transformers.
+
+    One tensor at a time: a sharded tensor is gathered when its turn comes, so that no more than one
+    of the model's tensors is whole. On a sharded model every rank must go through the whole of it.
+
+    Args:
+        model: a model whose layers :func:`replace_moe_layers` replaced, sharded or not.
+        names: "checkpoint" for those of published checkpoints, which every version of transformers
+            and other engines read; "module" for those of the transformers module's own
+            ``state_dict()``.
+
+    Yields:
+        ``(name, tensor)``, contiguous, detached, on the model's device. Of tied weights the
+        "checkpoint" has one.
+
+    Raises:
+        ValueError: other ``names``.
+    """
+    if names not in FORMATS:
+        raise ValueError(f"to_hf_state_dict: names must be one of {FORMATS}; got {names!r}")
+    layers = _layers(model)
+    state = model.state_dict()
+    if names == "checkpoint":
+        for name in _tied(model):
+            state.pop(name, None)
+    for name, tensor in state.items():
+        owner = _owner(name, layers)
+        whole = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+        if owner is None:
+            yield name, whole.contiguous()
+            continue
+        for published, part in _named_parts(owner, layers[owner], names):
+            if f"{owner}.{part.ours}" == name:
+                yield published, part.of(whole).contiguous()
+
+
+def _owner(name: str, layers: Mapping[str, Any]) -> str | None:
+    """The name of the replaced layer that the tensor called ``name`` belongs to."""
+    end = name.find(".mlp.")
+    owner = name[: end + len(".mlp")] if end >= 0 else ""
+    return owner if owner in layers else None
+
+
+def _tied(model: nn.Module) -> list[str]:
+    """Names of parameters that have another name too, but for the first."""
+    first = {plain_name(name) for name, _ in model.named_parameters()}
+    every = (plain_name(name) for name, _ in model.named_parameters(remove_duplicate=False))
+    return [name for name in every if name not in first]
+
+
+def load_hf_state_dict(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    *,
+    strict: bool = True,
+) -> None:
+    """Copy weights named as in transformers into a model with replaced layers.
+
+    Into a sharded model too: each rank writes what it holds, without communication, so each must
+    be given every tensor (or may leave out those of which it has no part, with ``strict=False``).
+
+    Args:
+        model: a model whose layers :func:`replace_moe_layers` replaced.
+        tensors: by either kind of names of :func:`to_hf_state_dict`, of any dtype and device.
+        strict: insist that every name is known and that nothing of the model is left unwritten.
+
+    Raises:
+        KeyError: an unknown name, as soon as it comes.
+        ValueError: a tensor of another shape, as soon as it comes; with ``strict``, at the end,
+            weights that were not given.
+    """
+    state = model.state_dict()
+    targets = {name: (name, Part(name, name)) for name in state}
+    layers = _layers(model)
+    for owner, layer in layers.items():
+        for names in FORMATS:
+            for published, part in _named_parts(owner, layer, names):
+                targets[published] = (f"{owner}.{part.ours}", part)
+    written = dict.fromkeys(state, 0)
+    for name, value in tensors.items() if isinstance(tensors, Mapping) else tensors:
+        if name not in targets:
+            if strict:
+                raise KeyError(f"load_hf_state_dict: the model has no place for {name}")
+            continue
+        ours, part = targets[name]
+        target = state[ours]
+        expected = list(part.of(torch.empty(target.shape, device="meta")).shape)
+        if list(value.shape) != expected:
+            raise ValueError(
+                f"load_hf_state_dict: {name} must be {expected}; got {list(value.shape)}"
+            )
+        part.write(value, target)
+        written[ours] += value.numel()
+    tied = _tied(model)
+    missing = [
+        name for name, count in written.items() if count < state[name].numel() and name not in tied
+    ]
+    if strict and missing:
+        raise ValueError(
+            f"load_hf_state_dict: {len(missing)} weights were not given, or not in full, such as "
+            f"{', '.join(missing[:3])}"
+        )
+
+
+def save_hf_checkpoint(
+    model: nn.Module, directory: str | Path, *, max_shard_bytes: int = 5 * 10**9
+) -> None:
+    """Write a checkpoint that ``from_pretrained`` of plain transformers reads.
+
+    On a sharded model every rank calls it; rank 0 writes, and holds one file's worth in memory.
+
+    Args:
+        model: a transformers model whose layers :func:`replace_moe_layers` replaced.
+        directory: made if it is missing.
+        max_shard_bytes: start another file before one exceeds this (a larger tensor has its own).
+    """
+    from safetensors.torch import save_file
+
+    directory = Path(directory)
+    writes = not dist.is_initialized() or dist.get_rank() == 0
+    if writes:
+        directory.mkdir(parents=True, exist_ok=True)
+        _save_configs(model, directory)
+    shards: list[list[str]] = []
+    pending: dict[str, Tensor] = {}
+    size = total = 0
+
+    def flush() -> None:
+        if pending:
+            save_file(pending, directory / f"part-{len(shards)}", metadata={"format": "pt"})
+            shards.append(list(pending))
+            pending.clear()
+
+    for name, tensor in to_hf_state_dict(model):
+        if not writes:
+            continue
+        if size + tensor.nbytes > max_shard_bytes:
+            flush()
+            size = 0
+        pending[name] = tensor.to("cpu", copy=True)
+        size += tensor.nbytes
+        total += tensor.nbytes
+    if not writes:
+        return
+    flush()
+    weight_map: dict[str, str] = {}
+    for i, held in enumerate(shards):
+        name = "model.safetensors"
+        if len(shards) > 1:
+            name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        (directory / f"part-{i}").rename(directory / name)
+        weight_map |= dict.fromkeys(held, name)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        text = json.dumps(index, indent=2) + "\n"
+        (directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def _save_configs(model: Any, directory: Path) -> None:
+    config = copy.deepcopy(model.config)
+    # The class may have been renamed by FSDP; transformers knows the one it defines.
+    names = [
+        cls.__name__ for cls in type(model).__mro__ if cls.__module__.startswith("transformers")
+    ]
+    config.architectures = names[:1]
+    config.dtype = next(model.parameters()).dtype
+    config.save_pretrained(directory)
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        generation.save_pretrained(directory)
