@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 transformers = pytest.importorskip("transformers")
 
 from moe_kernels.integrations.transformers import fused_options, register  # noqa: E402
+from tests.conftest import GPU, HAS_GPU  # noqa: E402
 from tests.integrations import families  # noqa: E402
 from tests.integrations.tiny_models import CONFIGS, tiny_model, tokens  # noqa: E402
 
@@ -343,7 +344,8 @@ def test_rows_path_compiles_in_one_graph() -> None:
 
 @pytest.mark.parametrize("act", ["silu", "mish"])  # the fused path and the rows path
 @pytest.mark.parametrize("autocast", [False, True])
-def test_bf16_is_as_close_as_eager(act: str, autocast: bool) -> None:
+@pytest.mark.parametrize("device", ["cpu", *([GPU] if HAS_GPU else [])])
+def test_bf16_is_as_close_as_eager(act: str, autocast: bool, device: str) -> None:
     """At most 1.5 times the error of transformers' experts, in bf16 and under autocast."""
     truth = build(ACT2FN[act], has_bias=True)
     x, ids, weights = inputs(truth, torch.float64, tokens=64)
@@ -352,13 +354,13 @@ def test_bf16_is_as_close_as_eager(act: str, autocast: bool) -> None:
     x, grad = (value.to(torch.bfloat16).to(torch.float64) for value in (x, grad))
     expected = run_experts(truth, "eager", x, ids, weights, grad)
     dtype = torch.float32 if autocast else torch.bfloat16
-    experts = copy.deepcopy(truth).to(dtype)
+    experts = copy.deepcopy(truth).to(device, dtype)
+    arguments = [x.to(device, dtype), ids.to(device), weights.to(device, torch.float32)]
     results = {}
     for implementation in ("batched_mm", "moe_kernels"):
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            results[implementation] = run_experts(
-                experts, implementation, x.to(dtype), ids, weights.float(), grad
-            )
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            found = run_experts(experts, implementation, *arguments, grad.to(device))
+        results[implementation] = {name: value.cpu() for name, value in found.items()}
     for name, value in expected.items():
         ours, theirs = (results[key][name] for key in ("moe_kernels", "batched_mm"))
         assert ours.dtype == theirs.dtype, name
