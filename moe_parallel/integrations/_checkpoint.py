@@ -16,6 +16,10 @@ from torch.distributed.tensor import DTensor
 from moe_parallel.integrations._names import FORMATS, Part, parts, plain_name
 
 
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    return {plain_name(name): tensor for name, tensor in model.state_dict().items()}
+
+
 def _layers(model: nn.Module) -> dict[str, Any]:
     """The replaced layers by name."""
     from moe_parallel.integrations._layers import TransformersMoE
@@ -58,7 +62,7 @@ def to_hf_state_dict(model: nn.Module, names: str = "checkpoint") -> Iterator[tu
     if names not in FORMATS:
         raise ValueError(f"to_hf_state_dict: names must be one of {FORMATS}; got {names!r}")
     layers = _layers(model)
-    state = model.state_dict()
+    state = _state(model)
     if names == "checkpoint":
         for name in _tied(model):
             state.pop(name, None)
@@ -108,7 +112,7 @@ def load_hf_state_dict(
         ValueError: a tensor of another shape, as soon as it comes; with ``strict``, at the end,
             weights that were not given.
     """
-    state = model.state_dict()
+    state = _state(model)
     targets = {name: (name, Part(name, name)) for name in state}
     layers = _layers(model)
     for owner, layer in layers.items():

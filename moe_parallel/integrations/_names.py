@@ -21,14 +21,12 @@ if TYPE_CHECKING:
 FORMATS = ("checkpoint", "module")  # names on the hub, and names in the transformers module
 
 # What wrappers around a module put into the names below them.
-_WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
+_WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod")
 
 
 def plain_name(name: str) -> str:
     """``name`` without the wrappers of activation checkpointing and torch.compile."""
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
+    return ".".join(word for word in name.split(".") if word not in _WRAPPERS)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 transformers = pytest.importorskip("transformers")
 
@@ -245,6 +246,23 @@ def test_loads_what_it_exports(family: str, names: str) -> None:
     load_hf_state_dict(replaced, ((name, value.double()) for name, value in exported.items()))
     state = replaced.state_dict()
     assert all(torch.equal(state[name], value) for name, value in expected.items())
+
+
+def test_names_are_those_of_the_model_under_wrappers() -> None:
+    """Activation checkpointing and torch.compile put words into names; checkpoints lack them."""
+    _, replaced, _ = original_and_replaced("deepseek_v3")
+    weights = {name: value.clone() for name, value in to_hf_state_dict(replaced)}
+    layers = replaced.model.layers
+    layers[1].mlp.shared_experts = checkpoint_wrapper(layers[1].mlp.shared_experts)
+    layers[1].mlp = checkpoint_wrapper(layers[1].mlp)
+    layers[0] = checkpoint_wrapper(layers[0])
+    wrapped = torch.compile(replaced)
+    found = dict(to_hf_state_dict(wrapped))
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[name], value) for name, value in weights.items())
+    load_hf_state_dict(wrapped, {name: value + 1 for name, value in weights.items()})
+    found = dict(to_hf_state_dict(wrapped))
+    assert all(torch.equal(found[name], value + 1) for name, value in weights.items())
 
 
 def test_loading_checks_names_shapes_and_completeness() -> None:
