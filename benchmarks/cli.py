@@ -19,6 +19,7 @@ from benchmarks.routing import ROUTINGS
 from benchmarks.runner import Settings, available, run_op
 
 RUNS = environment.ROOT / "runs" / "benchmarks"
+SECONDS = {"cpu": 20.0, "cuda": 2.0}
 COMMITTED = environment.ROOT / "benchmarks" / "results"
 
 
@@ -29,6 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("benchmarks: interrupted; what was measured before is written", file=sys.stderr)
+        return 130
     return code
 
 
@@ -50,7 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--provider", nargs="+", choices=list(PROVIDERS), default=())
     run.add_argument("--routing", choices=ROUTINGS, default="uniform")
     run.add_argument("--threads", type=int, help="of PyTorch on the CPU")
-    run.add_argument("--seconds", type=float, default=20.0, help="of timing for each table")
+    run.add_argument(
+        "--seconds", type=float, help="of timing for each table; default 20 on CPU, 2 on CUDA"
+    )
     run.add_argument("--rounds", type=int, default=50, help="of timing at most")
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--out", type=Path, help="a .json file (for one op) or a folder")
@@ -85,7 +91,7 @@ def _run(options: argparse.Namespace) -> int:
         directions=options.direction,
         providers=options.provider,
         routing=options.routing,
-        seconds=options.seconds,
+        seconds=SECONDS[options.device] if options.seconds is None else options.seconds,
         max_rounds=options.rounds,
         seed=options.seed,
     )

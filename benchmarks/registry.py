@@ -108,7 +108,7 @@ class Op:
         make_case: from shape, dtype, device, routing and seed to random inputs.
         cost: the least work of "forward" and of "backward", averaged over the case's inputs.
         truth: results (and ``gradients``) for an input set in float64, of a subset of rows.
-        dtypes, directions: that it is measured in by default.
+        dtypes, directions: that it is measured in by default, for each device type.
     """
 
     name: str
@@ -118,7 +118,9 @@ class Op:
     make_case: MakeCase
     cost: Callable[[Case], Mapping[str, Cost]]
     truth: Callable[[Case, int, bool], Mapping[str, Truth]]
-    dtypes: tuple[str, ...] = ("bf16", "fp32")
+    dtypes: Mapping[str, tuple[str, ...]] = field(
+        default_factory=lambda: {"cpu": ("bf16", "fp32"), "cuda": ("bf16",)}
+    )
     directions: Mapping[str, tuple[str, ...]] = field(
         default_factory=lambda: {
             "cpu": ("forward", "forward+backward"),

@@ -85,7 +85,7 @@ def run_op(op: Op, settings: Settings) -> Iterator[tuple[list[Row], str, Limits]
         "inference": [d for d in directions if d == "forward"],
         "training": [d for d in directions if d != "forward"],
     }
-    for dtype in settings.dtypes or op.dtypes:
+    for dtype in settings.dtypes or op.dtypes[device.type]:
         for shape in op.shapes(device.type, settings.shapes):
             limits = measure_limits(clock, device, DTYPES[dtype])
             case = op.make_case(shape, DTYPES[dtype], device, settings.routing, settings.seed)

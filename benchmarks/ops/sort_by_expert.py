@@ -48,7 +48,8 @@ sort_by_expert = Op(
         for name, shapes in row_sets().items()
     },
     defaults=ROW_DEFAULTS,
-    dtypes=("fp32",),  # it moves no floats: one dtype stands for all
+    # it moves no floats: one dtype stands for all
+    dtypes={"cpu": ("fp32",), "cuda": ("fp32",)},
     directions={"cpu": ("forward",), "cuda": ("forward",)},
     make_case=_make_case,
     cost=_cost,
