@@ -1,0 +1,64 @@
+"""What determines a run step by step. Every checkpoint holds it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Model, data order and optimizer.
+
+    Nothing here depends on how long the run lasts or on how many ranks it has, so that a run may be
+    continued with other values of both.
+
+    Attributes:
+        batch: sequences a step, over all ranks together.
+        length: bytes a sequence.
+        lr, warmup: the rate rises linearly for ``warmup`` steps, then falls as 1 / sqrt(step).
+        clip: largest norm of the gradient.
+        balance: weight of the load-balancing loss.
+        hidden, layers, heads, experts, top_k, inner: of the model; inner is an expert's width.
+        text: SHA-256 of the text.
+    """
+
+    seed: int = 0
+    batch: int = 16
+    length: int = 256
+    lr: float = 3e-3
+    warmup: int = 50
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    balance: float = 0.01
+    hidden: int = 128
+    layers: int = 4
+    heads: int = 4
+    experts: int = 16
+    top_k: int = 2
+    inner: int = 128
+    text: str = ""
+
+    def check(self) -> None:
+        """Raise ValueError unless the values make sense together."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            least = 0 if field.name in ("seed", "weight_decay", "balance") else 1
+            if isinstance(value, int) and value < least:
+                raise ValueError(f"--{field.name} must be at least {least}; got {value}")
+            if isinstance(value, float) and not 0 <= value < float("inf"):
+                raise ValueError(f"--{field.name} must be finite and not negative; got {value}")
+        if self.hidden % (2 * self.heads):
+            raise ValueError(
+                f"--hidden must be a multiple of 2 * heads = {2 * self.heads}; got {self.hidden}"
+            )
+        if self.top_k > self.experts:
+            raise ValueError(f"--top-k must be at most experts = {self.experts}; got {self.top_k}")
+
+    def learning_rate(self, step: int) -> float:
+        """Of the step that follows ``step`` earlier ones."""
+        done = (step + 1) / self.warmup
+        return self.lr * min(done, done**-0.5)
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
