@@ -4,6 +4,7 @@
 
 #include "build_info.h"
 #include "cpu/capability.h"
+#include "dispatch/rows.h"
 
 namespace py = pybind11;
 
@@ -35,4 +36,6 @@ PYBIND11_MODULE(_C, m) {
         "The one in use: the strongest, or the one MOE_KERNELS_CPU_CAPABILITY names.");
   m.def("set_cpu_capability", &moe::set_cpu_capability, py::arg("name"),
         "Use another one from now on. For tests: kernels that run meanwhile may use either.");
+  m.def("set_dispatch_native", &moe::ep::set_native, py::arg("native"),
+        "False: exchange CPU tensors by the steps meant for GPUs. For tests.");
 }

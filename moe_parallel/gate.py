@@ -86,10 +86,14 @@ class Gate(nn.Module):
         nn.init.normal_(self.weight, std=0.02)
 
     def logits(self, x: Tensor) -> Tensor:
-        """``x [T, H]`` projected to ``[T, E]``, in :attr:`gate_precision`."""
+        """``x [T, H]`` projected to ``[T, E]``, in gate_precision, else in x's dtype.
+
+        Under autocast too: rounded logits change which experts are chosen.
+        """
         dtype = x.dtype if self.gate_precision is None else self.gate_precision
-        router_bias = None if self.bias is None else self.bias.to(dtype)
-        return functional.linear(x.to(dtype), self.weight.to(dtype), router_bias)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return functional.linear(x.to(dtype), self.weight.to(dtype), bias)
 
     def _router_options(self, bias: Tensor | None) -> dict[str, Any]:
         """What :attr:`score_func` means to :func:`moe_kernels.topk_router`."""

@@ -77,9 +77,9 @@ struct Plan {
 // `out` rows to each rank and expects `in`. `check` raises for wrong arguments. On CUDA there are
 // none: reading them would make the host wait for the device.
 template <typename Check>
-void agree(const Exchange& exchange, Phase phase, const Terms& terms, bool on_cpu,
+void agree(const Exchange& exchange, Phase phase, const Terms& terms, bool with_headers,
            const std::vector<int64_t>& out, const std::vector<int64_t>& in, const Check& check) {
-  if (!on_cpu) return check();
+  if (!with_headers) return check();
   std::exception_ptr refusal;
   try {
     check();
@@ -135,10 +135,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dispatch(
   };
   // On the CPU while the headers travel. On CUDA the sizes come with them: reading them is the one
   // time that the host waits for the device.
-  if (x.is_cpu()) pack(layout.counts.select(1, 0).sum().item<int64_t>());
+  if (is_native(x)) pack(layout.counts.select(1, 0).sum().item<int64_t>());
   const auto tally = exchange.read_headers(std::move(headers));
   TORCH_CHECK_INDEX(!tally.refused, "dispatch: topk_ids must be in [-1, E] with E = ", num_experts);
-  if (!x.is_cpu()) pack(sum(tally.sent));
+  if (!is_native(x)) pack(sum(tally.sent));
 
   const int64_t num_received = sum(tally.received);
   const Tensor out = at::empty({num_received, x.size(1)}, x.options());
@@ -178,7 +178,7 @@ Tensor combine(const Tensor& y, const Tensor& slot_rows, const Tensor& plan_numb
   const Plan plan(plan_numbers, exchange.size());
   Terms terms;
   if (y.dim() == 2) terms.hidden = y.size(1), terms.x_dtype = dtype_number(y);
-  agree(exchange, Phase::kCombine, terms, y.is_cpu(), plan.received, plan.sent, [&] {
+  agree(exchange, Phase::kCombine, terms, is_native(y), plan.received, plan.sent, [&] {
     check_rows("combine", "y", y, sum(plan.received));
     check_floating("combine", "y", y);
   });
@@ -192,7 +192,7 @@ Tensor combine_backward(const Tensor& grad, const Tensor& slot_rows, const Tenso
   const Exchange exchange(Phase::kCombineBackward, group, timeout);
   const Plan plan(plan_numbers, exchange.size());
   const Terms terms = {.hidden = grad.size(1), .x_dtype = dtype_number(grad)};
-  agree(exchange, Phase::kCombineBackward, terms, grad.is_cpu(), plan.sent, plan.received, [] {});
+  agree(exchange, Phase::kCombineBackward, terms, is_native(grad), plan.sent, plan.received, [] {});
   const Tensor rows = pack_rows(grad, slot_rows, sum(plan.sent));
   const Tensor out = at::empty({num_received, grad.size(1)}, grad.options());
   exchange.start("result gradients", out, rows, plan.received, plan.sent).wait();
@@ -209,7 +209,7 @@ std::tuple<Tensor, Tensor> dispatch_backward(const std::optional<Tensor>& grad_x
   if (grad_x) terms.hidden = grad_x->size(1), terms.x_dtype = dtype_number(*grad_x);
   if (grad_weights)
     terms.top_k = grad_weights->size(1), terms.weight_dtype = dtype_number(*grad_weights);
-  agree(exchange, Phase::kDispatchBackward, terms, slot_rows.is_cpu(), plan.received, plan.sent,
+  agree(exchange, Phase::kDispatchBackward, terms, is_native(slot_rows), plan.received, plan.sent,
         [] {});
   std::optional<Returning> rows, slots;
   if (grad_x) rows.emplace(exchange, plan, "token gradients", *grad_x);

@@ -1,5 +1,5 @@
-// The steps of an exchange that move rows, on tensors: native loops on the CPU (layout.h), ATen
-// elsewhere. Letters as in layout.h; U rows received, H hidden size.
+// The steps of an exchange that move rows, on tensors: the loops of layout.h on the CPU, ATen's
+// functions elsewhere. Letters as in layout.h; H hidden size.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -7,6 +7,11 @@
 #include <tuple>
 
 namespace moe::ep {
+
+// Whether a tensor is served by the loops.
+bool is_native(const at::Tensor& tensor);
+// For tests: false serves CPU tensors as those of a GPU are.
+void set_native(bool native);
 
 struct Layout {
   at::Tensor slot_rows;  // [T, K] int32
@@ -35,5 +40,16 @@ at::Tensor sum_rows(const at::Tensor& rows, const at::Tensor& slot_rows, int64_t
 
 // [T, K]: for each slot its entry of rows [S, K], zero for slots without an expert.
 at::Tensor gather_slots(const at::Tensor& rows, const at::Tensor& slot_rows);
+
+namespace by_aten {
+
+Layout make_layout(const at::Tensor& ids, int64_t experts, int64_t ranks);
+at::Tensor pack_rows(const at::Tensor& x, const at::Tensor& slot_rows, int64_t num_rows);
+at::Tensor pack_routing(const at::Tensor& ids, const at::Tensor& weights,
+                        const at::Tensor& slot_rows, int64_t num_rows, int64_t experts_per_rank);
+at::Tensor sum_rows(const at::Tensor& rows, const at::Tensor& slot_rows, int64_t ranks);
+at::Tensor gather_slots(const at::Tensor& rows, const at::Tensor& slot_rows);
+
+}  // namespace by_aten
 
 }  // namespace moe::ep

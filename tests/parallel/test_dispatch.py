@@ -21,7 +21,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.testing import assert_close
 
+from moe_kernels import _C
 from moe_parallel.dispatch import AllToAllDispatcher, Dispatched, LocalDispatcher, ops
+from tests.conftest import HAS_GPU
 from tests.parallel.ranks import run_ranks
 
 
@@ -112,7 +114,8 @@ def round_trip(
     return tokens, y.detach(), dx, dweights
 
 
-def _random_cases(rank: int, ranks: int, seeds: list[int]) -> None:
+def _random_cases(rank: int, ranks: int, seeds: list[int], native: bool) -> None:
+    _C.set_dispatch_native(native)
     for seed in seeds:
         draw = random.Random(seed)
         tokens = [draw.choice([0, 1, 2, 17, 40]) for _ in range(ranks)]
@@ -144,13 +147,15 @@ def _random_cases(rank: int, ranks: int, seeds: list[int]) -> None:
         assert_close(dweights, (rank + 1) * factor * mine.x.sum(1, keepdim=True))
 
 
+@pytest.mark.parametrize("native", [True, False], ids=["native", "aten"])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_exchange_is_the_definition(ranks: int) -> None:
+def test_exchange_is_the_definition(ranks: int, native: bool) -> None:
     """Bit for bit on the way there; sums within rounding on the way back; any sizes and skew."""
-    run_ranks(ranks, _random_cases, list(range(12)))
+    run_ranks(ranks, _random_cases, list(range(12)), native)
 
 
-def _narrow_dtypes(rank: int, ranks: int) -> None:
+def _narrow_dtypes(rank: int, ranks: int, native: bool) -> None:
+    _C.set_dispatch_native(native)
     for dtype, weight_dtype in (
         (torch.bfloat16, torch.float32),
         (torch.float16, torch.float16),
@@ -175,8 +180,34 @@ def _narrow_dtypes(rank: int, ranks: int) -> None:
             assert all(torch.equal(a, b) for a, b in zip(again[1:], (y, dx, dweights), strict=True))
 
 
-def test_rows_are_added_in_float32_in_rank_order_and_repeat_bit_for_bit() -> None:
-    run_ranks(4, _narrow_dtypes)
+@pytest.mark.parametrize("native", [True, False], ids=["native", "aten"])
+def test_rows_are_added_in_float32_in_rank_order_and_repeat_bit_for_bit(native: bool) -> None:
+    run_ranks(4, _narrow_dtypes, native)
+
+
+def _on_gpu(rank: int, ranks: int) -> None:
+    """All ranks on one device: gloo carries CUDA tensors through the host."""
+    for seed, skew in enumerate(("even", "one_expert", "dropped")):
+        case = make_case(seed, rank, 30 + rank, 40, 3, 8, dtype=torch.bfloat16, skew=skew)
+        dispatcher = AllToAllDispatcher(dist.group.WORLD, 8)
+        tokens, *results = round_trip(dispatcher, case, rank)
+        there = Case(case.x.cuda(), case.ids.cuda(), case.weights.cuda())
+        gpu_tokens, *gpu_results = round_trip(dispatcher, there, rank)
+        assert gpu_tokens.num_rows == tokens.num_rows
+        for name in ("x", "topk_ids", "topk_weights"):
+            assert torch.equal(getattr(gpu_tokens, name).cpu(), getattr(tokens, name)), name
+        for gpu_result, result in zip(gpu_results, results, strict=True):
+            assert_close(gpu_result.cpu(), result)
+        wrong = Case(there.x, there.ids.clone().fill_(9), there.weights)
+        kind, message = raised(dispatcher.dispatch, *vars(wrong if rank == 1 else there).values())
+        assert kind == ("IndexError" if rank == 1 else "RuntimeError"), message
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_exchange_of_cuda_tensors(ranks: int) -> None:
+    run_ranks(ranks, _on_gpu, timeout=120)
 
 
 def _sub_groups_and_handles_in_flight(rank: int, ranks: int) -> None:

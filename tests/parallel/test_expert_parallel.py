@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from moe_parallel import BackendConfig, MoE, MoEConfig
 from moe_parallel.dispatch import AllToAllDispatcher
@@ -391,3 +396,52 @@ def _aux_loss(rank: int, ranks: int) -> None:
 
 def test_the_auxiliary_loss_of_a_sharded_sequence() -> None:
     run_ranks(2, _aux_loss)
+
+
+class CountOps(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[str(func).removesuffix(".default")] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _selective_checkpointing(rank: int, ranks: int) -> None:
+    """Saved by name, the exchange runs once; forgotten, it runs again in backward."""
+    config = make_config(norm_topk_prob=True)
+    layer = make_layer(config)
+    apply_ep(Model(layer), mesh_of(ranks))
+    x, upstream = torch.randn(2, 6 + rank, config.dim, dtype=torch.float64)
+    expected = run_layer(layer, x, upstream)
+    exchange = ("moe_kernels.topk_router", "moe_kernels.dispatch", "moe_kernels.combine")
+
+    def policy(saved: tuple[str, ...], ctx: Any, op: Any, *args: Any, **kwargs: Any) -> Any:
+        keep = str(op).removesuffix(".default") in saved
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    for saved, runs in ((exchange, 0), ((), 1)):
+        layer.zero_grad()
+        context_fn = partial(create_selective_checkpoint_contexts, partial(policy, saved))
+        wrapped = checkpoint_wrapper(layer, context_fn=context_fn, early_stop=False)
+        tokens = x.clone().requires_grad_()
+        y = wrapped(tokens)
+        with CountOps() as counter:
+            y.backward(upstream)
+        assert [counter.counts[name] for name in exchange] == [runs] * 3
+        assert counter.counts["moe_kernels.fused_experts"] == 1
+        assert expected["y"] is not None
+        assert expected["x"] is not None
+        assert tokens.grad is not None
+        assert torch.equal(y, expected["y"])
+        assert torch.equal(tokens.grad, expected["x"])
+        for name, parameter in layer.named_parameters():
+            value = expected[name]
+            assert value is not None, name
+            assert parameter.grad is not None, name
+            assert torch.equal(_local(parameter.grad), _local(value)), name
+
+
+def test_selective_checkpointing_saves_the_exchange() -> None:
+    run_ranks(2, _selective_checkpointing)

@@ -147,6 +147,16 @@ def test_precision_and_dtypes() -> None:
     assert_close(by_id(weights, indices)[0], by_id(expected, truth[1])[0], rtol=2**-8, atol=0)
 
 
+def test_autocast_leaves_the_router_its_precision() -> None:
+    gate = make_gate(dtype=torch.float32, score_func="sigmoid", dim=64)
+    x = torch.randn(16, 64)
+    plain = run(gate, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = run(gate, x)
+    assert torch.equal(plain[0], cast[0])
+    assert torch.equal(plain[1], cast[1])
+
+
 def test_load_adds_up_over_micro_batches_of_training_alone() -> None:
     gate = make_gate(gate_bias_update_factor=0.1)
     mask = torch.arange(20) < 15

@@ -1,0 +1,99 @@
+// The steps of an exchange by ATen's functions, for devices without loops of their own. No step
+// makes the host wait for the device.
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <limits>
+
+#include "dispatch/layout.h"
+#include "dispatch/rows.h"
+
+namespace moe::ep::by_aten {
+namespace {
+
+using at::Tensor;
+
+// Row numbers of slots as an index: those without a row become `spare`.
+Tensor index_of(const Tensor& slot_rows, int64_t spare) {
+  return slot_rows.to(at::kLong).masked_fill(slot_rows.lt(0), spare);
+}
+
+// [S]: the token of each row. Slots that share a row write the same number.
+Tensor token_of_row(const Tensor& slot_rows, int64_t num_rows) {
+  const int64_t tokens = slot_rows.size(0), top_k = slot_rows.size(1);
+  const Tensor token = at::arange(tokens, slot_rows.options().dtype(at::kLong))
+                           .unsqueeze(1)
+                           .expand({tokens, top_k})
+                           .reshape(-1);
+  return at::zeros({num_rows + 1}, token.options())
+      .scatter_(0, index_of(slot_rows, num_rows).reshape(-1), token)
+      .narrow(0, 0, num_rows);
+}
+
+}  // namespace
+
+Layout make_layout(const Tensor& ids, int64_t experts, int64_t ranks) {
+  const int64_t tokens = ids.size(0);
+  const Tensor wide = ids.to(at::kLong);
+  const Tensor invalid = wide.lt(0).logical_or_(wide.ge(experts));
+  // Slots without an expert go to a rank that does not exist.
+  const Tensor owner = wide.floor_divide(experts / ranks).masked_fill_(invalid, ranks);
+  const Tensor goes = at::zeros({tokens, ranks + 1}, ids.options().dtype(at::kBool))
+                          .scatter_(1, owner, true)
+                          .narrow(1, 0, ranks)
+                          .t()
+                          .contiguous();  // [P, T]
+  const Tensor row =
+      at::cat({goes.flatten().cumsum(0, at::kLong).sub_(1), at::full({1}, -1, wide.options())});
+  const Tensor token = at::arange(tokens, wide.options()).unsqueeze(1);
+  const Tensor pair = owner.mul(tokens).add_(token).masked_fill_(invalid, ranks * tokens);
+  const Tensor slots = at::zeros({ranks + 1}, wide.options())
+                           .scatter_add_(0, owner.flatten(), at::ones_like(owner).flatten())
+                           .narrow(0, 0, ranks);
+  return {row.take(pair).to(at::kInt), at::stack({goes.sum(1, false, at::kLong), slots}, 1),
+          wide.lt(-1).logical_or_(wide.gt(experts)).any().to(at::kLong)};
+}
+
+Tensor pack_rows(const Tensor& x, const Tensor& slot_rows, int64_t num_rows) {
+  return x.index_select(0, token_of_row(slot_rows, num_rows));
+}
+
+Tensor pack_routing(const Tensor& ids, const Tensor& weights, const Tensor& slot_rows,
+                    int64_t num_rows, int64_t experts_per_rank) {
+  const Tensor out = empty_routing(weights, num_rows).zero_();
+  const Tensor token = token_of_row(slot_rows, num_rows);
+  const Tensor row = at::arange(num_rows, token.options()).unsqueeze(1);
+  const Tensor elsewhere = slot_rows.index_select(0, token).ne(row);
+  const auto [out_ids, out_weights] = unpack_routing(out, ids.size(1), weights.scalar_type());
+  out_ids.copy_(ids.index_select(0, token).remainder(experts_per_rank).masked_fill_(elsewhere, -1));
+  out_weights.copy_(weights.index_select(0, token).masked_fill_(elsewhere, 0));
+  return out;
+}
+
+Tensor sum_rows(const Tensor& rows, const Tensor& slot_rows, int64_t ranks) {
+  const int64_t tokens = slot_rows.size(0), top_k = slot_rows.size(1);
+  const at::ScalarType wide = rows.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  Tensor sums = at::zeros({tokens, rows.size(1)}, rows.options().dtype(wide));
+  if (rows.size(0) > 0) {
+    constexpr int32_t kNone = std::numeric_limits<int32_t>::max();
+    Tensor order = std::get<0>(slot_rows.sort(1));
+    Tensor repeated = order.lt(0);
+    repeated.narrow(1, 1, top_k - 1)
+        .logical_or_(order.narrow(1, 1, top_k - 1).eq(order.narrow(1, 0, top_k - 1)));
+    // Sorted again, what is not a distinct row comes last.
+    order = std::get<0>(order.masked_fill(repeated, kNone).sort(1));
+    for (int64_t k = 0; k < std::min(top_k, ranks); ++k) {
+      const Tensor row = order.select(1, k), none = row.eq(kNone);
+      const Tensor values = rows.index_select(0, row.masked_fill(none, 0)).to(wide);
+      sums.add_(values.masked_fill_(none.unsqueeze(1), 0));
+    }
+  }
+  return sums.to(rows.scalar_type());
+}
+
+Tensor gather_slots(const Tensor& rows, const Tensor& slot_rows) {
+  const Tensor padded = at::cat({rows, at::zeros({1, rows.size(1)}, rows.options())});
+  return padded.gather(0, index_of(slot_rows, rows.size(0)));
+}
+
+}  // namespace moe::ep::by_aten
