@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 INTERPRETED: bool = triton.knobs.runtime.interpret
 # few, so that a persistent kernel's loop takes several turns where it is tested
 INTERPRETED_PROCESSORS = 3
@@ -47,6 +48,31 @@ def float_type(tensor: Tensor) -> tl.dtype:
 def is_precise(tensor: Tensor) -> bool:
     """Whether results in the tensor's dtype show the last bits of float32."""
     return tensor.element_size() >= 4
+
+
+@functools.cache
+def architecture(device: torch.device) -> int:
+    """The compute capability that is compiled for, times ten; interpreted kernels play sm_90."""
+    if INTERPRETED:
+        return 90
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        return int(triton.runtime.driver.active.get_current_target().arch)
+
+
+def pipelines_pointer_loads(device: torch.device) -> bool:
+    """Whether loads by pointer may be pipelined into asynchronous tensor cores.
+
+    Pipelined, they are copied to shared memory by ``cp.async``, and from sm_90 on the tensor cores
+    read it through another proxy: without a fence between, they may read it before it is written.
+    Triton emits that fence since 3.7. Before, such loads go through registers, and rows that would
+    be gathered in a GEMM's prologue are gathered to a buffer first, which TMA reads.
+    """
+    return TRITON_VERSION >= (3, 7) or architecture(device) < 90
+
+
+def dot_precision(tensor: Tensor) -> str:
+    """Products of float32 are exact unless the user asked torch for TF32."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 def checks_values() -> bool:

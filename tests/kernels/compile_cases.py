@@ -80,6 +80,23 @@ def _router(**changes: object) -> None:
     topk_router_backward(weights, scores, logits, ids, *(options[key] for key in keys))
 
 
+def _grouped_gemm(
+    rows: int, dtype: torch.dtype, transposed: bool, hidden: int = H, biased: bool = False
+) -> None:
+    from moe_kernels.triton import grouped_gemm as module
+
+    offsets = torch.empty(E + 1, dtype=torch.int32)
+    a, grad = torch.empty(rows, hidden, dtype=dtype), torch.empty(rows, INNER, dtype=dtype)
+    b = torch.empty(E, INNER, hidden, dtype=dtype).mT if transposed else None
+    b = torch.empty(E, hidden, INNER, dtype=dtype) if b is None else b
+    bias = torch.empty(E, INNER, dtype=dtype) if biased else None
+    module.grouped_gemm(a, b, offsets, bias, None)
+    module.grouped_gemm_wgrad(a, grad, offsets, dtype, transposed)
+    if dtype == BF16:
+        module.grouped_gemm_wgrad_(torch.empty(E, hidden, INNER), a, grad, offsets)
+        module.grouped_gemm_dbias(grad, offsets, dtype)
+
+
 CASES: dict[str, Callable[[], None]] = {
     "sort_small": partial(_sort, 64),
     "sort": partial(_sort, T),
@@ -94,6 +111,12 @@ CASES: dict[str, Callable[[], None]] = {
         topk_groups=4,
         token_mask=torch.empty(T, dtype=torch.bool),
     ),
+    "gemm_many": partial(_grouped_gemm, T * K, BF16, False),
+    "gemm_many_transposed": partial(_grouped_gemm, T * K, BF16, True, biased=True),
+    "gemm_some": partial(_grouped_gemm, 32 * E, torch.float16, True),
+    "gemm_few": partial(_grouped_gemm, 64, BF16, True),
+    "gemm_full": partial(_grouped_gemm, T * K, torch.float32, True),
+    "gemm_unaligned": partial(_grouped_gemm, T * K, BF16, False, hidden=H + 1),
     "activation": partial(_activation, "swiglu", BF16),
     "activation_oai": partial(_activation, "swigluoai", torch.float32),
 }

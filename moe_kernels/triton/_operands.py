@@ -1,0 +1,154 @@
+"""How a GEMM's tiles are loaded: by TMA where the layout allows it, else by masked pointers.
+
+R rows, E experts, Kd contracted size, N columns. TMA fills with zeros past the end of each
+dimension, so that sizes need no alignment; strides and the base address must be multiples of 16
+bytes. A ragged descriptor also fills past the end of one expert's rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.ragged_tma import create_ragged_descriptor, load_ragged
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from moe_kernels.triton._launch import architecture, pipelines_pointer_loads
+
+POINTER = tl.constexpr(0)
+TMA = tl.constexpr(1)
+TMA_TRANSPOSED = tl.constexpr(2)
+
+
+# a column is addressed with 32 bits from the start of its tile
+LARGEST_STRIDE = 2**22
+
+
+class Operand(NamedTuple):
+    """A tensor or its descriptor, how it is loaded (one of the modes above), and its strides."""
+
+    value: Any
+    mode: int
+    strides: tuple[int, ...]
+
+
+def takes_tma(tensor: Tensor) -> bool:
+    """Whether a tensor, contiguous in its last dimension, can be described to TMA."""
+    if architecture(tensor.device) < 90 or 0 in tensor.shape or tensor.stride(-1) != 1:
+        return False
+    size = tensor.element_size()
+    return tensor.data_ptr() % 16 == 0 and all(
+        extent == 1 or (stride > 0 and stride * size % 16 == 0)
+        for extent, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
+    )
+
+
+def _by_tma(tensor: Tensor, block: list[int], mode: int) -> Operand:
+    # the stride of a dimension of one is never used, but must be a multiple of 16 bytes
+    step = 16 // tensor.element_size()
+    strides = [
+        step if extent == 1 else stride
+        for extent, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
+    ]
+    descriptor = TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], block)
+    return Operand(descriptor, mode, tensor.stride())
+
+
+def by_pointer(tensor: Tensor) -> Operand:
+    inner = tensor.stride()[-2:] if tensor.dim() == 3 else tensor.stride()[-1:]
+    if max(inner) >= LARGEST_STRIDE:
+        tensor = tensor.contiguous()
+    return Operand(tensor, POINTER.value, tensor.stride())
+
+
+def weight_takes_tma(b: Tensor) -> bool:
+    """Whether ``b [E, Kd, N]`` can be described, as it is or with its last dimensions swapped."""
+    return takes_tma(b) or takes_tma(b.mT)
+
+
+def row_operand(a: Tensor, block_m: int, block_k: int) -> Operand:
+    """``a [R, Kd]``, read in tiles of contiguous rows."""
+    return _by_tma(a, [block_m, block_k], TMA.value) if takes_tma(a) else by_pointer(a)
+
+
+def weight_operand(b: Tensor, block_k: int, block_n: int) -> Operand:
+    """``b [E, Kd, N]``, stored with either of the last two dimensions contiguous."""
+    if takes_tma(b):
+        return _by_tma(b, [1, block_k, block_n], TMA.value)
+    if takes_tma(b.mT):
+        return _by_tma(b.mT, [1, block_n, block_k], TMA_TRANSPOSED.value)
+    return by_pointer(b)
+
+
+def ragged_operand(a: Tensor, block_r: int, block_c: int) -> Operand:
+    """``a [R, C]``, read in tiles that end with an expert's rows."""
+    if takes_tma(a) and a.shape[0] <= 2**30:
+        descriptor = create_ragged_descriptor(a, [block_r, block_c])
+        return Operand(descriptor, TMA.value, a.stride())
+    return by_pointer(a)
+
+
+def pipeline_stages(stages: int, *operands: Operand) -> int:
+    """How deep to pipeline loads of these operands: see :func:`pipelines_pointer_loads`."""
+    tensors = [operand.value for operand in operands if operand.mode == POINTER.value]
+    return stages if all(pipelines_pointer_loads(tensor.device) for tensor in tensors) else 1
+
+
+@triton.jit
+def load_rows(
+    a, first, rows, valid, k, Kd, stride_m, stride_k,
+    MODE: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A [BLOCK_M, BLOCK_K] tile: rows from ``first`` on by TMA, or ``rows`` by pointer."""
+    if MODE == POINTER:
+        column = k + tl.arange(0, BLOCK_K)
+        mask = valid[:, None] if EVEN_K else valid[:, None] & (column < Kd)[None, :]
+        cell = a + rows[:, None] * stride_m + column[None, :].to(tl.int64) * stride_k
+        tile = tl.load(cell, mask=mask, other=0.0)
+    else:
+        tile = a.load([first, k])
+    return tile
+
+
+@triton.jit
+def load_weight(
+    b, expert, k, n, Kd, N, stride_e, stride_k, stride_n,
+    MODE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The [BLOCK_K, BLOCK_N] tile at (k, n) of the expert's matrix."""
+    if MODE == POINTER:
+        row, column = k + tl.arange(0, BLOCK_K), n + tl.arange(0, BLOCK_N)
+        tile = tl.load(
+            b + expert.to(tl.int64) * stride_e
+            + (row[:, None].to(tl.int64) * stride_k + column[None, :].to(tl.int64) * stride_n),
+            mask=(row < Kd)[:, None] & (column < N)[None, :],
+            other=0.0,
+        )  # fmt: skip
+    elif MODE == TMA:
+        tile = tl.reshape(b.load([expert, k, n]), (BLOCK_K, BLOCK_N))
+    else:
+        tile = tl.trans(tl.reshape(b.load([expert, n, k]), (BLOCK_N, BLOCK_K)))
+    return tile
+
+
+@triton.jit
+def load_ragged_rows(
+    a, begin, end, row, rows, column, C, stride_r, stride_c,
+    MODE: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """A [BLOCK_R, BLOCK_C] tile from row ``row`` on, zero from row ``end`` on.
+
+    By pointer it is that of ``rows``, valid where they are not negative.
+    """
+    if MODE == POINTER:
+        columns = column + tl.arange(0, BLOCK_C)
+        tile = tl.load(
+            a + rows[:, None] * stride_r + columns[None, :].to(tl.int64) * stride_c,
+            mask=(rows >= 0)[:, None] & (columns < C)[None, :],
+            other=0.0,
+        )
+    else:
+        tile = load_ragged(a, begin, end - begin, [row - begin, column])
+    return tile

@@ -1,0 +1,181 @@
+"""Products of row groups with their expert's matrix, and the gradients of that product.
+
+R rows, E experts, Kd contracted size, N columns.
+
+Programs are persistent: each walks tiles of a map that is built on the device, all column tiles of
+a few row tiles before the next, so that an expert's weights and the rows are found in L2.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moe_kernels.triton._configs import Config, config
+from moe_kernels.triton._launch import (
+    ceil_div,
+    checks_values,
+    dot_precision,
+    on_device_of,
+    processors,
+    refuse_float64,
+)
+from moe_kernels.triton._operands import (
+    load_rows,
+    load_weight,
+    pipeline_stages,
+    row_operand,
+    takes_tma,
+    weight_operand,
+    weight_takes_tma,
+)
+from moe_kernels.triton._tiles import (
+    TileMap,
+    build_tile_map,
+    load_tile,
+    tile_count,
+    walk,
+)
+from moe_kernels.triton._wgrad import sum_rows, weight_gradient
+
+
+@triton.jit
+def _grouped_gemm_kernel(
+    a, b, bias, out, tiles, bound, N, Kd,
+    stride_am, stride_ak, stride_be, stride_bk, stride_bn, stride_bias_e, stride_bias_n, stride_om,
+    A_MODE: tl.constexpr, B_MODE: tl.constexpr, BIASED: tl.constexpr, EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    row_tiles, column_tiles = tile_count(tiles), tl.cdiv(N, BLOCK_N)
+    for step in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0)):
+        tile, column_tile = walk(step, row_tiles, column_tiles, GROUP_M)
+        expert, first, end = load_tile(tiles, bound, tile)
+        n = column_tile * BLOCK_N
+        row = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
+        valid = row < end
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in tl.range(0, Kd, BLOCK_K, num_stages=STAGES):
+            x = load_rows(
+                a, first, row, valid, k, Kd, stride_am, stride_ak, A_MODE, EVEN_K, BLOCK_K
+            )
+            w = load_weight(
+                b, expert, k, n, Kd, N, stride_be, stride_bk, stride_bn, B_MODE, BLOCK_K, BLOCK_N
+            )
+            total = tl.dot(x, w, total, input_precision=PRECISION)
+        column = n + tl.arange(0, BLOCK_N)
+        if BIASED:
+            shift = bias + expert.to(tl.int64) * stride_bias_e + column * stride_bias_n
+            total += tl.load(shift, mask=column < N, other=0.0).to(tl.float32)[None, :]
+        tl.store(
+            out + row[:, None] * stride_om + column[None, :],
+            total.to(out.dtype.element_ty),
+            mask=valid[:, None] & (column < N)[None, :],
+        )
+
+
+@triton.jit
+def _zero_tail_kernel(out, offsets, R, N, E, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Zero the rows of no expert."""
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    used = tl.minimum(tl.maximum(tl.load(offsets + E), 0), R)
+    for first in range(used + tl.program_id(0) * BLOCK_R, R, tl.num_programs(0) * BLOCK_R):
+        row = (first + tl.arange(0, BLOCK_R)).to(tl.int64)
+        tl.store(
+            out + row[:, None] * N + column[None, :],
+            tl.zeros((BLOCK_R, BLOCK_N), out.dtype.element_ty),
+            mask=(row < R)[:, None] & (column < N)[None, :],
+        )
+
+
+def zero_tail(out: Tensor, offsets: Tensor) -> None:
+    """Zero the rows of ``out [R, N]`` from ``offsets[E]`` on."""
+    R, N = out.shape
+    if out.numel():
+        _zero_tail_kernel[(min(ceil_div(R, 16), 64), ceil_div(N, 256))](
+            out, offsets, R, N, offsets.numel() - 1, BLOCK_R=16, BLOCK_N=256
+        )
+
+
+def multiply_rows(
+    a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, tiles: TileMap, cut: Config
+) -> None:
+    """``out[r] = a[r] @ b[e] + bias[e]`` for the rows of the map; needs N and R of at least 1."""
+    Kd, N = b.shape[1:]
+    x = row_operand(a, cut.block_m, cut.block_k)
+    w = weight_operand(b, cut.block_k, cut.block_n)
+    steps = tiles.bound * ceil_div(N, cut.block_n)
+    _grouped_gemm_kernel[(min(steps, processors(a.device) * cut.programs),)](
+        x.value, w.value, bias, out, tiles.tiles, tiles.bound, N, Kd, *x.strides, *w.strides,
+        *(bias.stride() if bias is not None else (0, 0)), out.stride(0),
+        A_MODE=x.mode, B_MODE=w.mode, BIASED=bias is not None, EVEN_K=Kd % cut.block_k == 0,
+        PRECISION=dot_precision(a), BLOCK_M=cut.block_m, BLOCK_N=cut.block_n,
+        BLOCK_K=cut.block_k, GROUP_M=cut.group_m, STAGES=pipeline_stages(cut.stages, x, w),
+        num_warps=cut.warps,
+    )  # fmt: skip
+
+
+def check_offsets(offsets: Tensor, rows: int) -> None:
+    """Synchronises: raise ValueError unless offsets rise from 0 to at most ``rows``."""
+    ends = offsets.tolist()
+    if ends[0] != 0 or ends != sorted(ends) or ends[-1] > rows:
+        raise ValueError(
+            f"grouped_gemm: offsets must rise from 0 to at most a.shape[0] = {rows}; got {ends}"
+        )
+
+
+def grouped_gemm(
+    a: Tensor,
+    b: Tensor,
+    offsets: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype | None,
+) -> Tensor:
+    refuse_float64("grouped_gemm", "a", a)
+    R, (E, _, N) = a.shape[0], b.shape
+    if checks_values():
+        check_offsets(offsets, R)
+    offsets = offsets.contiguous()
+    out = a.new_empty(R, N, dtype=out_dtype or a.dtype)
+    if out.numel() == 0:
+        return out
+    if E == 0:
+        return out.zero_()
+    cut = config("grouped_gemm", a, R, E, aligned=takes_tma(a) and weight_takes_tma(b))
+    with on_device_of(a):
+        multiply_rows(a, b, bias, out, build_tile_map(offsets, R, cut.block_m), cut)
+        zero_tail(out, offsets)
+    return out
+
+
+def grouped_gemm_wgrad(
+    a: Tensor, grad: Tensor, offsets: Tensor, out_dtype: torch.dtype, transposed: bool
+) -> Tensor:
+    refuse_float64("grouped_gemm_wgrad", "a", a)
+    if checks_values():
+        check_offsets(offsets, a.shape[0])
+    shape = (offsets.numel() - 1, a.shape[1], grad.shape[1])
+    out = a.new_empty((shape[0], shape[2], shape[1]) if transposed else shape, dtype=out_dtype)
+    out = out.mT if transposed else out
+    with on_device_of(a):
+        weight_gradient(a, None, grad, None, offsets.contiguous(), out, accumulate=False)
+    return out
+
+
+def grouped_gemm_wgrad_(out: Tensor, a: Tensor, grad: Tensor, offsets: Tensor) -> None:
+    refuse_float64("grouped_gemm_wgrad", "a", a)
+    if checks_values():
+        check_offsets(offsets, a.shape[0])
+    with on_device_of(a):
+        weight_gradient(a, None, grad, None, offsets.contiguous(), out, accumulate=True)
+
+
+def grouped_gemm_dbias(grad: Tensor, offsets: Tensor, out_dtype: torch.dtype) -> Tensor:
+    if checks_values():
+        check_offsets(offsets, grad.shape[0])
+    out = grad.new_empty(offsets.numel() - 1, grad.shape[1], dtype=out_dtype)
+    with on_device_of(grad):
+        sum_rows(grad, None, None, offsets.contiguous(), out)
+    return out
