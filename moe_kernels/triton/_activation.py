@@ -7,9 +7,12 @@ which float32 results show and 16-bit results do not.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from moe_kernels.triton._math import fast_sigmoid, sigmoid
 
@@ -17,8 +20,28 @@ GATED = ("swiglu", "geglu", "reglu", "swigluoai")
 CLAMPED = ("swiglu", "swigluoai")
 
 
-def clamps(kind: str, limit: float) -> bool:
-    return kind in CLAMPED and limit < math.inf
+@dataclass(frozen=True)
+class Activation:
+    """An activation and its options, as the ops' schemas give them."""
+
+    kind: str
+    interleaved: bool
+    alpha: float
+    limit: float
+
+    @property
+    def gated(self) -> bool:
+        return self.kind in GATED
+
+    def constants(self, tensor: Tensor) -> dict[str, Any]:
+        """What kernels specialise on, for results in the tensor's dtype."""
+        return {
+            "KIND": self.kind,
+            "GATED": self.gated,
+            "INTERLEAVED": self.interleaved,
+            "CLAMP": self.kind in CLAMPED and self.limit < math.inf,
+            "PRECISE": tensor.element_size() >= 4,
+        }
 
 
 @triton.jit

@@ -42,6 +42,7 @@ FEW, SOME = 16, 64
 CONFIGS: dict[str, dict[tuple[int, str, str], Config]] = {
     "grouped_gemm": {
         (80, "full", "any"): Config(64, 64, 16, warps=4, stages=2, programs=2),
+        (80, "half", "unaligned"): Config(64, 64, 32, warps=4, stages=2),
         (90, "half", "unaligned"): Config(128, 128, 32, warps=8, stages=3),
         (100, "half", "unaligned"): Config(128, 128, 32, warps=8, stages=3),
         (80, "half", "few"): Config(16, 128, 64, warps=4, stages=4, programs=2),
@@ -56,6 +57,7 @@ CONFIGS: dict[str, dict[tuple[int, str, str], Config]] = {
     },
     "up": {
         (80, "full", "any"): Config(64, 32, 16, warps=4, stages=2, programs=2),
+        (80, "half", "unaligned"): Config(64, 64, 32, warps=4, stages=2),
         (90, "half", "unaligned"): Config(128, 64, 32, warps=8, stages=3),
         (100, "half", "unaligned"): Config(128, 64, 32, warps=8, stages=3),
         (80, "half", "few"): Config(16, 64, 64, warps=4, stages=4, programs=2),
@@ -66,15 +68,16 @@ CONFIGS: dict[str, dict[tuple[int, str, str], Config]] = {
         (90, "half", "many"): Config(128, 128, 64, warps=8, stages=4),
         (100, "half", "few"): Config(16, 64, 128, warps=4, stages=4),
         (100, "half", "some"): Config(64, 64, 64, warps=4, stages=4),
-        (100, "half", "many"): Config(128, 128, 64, warps=8, stages=3),
+        (100, "half", "many"): Config(128, 64, 64, warps=8, stages=4),
     },
     "down_backward": {
         (80, "full", "any"): Config(64, 32, 16, warps=4, stages=2, programs=2),
+        (80, "half", "unaligned"): Config(64, 64, 32, warps=4, stages=2),
         (90, "half", "unaligned"): Config(128, 64, 32, warps=8, stages=3),
         (100, "half", "unaligned"): Config(128, 64, 32, warps=8, stages=3),
         (80, "half", "few"): Config(16, 64, 64, warps=4, stages=4, programs=2),
         (80, "half", "some"): Config(64, 64, 32, warps=4, stages=4, programs=2),
-        (80, "half", "many"): Config(128, 64, 32, warps=8, stages=4),
+        (80, "half", "many"): Config(128, 64, 32, warps=8, stages=3),
         (90, "half", "few"): Config(16, 64, 128, warps=4, stages=4),
         (90, "half", "some"): Config(64, 64, 64, warps=4, stages=4, programs=2),
         (90, "half", "many"): Config(128, 128, 64, warps=8, stages=4),
@@ -83,7 +86,8 @@ CONFIGS: dict[str, dict[tuple[int, str, str], Config]] = {
         (100, "half", "many"): Config(128, 128, 64, warps=8, stages=3),
     },
     "wgrad": {
-        (80, "full", "any"): Config(64, 64, 16, warps=4, stages=2, programs=2),
+        (80, "full", "any"): Config(64, 64, 32, warps=4, stages=2, programs=2),
+        (80, "half", "unaligned"): Config(64, 64, 32, warps=4, stages=2),
         (90, "half", "unaligned"): Config(128, 128, 32, warps=8, stages=3),
         (100, "half", "unaligned"): Config(128, 128, 32, warps=8, stages=3),
         (80, "half", "few"): Config(128, 128, 16, warps=8, stages=4),
@@ -102,7 +106,7 @@ CONFIGS: dict[str, dict[tuple[int, str, str], Config]] = {
 def config(kernel: str, tensor: Tensor, rows: int, experts: int, *, aligned: bool) -> Config:
     """The configuration for ``rows`` rows of the tensor's dtype, spread over ``experts``.
 
-    ``aligned``: all operands but gathered rows are loaded by TMA, where the architecture has it.
+    ``aligned``: of all operands but gathered rows, so that TMA or wide loads and stores move them.
     """
     if tensor.dtype == torch.float32:
         return CONFIGS[kernel][80, "full", "any"]
@@ -110,6 +114,6 @@ def config(kernel: str, tensor: Tensor, rows: int, experts: int, *, aligned: boo
     family = 100 if arch >= 100 else 90 if arch >= 90 else 80
     mean = rows / max(experts, 1)
     size = "few" if mean <= FEW else "some" if mean <= SOME else "many"
-    if not aligned and family >= 90 and size != "few":
+    if not aligned and size != "few":
         size = "unaligned"
     return CONFIGS[kernel][family, "half", size]

@@ -45,11 +45,6 @@ def float_type(tensor: Tensor) -> tl.dtype:
     return tl.float64 if tensor.dtype == torch.float64 else tl.float32
 
 
-def is_precise(tensor: Tensor) -> bool:
-    """Whether results in the tensor's dtype show the last bits of float32."""
-    return tensor.element_size() >= 4
-
-
 @functools.cache
 def architecture(device: torch.device) -> int:
     """The compute capability that is compiled for, times ten; interpreted kernels play sm_90."""

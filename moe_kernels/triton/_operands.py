@@ -22,27 +22,43 @@ TMA = tl.constexpr(1)
 TMA_TRANSPOSED = tl.constexpr(2)
 
 
+class Source(NamedTuple):
+    """Gathered rows: row r is row ``row_to_slot[r] // top_k`` of the tensor, its slot's token."""
+
+    row_to_slot: Tensor
+    top_k: int
+
+
 # a column is addressed with 32 bits from the start of its tile
 LARGEST_STRIDE = 2**22
 
 
 class Operand(NamedTuple):
-    """A tensor or its descriptor, how it is loaded (one of the modes above), and its strides."""
+    """A tensor or its descriptor, how it is loaded (one of the modes above), and the strides that
+    pointers need."""
 
     value: Any
     mode: int
     strides: tuple[int, ...]
 
 
-def takes_tma(tensor: Tensor) -> bool:
-    """Whether a tensor, contiguous in its last dimension, can be described to TMA."""
-    if architecture(tensor.device) < 90 or 0 in tensor.shape or tensor.stride(-1) != 1:
+def is_aligned(*tensors: Tensor) -> bool:
+    """Whether all tensors' rows, contiguous, start at multiples of 16 bytes, as TMA asks."""
+    return all(_is_aligned(tensor) for tensor in tensors)
+
+
+def _is_aligned(tensor: Tensor) -> bool:
+    if 0 in tensor.shape or tensor.stride(-1) != 1:
         return False
     size = tensor.element_size()
     return tensor.data_ptr() % 16 == 0 and all(
         extent == 1 or (stride > 0 and stride * size % 16 == 0)
         for extent, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
     )
+
+
+def _takes_tma(tensor: Tensor) -> bool:
+    return architecture(tensor.device) >= 90 and is_aligned(tensor)
 
 
 def _by_tma(tensor: Tensor, block: list[int], mode: int) -> Operand:
@@ -53,7 +69,7 @@ def _by_tma(tensor: Tensor, block: list[int], mode: int) -> Operand:
         for extent, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
     ]
     descriptor = TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], block)
-    return Operand(descriptor, mode, tensor.stride())
+    return Operand(descriptor, mode, (0,) * min(tensor.dim(), 3))
 
 
 def by_pointer(tensor: Tensor) -> Operand:
@@ -63,30 +79,49 @@ def by_pointer(tensor: Tensor) -> Operand:
     return Operand(tensor, POINTER.value, tensor.stride())
 
 
-def weight_takes_tma(b: Tensor) -> bool:
-    """Whether ``b [E, Kd, N]`` can be described, as it is or with its last dimensions swapped."""
-    return takes_tma(b) or takes_tma(b.mT)
+def _halves_apart(b: Tensor) -> Tensor:
+    """``b [E, Kd, 2 * N]`` as [E, Kd, 2, N]."""
+    return b.unflatten(2, (2, b.shape[2] // 2))
 
 
-def row_operand(a: Tensor, block_m: int, block_k: int) -> Operand:
-    """``a [R, Kd]``, read in tiles of contiguous rows."""
-    return _by_tma(a, [block_m, block_k], TMA.value) if takes_tma(a) else by_pointer(a)
+def weight_is_aligned(b: Tensor, *, halves: bool = False) -> bool:
+    """Whether :func:`weight_operand` finds the weights aligned, stored either way."""
+    b = _halves_apart(b) if halves else b
+    return is_aligned(b) or is_aligned(b.movedim(1, -1))
 
 
-def weight_operand(b: Tensor, block_k: int, block_n: int) -> Operand:
-    """``b [E, Kd, N]``, stored with either of the last two dimensions contiguous."""
-    if takes_tma(b):
+def row_operand(a: Tensor, source: Source | None, block_m: int, block_k: int) -> Operand:
+    """``a [R, Kd]``, or [T, Kd] if gathered, read in tiles of rows."""
+    if source is None and _takes_tma(a):
+        return _by_tma(a, [block_m, block_k], TMA.value)
+    return by_pointer(a)
+
+
+def weight_operand(b: Tensor, block_k: int, block_n: int, *, halves: bool = False) -> Operand:
+    """``b [E, Kd, N]``, stored with either of the last two dimensions contiguous.
+
+    ``halves``: a tile's columns are block_n / 2 of the left half of b and as many of the right.
+    """
+    if halves:
+        apart = _halves_apart(b)
+        if _takes_tma(apart):
+            return _by_tma(apart, [1, block_k, 2, block_n // 2], TMA.value)
+        if _takes_tma(apart.movedim(1, 3)):
+            block = [1, 2, block_n // 2, block_k]
+            return _by_tma(apart.movedim(1, 3), block, TMA_TRANSPOSED.value)
+        return by_pointer(b)
+    if _takes_tma(b):
         return _by_tma(b, [1, block_k, block_n], TMA.value)
-    if takes_tma(b.mT):
+    if _takes_tma(b.mT):
         return _by_tma(b.mT, [1, block_n, block_k], TMA_TRANSPOSED.value)
     return by_pointer(b)
 
 
-def ragged_operand(a: Tensor, block_r: int, block_c: int) -> Operand:
-    """``a [R, C]``, read in tiles that end with an expert's rows."""
-    if takes_tma(a) and a.shape[0] <= 2**30:
+def ragged_operand(a: Tensor, source: Source | None, block_r: int, block_c: int) -> Operand:
+    """``a [R, C]``, or [T, C] if gathered, read in tiles that end with an expert's rows."""
+    if source is None and _takes_tma(a) and a.shape[0] <= 2**30:
         descriptor = create_ragged_descriptor(a, [block_r, block_c])
-        return Operand(descriptor, TMA.value, a.stride())
+        return Operand(descriptor, TMA.value, (0, 0))
     return by_pointer(a)
 
 
@@ -115,21 +150,33 @@ def load_rows(
 @triton.jit
 def load_weight(
     b, expert, k, n, Kd, N, stride_e, stride_k, stride_n,
-    MODE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    MODE: tl.constexpr, HALVES: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The [BLOCK_K, BLOCK_N] tile at (k, n) of the expert's matrix."""
+    """The [BLOCK_K, BLOCK_N] tile at (k, n) of the expert's matrix.
+
+    With HALVES, N is half the matrix's columns, and the tile's are those from n on in each half.
+    """
     if MODE == POINTER:
-        row, column = k + tl.arange(0, BLOCK_K), n + tl.arange(0, BLOCK_N)
+        row, column = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_N)
+        first = b + expert.to(tl.int64) * stride_e
+        first += tl.cast(k, tl.int64) * stride_k + n.to(tl.int64) * stride_n
+        if HALVES:
+            inside = n + column % (BLOCK_N // 2) < N
+            half = (column // (BLOCK_N // 2)).to(tl.int64)
+            column = half * N + column % (BLOCK_N // 2)
+        else:
+            inside = n + column < N
         tile = tl.load(
-            b + expert.to(tl.int64) * stride_e
-            + (row[:, None].to(tl.int64) * stride_k + column[None, :].to(tl.int64) * stride_n),
-            mask=(row < Kd)[:, None] & (column < N)[None, :],
+            first + (row[:, None] * stride_k + column[None, :] * stride_n),
+            mask=(k + row < Kd)[:, None] & inside[None, :],
             other=0.0,
-        )  # fmt: skip
+        )
     elif MODE == TMA:
-        tile = tl.reshape(b.load([expert, k, n]), (BLOCK_K, BLOCK_N))
+        tile = b.load([expert, k, 0, n]) if HALVES else b.load([expert, k, n])
+        tile = tl.reshape(tile, (BLOCK_K, BLOCK_N))
     else:
-        tile = tl.trans(tl.reshape(b.load([expert, n, k]), (BLOCK_N, BLOCK_K)))
+        tile = b.load([expert, 0, n, k]) if HALVES else b.load([expert, n, k])
+        tile = tl.trans(tl.reshape(tile, (BLOCK_N, BLOCK_K)))
     return tile
 
 

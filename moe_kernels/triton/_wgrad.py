@@ -1,7 +1,6 @@
 """Sums over each expert's rows: of outer products, for its weights, and of rows, for its bias.
 
-R rows, E experts; a weight is [M, N]. Rows may be gathered: row r of an operand with ``source`` is
-its row ``source[r] // top_k``, the token of the slot in row r.
+R rows, E experts; a weight is [M, N]. The rows of one operand may be gathered: see ``Source``.
 
 A product contracts an expert's rows, however many they are; rows past its last must count as zero
 in both operands, since 0 * NaN is not 0.
@@ -9,8 +8,7 @@ in both operands, since 0 * NaN is not 0.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,21 +22,14 @@ from moe_kernels.triton._launch import (
     processors,
 )
 from moe_kernels.triton._operands import (
-    Operand,
-    by_pointer,
+    LARGEST_STRIDE,
+    Source,
+    is_aligned,
     load_ragged_rows,
     pipeline_stages,
     ragged_operand,
-    takes_tma,
 )
 from moe_kernels.triton._tiles import column_halves, row_range
-
-
-class Source(NamedTuple):
-    """Where the rows of a gathered operand come from."""
-
-    row_to_slot: Tensor
-    top_k: int
 
 
 @triton.jit
@@ -58,9 +49,10 @@ def _write(
     tile, out, m, n, M, N, stride_m, stride_n,
     ACCUMULATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    i, j = m + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
-    cell = out + i[:, None].to(tl.int64) * stride_m + j[None, :].to(tl.int64) * stride_n
-    inside = (i < M)[:, None] & (j < N)[None, :]
+    i, j = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    cell = out + m.to(tl.int64) * stride_m + n.to(tl.int64) * stride_n
+    cell += i[:, None] * stride_m + j[None, :] * stride_n
+    inside = (m + i < M)[:, None] & (n + j < N)[None, :]
     if ACCUMULATE:
         before = tl.load(cell, mask=inside, other=0.0)
         tl.store(cell, before + tile.to(before.dtype), mask=inside)
@@ -70,7 +62,7 @@ def _write(
 
 @triton.jit
 def _wgrad_kernel(
-    a, a_source, grad, grad_source, out, offsets, R, E, M, N, top_k,
+    a, grad, source, out, offsets, R, E, M, N, top_k,
     stride_am, stride_ac, stride_gm, stride_gc, stride_oe, stride_om, stride_on,
     A_MODE: tl.constexpr, A_GATHERED: tl.constexpr, G_MODE: tl.constexpr, G_GATHERED: tl.constexpr,
     ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -86,11 +78,11 @@ def _wgrad_kernel(
         for r in tl.range(begin, end, BLOCK_R, num_stages=STAGES):
             row = r + tl.arange(0, BLOCK_R)
             x = load_ragged_rows(
-                a, begin, end, r, _source_rows(a_source, row, end, top_k, A_GATHERED), m, M,
+                a, begin, end, r, _source_rows(source, row, end, top_k, A_GATHERED), m, M,
                 stride_am, stride_ac, A_MODE, BLOCK_M,
             )  # fmt: skip
             g = load_ragged_rows(
-                grad, begin, end, r, _source_rows(grad_source, row, end, top_k, G_GATHERED), n, N,
+                grad, begin, end, r, _source_rows(source, row, end, top_k, G_GATHERED), n, N,
                 stride_gm, stride_gc, G_MODE, BLOCK_N,
             )  # fmt: skip
             total = tl.dot(tl.trans(x), g, total, input_precision=PRECISION)
@@ -143,11 +135,12 @@ def weight_gradient(
     grad: Tensor,
     grad_source: Source | None,
     offsets: Tensor,
+    rows: int,
     out: Tensor,
     *,
-    accumulate: bool,
+    accumulate: bool = False,
 ) -> None:
-    """``out[e] (+)= a[rows of e].T @ grad[rows of e]``, either operand gathered.
+    """``out[e] (+)= a[rows of e].T @ grad[rows of e]``, over the first ``rows`` rows.
 
     Args:
         a: [R, M], or [T, M] if gathered.
@@ -155,31 +148,31 @@ def weight_gradient(
         offsets: [E + 1], contiguous.
         out: [E, M, N], any strides.
     """
-    if out.stride(1) == 1 and out.stride(2) != 1:  # then write rows of the transposed
+    if max(out.stride()[1:]) >= LARGEST_STRIDE:
+        dense = torch.empty_like(out, memory_format=torch.contiguous_format)
+        weight_gradient(a, a_source, grad, grad_source, offsets, rows, dense)
+        (out.add_ if accumulate else out.copy_)(dense)
+        return
+    if out.stride(1) == 1 and out.stride(2) != 1:  # write rows of the transposed product
         a, a_source, grad, grad_source = grad, grad_source, a, a_source
         out = out.mT
     E, M, N = out.shape
     if out.numel() == 0:
         return
-    sources = [source for source in (a_source, grad_source) if source is not None]
-    R = (
-        sources[0].row_to_slot.numel()
-        if len(sources) == 2
-        else (grad if grad_source is None else a).shape[0]
-    )
-    if R == 0:
+    if rows == 0:
         if not accumulate:
             out.zero_()
         return
-    plain = [t for t, source in ((a, a_source), (grad, grad_source)) if source is None]
-    cut = config("wgrad", a, R, E, aligned=all(takes_tma(tensor) for tensor in plain))
-    x = _operand(a, a_source, cut.block_k, cut.block_m)
-    g = _operand(grad, grad_source, cut.block_k, cut.block_n)
+    pairs = ((a, a_source), (grad, grad_source))
+    aligned = is_aligned(out, *(tensor for tensor, source in pairs if source is None))
+    cut = config("wgrad", a, rows, E, aligned=aligned)
+    x = ragged_operand(a, a_source, cut.block_k, cut.block_m)
+    g = ragged_operand(grad, grad_source, cut.block_k, cut.block_n)
+    source = a_source or grad_source
     steps = E * ceil_div(M, cut.block_m) * ceil_div(N, cut.block_n)
     _wgrad_kernel[(min(steps, processors(a.device) * cut.programs),)](
-        x.value, None if a_source is None else a_source.row_to_slot,
-        g.value, None if grad_source is None else grad_source.row_to_slot,
-        out, offsets, R, E, M, N, sources[0].top_k if sources else 1,
+        x.value, g.value, None if source is None else source.row_to_slot, out, offsets,
+        rows, E, M, N, 1 if source is None else source.top_k,
         *x.strides, *g.strides, *out.stride(),
         A_MODE=x.mode, A_GATHERED=a_source is not None,
         G_MODE=g.mode, G_GATHERED=grad_source is not None,
@@ -189,16 +182,15 @@ def weight_gradient(
     )  # fmt: skip
 
 
-def _operand(tensor: Tensor, source: Source | None, block_r: int, block_c: int) -> Operand:
-    if source is None:
-        return ragged_operand(tensor, block_r, block_c)
-    return by_pointer(tensor)
-
-
 def sum_rows(
-    grad: Tensor, source: Source | None, scale: Tensor | None, offsets: Tensor, out: Tensor
+    grad: Tensor,
+    source: Source | None,
+    scale: Tensor | None,
+    offsets: Tensor,
+    rows: int,
+    out: Tensor,
 ) -> None:
-    """``out[e] = sum over the rows r of e of scale[r] * grad[r]``, gathered if it has a source.
+    """``out[e] = sum of scale[r] * grad[r] over e's rows``, of the first ``rows``.
 
     Args:
         grad: [R, N], or [T, N] if gathered.
@@ -207,13 +199,21 @@ def sum_rows(
         out: [E, N], contiguous.
     """
     E, N = out.shape
-    R = grad.shape[0] if source is None else source.row_to_slot.numel()
     if out.numel() == 0:
         return
     block_n = min(next_power_of_2(N), 64)
     _sum_rows_kernel[(E, ceil_div(N, block_n))](
-        grad, None if source is None else source.row_to_slot, scale, out, offsets, R, N,
+        grad, None if source is None else source.row_to_slot, scale, out, offsets, rows, N,
         1 if source is None else source.top_k, *grad.stride(),
         GATHERED=source is not None, SCALED=scale is not None, WIDE=float_type(grad),
         BLOCK_R=64, BLOCK_N=block_n,
     )  # fmt: skip
+
+
+def empty_like_weight(
+    like: Tensor, experts: int, rows: int, columns: int, dtype: torch.dtype, *, transposed: bool
+) -> Tensor:
+    """An empty [experts, rows, columns], stored with the last two swapped if ``transposed``."""
+    if transposed:
+        return like.new_empty((experts, columns, rows), dtype=dtype).mT
+    return like.new_empty((experts, rows, columns), dtype=dtype)

@@ -10,17 +10,15 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_kernels.triton._activation import (
-    GATED,
+    Activation,
     activate,
     activate_backward,
     activate_gated,
     activate_gated_backward,
-    clamps,
 )
 from moe_kernels.triton._launch import (
     ceil_div,
     float_type,
-    is_precise,
     next_power_of_2,
     on_device_of,
 )
@@ -126,7 +124,8 @@ def expert_activation(
     alpha: float,
     limit: float,
 ) -> Tensor:
-    R, I = h.shape[0], h.shape[1] // 2 if kind in GATED else h.shape[1]
+    act = Activation(kind, interleaved, alpha, limit)
+    R, I = h.shape[0], h.shape[1] // 2 if act.gated else h.shape[1]
     out = h.new_empty(R, I)
     if out.numel() == 0:
         return out
@@ -136,8 +135,7 @@ def expert_activation(
         _expert_activation_kernel[(ceil_div(R, block_r), ceil_div(I, block_i))](
             h, row_weights, out, R, I, alpha, limit, *h.stride(),
             0 if row_weights is None else row_weights.stride(0),
-            KIND=kind, GATED=kind in GATED, INTERLEAVED=interleaved, CLAMP=clamps(kind, limit),
-            WEIGHTED=row_weights is not None, PRECISE=is_precise(h), WIDE=float_type(h),
+            **act.constants(h), WEIGHTED=row_weights is not None, WIDE=float_type(h),
             BLOCK_R=block_r, BLOCK_I=block_i,
         )  # fmt: skip
     return out
@@ -152,9 +150,9 @@ def expert_activation_backward(
     alpha: float,
     limit: float,
 ) -> tuple[Tensor, Tensor]:
-    R, I = h.shape[0], h.shape[1] // 2 if kind in GATED else h.shape[1]
+    act = Activation(kind, interleaved, alpha, limit)
+    R, I = h.shape[0], h.shape[1] // 2 if act.gated else h.shape[1]
     grad_h = h.new_empty(h.shape)
-    weighted = row_weights is not None
     grad_weights = h.new_empty(0) if row_weights is None else row_weights.new_empty(R)
     if R == 0 or I == 0:
         return grad_h, grad_weights.zero_()
@@ -164,8 +162,7 @@ def expert_activation_backward(
         _expert_activation_backward_kernel[(ceil_div(R, block_r),)](
             grad, h, row_weights, grad_h, grad_weights, R, I, alpha, limit,
             *grad.stride(), *h.stride(), 0 if row_weights is None else row_weights.stride(0),
-            KIND=kind, GATED=kind in GATED, INTERLEAVED=interleaved, CLAMP=clamps(kind, limit),
-            WEIGHTED=weighted, PRECISE=is_precise(h), WIDE=float_type(h),
+            **act.constants(h), WEIGHTED=row_weights is not None, WIDE=float_type(h),
             BLOCK_R=block_r, BLOCK_I=block_i,
         )  # fmt: skip
     return grad_h, grad_weights

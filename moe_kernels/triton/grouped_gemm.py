@@ -23,13 +23,13 @@ from moe_kernels.triton._launch import (
     refuse_float64,
 )
 from moe_kernels.triton._operands import (
+    is_aligned,
     load_rows,
     load_weight,
     pipeline_stages,
     row_operand,
-    takes_tma,
+    weight_is_aligned,
     weight_operand,
-    weight_takes_tma,
 )
 from moe_kernels.triton._tiles import (
     TileMap,
@@ -38,13 +38,13 @@ from moe_kernels.triton._tiles import (
     tile_count,
     walk,
 )
-from moe_kernels.triton._wgrad import sum_rows, weight_gradient
+from moe_kernels.triton._wgrad import empty_like_weight, sum_rows, weight_gradient
 
 
 @triton.jit
 def _grouped_gemm_kernel(
     a, b, bias, out, tiles, bound, N, Kd,
-    stride_am, stride_ak, stride_be, stride_bk, stride_bn, stride_bias_e, stride_bias_n, stride_om,
+    stride_am, stride_ak, stride_be, stride_bk, stride_bn, stride_bias_e, stride_bias_n,
     A_MODE: tl.constexpr, B_MODE: tl.constexpr, BIASED: tl.constexpr, EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr, STAGES: tl.constexpr,
@@ -62,7 +62,19 @@ def _grouped_gemm_kernel(
                 a, first, row, valid, k, Kd, stride_am, stride_ak, A_MODE, EVEN_K, BLOCK_K
             )
             w = load_weight(
-                b, expert, k, n, Kd, N, stride_be, stride_bk, stride_bn, B_MODE, BLOCK_K, BLOCK_N
+                b,
+                expert,
+                k,
+                n,
+                Kd,
+                N,
+                stride_be,
+                stride_bk,
+                stride_bn,
+                B_MODE,
+                False,
+                BLOCK_K,
+                BLOCK_N,
             )
             total = tl.dot(x, w, total, input_precision=PRECISION)
         column = n + tl.arange(0, BLOCK_N)
@@ -70,7 +82,7 @@ def _grouped_gemm_kernel(
             shift = bias + expert.to(tl.int64) * stride_bias_e + column * stride_bias_n
             total += tl.load(shift, mask=column < N, other=0.0).to(tl.float32)[None, :]
         tl.store(
-            out + row[:, None] * stride_om + column[None, :],
+            out + first.to(tl.int64) * N + (tl.arange(0, BLOCK_M)[:, None] * N + column[None, :]),
             total.to(out.dtype.element_ty),
             mask=valid[:, None] & (column < N)[None, :],
         )
@@ -102,14 +114,14 @@ def zero_tail(out: Tensor, offsets: Tensor) -> None:
 def multiply_rows(
     a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, tiles: TileMap, cut: Config
 ) -> None:
-    """``out[r] = a[r] @ b[e] + bias[e]`` for the rows of the map; needs N and R of at least 1."""
+    """Write ``out[r] = a[r] @ b[e] + bias[e]``, contiguous, for the rows of the map."""
     Kd, N = b.shape[1:]
-    x = row_operand(a, cut.block_m, cut.block_k)
+    x = row_operand(a, None, cut.block_m, cut.block_k)
     w = weight_operand(b, cut.block_k, cut.block_n)
     steps = tiles.bound * ceil_div(N, cut.block_n)
     _grouped_gemm_kernel[(min(steps, processors(a.device) * cut.programs),)](
         x.value, w.value, bias, out, tiles.tiles, tiles.bound, N, Kd, *x.strides, *w.strides,
-        *(bias.stride() if bias is not None else (0, 0)), out.stride(0),
+        *(bias.stride() if bias is not None else (0, 0)),
         A_MODE=x.mode, B_MODE=w.mode, BIASED=bias is not None, EVEN_K=Kd % cut.block_k == 0,
         PRECISION=dot_precision(a), BLOCK_M=cut.block_m, BLOCK_N=cut.block_n,
         BLOCK_K=cut.block_k, GROUP_M=cut.group_m, STAGES=pipeline_stages(cut.stages, x, w),
@@ -143,7 +155,7 @@ def grouped_gemm(
         return out
     if E == 0:
         return out.zero_()
-    cut = config("grouped_gemm", a, R, E, aligned=takes_tma(a) and weight_takes_tma(b))
+    cut = config("grouped_gemm", a, R, E, aligned=is_aligned(a, out) and weight_is_aligned(b))
     with on_device_of(a):
         multiply_rows(a, b, bias, out, build_tile_map(offsets, R, cut.block_m), cut)
         zero_tail(out, offsets)
@@ -157,10 +169,9 @@ def grouped_gemm_wgrad(
     if checks_values():
         check_offsets(offsets, a.shape[0])
     shape = (offsets.numel() - 1, a.shape[1], grad.shape[1])
-    out = a.new_empty((shape[0], shape[2], shape[1]) if transposed else shape, dtype=out_dtype)
-    out = out.mT if transposed else out
+    out = empty_like_weight(a, *shape, out_dtype, transposed=transposed)
     with on_device_of(a):
-        weight_gradient(a, None, grad, None, offsets.contiguous(), out, accumulate=False)
+        weight_gradient(a, None, grad, None, offsets.contiguous(), a.shape[0], out)
     return out
 
 
@@ -169,7 +180,7 @@ def grouped_gemm_wgrad_(out: Tensor, a: Tensor, grad: Tensor, offsets: Tensor) -
     if checks_values():
         check_offsets(offsets, a.shape[0])
     with on_device_of(a):
-        weight_gradient(a, None, grad, None, offsets.contiguous(), out, accumulate=True)
+        weight_gradient(a, None, grad, None, offsets.contiguous(), a.shape[0], out, accumulate=True)
 
 
 def grouped_gemm_dbias(grad: Tensor, offsets: Tensor, out_dtype: torch.dtype) -> Tensor:
@@ -177,5 +188,5 @@ def grouped_gemm_dbias(grad: Tensor, offsets: Tensor, out_dtype: torch.dtype) ->
         check_offsets(offsets, grad.shape[0])
     out = grad.new_empty(offsets.numel() - 1, grad.shape[1], dtype=out_dtype)
     with on_device_of(grad):
-        sum_rows(grad, None, None, offsets.contiguous(), out)
+        sum_rows(grad, None, None, offsets.contiguous(), grad.shape[0], out)
     return out

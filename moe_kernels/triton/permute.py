@@ -9,7 +9,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_kernels.triton._launch import ceil_div, next_power_of_2, on_device_of
+from moe_kernels.triton._launch import (
+    ceil_div,
+    next_power_of_2,
+    on_device_of,
+    pipelines_pointer_loads,
+)
+from moe_kernels.triton._operands import Source
 
 TILE = 4096  # elements a program copies
 
@@ -40,6 +46,19 @@ def copy_tile(columns: int) -> tuple[int, int]:
     """Rows and columns of the tile a program copies, for rows of ``columns`` elements."""
     block_columns = min(next_power_of_2(columns), 512)
     return TILE // max(block_columns, 32), block_columns
+
+
+def gathered_rows(
+    x: Tensor, order: tuple[Tensor, Tensor, Tensor], rows: int
+) -> tuple[Tensor, Source | None]:
+    """What a GEMM multiplies for ``rows`` rows gathered from ``x [T, H]``.
+
+    ``x`` and the source of its rows; or the rows, gathered, where the GEMM cannot pipeline loads by
+    pointer (see :func:`pipelines_pointer_loads`) but can load the copy by TMA.
+    """
+    if pipelines_pointer_loads(x.device) or x.shape[1] * x.element_size() % 16:
+        return x, Source(order[0], order[1].shape[1])
+    return permute(x, *order, rows), None
 
 
 def permute(

@@ -85,17 +85,18 @@ def _unpermute_backward_kernel(
         tl.store(grad_weights + slot, dot.to(grad_weights.dtype.element_ty), mask=sane)
 
 
-def unpermute(
+def sum_slots(
     rows: Tensor,
     row_to_slot: Tensor,
     slot_to_row: Tensor,
     offsets: Tensor,
     weights: Tensor | None,
-) -> Tensor:
+    out: Tensor,
+) -> None:
+    """Write ``out [T, H]``, contiguous; see :func:`unpermute`."""
     (T, K), (num_rows, H) = slot_to_row.shape, rows.shape
-    out = rows.new_empty(T, H)
     if out.numel() == 0:
-        return out
+        return
     block_t, block_h = copy_tile(H)
     with on_device_of(rows):
         _unpermute_kernel[(ceil_div(T, block_t), ceil_div(H, block_h))](
@@ -103,6 +104,17 @@ def unpermute(
             *rows.stride(), *(weights.stride() if weights is not None else (0, 0)),
             WEIGHTED=weights is not None, WIDE=float_type(rows), BLOCK_T=block_t, BLOCK_H=block_h,
         )  # fmt: skip
+
+
+def unpermute(
+    rows: Tensor,
+    row_to_slot: Tensor,
+    slot_to_row: Tensor,
+    offsets: Tensor,
+    weights: Tensor | None,
+) -> Tensor:
+    out = rows.new_empty(slot_to_row.shape[0], rows.shape[1])
+    sum_slots(rows, row_to_slot, slot_to_row, offsets, weights, out)
     return out
 
 

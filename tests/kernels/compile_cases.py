@@ -97,6 +97,39 @@ def _grouped_gemm(
         module.grouped_gemm_dbias(grad, offsets, dtype)
 
 
+def _fused_experts(
+    activation: str,
+    dtype: torch.dtype = BF16,
+    tokens: int = T,
+    hidden: int = H,
+    transposed: bool = True,
+    interleaved: bool = False,
+    biased: bool = False,
+) -> None:
+    from moe_kernels.triton.fused_experts import fused_experts, fused_experts_backward
+
+    def weight(rows: int, columns: int) -> Tensor:
+        if transposed:
+            return torch.empty(E, columns, rows, dtype=dtype).mT
+        return torch.empty(E, rows, columns, dtype=dtype)
+
+    gated = activation not in ("relu2", "silu", "gelu")
+    width = 2 * INNER if gated else INNER
+    x, topk_weights = torch.empty(tokens, hidden, dtype=dtype), torch.empty(tokens, K)
+    biases = (
+        torch.empty(E, width, dtype=dtype) if biased else None,
+        torch.empty(E, hidden, dtype=dtype) if biased else None,
+    )
+    gate_up, down = weight(hidden, width), weight(INNER, hidden)
+    ids = torch.empty(tokens, K, dtype=torch.int32)
+    options = (activation, interleaved, 1.702, 7.0)
+    y, h, *order = fused_experts(
+        x, gate_up, down, ids, topk_weights, *biases, *options, tokens * K, True
+    )
+    needs = [True] * 4 + [biased] * 2
+    fused_experts_backward(y, x, gate_up, down, topk_weights, h, *order, *biases, *options, needs)
+
+
 CASES: dict[str, Callable[[], None]] = {
     "sort_small": partial(_sort, 64),
     "sort": partial(_sort, T),
@@ -117,6 +150,20 @@ CASES: dict[str, Callable[[], None]] = {
     "gemm_few": partial(_grouped_gemm, 64, BF16, True),
     "gemm_full": partial(_grouped_gemm, T * K, torch.float32, True),
     "gemm_unaligned": partial(_grouped_gemm, T * K, BF16, False, hidden=H + 1),
+    "experts": partial(_fused_experts, "swiglu"),
+    "experts_interleaved": partial(
+        _fused_experts, "swigluoai", transposed=False, interleaved=True, biased=True
+    ),
+    "experts_biased": partial(_fused_experts, "swigluoai", biased=True),
+    "experts_plain": partial(_fused_experts, "geglu", torch.float16, transposed=False),
+    "experts_ungated": partial(_fused_experts, "relu2", biased=True),
+    "experts_some": partial(_fused_experts, "swiglu", tokens=512),
+    "experts_few": partial(_fused_experts, "swiglu", tokens=8),
+    "experts_full": partial(_fused_experts, "swiglu", torch.float32),
+    "experts_full_interleaved": partial(
+        _fused_experts, "swigluoai", torch.float32, transposed=False, interleaved=True, biased=True
+    ),
+    "experts_unaligned": partial(_fused_experts, "swiglu", hidden=H + 1),
     "activation": partial(_activation, "swiglu", BF16),
     "activation_oai": partial(_activation, "swigluoai", torch.float32),
 }

@@ -1,0 +1,377 @@
+"""Gradients of the experts of an MoE layer.
+
+T tokens, K experts a token, R = T * K slots, H hidden size, I intermediate size, E experts,
+W = 2 * I columns for gated activations, else I. Rows are slots in the order of their experts.
+
+One kernel goes from the gradient dO of the output back through the down-projection and the
+activation. With s the routing weight of a row and A its activation, recomputed from h,
+
+    dA' = dO @ down[e].T      dS = <dA', A> + <dO, down_bias[e]>      dH = activation'(s * dA')
+
+so that the rows of the down-projection are not needed. The weights' gradients then contract
+``s * A`` with dO, and x with dH.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moe_kernels.triton._activation import (
+    Activation,
+    activate_backward,
+    activate_gated_backward,
+)
+from moe_kernels.triton._configs import Config, config
+from moe_kernels.triton._launch import (
+    ceil_div,
+    dot_precision,
+    on_device_of,
+    processors,
+    refuse_float64,
+)
+from moe_kernels.triton._operands import (
+    Source,
+    is_aligned,
+    load_rows,
+    load_weight,
+    pipeline_stages,
+    row_operand,
+    weight_is_aligned,
+    weight_operand,
+)
+from moe_kernels.triton._tiles import (
+    TileMap,
+    build_tile_map,
+    column_halves,
+    load_tile,
+    tile_count,
+    walk,
+)
+from moe_kernels.triton._wgrad import empty_like_weight, sum_rows, weight_gradient
+from moe_kernels.triton.expert_activation import expert_activation
+from moe_kernels.triton.grouped_gemm import multiply_rows
+from moe_kernels.triton.permute import gathered_rows
+from moe_kernels.triton.unpermute import sum_slots
+
+Order = tuple[Tensor, Tensor, Tensor]
+
+
+@triton.jit
+def _row_weights_kernel(
+    topk_weights, row_to_slot, offsets, row_weights, rows, E, top_k, stride_t, stride_k,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    valid = row < tl.minimum(tl.load(offsets + E), rows)
+    slot = tl.load(row_to_slot + row, mask=valid, other=0).to(tl.int64)
+    cell = topk_weights + (slot // top_k) * stride_t + (slot % top_k) * stride_k
+    weight = tl.load(cell, mask=valid, other=0.0).to(tl.float32)
+    tl.store(row_weights + row, weight, mask=row < rows)
+
+
+@triton.jit
+def _through_activation(
+    grad, h, grad_h, weighted_a, first, valid, weight, n, I, W, alpha, limit,
+    KIND: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, CLAMP: tl.constexpr,
+    PRECISE: tl.constexpr, NEEDS_H: tl.constexpr, NEEDS_A: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Write dH and s * A for the columns from ``n`` on; returns each row's <dA', A> over them."""
+    column = n + tl.arange(0, BLOCK_N)
+    mask = valid[:, None] & (column < I)[None, :]
+    scaled = grad * weight[:, None]
+    # rows are addressed with 32 bits from the tile's first
+    row = tl.arange(0, BLOCK_M)
+    h += first.to(tl.int64) * W
+    cell = row[:, None] * W + column[None, :]
+    if INTERLEAVED:
+        wide = 2 * n + tl.arange(0, 2 * BLOCK_N)
+        wide_cell = row[:, None] * W + wide[None, :]
+        wide_mask = valid[:, None] & (wide < W)[None, :]
+        pairs = tl.load(h + wide_cell, mask=wide_mask, other=0.0).to(tl.float32)
+        gate, up = tl.split(tl.reshape(pairs, (BLOCK_M, BLOCK_N, 2)))
+    else:
+        gate = tl.load(h + cell, mask=mask, other=0.0).to(tl.float32)
+        if GATED:
+            up = tl.load(h + cell + I, mask=mask, other=0.0).to(tl.float32)
+    if GATED:
+        a, grad_gate, grad_up = activate_gated_backward(
+            scaled, gate, up, alpha, limit, KIND, CLAMP, PRECISE
+        )
+    else:
+        a, grad_gate = activate_backward(scaled, gate, KIND, PRECISE)
+    if NEEDS_H:
+        grad_h += first.to(tl.int64) * W
+        if INTERLEAVED:
+            pairs = tl.reshape(tl.join(grad_gate, grad_up), (BLOCK_M, 2 * BLOCK_N))
+            tl.store(grad_h + wide_cell, pairs.to(grad_h.dtype.element_ty), mask=wide_mask)
+        else:
+            tl.store(grad_h + cell, grad_gate.to(grad_h.dtype.element_ty), mask=mask)
+            if GATED:
+                tl.store(grad_h + cell + I, grad_up.to(grad_h.dtype.element_ty), mask=mask)
+    if NEEDS_A:
+        tl.store(
+            weighted_a + first.to(tl.int64) * I + (row[:, None] * I + column[None, :]),
+            (a * weight[:, None]).to(weighted_a.dtype.element_ty),
+            mask=mask,
+        )
+    return tl.sum(grad * a, 1)
+
+
+@triton.jit
+def _down_backward_kernel(
+    grad, row_to_slot, w, h, row_weights, grad_h, weighted_a, partials, tiles, bound,
+    rows, H, I, W, top_k, alpha, limit,
+    stride_gm, stride_gk, stride_we, stride_wk, stride_wn,
+    G_MODE: tl.constexpr, GATHERED: tl.constexpr, W_MODE: tl.constexpr,
+    KIND: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, CLAMP: tl.constexpr,
+    PRECISE: tl.constexpr, NEEDS_H: tl.constexpr, NEEDS_A: tl.constexpr, NEEDS_S: tl.constexpr,
+    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    row_tiles, column_tiles = tile_count(tiles), tl.cdiv(I, BLOCK_N)
+    for step in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0)):
+        tile, column_tile = walk(step, row_tiles, column_tiles, GROUP_M)
+        expert, first, end = load_tile(tiles, bound, tile)
+        n = column_tile * BLOCK_N
+        row = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
+        valid = row < end
+        source = row
+        if GATHERED:
+            source = (tl.load(row_to_slot + row, mask=valid, other=0) // top_k).to(tl.int64)
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in tl.range(0, H, BLOCK_K, num_stages=STAGES):
+            g = load_rows(
+                grad, first, source, valid, k, H, stride_gm, stride_gk, G_MODE, EVEN_K, BLOCK_K
+            )
+            weight = load_weight(
+                w,
+                expert,
+                k,
+                n,
+                H,
+                I,
+                stride_we,
+                stride_wk,
+                stride_wn,
+                W_MODE,
+                False,
+                BLOCK_K,
+                BLOCK_N,
+            )
+            total = tl.dot(g, weight, total, input_precision=PRECISION)
+        scale = tl.load(row_weights + row, mask=valid, other=0.0)
+        if SPLIT:
+            # a quarter of the columns at a time, for want of registers
+            left, right = column_halves(total, BLOCK_M, BLOCK_N)
+            dot = tl.zeros((BLOCK_M,), tl.float32)
+            for half in tl.static_range(2):
+                pair = column_halves(left if half == 0 else right, BLOCK_M, BLOCK_N // 2)
+                for quarter in tl.static_range(2):
+                    dot += _through_activation(
+                        pair[quarter], h, grad_h, weighted_a, first, valid, scale,
+                        n + (2 * half + quarter) * (BLOCK_N // 4), I, W, alpha, limit, KIND, GATED,
+                        INTERLEAVED, CLAMP, PRECISE, NEEDS_H, NEEDS_A, BLOCK_M, BLOCK_N // 4,
+                    )  # fmt: skip
+        else:
+            dot = _through_activation(
+                total, h, grad_h, weighted_a, first, valid, scale, n, I, W, alpha, limit,
+                KIND, GATED, INTERLEAVED, CLAMP, PRECISE, NEEDS_H, NEEDS_A, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+        if NEEDS_S:
+            tl.store(partials + column_tile.to(tl.int64) * rows + row, dot, mask=valid)
+
+
+@triton.jit
+def _bias_dot_kernel(
+    grad, row_to_slot, bias, dots, tiles, bound, H, top_k,
+    stride_gt, stride_gh, stride_be, stride_bh, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """``dots[r] = <dO of the row's token, down_bias[e]>``, a row tile a program."""
+    tile = tl.program_id(0)
+    if tile < tile_count(tiles):
+        expert, first, end = load_tile(tiles, bound, tile)
+        row = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
+        valid = row < end
+        token = (tl.load(row_to_slot + row, mask=valid, other=0) // top_k).to(tl.int64)
+        dot = tl.zeros((BLOCK_M,), tl.float32)
+        for start in range(0, H, BLOCK_H):
+            column = start + tl.arange(0, BLOCK_H).to(tl.int64)
+            g = tl.load(
+                grad + token[:, None] * stride_gt + column[None, :] * stride_gh,
+                mask=valid[:, None] & (column < H)[None, :],
+                other=0.0,
+            )
+            shift = bias + expert.to(tl.int64) * stride_be + column * stride_bh
+            b = tl.load(shift, mask=column < H, other=0.0)
+            dot += tl.sum(g.to(tl.float32) * b.to(tl.float32)[None, :], 1)
+        tl.store(dots + row, dot, mask=valid)
+
+
+@triton.jit
+def _sum_partials_kernel(
+    partials, row_to_slot, offsets, grad_weights, P, rows, R, E, BLOCK: tl.constexpr
+):
+    """Every slot's gradient: its row's partial sums in order, 0 for the dropped."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    slot = tl.load(row_to_slot + row, mask=row < R, other=-1)
+    valid = row < tl.minimum(tl.load(offsets + E), rows)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(P):
+        total += tl.load(partials + row, mask=valid, other=0.0)
+        partials += rows
+    sane = (slot >= 0) & (slot < R)
+    tl.store(grad_weights + slot, total.to(grad_weights.dtype.element_ty), mask=sane)
+
+
+def _row_weights(topk_weights: Tensor, order: Order, rows: int) -> Tensor:
+    """Each row's routing weight, ``[rows]`` float32, zero in rows of no expert."""
+    row_weights = torch.empty(rows, dtype=torch.float32, device=topk_weights.device)
+    _row_weights_kernel[(ceil_div(rows, 1024),)](
+        topk_weights, order[0], order[2], row_weights, rows, order[2].numel() - 1,
+        topk_weights.shape[1], *topk_weights.stride(), BLOCK=1024,
+    )  # fmt: skip
+    return row_weights
+
+
+def _through_down(
+    grad: Tensor,
+    source: Source | None,
+    down: Tensor,
+    h: Tensor,
+    row_weights: Tensor,
+    activation: Activation,
+    grad_h: Tensor | None,
+    weighted_a: Tensor | None,
+    partials: Tensor | None,
+    tiles: TileMap,
+    cut: Config,
+) -> None:
+    """Write dH [rows, W], s * A [rows, I] and the parts of dS [P, rows] that are given."""
+    _, I, H = down.shape
+    if I == 0:
+        return
+    g = row_operand(grad, source, cut.block_m, cut.block_k)
+    w = weight_operand(down.mT, cut.block_k, cut.block_n)
+    steps = tiles.bound * ceil_div(I, cut.block_n)
+    _down_backward_kernel[(min(steps, processors(grad.device) * cut.programs),)](
+        g.value, None if source is None else source.row_to_slot, w.value, h, row_weights,
+        grad_h, weighted_a, partials, tiles.tiles, tiles.bound, row_weights.numel(), H, I,
+        h.shape[1], 1 if source is None else source.top_k, activation.alpha, activation.limit,
+        *g.strides, *w.strides, G_MODE=g.mode, GATHERED=source is not None, W_MODE=w.mode,
+        **activation.constants(h), NEEDS_H=grad_h is not None, NEEDS_A=weighted_a is not None,
+        NEEDS_S=partials is not None, EVEN_K=H % cut.block_k == 0, PRECISION=dot_precision(h),
+        SPLIT=cut.block_m * cut.block_n >= 1024 * cut.warps, BLOCK_M=cut.block_m,
+        BLOCK_N=cut.block_n, BLOCK_K=cut.block_k, GROUP_M=cut.group_m,
+        STAGES=pipeline_stages(cut.stages, g, w), num_warps=cut.warps,
+    )  # fmt: skip
+
+
+def _bias_dots(
+    grad: Tensor, source: Source, bias: Tensor, dots: Tensor, tiles: TileMap, block_m: int
+) -> None:
+    """``dots[r] = <dO of the row's token, down_bias[e]>``."""
+    _bias_dot_kernel[(tiles.bound,)](
+        grad, source.row_to_slot, bias, dots, tiles.tiles, tiles.bound, grad.shape[1],
+        source.top_k, *grad.stride(), *bias.stride(), BLOCK_M=block_m, BLOCK_H=32,
+    )  # fmt: skip
+
+
+def fused_experts_backward(
+    grad: Tensor,
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    topk_weights: Tensor,
+    h: Tensor,
+    row_to_slot: Tensor,
+    slot_to_row: Tensor,
+    offsets: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    interleaved: bool,
+    alpha: float,
+    limit: float,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    refuse_float64("fused_experts", "x", x)
+    order = (row_to_slot, slot_to_row, offsets)
+    act = Activation(activation, interleaved, alpha, limit)
+    inputs = (x, gate_up, down, topk_weights, gate_up_bias, down_bias)
+    dx, dgate_up, ddown, dweights, dbias, ddown_bias = (
+        _empty_like(value) if need and value is not None else x.new_empty(0)
+        for need, value in zip(needs, inputs, strict=True)
+    )
+    grads = (dx, dgate_up, ddown, dweights, dbias, ddown_bias)
+    (E, I, H), W, R = down.shape, h.shape[1], row_to_slot.numel()
+    rows = min(h.shape[0], R)
+    if rows == 0 or E == 0:
+        for value in grads:
+            value.zero_()
+        return grads
+    with on_device_of(x):
+
+        @functools.cache
+        def tiles(block_m: int) -> TileMap:
+            return build_tile_map(offsets, rows, block_m)
+
+        row_weights = _row_weights(topk_weights, order, rows)
+        grad_rows, grad_source = gathered_rows(grad, order, rows)
+        dh = h.new_empty(rows, W) if needs[0] or needs[1] or needs[4] else None
+        weighted_a = None
+        if dh is not None or needs[3]:
+            cut = config("down_backward", x, rows, E, aligned=weight_is_aligned(down))
+            parts = ceil_div(I, cut.block_n)
+            partials = row_weights.new_empty(parts + 1, rows) if needs[3] else None
+            weighted_a = h.new_empty(rows, I) if needs[2] else None
+            _through_down(
+                grad_rows, grad_source, down, h, row_weights, act, dh, weighted_a, partials,
+                tiles(cut.block_m), cut,
+            )  # fmt: skip
+            if partials is not None:
+                if down_bias is not None:
+                    source = Source(row_to_slot, topk_weights.shape[1])
+                    _bias_dots(
+                        grad, source, down_bias, partials[parts], tiles(cut.block_m), cut.block_m
+                    )
+                _sum_partials_kernel[(ceil_div(R, 1024),)](
+                    partials, row_to_slot, offsets, dweights, parts + (down_bias is not None),
+                    rows, R, E, BLOCK=1024,
+                )  # fmt: skip
+        elif needs[2]:
+            weighted_a = expert_activation(
+                h[:rows], activation, row_weights, interleaved, alpha, limit
+            )
+        if weighted_a is not None:
+            weight_gradient(weighted_a, None, grad_rows, grad_source, offsets, rows, ddown)
+        if needs[5]:
+            sum_rows(grad_rows, grad_source, row_weights, offsets, rows, ddown_bias)
+        if dh is not None:
+            if needs[1]:
+                x_rows, x_source = gathered_rows(x, order, rows)
+                weight_gradient(x_rows, x_source, dh, None, offsets, rows, dgate_up)
+            if needs[4]:
+                sum_rows(dh, None, None, offsets, rows, dbias)
+            if needs[0]:
+                out = x.new_empty(rows, H)
+                aligned = is_aligned(dh, out) and weight_is_aligned(gate_up)
+                cut = config("grouped_gemm", x, rows, E, aligned=aligned)
+                multiply_rows(dh, gate_up.mT, None, out, tiles(cut.block_m), cut)
+                sum_slots(out, *order, None, dx)
+    return grads
+
+
+def _empty_like(value: Tensor) -> Tensor:
+    """Contiguous, but a weight's gradient is stored as the weight: autograd takes it over then."""
+    if value.dim() == 2:
+        return value.new_empty(value.shape)
+    transposed = value.stride(1) == 1 and value.stride(2) != 1
+    E, M, N = value.shape
+    return empty_like_weight(value, E, M, N, value.dtype, transposed=transposed)
