@@ -43,6 +43,23 @@ def make_case(
     return inputs, torch.randn(ids.shape[0], hidden).to(dtype)
 
 
+def limit_between(inputs: dict[str, Tensor]) -> float:
+    """A limit that many pre-activations meet and none is near.
+
+    Gradients jump there, and one whose rounding lies on the other side would say nothing of ours.
+    """
+    values = []
+    for e, (weight, bias) in enumerate(
+        zip(inputs["gate_up"].double(), inputs["gate_up_bias"].double(), strict=True)
+    ):
+        token, _ = torch.where(inputs["topk_ids"] == e)
+        values.append(inputs["x"][token].double() @ weight + bias)
+    sizes = torch.cat(values).abs().flatten()
+    sizes = sizes[(sizes > 0.6) & (sizes < 1)].sort().values
+    widest = sizes.diff().argmax()
+    return sizes[widest : widest + 2].mean().item()
+
+
 def check(
     impl: Implementation,
     inputs: dict[str, Tensor],
@@ -95,7 +112,7 @@ def test_activations(
     inputs, upstream = make_case("dropped", dtype, activation=activation, bias=True)
     options: dict[str, Any] = {"activation": activation, "interleaved": interleaved}
     if activation in ("swiglu", "swigluoai"):
-        options["limit"] = 1.0  # met by many of the unit-scale entries
+        options["limit"] = limit_between(inputs)
     check(impl, inputs, upstream, **options)
 
 
@@ -139,7 +156,9 @@ def test_num_rows_bounds_the_buffers(impl: Implementation, extra: int) -> None:
     ids = inputs["topk_ids"]
     valid = int(((ids >= 0) & (ids < inputs["down"].shape[0])).sum())
     bounded = check(impl, inputs, upstream, num_rows=valid + extra)
-    for name, value in check(impl, inputs, upstream).items():
+    # tile shapes of Triton kernels follow the bound, so sums may be in another order without it
+    same = check(impl, inputs, upstream, num_rows=valid + 1 if impl.name != "cpu" else None)
+    for name, value in same.items():
         assert torch.equal(bounded[name], value), name
 
 
