@@ -44,7 +44,8 @@ def run_ranks(
             or were still running at the end.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "moe_parallel.parallelizer"])
+    # torch._dynamo, which DTensor imports when first used, would cost every process half a second.
+    context.set_forkserver_preload([__name__, "moe_parallel.parallelizer", "torch._dynamo"])
     with tempfile.TemporaryDirectory() as folder:
         connections, processes = [], []
         for rank in range(ranks):
