@@ -1,0 +1,189 @@
+"""Device meshes: which ranks do what together.
+
+The world is a mesh with the axes ``pp, dp_replicate, dp_shard, cp, tp``, of which neighbouring ranks
+share the last. Experts see the same ranks, without ``pp``, as ``ep_shard, ep``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from moe_parallel.torch_internals import flatten_mesh, flattened_meshes, unflatten_mesh
+
+ROOT_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+_FLATTENED_AXES = {
+    "dp": ("dp_replicate", "dp_shard"),
+    "dp_shard_cp": ("dp_shard", "cp"),
+    "dp_cp": ("dp_replicate", "dp_shard", "cp"),
+}
+_EXPERT_AXES = ("dp_replicate", "dp_shard", "cp", "tp")
+
+
+class MeshError(ValueError):
+    """A mesh that cannot be built, or that does not fit the model."""
+
+
+def build_meshes(
+    *,
+    dp_replicate: int = 1,
+    cp: int = 1,
+    tp: int = 1,
+    pp: int = 1,
+    ep: int = 1,
+    world_size: int | None = None,
+    device_type: str | None = None,
+) -> tuple[DeviceMesh, DeviceMesh | None]:
+    """Arrange the ranks of the default process group.
+
+    Data parallelism takes what the others leave: ``dp = world_size / (tp * cp * pp)``. Expert
+    Parallelism adds no ranks: it divides the ``dp * cp * tp`` ranks of a pipeline stage into groups
+    of ``ep`` consecutive ones, each of which holds every expert once.
+
+    Args:
+        dp_replicate: how many groups of data-parallel ranks hold a copy of the parameters each.
+        cp, tp, pp, ep: sizes of context, tensor, pipeline and Expert Parallelism.
+        world_size: number of ranks; None for that of the default process group.
+        device_type: "cuda" or "cpu"; None for what the default process group communicates on.
+
+    Returns:
+        ``(world_mesh, moe_mesh)``. world_mesh has :data:`ROOT_AXES`, and flattened ``dp`` (replicate
+        x shard), ``dp_shard_cp`` and ``dp_cp``, see :func:`get_submesh`. moe_mesh has ``ep_shard``
+        and ``ep``; it is None for ``ep = 1``.
+
+    Raises:
+        MeshError: sizes that do not fit; on every rank, before any communication.
+    """
+    sizes = {"dp_replicate": dp_replicate, "cp": cp, "tp": tp, "pp": pp, "ep": ep}
+    world_size = _world_size(world_size)
+    dp = _data_parallel_size(sizes, world_size)
+    device_type = _device_type() if device_type is None else device_type
+
+    shape = (pp, dp_replicate, dp // dp_replicate, cp, tp)
+    world_mesh = init_device_mesh(device_type, shape, mesh_dim_names=ROOT_AXES)
+    for name, axes in _FLATTENED_AXES.items():
+        flatten_mesh(world_mesh[axes], name)
+    if ep == 1:
+        return world_mesh, None
+    # From the root: FSDP joins the two meshes of a parameter only if they share it.
+    ranks_of_stage = flatten_mesh(world_mesh[_EXPERT_AXES], "ep_shard_ep")
+    sizes_of_experts = (dp * cp * tp // ep, ep)
+    return world_mesh, unflatten_mesh(ranks_of_stage, sizes_of_experts, ("ep_shard", "ep"))
+
+
+def _world_size(given: int | None) -> int:
+    actual = dist.get_world_size() if dist.is_initialized() else None
+    if given is None and actual is None:
+        raise MeshError(
+            "build_meshes: there is no process group. Call torch.distributed.init_process_group() "
+            "first, or give world_size."
+        )
+    if given is not None and actual is not None and given != actual:
+        raise MeshError(
+            f"build_meshes: world_size must be that of the default process group, {actual}; "
+            f"got {given}"
+        )
+    size = actual if given is None else given
+    assert size is not None
+    return size
+
+
+def _data_parallel_size(sizes: dict[str, int], world_size: int) -> int:
+    for name, size in {**sizes, "world_size": world_size}.items():
+        if not isinstance(size, int) or size < 1:
+            raise MeshError(f"build_meshes: {name} must be a positive integer; got {size!r}")
+    dp_replicate, cp, tp, pp, ep = sizes.values()
+    model = tp * cp * pp
+    if world_size % model:
+        raise MeshError(
+            f"build_meshes: the number of ranks must be a multiple of tp * cp * pp = {tp} * {cp} * "
+            f"{pp} = {model}; got {world_size} ranks"
+        )
+    dp = world_size // model
+    if dp % dp_replicate:
+        raise MeshError(
+            f"build_meshes: dp_replicate must divide dp = {dp} ({world_size} ranks / (tp * cp * "
+            f"pp)); got {dp_replicate}"
+        )
+    if dp_replicate > 1 and dp_replicate >= dp:
+        raise MeshError(
+            f"build_meshes: dp_replicate must be smaller than dp = {dp}, so that every replica is "
+            f"sharded; got {dp_replicate}. Use dp_replicate=1 to shard over all {dp} ranks."
+        )
+    if (dp * cp * tp) % ep:
+        raise MeshError(
+            f"build_meshes: ep must divide dp * cp * tp = {dp} * {cp} * {tp} = {dp * cp * tp}; "
+            f"got {ep}"
+        )
+    return dp
+
+
+def _device_type() -> str:
+    uses_gpus = dist.is_initialized() and "cuda:nccl" in dist.get_backend_config()
+    return "cuda" if uses_gpus and torch.cuda.is_available() else "cpu"
+
+
+def parallel_axis_names(world_mesh: DeviceMesh, moe_mesh: DeviceMesh | None) -> dict[str, Any]:
+    """The axis keywords of :func:`parallelize_model` for meshes of :func:`build_meshes`."""
+    replicas = world_mesh.size(ROOT_AXES.index("dp_replicate"))
+    return {
+        "dp_axis_names": ("dp_replicate", "dp_shard_cp") if replicas > 1 else ("dp_shard_cp",),
+        "cp_axis_name": "cp",
+        "tp_axis_name": "tp",
+        "ep_axis_name": None if moe_mesh is None else "ep",
+        "ep_shard_axis_names": None if moe_mesh is None else ("ep_shard",),
+    }
+
+
+def get_submesh(mesh: DeviceMesh, names: str | Sequence[str]) -> DeviceMesh:
+    """The part of a mesh along some of its axes.
+
+    Args:
+        mesh: a mesh; its flattened axes are found if it is the root they were made from.
+        names: one axis, native or flattened, or several. Of several, flattened ones are allowed
+            where another flattened axis covers exactly all of them, as ``dp_cp`` covers
+            ``("dp_replicate", "dp_shard_cp")``; they must be given in its order.
+
+    Raises:
+        KeyError: there is no such axis, or no such combination.
+    """
+    if not isinstance(mesh, DeviceMesh):
+        return mesh[names]  # a stand-in of a test or a framework
+    names = (names,) if isinstance(names, str) else tuple(names)
+    native = mesh.mesh_dim_names or ()
+    if all(name in native for name in names):
+        return mesh[names]
+    flattened = flattened_meshes(mesh) if mesh == mesh._get_root_mesh() else {}
+    unknown = [name for name in names if name not in native and name not in flattened]
+    if unknown:
+        raise KeyError(
+            f"get_submesh: the mesh has no axis {', '.join(map(repr, unknown))}; it has "
+            f"{', '.join((*native, *flattened))}"
+        )
+    if len(names) == 1:
+        return flattened[names[0]]
+    axes = [flattened[name] if name in flattened else mesh[name] for name in names]
+    sizes = tuple(axis.size() for axis in axes)
+    for parent in flattened.values():
+        if parent.size() == math.prod(sizes) and _axes_match(parent, axes, sizes):
+            return unflatten_mesh(parent, sizes, names)
+    raise KeyError(
+        f"get_submesh: no flattened axis of the mesh covers {names} in this order; flattened axes "
+        f"are {', '.join(flattened)}"
+    )
+
+
+def _axes_match(parent: DeviceMesh, axes: list[DeviceMesh], sizes: tuple[int, ...]) -> bool:
+    """Whether ``parent``, cut into ``sizes``, has the groups of ``axes`` along them."""
+    grid = parent.mesh.reshape(sizes)
+    position = (grid == parent.get_rank()).nonzero()[0]
+    for dim, axis in enumerate(axes):
+        line = [slice(None) if d == dim else int(position[d]) for d in range(len(axes))]
+        if not torch.equal(grid[tuple(line)], axis.mesh):
+            return False
+    return True
