@@ -1,7 +1,7 @@
 """Device meshes: which ranks do what together.
 
-The world is a mesh with the axes ``pp, dp_replicate, dp_shard, cp, tp``, of which neighbouring ranks
-share the last. Experts see the same ranks, without ``pp``, as ``ep_shard, ep``.
+The world is a mesh with the axes ``pp, dp_replicate, dp_shard, cp, tp``; neighbouring ranks share
+the last ones. Experts see the same ranks, without ``pp``, as ``ep_shard, ep``.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ def build_meshes(
         device_type: "cuda" or "cpu"; None for what the default process group communicates on.
 
     Returns:
-        ``(world_mesh, moe_mesh)``. world_mesh has :data:`ROOT_AXES`, and flattened ``dp`` (replicate
-        x shard), ``dp_shard_cp`` and ``dp_cp``, see :func:`get_submesh`. moe_mesh has ``ep_shard``
-        and ``ep``; it is None for ``ep = 1``.
+        ``(world_mesh, moe_mesh)``. world_mesh has :data:`ROOT_AXES`, and flattened ``dp``
+        (replicate x shard), ``dp_shard_cp`` and ``dp_cp``, see :func:`get_submesh`. moe_mesh has
+        ``ep_shard`` and ``ep``; it is None for ``ep = 1``.
 
     Raises:
         MeshError: sizes that do not fit; on every rank, before any communication.
@@ -140,11 +140,12 @@ def parallel_axis_names(world_mesh: DeviceMesh, moe_mesh: DeviceMesh | None) -> 
     }
 
 
-def get_submesh(mesh: DeviceMesh, names: str | Sequence[str]) -> DeviceMesh:
+def get_submesh(mesh: Any, names: str | Sequence[str]) -> Any:
     """The part of a mesh along some of its axes.
 
     Args:
-        mesh: a mesh; its flattened axes are found if it is the root they were made from.
+        mesh: a DeviceMesh; its flattened axes are found if it is the root they were made from.
+            Anything else, of a framework that has its own meshes, is indexed with ``names``.
         names: one axis, native or flattened, or several. Of several, flattened ones are allowed
             where another flattened axis covers exactly all of them, as ``dp_cp`` covers
             ``("dp_replicate", "dp_shard_cp")``; they must be given in its order.
@@ -153,7 +154,7 @@ def get_submesh(mesh: DeviceMesh, names: str | Sequence[str]) -> DeviceMesh:
         KeyError: there is no such axis, or no such combination.
     """
     if not isinstance(mesh, DeviceMesh):
-        return mesh[names]  # a stand-in of a test or a framework
+        return mesh[names]
     names = (names,) if isinstance(names, str) else tuple(names)
     native = mesh.mesh_dim_names or ()
     if all(name in native for name in names):
@@ -187,3 +188,42 @@ def _axes_match(parent: DeviceMesh, axes: list[DeviceMesh], sizes: tuple[int, ..
         if not torch.equal(grid[tuple(line)], axis.mesh):
             return False
     return True
+
+
+def check_ep_shard_axes(
+    moe_mesh: Any, ep_axis_name: str | None, ep_shard_axis_names: Sequence[str] | None
+) -> None:
+    """Expert Parallelism must say which axis shards the experts further.
+
+    Raises:
+        MeshError: there is one and it is not named.
+    """
+    axes = getattr(moe_mesh, "mesh_dim_names", None)
+    if ep_shard_axis_names is not None or not isinstance(axes, (tuple, list)):
+        return
+    left_out = {axis: get_submesh(moe_mesh, axis).size() for axis in axes if axis != ep_axis_name}
+    if any(size > 1 for size in left_out.values()):
+        raise MeshError(
+            f"parallelize_model: moe_mesh has the axes {left_out} beside {ep_axis_name!r}, over "
+            "which the experts' gradients would not be reduced. Pass ep_shard_axis_names="
+            f"{tuple(left_out)}."
+        )
+
+
+def check_fsdp_axes(world_mesh: Any, dp_axis_names: Any, fsdp_mesh: Any) -> None:
+    """FSDP must cover every axis along which ranks share the dense parameters.
+
+    Raises:
+        MeshError: replicas, or context parallel ranks, would train apart.
+    """
+    if not isinstance(world_mesh, DeviceMesh) or fsdp_mesh is None:
+        return
+    sizes = dict(zip(world_mesh.mesh_dim_names or (), world_mesh.shape, strict=True))
+    sharing = {axis: sizes[axis] for axis in ("dp_replicate", "dp_shard", "cp") if axis in sizes}
+    needed = math.prod(sharing.values())
+    if fsdp_mesh.size() < needed:
+        raise MeshError(
+            f"parallelize_model: dp_axis_names {dp_axis_names!r} has {fsdp_mesh.size()} ranks, "
+            f"but {needed} share the parameters, {sharing}; the others would train apart. Pass the "
+            "axes of parallel_axis_names(world_mesh, moe_mesh)."
+        )

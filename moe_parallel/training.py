@@ -1,11 +1,33 @@
-"""What a training loop does around the backward pass."""
+"""What a training loop does around the backward pass.
+
+With D data- and context-parallel ranks that share the dense parameters, S ranks in a group of
+``ep_shard``, and N label tokens in all micro-batches of all ranks: a rank back-propagates ``D / N``
+times the sum of its tokens' losses. FSDP averages dense gradients over D ranks, which leaves the
+gradient of the mean loss. Experts' gradients are summed over their Expert Parallel group by the
+exchange of tokens and averaged over S by FSDP: ``D / S`` times too large.
+"""
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import Placement
+
+from moe_parallel.mesh import MeshError, get_submesh
+from moe_parallel.tensors import local_tensor
+
+_PLAIN_EXPERT = re.compile(
+    r"(^|\.)(mlp|moe)\.experts\.(gate_up_linear|down_linear)\.(weight|bias)\d+$"
+)
 
 
 class MoEAuxLossAutoScaler(torch.autograd.Function):
@@ -30,3 +52,268 @@ class MoEAuxLossAutoScaler(torch.autograd.Function):
         scale = MoEAuxLossAutoScaler.main_loss_backward_scale
         grad = torch.ones_like(aux) if scale is None else torch.ones_like(aux) * scale
         return grad_output, grad.to(ctx.aux_dtype)
+
+
+@dataclass
+class _StepFlags:
+    is_optim_step: bool = False
+    is_first_microbatch: bool = False
+
+
+_flags = _StepFlags()  # of the process: pipeline schedules call backward out of the loop's sight
+
+
+def set_is_optim_step(value: bool) -> None:
+    """Say whether the backward passes from now on end in an optimizer step."""
+    _flags.is_optim_step = value
+
+
+def get_is_optim_step() -> bool:
+    """Whether the current backward passes end in an optimizer step; False at the start."""
+    return _flags.is_optim_step
+
+
+def set_is_first_microbatch(value: bool) -> None:
+    """Say whether the next micro-batch is the first since the optimizer's step."""
+    _flags.is_first_microbatch = value
+
+
+def get_is_first_microbatch() -> bool:
+    """Whether the current micro-batch is the first since the optimizer's step."""
+    return _flags.is_first_microbatch
+
+
+def prepare_for_grad_accumulation(model_parts: Iterable[Any], pp_enabled: bool = False) -> None:
+    """Before the first of several micro-batches: keep gradients local from here on.
+
+    Args:
+        model_parts: the model, or this rank's stages of it; parts that are a
+            :class:`MoEFSDPSyncMixin` with its optimizations on are told.
+        pp_enabled: whether a pipeline schedule runs the backward passes; then it decides itself.
+    """
+    set_is_optim_step(False)
+    set_is_first_microbatch(True)
+    _tell_parts("prepare_for_grad_accumulation", model_parts, pp_enabled)
+
+
+def prepare_for_final_backward(model_parts: Iterable[Any], pp_enabled: bool = False) -> None:
+    """Before the last micro-batch (with pipeline parallelism, the last schedule step) of an
+    optimizer step: let its backward reduce what was accumulated."""
+    set_is_optim_step(True)
+    _tell_parts("prepare_for_final_backward", model_parts, pp_enabled)
+
+
+def _tell_parts(method: str, model_parts: Iterable[Any], pp_enabled: bool) -> None:
+    if pp_enabled:
+        return
+    for part in model_parts:
+        prepare = getattr(part, method, None)
+        if prepare is not None:
+            prepare(pp_enabled=False)
+
+
+def scale_grads_and_clip_grad_norm(
+    max_norm: float | None,
+    model_parts: Sequence[nn.Module],
+    *,
+    norm_type: float = 2.0,
+    pp_enabled: bool = False,
+    device_mesh: DeviceMesh | None = None,
+    moe_mesh: DeviceMesh | None = None,
+    ep_axis_name: str | None = None,
+    pp_axis_name: str | None = None,
+    foreach: bool = False,
+    num_label_tokens: float | None = None,
+    dp_group_size: int | None = None,
+) -> float:
+    """Bring every gradient to that of the mean loss, then clip by the global norm.
+
+    Do not combine with FSDP's ``set_gradient_divide_factor`` on experts: that would divide twice.
+
+    Args:
+        max_norm: bound of the global norm; None to scale only.
+        model_parts: the model, or this rank's stages of it.
+        norm_type: p of the norm; ``math.inf`` for the largest entry.
+        pp_enabled: whether the model is split over pipeline stages. Their losses are sums, so
+            every gradient is divided by ``num_label_tokens / dp_group_size``.
+        device_mesh: the world's mesh, with the axis ``pp_axis_name``.
+        moe_mesh: the experts' mesh; with ``dp_group_size``, experts' gradients are divided by
+            ``D / S``, S being the ranks of moe_mesh over those of ``ep_axis_name``.
+        ep_axis_name: the Expert Parallel axis. A DTensor on a mesh with this axis is an expert's.
+        pp_axis_name: the pipeline axis.
+        foreach: scale many tensors in one call.
+        num_label_tokens: N; of no effect without pipeline parallelism, or when 0 or None.
+        dp_group_size: D, context parallel ranks included.
+
+    Returns:
+        The norm before clipping; 0.0 for ``max_norm=None``.
+
+    Raises:
+        MeshError: pipeline parallelism without its mesh or axis.
+    """
+    if pp_enabled and num_label_tokens and dp_group_size:
+        tokens = float(num_label_tokens)
+        _divide([p.grad for p in _parameters(model_parts)], tokens / dp_group_size, foreach)
+    if moe_mesh is not None and dp_group_size and ep_axis_name is not None:
+        shards = moe_mesh.size() // get_submesh(moe_mesh, ep_axis_name).size()
+        experts = [
+            parameter.grad
+            for part in model_parts
+            for name, parameter in part.named_parameters()
+            if _is_expert(name, parameter, ep_axis_name)
+        ]
+        _divide(experts, dp_group_size / shards, foreach)
+    if max_norm is None:
+        return 0.0
+    return clip_grad_norm(
+        max_norm,
+        model_parts,
+        norm_type=norm_type,
+        pp_enabled=pp_enabled,
+        device_mesh=device_mesh,
+        pp_axis_name=pp_axis_name,
+        foreach=foreach,
+    )
+
+
+def _is_expert(name: str, parameter: nn.Parameter, ep_axis_name: str) -> bool:
+    if isinstance(parameter, DTensor):
+        grad = parameter.grad
+        return isinstance(grad, DTensor) and ep_axis_name in (grad.device_mesh.mesh_dim_names or ())
+    return _PLAIN_EXPERT.search(name) is not None
+
+
+def _parameters(model_parts: Sequence[nn.Module]) -> list[nn.Parameter]:
+    """Every parameter once, in the order of the parts."""
+    return list({id(p): p for part in model_parts for p in part.parameters()}.values())
+
+
+@torch.no_grad()
+def _divide(grads: Sequence[Tensor | None], divisor: float, foreach: bool) -> None:
+    local = [local_tensor(grad) for grad in grads if grad is not None]
+    if divisor == 1 or not local:
+        return
+    if foreach:
+        torch._foreach_div_(local, divisor)
+        return
+    for grad in local:
+        grad.div_(divisor)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Parameters whose gradients are spread over ranks alike; no mesh for plain tensors."""
+
+    mesh: DeviceMesh | None
+    placements: tuple[Placement, ...]
+
+
+@torch.no_grad()
+def clip_grad_norm(
+    max_norm: float,
+    model_parts: Sequence[nn.Module],
+    *,
+    norm_type: float = 2.0,
+    pp_enabled: bool = False,
+    device_mesh: DeviceMesh | None = None,
+    pp_axis_name: str | None = None,
+    foreach: bool = False,
+) -> float:
+    """Scale gradients in place so that their norm, over all ranks, is at most ``max_norm``.
+
+    Collective: every rank of every mesh of the parameters must call it, whichever of its gradients
+    are missing. Takes part: parameters that require a gradient, plain or DTensor, on any meshes.
+
+    Returns:
+        The p-norm before clipping, accumulated in float32 or wider; 0.0 without gradients.
+
+    Raises:
+        MeshError: pipeline parallelism without its mesh or axis.
+    """
+    pp_group = None
+    if pp_enabled:
+        if device_mesh is None or pp_axis_name is None:
+            raise MeshError(
+                "clip_grad_norm: pp_enabled needs device_mesh and pp_axis_name; got "
+                f"{device_mesh} and {pp_axis_name!r}"
+            )
+        pp_group = get_submesh(device_mesh, pp_axis_name).get_group()
+    groups: dict[_Group, list[nn.Parameter]] = {}
+    # Ranks must walk through the same groups in the same order: that of the parameters, which they
+    # share, and not that of the gradients, which may be missing on some.
+    for parameter in _parameters(model_parts):
+        if parameter.requires_grad:
+            groups.setdefault(_group_of(parameter), []).append(parameter)
+
+    combined: Tensor | None = None
+    for group, members in groups.items():
+        power = _group_power(group, members, norm_type)
+        if combined is None:
+            combined = power
+        else:
+            combined = _combine(combined, power.to(combined.device), norm_type)
+    if pp_group is not None:
+        assert device_mesh is not None
+        if combined is None:
+            combined = torch.zeros(())
+        combined = combined.to(device_mesh.device_type, torch.float32)
+        dist.all_reduce(combined, op=_reduce_op(norm_type), group=pp_group)
+    if combined is None:
+        return 0.0
+    norm = combined if math.isinf(norm_type) else combined ** (1.0 / norm_type)
+    scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    for members in groups.values():
+        _multiply([p.grad for p in members if p.grad is not None], scale, foreach)
+    return float(norm)
+
+
+def _group_of(parameter: nn.Parameter) -> _Group:
+    if isinstance(parameter, DTensor):
+        return _Group(parameter.device_mesh, tuple(parameter.placements))
+    return _Group(None, ())
+
+
+def _group_power(group: _Group, members: list[nn.Parameter], norm_type: float) -> Tensor:
+    """Sum of the p-th powers (for inf: the maximum) of a group's gradients, on all its ranks.
+
+    On the device of the mesh, which its collectives need, wherever the gradients live.
+    """
+    device = members[0].device if group.mesh is None else torch.device(group.mesh.device_type)
+    wide = torch.float32
+    for parameter in members:
+        wide = torch.promote_types(wide, parameter.dtype)
+    power = torch.zeros((), dtype=wide, device=device)
+    for parameter in members:
+        grad = parameter.grad
+        if isinstance(grad, DTensor) and tuple(grad.placements) != group.placements:
+            grad = grad.redistribute(placements=group.placements)  # partial sums, for instance
+        if grad is None or (local := local_tensor(grad)).numel() == 0:
+            continue
+        norm = torch.linalg.vector_norm(local, norm_type, dtype=wide).to(device)
+        power = _combine(power, norm if math.isinf(norm_type) else norm**norm_type, norm_type)
+    for dim, placement in enumerate(group.placements):
+        if group.mesh is not None and not placement.is_replicate() and group.mesh.size(dim) > 1:
+            dist.all_reduce(power, op=_reduce_op(norm_type), group=group.mesh.get_group(dim))
+    return power
+
+
+def _combine(a: Tensor, b: Tensor, norm_type: float) -> Tensor:
+    return torch.maximum(a, b) if math.isinf(norm_type) else a + b
+
+
+def _reduce_op(norm_type: float) -> Any:
+    return dist.ReduceOp.MAX if math.isinf(norm_type) else dist.ReduceOp.SUM
+
+
+def _multiply(grads: list[Tensor], scale: Tensor, foreach: bool) -> None:
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for grad in grads:
+        local = local_tensor(grad)
+        by_device.setdefault(local.device, []).append(local)
+    for device, local_grads in by_device.items():
+        factor = scale.to(device)
+        if foreach:
+            torch._foreach_mul_(local_grads, factor)
+            continue
+        for grad in local_grads:
+            grad.mul_(factor.to(grad.dtype))
