@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
+import torch
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.utils import checkpoint
 
 
 def flattened_meshes(mesh: DeviceMesh) -> dict[str, DeviceMesh]:
@@ -32,3 +38,93 @@ def fsdp_param_groups(state: Any) -> list[Any]:
         return list(groups)
     group = getattr(state, "_fsdp_param_group", None)
     return [] if group is None else [group]
+
+
+def fully_sharded_modules(module: Any) -> Iterator[Any]:
+    """``module`` and what is in it, as far as ``fully_shard`` was applied to it."""
+    if isinstance(module, nn.Module):
+        yield from (child for child in module.modules() if isinstance(child, FSDPModule))
+
+
+def reshards_after_forward(module: Any) -> bool:
+    """Whether FSDP frees any parameters of ``module`` between its forward and its backward."""
+    return any(
+        group.post_forward_mesh_info is not None
+        for unit in fully_sharded_modules(module)
+        for group in fsdp_param_groups(unit._get_fsdp_state())
+    )
+
+
+def has_run(state: Any) -> bool:
+    """Whether an FSDP state has seen a forward, before which it knows no other states."""
+    return getattr(state, "_is_root", False) is not None
+
+
+def complete_accumulated_grads(group: Any) -> None:
+    """Bring the accumulated gradients of an FSDP parameter group to its reduce dtype.
+
+    FSDP does so for gradients that autograd accumulated before its hook ran. What it finds later,
+    of a split backward, or of a parameter that only the last micro-batch used, is in the dtype of
+    the parameter, and it refuses a mixture. Parameters that have none yet get zeros where others
+    have some, so that autograd adds to them.
+    """
+    params = [
+        param
+        for param in getattr(group, "fsdp_params", ())
+        if hasattr(param, "_unsharded_param") and param._unsharded_param.requires_grad
+    ]
+    for param in params:
+        param.accumulate_unsharded_grad_if_needed()
+        param.to_accumulated_grad_if_needed()
+    if all(param.unsharded_accumulated_grad is None for param in params):
+        return
+    for param in params:
+        if param.unsharded_accumulated_grad is None:
+            param.unsharded_accumulated_grad = torch.zeros_like(
+                param._unsharded_param, dtype=param.reduce_dtype
+            )
+
+
+def stages_of(schedule: Any) -> list[Any]:
+    """This rank's stages of a pipeline schedule."""
+    stages = getattr(schedule, "_stages", None)
+    return [schedule._stage] if stages is None else list(stages)
+
+
+def splits_backward(schedule: Any) -> bool:
+    """Whether a pipeline schedule computes the gradients of inputs and of weights apart."""
+
+    def is_split(action: Any) -> bool:
+        name = action.computation_type.name
+        return name in ("BACKWARD_INPUT", "BACKWARD_WEIGHT") or any(
+            is_split(sub_action) for sub_action in getattr(action, "sub_actions", None) or ()
+        )
+
+    orders = getattr(schedule, "pipeline_order_with_comms", None) or {}
+    return any(is_split(action) for order in orders.values() for action in order if action)
+
+
+def tolerate_unrecorded_ops(contexts: Any) -> Any:
+    """Let the recomputation of a selective checkpoint run ops that its forward did not.
+
+    From 2.13 it looks up every op, even those it does not keep, and raises for one it has not seen.
+    FSDP's runtime inside the region, and an active profiler, run other ops in recomputation than in
+    forward: parameters may have been gathered already, or freed since.
+    """
+    recompute = getattr(checkpoint, "_RECOMPUTE", None)
+    if recompute is None:
+        return contexts
+
+    class Entries(dict[int, Any]):
+        def get(self, index: int, default: Any = None) -> Any:
+            return super().get(index, recompute)
+
+    class Storage(defaultdict[Any, Entries]):
+        def get(self, key: Any, default: Any = None) -> Entries:
+            return self[key]
+
+    storage = Storage(Entries)
+    for context in contexts:
+        if isinstance(getattr(context, "storage", None), dict):
+            context.storage = storage
+    return contexts
