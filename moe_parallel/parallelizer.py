@@ -11,18 +11,50 @@ runs, so that a test or a framework can replace it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    checkpoint_wrapper as ptd_checkpoint_wrapper,
+)
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
+from moe_parallel.activation_checkpointing import (
+    SELECTIVE_AC_WRAPPER_FLAG,
+    count_load_once,
+    repeats_mtp_block,
+    router_saving_policy,
+    router_sizes,
+)
+from moe_parallel.config import dtype_from_str
+from moe_parallel.context_parallel_setup import tell_attention, tell_mixer
+from moe_parallel.fsdp_preparation import (
+    check_equal_experts,
+    check_expert_widths,
+    fp32_only_modules,
+    keep_in_fp32_names,
+    replicate_correction_bias,
+    retie_embeddings,
+)
 from moe_parallel.layers import MoE
-from moe_parallel.text_module import get_text_module
+from moe_parallel.mesh import MeshError, check_ep_shard_axes, check_fsdp_axes, get_submesh
+from moe_parallel.text_module import (
+    _is_deepseek_v4_model,
+    _is_selective_ac,
+    _module_weights_are_tied,
+    get_text_module,
+)
+from moe_parallel.torch_internals import tolerate_unrecorded_ops
 
 logger = logging.getLogger(__name__)
+
+_CP_STREAM: torch.cuda.Stream | None = None
 
 
 def _inner_model(model: Any) -> Any:
@@ -72,6 +104,58 @@ def _get_model_moe_config(model: Any) -> Any:
         f"{type(model).__name__} has no moe_config: neither the model, nor its .model, nor the "
         "text module there. Set it to the MoEConfig of its MoE layers."
     )
+
+
+def _moe_shard_placement(param: Any) -> Shard:
+    """Along which dimension FSDP shards a parameter of experts: shards may outnumber experts."""
+    return Shard(0) if param.ndim < 2 else Shard(1)
+
+
+def _get_cp_stream() -> torch.cuda.Stream:
+    """The CUDA stream on which context parallelism communicates; one a process."""
+    global _CP_STREAM
+    if _CP_STREAM is None:
+        _CP_STREAM = torch.cuda.Stream()
+    return _CP_STREAM
+
+
+def _fp32_policy(**options: Any) -> Any:
+    return MixedPrecisionPolicy(
+        param_dtype=torch.float32,
+        reduce_dtype=torch.float32,
+        output_dtype=torch.float32,
+        **options,
+    )
+
+
+def _shard_fp32_param_holders(
+    block: Any, fsdp_mesh: DeviceMesh, reshard_after_forward: bool, offload_policy: Any
+) -> set[nn.Parameter]:
+    """Make every sub-module called ``..._fp32_params`` an FSDP unit that computes in float32.
+
+    The model must read its parameters through the holder's own forward, which gathers them.
+
+    Returns:
+        The parameters that the holders owned before.
+    """
+    owned: set[nn.Parameter] = set()
+    named_modules = getattr(block, "named_modules", None)
+    if named_modules is None:
+        return owned
+    for name, holder in list(named_modules()):
+        if not name.endswith("_fp32_params"):
+            continue
+        parameters = list(holder.parameters(recurse=False))
+        if parameters:
+            owned.update(parameters)
+            fully_shard(
+                holder,
+                mesh=fsdp_mesh,
+                reshard_after_forward=reshard_after_forward,
+                mp_policy=_fp32_policy(cast_forward_inputs=False),
+                offload_policy=offload_policy,
+            )
+    return owned
 
 
 class ExpertParallel(ParallelStyle):
@@ -132,4 +216,333 @@ def apply_ep(model: nn.Module, ep_mesh: DeviceMesh, moe_mesh: DeviceMesh | None 
     for _, moe in blocks:
         parallelize_module(
             module=moe.experts, device_mesh=ep_mesh, parallelize_plan=ExpertParallel()
+        )
+    names = getattr(ep_mesh, "mesh_dim_names", None)
+    if moe_mesh is not None and names:
+        check_equal_experts([moe.experts for _, moe in blocks], moe_mesh, names[0])
+
+
+def apply_ac(
+    model: nn.Module,
+    ignore_router: bool = True,
+    hidden_size: int | None = None,
+    num_experts: int | None = None,
+    selective: bool = False,
+) -> None:
+    """Wrap every block in an activation checkpoint, in place; after EP and CP, before FSDP.
+
+    Whatever the mode, routing repeats in backward, and each token counts once in the load that
+    :meth:`Gate.update_bias` uses. The one exception to the first is ``ignore_router=False``, which
+    computes the router again: a router that is not deterministic may then choose otherwise.
+
+    Args:
+        model: the outer model.
+        ignore_router: keep the routers' projections and choices, compute the rest again.
+        hidden_size, num_experts: shape of the routers' projection; None for that of the model's
+            configuration. Of no use with ``selective``.
+        selective: keep also what is dear to compute, and every second matrix product.
+
+    Raises:
+        ValueError: a size is neither given nor configured.
+    """
+    context_fn = None
+    if selective:
+        from moe_parallel.activation_checkpointing import make_selective_checkpoint_context_fn
+
+        context_fn = make_selective_checkpoint_context_fn()
+    elif ignore_router:
+        policy = router_saving_policy(*router_sizes(model, hidden_size, num_experts))
+
+        def context_fn() -> Any:
+            return tolerate_unrecorded_ops(create_selective_checkpoint_contexts(policy))
+
+    else:
+        logger.warning(
+            "apply_ac: ignore_router_for_ac is False, so routers are computed again in backward "
+            "and may choose other experts than in forward. Set ignore_router_for_ac=True."
+        )
+
+    mtp_blocks = getattr(getattr(model, "mtp", None), "layers", None)
+    repeated = mtp_blocks is not None and repeats_mtp_block(model)
+    skipped = False
+    for container, name, block in list(_iter_transformer_and_mtp_blocks(model)):
+        moe = _get_moe_module(block)
+        if repeated and container is mtp_blocks and (not selective or moe is not None):
+            # One block serves every depth: FSDP gathers its experts for the first recomputation
+            # and not again for the next.
+            skipped = True
+            continue
+        options: dict[str, Any] = {"preserve_rng_state": True}
+        block_context_fn = count_load_once(context_fn, moe)
+        if block_context_fn is not None:
+            options["context_fn"] = block_context_fn
+        wrapped = ptd_checkpoint_wrapper(block, **options)
+        if selective:
+            setattr(wrapped, SELECTIVE_AC_WRAPPER_FLAG, True)
+        container.register_module(name, wrapped)
+    if skipped:
+        logger.info("apply_ac: multi-token prediction repeats one block; it is not checkpointed")
+
+
+def apply_fsdp(
+    model: nn.Module,
+    fsdp_mesh: DeviceMesh,
+    ep_enabled: bool,
+    ep_shard_enabled: bool,
+    ep_shard_mesh: DeviceMesh | None = None,
+    mp_policy: Any = None,
+    offload_policy: Any = None,
+    reshard_after_forward: bool = False,
+    lm_head_precision: torch.dtype | str | None = None,
+    wrap_outer_model: bool = True,
+) -> None:
+    """Shard the model over ``fsdp_mesh``, in place: experts, blocks, embedding, head, roots.
+
+    Args:
+        model: the outer model; after EP, CP and activation checkpointing.
+        fsdp_mesh: 1-D, or 2-D to replicate over its first axis.
+        ep_enabled: the experts are sharded over an Expert Parallel mesh already.
+        ep_shard_enabled: shard them further over ``ep_shard_mesh``.
+        ep_shard_mesh: 1-D; with the Expert Parallel mesh it has the ranks of ``fsdp_mesh``.
+        mp_policy: None for bfloat16 parameters and outputs and float32 reductions.
+        offload_policy: of every unit.
+        reshard_after_forward: free parameters between forward and backward. Not with pipeline
+            schedules that split the backward (zero bubble).
+        lm_head_precision: a dtype or its name; float32 keeps the output projection, and so the
+            logits, in float32. Not for a head that is tied to the embedding.
+        wrap_outer_model: make the outer model a unit. With pipeline schedules leave it False, so
+            that several schedule steps accumulate gradients without communication.
+
+    Raises:
+        MeshError: the experts' widths do not divide over ``ep_shard_mesh``; or the head outside
+            of the inner model is tied to the embedding inside, with ``wrap_outer_model=False``.
+    """
+    if isinstance(lm_head_precision, str):
+        lm_head_precision = dtype_from_str(lm_head_precision, default=None)
+    if mp_policy is None:
+        mp_policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16,
+            reduce_dtype=torch.float32,
+            output_dtype=torch.bfloat16,
+            cast_forward_inputs=True,
+        )
+    fp32_names = keep_in_fp32_names(model) if _is_deepseek_v4_model(model) else None
+
+    def shard(module: Any, policy: Any = mp_policy, **options: Any) -> None:
+        common = {
+            "mesh": fsdp_mesh,
+            "reshard_after_forward": reshard_after_forward,
+            "offload_policy": offload_policy,
+        }
+        if fp32_names is not None:
+            if isinstance(module, FSDPModule):
+                return
+            for child in fp32_only_modules(module, fp32_names):
+                if not isinstance(child, FSDPModule):
+                    fully_shard(child, mp_policy=_fp32_policy(cast_forward_inputs=False), **common)
+        fully_shard(module, mp_policy=policy, **common, **options)
+
+    backbone = get_text_module(_inner_model(model))
+    embed_tokens = getattr(backbone, "embed_tokens", None)
+    inner_head = getattr(backbone, "lm_head", None)
+    lm_head = inner_head if inner_head is not None else getattr(model, "lm_head", None)
+    blocks = list(_iter_moe_blocks(model, backbone))
+    if ep_shard_enabled:
+        for block in blocks:
+            if (moe := _get_moe_module(block)) is not None:
+                check_expert_widths(moe.experts, ep_shard_mesh)
+
+    retie_embeddings(model)
+    tied = _module_weights_are_tied(embed_tokens, lm_head)
+    tied_across = tied and inner_head is None and backbone is not model
+    if tied_across and not wrap_outer_model:
+        raise MeshError(
+            "apply_fsdp: lm_head, of the outer model, is tied to embed_tokens, of the inner one. "
+            "With wrap_outer_model=False they would be sharded apart and the embedding's gradient "
+            "would lose the head's part. Use wrap_outer_model=True, or untie them."
+        )
+
+    mtp_layers = getattr(getattr(model, "mtp", None), "layers", None)
+    mtp_blocks = set() if mtp_layers is None else {id(block) for block in mtp_layers.children()}
+    for block in blocks:
+        moe = _get_moe_module(block)
+        ignored: set[nn.Parameter] = set()
+        if moe is not None:
+            if ep_shard_enabled:
+                fully_shard(
+                    moe.experts,
+                    mesh=ep_shard_mesh,
+                    shard_placement_fn=_moe_shard_placement,
+                    reshard_after_forward=reshard_after_forward and id(block) not in mtp_blocks,
+                    mp_policy=mp_policy,
+                    offload_policy=offload_policy,
+                )
+            if ep_enabled:
+                ignored.update(moe.experts.parameters())
+            replicate_correction_bias(getattr(moe, "gate", None), fsdp_mesh)
+        ignored |= _shard_fp32_param_holders(
+            block, fsdp_mesh, reshard_after_forward, offload_policy
+        )
+        shard(block, ignored_params=ignored or None)
+
+    head_is_fp32 = lm_head is not None and not tied and lm_head_precision == torch.float32
+    if tied:
+        if lm_head_precision is not None:
+            logger.warning(
+                "apply_fsdp: lm_head_precision %s is not applied: lm_head is tied to embed_tokens",
+                lm_head_precision,
+            )
+    else:
+        if embed_tokens is not None:
+            shard(embed_tokens)
+        if lm_head is not None:
+            shard(lm_head, _fp32_policy() if head_is_fp32 else mp_policy)
+
+    for name, label in (("audio_tower", "audio"), ("visual", "visual")):
+        tower = getattr(model, name, None)
+        if tower is None:
+            continue
+        if any(parameter.requires_grad for parameter in tower.parameters()):
+            shard(tower)
+        else:
+            logging.info("Skipping FSDP wrap for frozen %s tower", label)
+
+    root_policy = mp_policy
+    if head_is_fp32:  # a root casts its outputs: logits would be rounded again
+        root_policy = MixedPrecisionPolicy(
+            param_dtype=getattr(mp_policy, "param_dtype", None),
+            reduce_dtype=getattr(mp_policy, "reduce_dtype", None),
+            output_dtype=torch.float32,
+            cast_forward_inputs=getattr(mp_policy, "cast_forward_inputs", True),
+        )
+    if tied_across:
+        logger.info(
+            "apply_fsdp: the outer root owns the weight that embed_tokens and lm_head share"
+        )
+    else:
+        owns_head = inner_head is not None or backbone is model
+        shard(backbone, root_policy if owns_head else mp_policy)
+    if wrap_outer_model and backbone is not model:
+        shard(model, root_policy)
+
+
+def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, cp_comm_type: str = "p2p") -> None:
+    """Tell the attention, the state-space mixers and the routers which ranks share a sequence.
+
+    Attention modules with ``set_context_parallel_group`` get the group, its ranks, the stream of
+    :func:`_get_cp_stream` (None on CPU) and the way to communicate; others are asked for
+    ``setup_cp_attention``.
+
+    Args:
+        model: the outer model.
+        cp_mesh: 1-D.
+        cp_comm_type: "p2p", "all_gather" or "a2a"; sliding-window attention always all-gathers.
+    """
+    backbone = get_text_module(_inner_model(model))
+    for owner in (model, backbone):
+        owner._cp_enabled = True
+    for _, name, block in _iter_transformer_and_mtp_blocks(model):
+        layer_type = getattr(block, "layer_type", None) or getattr(block, "attention_type", None)
+        layer_type = layer_type or "full_attention"
+        if layer_type in ("full_attention", "sliding_attention"):
+            comm_type = "all_gather" if layer_type == "sliding_attention" else cp_comm_type
+            told = tell_attention(block, cp_mesh, comm_type, _get_cp_stream)
+        else:
+            told = tell_mixer(block, cp_mesh)
+        if not told:
+            logger.warning(
+                "apply_cp: block %s, of type %s, has nothing that supports context parallelism; "
+                "it sees this rank's part of the sequences alone",
+                name,
+                layer_type,
+            )
+        moe = _get_moe_module(block)
+        if moe is not None:
+            moe.cp_mesh = cp_mesh
+
+
+def parallelize_model(
+    model: nn.Module,
+    world_mesh: DeviceMesh,
+    moe_mesh: DeviceMesh | None,
+    *,
+    dp_axis_names: Sequence[str] | None,
+    cp_axis_name: str | None = None,
+    tp_axis_name: str | None = None,
+    ep_axis_name: str | None = None,
+    ep_shard_axis_names: Sequence[str] | None = None,
+    activation_checkpointing: bool | str = False,
+    ignore_router_for_ac: bool = True,
+    reshard_after_forward: bool = False,
+    lm_head_precision: torch.dtype | str | None = None,
+    wrap_outer_model: bool = True,
+    mp_policy: Any = None,
+) -> None:
+    """Apply context and Expert Parallelism, activation checkpointing and FSDP, in place.
+
+    Every rank must hold equal weights before. Example::
+
+        world_mesh, moe_mesh = build_meshes(ep=4)
+        axes = parallel_axis_names(world_mesh, moe_mesh)
+        parallelize_model(model, world_mesh, moe_mesh, **axes, activation_checkpointing="selective")
+
+    Args:
+        model: the outer model; with Expert Parallelism it has a ``moe_config``.
+        world_mesh, moe_mesh: of :func:`build_meshes`.
+        dp_axis_names: the axes of FSDP: one, or two to replicate over the first; None for no FSDP.
+        cp_axis_name, tp_axis_name: axes of ``world_mesh``. Tensor parallelism is not applied here.
+        ep_axis_name, ep_shard_axis_names: axes of ``moe_mesh``.
+        activation_checkpointing: True, or "selective"; see :func:`apply_ac`.
+        ignore_router_for_ac: see ``ignore_router`` of :func:`apply_ac`.
+        reshard_after_forward, lm_head_precision, wrap_outer_model, mp_policy: see
+            :func:`apply_fsdp`.
+
+    Raises:
+        AssertionError: tensor parallelism; or experts that Expert Parallelism cannot spread evenly.
+        MeshError: axes that leave parameters without a reduction of their gradients, and all that
+            :func:`apply_fsdp` and :func:`apply_ep` refuse.
+    """
+    if tp_axis_name is not None:
+        tp = get_submesh(world_mesh, tp_axis_name).size()
+        assert tp == 1, f"parallelize_model: tensor parallelism is not supported; got size {tp}"
+
+    cp_mesh = None if cp_axis_name is None else get_submesh(world_mesh, cp_axis_name)
+    ep_mesh = None
+    if moe_mesh is not None and ep_axis_name is not None:
+        ep_mesh = get_submesh(moe_mesh, ep_axis_name)
+        ep_mesh = ep_mesh if ep_mesh.size() > 1 else None
+    if ep_mesh is not None:
+        experts = _get_model_moe_config(model).n_routed_experts
+        assert experts % ep_mesh.size() == 0, (
+            f"parallelize_model: n_routed_experts {experts} must be a multiple of the Expert "
+            f"Parallel size {ep_mesh.size()}"
+        )
+        check_ep_shard_axes(moe_mesh, ep_axis_name, ep_shard_axis_names)
+    fsdp_mesh = None if dp_axis_names is None else get_submesh(world_mesh, dp_axis_names)
+    check_fsdp_axes(world_mesh, dp_axis_names, fsdp_mesh)
+
+    if cp_mesh is not None and cp_mesh.size() > 1:
+        apply_cp(model, cp_mesh)
+    if ep_mesh is not None:
+        apply_ep(model, ep_mesh, moe_mesh=moe_mesh)
+    if activation_checkpointing:
+        apply_ac(
+            model,
+            ignore_router=ignore_router_for_ac,
+            selective=_is_selective_ac(activation_checkpointing),
+        )
+    if fsdp_mesh is not None and fsdp_mesh.size() > 1:
+        ep_shard_mesh = None
+        if moe_mesh is not None and ep_shard_axis_names is not None:
+            ep_shard_mesh = get_submesh(moe_mesh, ep_shard_axis_names)
+        apply_fsdp(
+            model,
+            fsdp_mesh,
+            ep_enabled=ep_mesh is not None,
+            ep_shard_enabled=ep_shard_mesh is not None and ep_shard_mesh.size() > 1,
+            ep_shard_mesh=ep_shard_mesh,
+            mp_policy=mp_policy,
+            reshard_after_forward=reshard_after_forward,
+            lm_head_precision=lm_head_precision,
+            wrap_outer_model=wrap_outer_model,
         )

@@ -1,0 +1,45 @@
+"""Telling a block's modules which ranks hold the other parts of its sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+
+
+def tell_attention(
+    block: Any, cp_mesh: Any, cp_comm_type: str, get_stream: Callable[[], Any]
+) -> bool:
+    """Set up a block's attention; whether there was one that supports context parallelism."""
+    attention: Any = getattr(block, "self_attn", None)
+    inner: Any = getattr(attention, "attn_module", None)
+    if hasattr(inner, "set_context_parallel_group"):
+        group = cp_mesh.get_group()
+        on_cpu = getattr(cp_mesh, "device_type", None) == "cpu"
+        inner.set_context_parallel_group(
+            group,
+            dist.get_process_group_ranks(group),
+            None if on_cpu else get_stream(),
+            cp_comm_type=cp_comm_type,
+        )
+        return True
+    if hasattr(attention, "setup_cp_attention"):
+        attention.setup_cp_attention(cp_mesh)
+        return True
+    return False
+
+
+def tell_mixer(block: Any, cp_mesh: Any) -> bool:
+    """Set up a block's linear attention or state-space mixer; whether there was one to set up."""
+    told = False
+    linear_attn: Any = getattr(block, "linear_attn", None)
+    mixers: tuple[Any, ...] = (getattr(block, "mixer", None), linear_attn)
+    for mixer in mixers:
+        if hasattr(mixer, "setup_context_parallel"):
+            mixer.setup_context_parallel(cp_mesh)
+            told = True
+    if hasattr(linear_attn, "_cp_mesh"):
+        linear_attn._cp_mesh = cp_mesh
+        told = True
+    return told

@@ -1,0 +1,139 @@
+"""What has to be known, checked and arranged before a model is sharded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
+
+from moe_parallel.mesh import MeshError, get_submesh
+from moe_parallel.tensors import local_tensor
+
+
+def replicate_correction_bias(gate: Any, mesh: Any) -> None:
+    """Make a router's correction bias a DTensor, replicated over ``mesh``.
+
+    FSDP leaves buffers alone. As a plain tensor the bias would follow each rank's own load, and the
+    ranks' routers would drift apart; :meth:`Gate.update_bias` sums the load over a DTensor's mesh.
+    """
+    buffers = getattr(gate, "_buffers", None) or {}
+    bias = buffers.get("e_score_correction_bias")
+    if not isinstance(bias, Tensor) or isinstance(bias, DTensor) or not _is_mesh(mesh):
+        return
+    buffers["e_score_correction_bias"] = DTensor.from_local(
+        bias.to(mesh.device_type), mesh, [Replicate()] * mesh.ndim, run_check=False
+    )
+
+
+def check_expert_widths(experts: Any, mesh: Any) -> None:
+    """Every width of the experts, in dimension 1, must divide evenly over ``mesh``.
+
+    Dimension 0 would not do: there may be more shards than experts.
+
+    Raises:
+        MeshError: one does not; before any communication.
+    """
+    if not _is_mesh(mesh) or not isinstance(experts, nn.Module):
+        return
+    size = mesh.size()
+    for name, parameter in experts.named_parameters():
+        if parameter.ndim > 1 and parameter.shape[1] % size:
+            raise MeshError(
+                f"apply_fsdp: dimension 1 of the experts' {name} must be a multiple of the "
+                f"ep_shard size {size}; got {list(parameter.shape)}. Use a larger ep, which makes "
+                "ep_shard smaller, or other widths."
+            )
+
+
+def fp32_only_modules(module: Any, keep_in_fp32: tuple[str, ...]) -> Iterator[nn.Module]:
+    """The largest sub-modules of ``module`` that must be FSDP units of their own, in float32.
+
+    They are those named in ``keep_in_fp32``, and those whose parameters are all float32, if
+    ``module`` has others too: a unit has parameters of one dtype.
+    """
+    if not isinstance(module, nn.Module):
+        return
+    mixed = len({p.dtype for p in module.parameters() if p.is_floating_point()}) > 1
+    stack = [(name, child) for name, child in module.named_children()][::-1]
+    while stack:
+        name, child = stack.pop()
+        dtypes = {p.dtype for p in child.parameters() if p.is_floating_point()}
+        callable_module = type(child).forward is not nn.Module.forward
+        named = name in keep_in_fp32
+        if dtypes and callable_module and (named or (mixed and dtypes == {torch.float32})):
+            yield child
+        else:
+            stack += [(name, grandchild) for name, grandchild in child.named_children()][::-1]
+
+
+def keep_in_fp32_names(model: Any) -> tuple[str, ...]:
+    """The names of sub-modules that a Transformers model wants in float32."""
+    names: list[str] = []
+    for owner in (model, getattr(model, "model", None)):
+        for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+            value = getattr(owner, attribute, None)
+            names += value if isinstance(value, (list, tuple, set)) else []
+    return tuple(names)
+
+
+def retie_embeddings(model: Any) -> None:
+    """Share the embedding with the output projection again, if the configuration says so.
+
+    Moving a model to another dtype or device may have copied them.
+    """
+    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        return
+    getters = [getattr(model, f"get_{end}_embeddings", None) for end in ("output", "input")]
+    if not all(map(callable, getters)):
+        return
+    output, source = (getter() for getter in getters)  # type: ignore[misc]
+    if getattr(output, "weight", None) is not None and getattr(source, "weight", None) is not None:
+        output.weight = source.weight
+
+
+@torch.no_grad()
+def check_equal_experts(experts: list[Any], moe_mesh: Any, ep_axis_name: str) -> None:
+    """The groups of ``ep_shard`` must hold the same experts: FSDP shards what each has.
+
+    Collective over ``moe_mesh``: two reductions of two numbers.
+
+    Raises:
+        MeshError: they do not; on every rank.
+    """
+    if not _is_mesh(moe_mesh) or moe_mesh.size() == get_submesh(moe_mesh, ep_axis_name).size():
+        return
+    tensors = [local_tensor(p) for module in experts for p in module.parameters()]
+    if not tensors or any(tensor.is_meta for tensor in tensors):
+        return
+    digest = sum((_digest(tensor, i) for i, tensor in enumerate(tensors)), start=0) % 2**62
+    extremes = torch.tensor([digest, -digest], device=moe_mesh.device_type)
+    for axis in moe_mesh.mesh_dim_names:
+        if axis != ep_axis_name:
+            dist.all_reduce(extremes, dist.ReduceOp.MAX, moe_mesh[axis].get_group())
+    differs = (extremes.sum() != 0).to(torch.int64)
+    dist.all_reduce(differs, dist.ReduceOp.MAX, moe_mesh[ep_axis_name].get_group())
+    if differs:
+        raise MeshError(
+            "apply_ep: the groups of ep_shard must hold equal weights of the experts; they differ. "
+            "Initialise or load every rank alike (the same seed or the same checkpoint) first."
+        )
+
+
+def _digest(tensor: Tensor, seed: int) -> int:
+    """A number that tensors of other bits hardly share: the bits, summed with changing factors."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = tensor.contiguous().view(integers[tensor.element_size()]).flatten()
+    total = 0
+    for chunk in bits.split(2**22):
+        factors = torch.arange(1, chunk.numel() + 1, device=bits.device) * 2654435761 + seed
+        total = (total * 31 + int((chunk.to(torch.int64) * (factors % 65521 + 1)).sum())) % 2**62
+    return total * (seed + 1)
+
+
+def _is_mesh(mesh: Any) -> bool:
+    return isinstance(mesh, DeviceMesh)

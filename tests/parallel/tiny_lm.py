@@ -1,0 +1,235 @@
+"""A language model with every part that parallelism treats differently, and one process as truth.
+
+B sequences, L tokens each, V words, R ranks that share the parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from moe_parallel import MLP, BackendConfig, MoE, MoEConfig
+from moe_parallel.fsdp_mixin import MoEFSDPSyncMixin
+from moe_parallel.training import MoEAuxLossAutoScaler
+
+VOCABULARY = 23
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What of the model a case changes."""
+
+    moe: dict[str, Any] = field(default_factory=dict)
+    tied: bool = False
+    optimizations: bool = False
+    frozen_experts: bool = False
+    dtype: torch.dtype = torch.float32
+
+
+class Attention(nn.Module):
+    """Causal attention with two heads."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(y.transpose(1, 2).flatten(-2))
+
+
+class Block(nn.Module):
+    def __init__(self, config: MoEConfig, backend: BackendConfig, dense: bool) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.RMSNorm(config.dim) for _ in range(2))
+        self.self_attn = Attention(config.dim)
+        if dense:
+            self.mlp = MLP(config.dim, config.inter_dim, dtype=config.dtype)
+        else:
+            self.mlp = MoE(config, backend)
+
+    def forward(self, x: Tensor, padding_mask: Tensor) -> Tensor:
+        x = x + self.self_attn(self.norms[0](x))
+        y = self.norms[1](x)
+        return x + (self.mlp(y, padding_mask) if isinstance(self.mlp, MoE) else self.mlp(y))
+
+
+class Backbone(nn.Module):
+    def __init__(self, config: MoEConfig, backend: BackendConfig) -> None:
+        super().__init__()
+        self.moe_config = config
+        self.embed_tokens = nn.Embedding(VOCABULARY, config.dim)
+        self.layers = nn.ModuleList(Block(config, backend, dense=i == 1) for i in range(3))
+        self.norm = nn.RMSNorm(config.dim)
+
+    def forward(self, ids: Tensor, padding_mask: Tensor) -> Tensor:
+        x = self.embed_tokens(ids)
+        for layer in self.layers:
+            x = layer(x, padding_mask)
+        return self.norm(x)
+
+
+class TinyLM(nn.Module, MoEFSDPSyncMixin):
+    """An outer model with a head, around an inner one: a dense block between two MoE blocks."""
+
+    def __init__(self, options: ModelOptions = ModelOptions()) -> None:
+        super().__init__()
+        settings: dict[str, Any] = {
+            "n_routed_experts": 4,
+            "n_shared_experts": 1,
+            "n_activated_experts": 2,
+            "n_expert_groups": 1,
+            "n_limited_groups": 1,
+            "train_gate": True,
+            "gate_bias_update_factor": 0.0,
+            "aux_loss_coeff": 0.0,
+            "score_func": "sigmoid",
+            "route_scale": 1.0,
+            "dim": 16,
+            "inter_dim": 24,
+            "moe_inter_dim": 8,
+            "norm_topk_prob": True,
+            "dtype": torch.float32,
+            **options.moe,
+        }
+        config = MoEConfig(**settings)
+        self.backend = BackendConfig(enable_fsdp_optimizations=options.optimizations)
+        self.config = SimpleNamespace(hidden_size=config.dim, tie_word_embeddings=options.tied)
+        self.model = Backbone(config, self.backend)
+        self.lm_head = nn.Linear(config.dim, VOCABULARY, bias=False)
+        generator = torch.Generator().manual_seed(7)
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if parameter.ndim == 1 and "bias" not in name:
+                    continue  # norms
+                scale = 1.0 if "embed" in name or "gate.weight" in name else 0.3
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+        if options.tied:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        if options.frozen_experts:
+            for module in self.moes():
+                module.experts.requires_grad_(False)
+        self.to(options.dtype)
+
+    def forward(self, ids: Tensor, padding_mask: Tensor) -> Tensor:
+        return self.lm_head(self.model(ids, padding_mask))
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def moes(self) -> list[MoE]:
+        return [module for module in self.modules() if isinstance(module, MoE)]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One micro-batch of one rank: ids, labels [B, L] (IGNORED for none), padding_mask [B, L].
+
+    ``choices``: given experts [B * L, K] of each MoE layer, or None for the routers' own.
+    """
+
+    ids: Tensor
+    labels: Tensor
+    padding_mask: Tensor
+    choices: tuple[Tensor, ...] | None = None
+
+
+def make_shards(
+    ranks: int,
+    micro_batches: int,
+    *,
+    uneven: bool = False,
+    padded_rank: int | None = None,
+    seed: int = 11,
+) -> list[list[Shard]]:
+    """Shards [micro_batches][ranks] with labels for about three of four tokens, never as many."""
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for _ in range(micro_batches):
+        batch = []
+        for rank in range(ranks):
+            shape = (2, 5 + (2 * rank if uneven else 0))
+            ids = torch.randint(VOCABULARY, shape, generator=generator)
+            labels = torch.randint(VOCABULARY, shape, generator=generator)
+            keep = torch.rand(shape, generator=generator) < 0.9 - 0.1 * rank
+            padding = torch.zeros(shape, dtype=torch.bool)
+            padding[1, -1:] = True
+            if rank == padded_rank:
+                padding[:] = True
+            batch.append(Shard(ids, labels.where(keep & ~padding, IGNORED), padding))
+        batches.append(batch)
+    return batches
+
+
+def count_labels(batches: Sequence[Sequence[Shard]]) -> int:
+    return sum(int((shard.labels != IGNORED).sum()) for batch in batches for shard in batch)
+
+
+def loss_sum(model: nn.Module, shard: Shard) -> Tensor:
+    """Sum of the label tokens' losses; backward must run inside :func:`replaying`."""
+    logits = model(shard.ids, shard.padding_mask)
+    return functional.cross_entropy(
+        logits.flatten(0, 1), shard.labels.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+
+
+def replaying(moes: Sequence[MoE], shard: Shard) -> ExitStack:
+    """The routers take the shard's choices, where it has some."""
+    stack = ExitStack()
+    for moe, choice in zip(moes, shard.choices or (), strict=False):
+        stack.enter_context(moe.gate.routing_replay.replay([choice]))
+    return stack
+
+
+@dataclass
+class Step:
+    """What one optimizer step computed, by parameter name."""
+
+    loss: float
+    norm: float
+    grads: dict[str, Tensor]
+    parameters: dict[str, Tensor]
+    biases: list[Tensor]
+
+
+def one_process(
+    options: ModelOptions, batches: Sequence[Sequence[Shard]], max_norm: float, lr: float
+) -> Step:
+    """The step of one process that sees every shard of every rank."""
+    model = TinyLM(options)
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
+    labels, loss = count_labels(batches), 0.0
+    for batch in batches:
+        for shard in batch:
+            with replaying(model.moes(), shard):
+                part = loss_sum(model, shard) / labels
+                part.backward()
+            loss += part.item()
+    parameters = dict(model.named_parameters())
+    grads = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
+    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), max_norm)
+    torch.optim.SGD(model.parameters(), lr).step()
+    biases = []
+    for moe in model.moes():
+        moe.gate.update_bias() if moe.gate.bias_update_factor else None
+        biases.append(moe.gate.e_score_correction_bias)
+    return Step(
+        loss,
+        norm.item(),
+        grads,
+        {name: p.detach().clone() for name, p in parameters.items()},
+        [bias.clone() for bias in biases if bias is not None],
+    )
