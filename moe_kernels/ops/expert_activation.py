@@ -47,7 +47,7 @@ def resolve_activation(
         raise ValueError(f"{op}: limit belongs to {' and '.join(CLAMPED)}; activation is {kind}")
     if limit is not None and not limit > 0:
         raise ValueError(f"{op}: limit must be positive (None for no clamp); got {limit}")
-    if alpha is not None and not math.isfinite(alpha):
+    if alpha is not None and not abs(alpha) < math.inf:
         raise ValueError(f"{op}: alpha must be finite; got {alpha}")
     default_limit = 7.0 if kind == "swigluoai" else math.inf
     return (

@@ -209,7 +209,7 @@ def topk_router(
     if not 1 <= top_k <= experts:
         raise ValueError(f"{op}: top_k must be in [1, E = {experts}]; got {top_k}")
     _check_groups(experts, top_k, num_groups, topk_groups, group_fill)
-    if not math.isfinite(route_scale):
+    if not abs(route_scale) < math.inf:
         raise ValueError(f"{op}: route_scale must be finite; got {route_scale}")
     if correction_bias is not None:
         check_tensor(op, "correction_bias", correction_bias, 1, "[E]")

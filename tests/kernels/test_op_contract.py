@@ -132,14 +132,21 @@ def test_compiles_whole(impl: Implementation) -> None:
 def test_compile_with_dynamic_tokens(impl: Implementation) -> None:
     inputs, _ = make_case("plain", torch.float32)
     moved = {k: v.to(impl.device) for k, v in inputs.items()}
-    compiled = torch.compile(
-        moe_kernels.fused_experts, fullgraph=True, dynamic=True, backend="aot_eager"
-    )
+
+    def layer(scale: float, **kwargs: Tensor) -> Tensor:
+        kwargs["topk_weights"] = moe_kernels.topk_router(
+            kwargs["topk_weights"], 3, route_scale=scale
+        ).topk_weights
+        return moe_kernels.fused_experts(
+            **kwargs, activation="swigluoai", alpha=scale + 1, limit=5.0
+        )
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
     for tokens in (37, 11, 2):
         part = {
             k: v[:tokens] if k in ("x", "topk_ids", "topk_weights") else v for k, v in moved.items()
         }
-        torch.testing.assert_close(compiled(**part), moe_kernels.fused_experts(**part))
+        torch.testing.assert_close(compiled(1.5, **part), layer(1.5, **part))
 
 
 def test_autocast_follows_linear(impl: Implementation) -> None:
