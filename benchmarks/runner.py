@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import gc
 import statistics
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +23,7 @@ from benchmarks.registry import (
     Op,
     Output,
     Provider,
+    Truth,
     Unsupported,
 )
 from benchmarks.timing import Call, Clock, Samples, make_clock, take_turns
@@ -59,10 +59,10 @@ class Settings:
 class Contender:
     """One provider on one case: what it said when tried, and then its times."""
 
-    implementation: Implementation | None = None
+    call: Call | None = None
     note: str = ""
     accuracy: Accuracy = field(default_factory=Accuracy)
-    first_ms: float = 0.0
+    first: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
     samples: Samples = field(default_factory=Samples)
 
@@ -109,80 +109,75 @@ def _compete(
 ) -> dict[str, Contender]:
     """Try every provider once, then time those that work in turns."""
     truth = op.truth(case, 0, training)
-    contenders = {name: _try(op, PROVIDERS[name], case, truth, training) for name in names}
+    contenders = {name: _try(op, PROVIDERS[name], case, clock, truth, training) for name in names}
     del truth
-    calls = {
-        name: _timed_call(case, contender.implementation, training)
-        for name, contender in contenders.items()
-        if contender.implementation is not None
-    }
-    first = {name: contenders[name].first_ms for name in calls}
+    calls = {name: contender.call for name, contender in contenders.items() if contender.call}
+    first = {name: contenders[name].first for name in calls}
     samples = take_turns(
         clock, calls, first, seconds=settings.seconds, max_rounds=settings.max_rounds
     )
     for name, taken in samples.items():
         contenders[name].samples = taken
+        contenders[name].note = taken.failure
     _clear_gradients(case)
     return contenders
 
 
 def _try(
-    op: Op, provider: Provider, case: Case, truth: Mapping[str, Any], training: bool
+    op: Op,
+    provider: Provider,
+    case: Case,
+    clock: Clock,
+    truth: Mapping[str, Truth],
+    training: bool,
 ) -> Contender:
     """Build and call a provider on the first inputs: warm-up, accuracy and peak memory."""
     contender = Contender()
     try:
         implementation = provider.builders[op.name](case)
+        call = _timed_call(case, implementation, training)
         for _ in range(2):
-            _clear_gradients(case)
             with PeakMemory(case.device) as memory:
-                start = time.perf_counter()
-                outputs = _call(case, implementation, training)
-                memory.synchronize()
-                contender.first_ms = 1e3 * (time.perf_counter() - start)
+                outputs = call(clock, 0)
+            contender.first = clock.laps()
             if memory.bytes is not None:
                 contender.peak_bytes = max(contender.peak_bytes or 0, memory.bytes)
-            if contender.first_ms > SLOW_MS:
+            if sum(contender.first) > SLOW_MS:
                 break
         if not provider.limit:
             found = _named_results(op, case, implementation, outputs, training)
             contender.accuracy = judge(found, truth)
-        contender.implementation = implementation
+        contender.call = call
     except Unsupported as reason:
         contender.note = str(reason)
     except Exception as error:  # another project's failure is a row of the table, not the end of it
         contender.note = f"{type(error).__name__}: {error}".split("\n")[0]
+        clock.reset()
         _free(case.device)
     _clear_gradients(case)
     return contender
 
 
-def _call(case: Case, implementation: Implementation, training: bool) -> Output:
-    inputs = case.inputs[0]
-    if not training:
-        with torch.inference_mode():
-            return implementation.run(inputs)
-    outputs = implementation.run(inputs)
-    implementation.backward(outputs, inputs)
-    return outputs
-
-
-def _timed_call(case: Case, implementation: Implementation, training: bool) -> Call:
-    def forward(clock: Clock, number: int) -> None:
+def _timed_call(
+    case: Case, implementation: Implementation, training: bool
+) -> Callable[[Clock, int], Output]:
+    def forward(clock: Clock, number: int) -> Output:
         inputs = case.inputs[number % len(case.inputs)]
         with torch.inference_mode():
             clock.mark()
-            implementation.run(inputs)
+            outputs = implementation.run(inputs)
             clock.mark()
+        return outputs
 
-    def forward_backward(clock: Clock, number: int) -> None:
-        _clear_gradients(case)
+    def forward_backward(clock: Clock, number: int) -> Output:
+        _clear_gradients(case, implementation)
         inputs = case.inputs[number % len(case.inputs)]
         clock.mark()
         outputs = implementation.run(inputs)
         clock.mark()
         implementation.backward(outputs, inputs)
         clock.mark()
+        return outputs
 
     return forward_backward if training else forward
 
@@ -202,10 +197,11 @@ def _named_results(
     return results
 
 
-def _clear_gradients(case: Case) -> None:
-    for index in range(len(case.inputs)):
-        for leaf in case.leaves(index).values():
-            leaf.grad = None
+def _clear_gradients(case: Case, implementation: Implementation | None = None) -> None:
+    leaves = [leaf for i in range(len(case.inputs)) for leaf in case.leaves(i).values()]
+    own = implementation.own_weights.values() if implementation else ()
+    for leaf in (*leaves, *(leaf for leaf, _ in own)):
+        leaf.grad = None
 
 
 def _rows(

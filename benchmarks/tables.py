@@ -37,15 +37,16 @@ def table(group: Sequence[Row]) -> str:
     lines = [
         f"{op} {shape} {dtype} {routing} {direction} ({floor})",
         "",
-        "| provider | ms | min | over floor | TFLOP/s | GB/s | peak MiB | error |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| provider | ms | min | rounds | over floor | TFLOP/s | GB/s | peak MiB | error |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in group:
         if row["ms"] is None:
             reason = f"void: {row['void']}" if row["void"] else row["note"] or "-"
-            cells = [reason, "", "", "", ""]
+            cells = [reason, *[""] * 5]
         else:
-            cells = [number(row[name]) for name in ("ms", "ms_min", "over_floor", "tflops", "gbs")]
+            columns = ("ms", "ms_min", "rounds", "over_floor", "tflops", "gbs")
+            cells = [number(row[name]) for name in columns]
         peak, error = row["peak_bytes"], row["error"]
         cells.append("" if peak is None else number(peak / 2**20))
         cells.append("" if error is None else f"{error:.1e}")

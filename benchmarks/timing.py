@@ -31,6 +31,9 @@ class CpuClock:
     def mark(self) -> None:
         self._marks.append(time.perf_counter())
 
+    def reset(self) -> None:
+        self._marks = []
+
     def laps(self) -> list[float]:
         """Milliseconds between marks since the last call."""
         marks, self._marks = self._marks, []
@@ -53,6 +56,9 @@ class CudaClock:
         event.record()
         self._marks.append(event)
 
+    def reset(self) -> None:
+        self._marks = []
+
     def laps(self) -> list[float]:
         """Milliseconds between marks since the last call."""
         marks, self._marks = self._marks, []
@@ -62,7 +68,7 @@ class CudaClock:
 
 Clock = CpuClock | CudaClock
 # One call, of the given input set, that marks the clock before, between and after its stages.
-Call = Callable[[Clock, int], None]
+Call = Callable[[Clock, int], object]
 
 
 def make_clock(device: torch.device) -> Clock:
@@ -71,9 +77,15 @@ def make_clock(device: torch.device) -> Clock:
 
 @dataclass
 class Samples:
-    """Measured times of one implementation: for each stage of a call a list of milliseconds."""
+    """Measured times of one implementation.
+
+    Attributes:
+        stages: for each stage of a call a list of milliseconds.
+        failure: the error that ended the measurement, or "".
+    """
 
     stages: list[list[float]] = field(default_factory=list)
+    failure: str = ""
 
     def add(self, laps: list[float]) -> None:
         if not self.stages:
@@ -102,7 +114,7 @@ def measure(clock: Clock, call: Call, first_set: int, calls: int) -> list[float]
 def take_turns(
     clock: Clock,
     calls: Mapping[str, Call],
-    first_ms: Mapping[str, float],
+    first: Mapping[str, list[float]],
     *,
     seconds: float,
     max_rounds: int,
@@ -110,9 +122,9 @@ def take_turns(
     """Measure all ``calls`` in rounds until the time is used up.
 
     Args:
-        first_ms: what one call of each took when it was warmed up.
-        seconds: for all of them together, at least 3 rounds. One whose single call exceeds its
-            share, ``seconds / 3 / len(calls)``, is measured in one round only.
+        first: milliseconds of the stages of a call of each, from when they were tried.
+        seconds: for all of them together, at least 3 rounds. One whose call takes more than its
+            share, ``seconds / 3 / len(calls)``, is not called again: ``first`` is its sample.
         max_rounds: at most.
 
     Returns:
@@ -120,20 +132,24 @@ def take_turns(
     """
     samples = {name: Samples() for name in calls}
     share_ms = 1e3 * seconds / 3 / max(1, len(calls))
-    repeats = {
-        name: 1
-        if isinstance(clock, CudaClock)
-        else max(1, min(MAX_CALLS, math.ceil(MIN_LAP_MS / max(first_ms[name], 1e-3))))
-        for name in calls
-    }
-    order = list(calls)
+    repeats: dict[str, int] = {}
+    for name, laps in first.items():
+        wanted = 1 if isinstance(clock, CudaClock) else MIN_LAP_MS / max(sum(laps), 1e-3)
+        repeats[name] = max(1, min(MAX_CALLS, math.ceil(wanted)))
+        if sum(laps) > share_ms:
+            samples[name].add(laps)
+    order = [name for name in calls if not samples[name].stages]
     start = time.perf_counter()
     for turn in range(max_rounds):
         if turn >= 3 and time.perf_counter() - start > seconds:
             break
         for name in order:
-            if turn == 0 or first_ms[name] <= share_ms:
-                laps = measure(clock, calls[name], turn, repeats[name])
-                samples[name].add(laps)
-        order.append(order.pop(0))  # nobody always follows the same neighbour
+            if samples[name].failure:
+                continue
+            try:
+                samples[name].add(measure(clock, calls[name], turn, repeats[name]))
+            except Exception as error:  # out of memory with other inputs, say: the rest goes on
+                samples[name] = Samples(failure=f"{type(error).__name__}: {error}".split("\n")[0])
+                clock.reset()
+        order = order[1:] + order[:1]  # nobody always follows the same neighbour
     return samples

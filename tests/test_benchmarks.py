@@ -14,7 +14,7 @@ from benchmarks.cli import main
 from benchmarks.limits import Limits
 from benchmarks.ops import OPS
 from benchmarks.providers import LIMITS, OURS, PROVIDERS
-from benchmarks.registry import Case, Implementation, Shape
+from benchmarks.registry import Case, Implementation, Inputs, Output, Shape
 from benchmarks.routing import ROUTINGS, make_topk_ids
 
 TINY = {
@@ -149,6 +149,55 @@ def test_a_failing_or_missing_provider_is_named(
     notes = {row["note"] for row in rows_of(found, provider="x")}
     assert notes == {"NotImplementedError: not for this shape"}
     assert not rows_of(found, provider="y")
+
+
+@pytest.mark.usefixtures("given_limits")
+def test_a_provider_that_fails_late_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(case: Case) -> Implementation:
+        right = PROVIDERS["torch"].builders["fused_experts"](case)
+
+        def run_first_set(inputs: Inputs) -> Output:
+            if inputs is not case.inputs[0]:
+                raise RuntimeError("out of memory")
+            return right.run(inputs)
+
+        return Implementation(run_first_set)
+
+    late = dataclasses.replace(PROVIDERS["torch"], name="x", builders={"fused_experts": build})
+    monkeypatch.setitem(PROVIDERS, "x", late)
+    _, found = run("fused_experts", tmp_path / "out.json", "--dtype", "fp32")
+    for row in rows_of(found, provider="x"):
+        assert (row["note"], row["ms"]) == ("RuntimeError: out of memory", None)
+    assert all(row["rounds"] == 2 for row in rows_of(found, provider=OURS))
+
+
+@pytest.mark.usefixtures("given_limits")
+@pytest.mark.parametrize("right", [True, False])
+def test_a_provider_may_keep_weights_of_its_own(
+    right: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In another layout, from which its gradients are brought back and checked."""
+
+    def build(case: Case) -> Implementation:
+        own = {
+            name: weight.detach().mT.contiguous().requires_grad_()
+            for name, weight in case.weights.items()
+        }
+        turned = dataclasses.replace(case, weights={n: w.mT for n, w in own.items()})
+        convert = (lambda grad: grad.mT) if right else (lambda grad: 2 * grad.mT)
+        return Implementation(
+            PROVIDERS["torch"].builders["fused_experts"](turned).run,
+            own_weights={name: (weight, convert) for name, weight in own.items()},
+        )
+
+    keeper = dataclasses.replace(PROVIDERS["torch"], name="x", builders={"fused_experts": build})
+    monkeypatch.setitem(PROVIDERS, "x", keeper)
+    out, direction = tmp_path / "out.json", ("--direction", "backward")
+    _, found = run("fused_experts", out, "--dtype", "fp32", *direction)
+    (row,) = rows_of(found, provider="x")
+    assert ("error of gate_up" in row["void"]) == (not right)
 
 
 @pytest.mark.usefixtures("given_limits")
