@@ -34,8 +34,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=2000, help="to take in this run, at most")
-    parser.add_argument("--seconds", type=float, default=100.0, help="of training, at most")
+    parser.add_argument("--steps", type=int, default=400, help="to take in this run, at most")
+    parser.add_argument("--seconds", type=float, default=120.0, help="of training, at most")
     parser.add_argument("--out", type=Path, default=Path("runs/train_lm"), help="folder")
     parser.add_argument(
         "--resume",
@@ -165,6 +165,9 @@ def run(
         )
         bar.close()
         saved = save()
+    taken = progress.step - first_step
+    if taken < options.steps and not stop.signal:
+        say(f"{options.seconds:.0f} seconds are over after {taken} of {options.steps} steps")
     say(f"checkpoint: {saved}")
     if stop.signal:
         say(f"stopped by signal {stop.signal} after step {progress.step}; go on with --resume")

@@ -72,7 +72,8 @@ def compare_experts(
     for turn in range(1_000_000):
         batch = text.batch(starts, settings.batch, settings.length, settings.seed, turn)
         own = batch.tensor_split(cluster.world)[cluster.rank].to(cluster.device)
-        for name in IMPLEMENTATIONS:
+        for place in range(len(IMPLEMENTATIONS)):
+            name = IMPLEMENTATIONS[(turn + place) % len(IMPLEMENTATIONS)]
             model.set_experts_implementation(name)
             cluster.barrier()
             begin = _now(cluster.device)

@@ -10,7 +10,7 @@ from typing import Any
 
 from lm.checkpoint import Progress
 
-SMOOTHED = 20  # steps
+SMOOTHED = 21  # steps
 
 
 def draw(
@@ -53,8 +53,10 @@ def write(path: Path, summary: Mapping[str, Any]) -> None:
 
 
 def _smooth(values: list[float]) -> list[float]:
+    """The mean of the steps around each; of fewer of them near the ends."""
     smooth = []
-    for end in range(1, len(values) + 1):
-        recent = values[max(0, end - SMOOTHED) : end]
-        smooth.append(sum(recent) / len(recent))
+    for place in range(len(values)):
+        reach = min(SMOOTHED // 2, place, len(values) - 1 - place)
+        around = values[place - reach : place + reach + 1]
+        smooth.append(sum(around) / len(around))
     return smooth
