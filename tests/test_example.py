@@ -34,6 +34,7 @@ TINY = [
 QUICK = ["--sample", "8", "--compare-seconds", "0"]
 # Clipped, of uneven parts, and without the balancing loss, which is of each rank's own tokens.
 EXACT = [*TINY, *QUICK, "--batch", "7", "--balance", "0", "--clip", "0.5", "--steps", "3"]
+EXACT += ["--hidden", "48", "--inner", "24"]  # what 3 ranks can share
 
 
 def _runs(rank: int, ranks: int, *runs: list[str]) -> None:

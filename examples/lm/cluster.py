@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
+
+from moe_parallel.mesh import build_meshes, parallel_axis_names
 
 
 @dataclass(frozen=True)
@@ -16,21 +19,27 @@ class Cluster:
     """The ranks of a run.
 
     Attributes:
-        dp: all ranks: each has its own part of the batch.
-        moe: the same ranks as (ep_shard, ep): the experts are spread over ep.
+        world_mesh, moe_mesh: all ranks in two arrangements. Each has its own part of the batch;
+            moe_mesh, None if every rank has all experts, has the axes ep_shard and ep.
         own_group: whether :meth:`stop` has a process group to end.
     """
 
     rank: int
     world: int
     device: torch.device
-    dp: DeviceMesh
-    moe: DeviceMesh
+    world_mesh: DeviceMesh
+    moe_mesh: DeviceMesh | None
     own_group: bool
 
     @property
     def expert_parallel(self) -> int:
-        return self.moe["ep"].size()
+        """Over how many ranks the experts are spread."""
+        return 1 if self.moe_mesh is None else self.moe_mesh["ep"].size()
+
+    @property
+    def axes(self) -> dict[str, Any]:
+        """What the axes of the meshes are for."""
+        return parallel_axis_names(self.world_mesh, self.moe_mesh)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Over all ranks, in place."""
@@ -75,12 +84,5 @@ def start(experts: int) -> Cluster:
     elif own_group:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     world = dist.get_world_size()
-    ep = math.gcd(world, experts)
-    return Cluster(
-        rank=dist.get_rank(),
-        world=world,
-        device=device,
-        dp=init_device_mesh(device.type, (world,), mesh_dim_names=("dp",)),
-        moe=init_device_mesh(device.type, (world // ep, ep), mesh_dim_names=("ep_shard", "ep")),
-        own_group=own_group,
-    )
+    world_mesh, moe_mesh = build_meshes(ep=math.gcd(world, experts), device_type=device.type)
+    return Cluster(dist.get_rank(), world, device, world_mesh, moe_mesh, own_group)

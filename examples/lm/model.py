@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from lm.cluster import Cluster
 from lm.data import VOCABULARY
 from lm.settings import Settings
-from moe_parallel import GroupedExperts, MoE
+from moe_parallel import MoE
 from moe_parallel.integrations.transformers import replace_moe_layers
-from moe_parallel.parallelizer import apply_ep
+from moe_parallel.parallelizer import parallelize_model
+from moe_parallel.training import scale_grads_and_clip_grad_norm
 
 
 def make_model(settings: Settings) -> Qwen3MoeForCausalLM:
@@ -71,56 +69,37 @@ def expert_load(model: nn.Module) -> Tensor:
 
 
 def shard(model: nn.Module, cluster: Cluster) -> None:
-    """Spread the experts over the ``ep`` ranks, and everything else over all ranks with FSDP2."""
-    experts = [module for module in model.modules() if isinstance(module, GroupedExperts)]
-    owned: set[nn.Parameter] = set()
-    if cluster.expert_parallel > 1:
-        apply_ep(model, cluster.moe["ep"])
-        if cluster.moe["ep_shard"].size() > 1:
-            for module in experts:
-                fully_shard(module, mesh=cluster.moe["ep_shard"], reshard_after_forward=False)
-        owned = {parameter for module in experts for parameter in module.parameters()}
-    # The dense part is small: kept whole between forward and backward.
-    options: dict[str, Any] = {"mesh": cluster.dp, "reshard_after_forward": False}
-    for block in model.model.layers:
-        fully_shard(block, **options, ignored_params=owned)
-    fully_shard(model, **options, ignored_params=owned)
+    """Spread the experts over ranks, and shard everything else over all ranks with FSDP2."""
+    parallelize_model(
+        model,
+        cluster.world_mesh,
+        cluster.moe_mesh,
+        **cluster.axes,
+        mp_policy=MixedPrecisionPolicy(),  # float32 throughout
+    )
 
 
-def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Experts and the rest: they live on different meshes."""
-    experts = {
-        parameter
-        for module in model.modules()
-        if isinstance(module, GroupedExperts)
-        for parameter in module.parameters()
-    }
-    dense = [parameter for parameter in model.parameters() if parameter not in experts]
-    return {"dense": dense, "experts": [p for p in model.parameters() if p in experts]}
+def parameter_groups(model: nn.Module) -> list[list[nn.Parameter]]:
+    """The experts' parameters, after the others: they live on different meshes."""
+    experts = [p for layer in moe_layers(model) for p in layer.experts.parameters()]
+    known = set(experts)
+    return [[p for p in model.parameters() if p not in known], experts]
 
 
-def finish_gradients(
-    groups: dict[str, list[nn.Parameter]], cluster: Cluster, max_norm: float
-) -> float:
+def finish_gradients(model: nn.Module, cluster: Cluster, max_norm: float) -> float:
     """Bring every gradient to that of the mean loss over all ranks, then clip.
 
     Each rank has back-propagated its share of the mean loss times the number of ranks. FSDP
-    averages over the ranks: right for what all of them compute. An expert's gradient is the sum
-    over the ranks of its EP group, which the tokens came from, averaged over ``ep_shard`` alone:
-    it is ``ep`` times too large.
+    averages over the ranks: right for what all of them compute. An expert's gradient is a sum over
+    the ranks that its tokens came from, and is scaled here.
 
     Returns:
         The norm of the whole gradient before clipping.
     """
-    if cluster.expert_parallel > 1:
-        for parameter in groups["experts"]:
-            assert parameter.grad is not None
-            parameter.grad.div_(cluster.expert_parallel)
-    norms = []
-    for parameters in groups.values():
-        total = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        norms.append(total.full_tensor() if isinstance(total, DTensor) else total)
-    norm = torch.linalg.vector_norm(torch.stack(norms))
-    for parameters in groups.values():
-        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return float(norm)
+    return scale_grads_and_clip_grad_norm(
+        max_norm,
+        [model],
+        moe_mesh=cluster.moe_mesh,
+        ep_axis_name="ep",
+        dp_group_size=cluster.world,
+    )

@@ -59,7 +59,7 @@ class Speed:
 
 def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
     """AdamW in one call per mesh. The experts are a group of their own."""
-    groups = [{"params": params} for params in parameter_groups(model).values()]
+    groups = [{"params": params} for params in parameter_groups(model)]
     return torch.optim.AdamW(
         groups,
         lr=settings.lr,
@@ -96,7 +96,6 @@ def train(
 
     All ranks stop after the same step: the wish to stop travels with the loss.
     """
-    groups = parameter_groups(model)
     starts = text.starts(settings.length)
     tokens = settings.batch * settings.length
     speed = Speed(tokens)
@@ -113,7 +112,7 @@ def train(
         losses = token_losses(model, own)
         # FSDP averages over the ranks; times their number it is the mean over all tokens.
         (losses.sum() / tokens * cluster.world).backward()
-        norm = finish_gradients(groups, cluster, settings.clip)
+        norm = finish_gradients(model, cluster, settings.clip)
         optimizer.step()
         optimizer.zero_grad()
 
