@@ -60,7 +60,8 @@ def save(
             shutil.rmtree(left)
         partial.mkdir(parents=True)
     cluster.barrier()
-    dcp.save(_state(model, optimizer), checkpoint_id=partial)
+    state = _state(model, optimizer)
+    dcp.save(state, checkpoint_id=partial)  # type: ignore[attr-defined]
     if cluster.rank == 0:
         about = {"settings": settings.as_json(), "progress": asdict(progress)}
         (partial / PROGRESS).write_text(json.dumps(about))
@@ -94,7 +95,7 @@ def read_about(checkpoint: Path) -> tuple[Settings, Progress]:
 def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Fill model and optimizer, whatever number of ranks wrote the checkpoint."""
     state = _state(model, optimizer)
-    dcp.load(state, checkpoint_id=checkpoint)
+    dcp.load(state, checkpoint_id=checkpoint)  # type: ignore[attr-defined]
     set_state_dict(
         model,
         optimizer,

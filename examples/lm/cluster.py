@@ -82,7 +82,8 @@ def start(experts: int) -> Cluster:
     if own_group and "RANK" in os.environ:
         dist.init_process_group(backend)
     elif own_group:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
     world = dist.get_world_size()
     world_mesh, moe_mesh = build_meshes(ep=math.gcd(world, experts), device_type=device.type)
     return Cluster(dist.get_rank(), world, device, world_mesh, moe_mesh, own_group)

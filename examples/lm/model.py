@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -64,7 +66,7 @@ def moe_layers(model: nn.Module) -> list[MoE]:
 
 def expert_load(model: nn.Module) -> Tensor:
     """[layers, experts]: tokens that this rank's last forward sent to each expert."""
-    loads = [layer.gate._last_expert_load for layer in moe_layers(model)]
+    loads: list[Any] = [layer.gate._last_expert_load for layer in moe_layers(model)]
     return torch.stack(loads)
 
 
