@@ -16,6 +16,7 @@ from benchmarks.ops import OPS
 from benchmarks.providers import LIMITS, OURS, PROVIDERS
 from benchmarks.registry import Case, Implementation, Inputs, Output, Shape
 from benchmarks.routing import ROUTINGS, make_topk_ids
+from tests.conftest import GPU, HAS_GPU
 
 TINY = {
     "fused_experts": "T=5,H=32,I=16,E=8,K=2",
@@ -50,13 +51,15 @@ def test_every_op_has_a_tiny_shape() -> None:
 
 
 @pytest.mark.usefixtures("given_limits")
+@pytest.mark.parametrize("device", ["cpu", *([GPU] if HAS_GPU else [])])
 @pytest.mark.parametrize("op", TINY)
-def test_rows_are_complete(op: str, tmp_path: Path) -> None:
+def test_rows_are_complete(op: str, device: str, tmp_path: Path) -> None:
     directions = ("forward", "backward", "forward+backward")
-    code, found = run(op, tmp_path / "out.json", "--direction", *directions)
+    options = ("--device", device, "--direction", *directions)
+    code, found = run(op, tmp_path / "out.json", *options)
     assert code == 0
     expected = ["forward"] if op == "sort_by_expert" else list(directions)
-    for dtype in OPS[op].dtypes["cpu"]:
+    for dtype in OPS[op].dtypes[device]:
         for direction in expected:
             rows = rows_of(found, dtype=dtype, direction=direction)
             names = {name for name, why in found["providers"].items() if not why}

@@ -52,7 +52,8 @@ class Cluster:
         return values
 
     def barrier(self) -> None:
-        dist.barrier()
+        """Wait until every rank is here."""
+        float(self.sum(torch.zeros((), device=self.device)))
 
     def stop(self) -> None:
         if self.own_group:
@@ -62,23 +63,17 @@ class Cluster:
 def start(experts: int) -> Cluster:
     """Join the ranks that torchrun started (or that the caller has joined), or be the only one.
 
-    Experts are spread over as many ranks as divide both their number and that of the ranks.
+    Experts are spread over as many ranks as divide both their number and that of the ranks. Each
+    rank has a GPU of its own; where there are fewer of them than ranks, all compute on the CPU.
     """
-    cuda = torch.cuda.is_available()
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    if cuda and local >= torch.cuda.device_count():
-        raise ValueError(
-            f"one rank needs one GPU: local rank {local} finds {torch.cuda.device_count()}. "
-            "Start torchrun with fewer processes, or hide the GPUs (CUDA_VISIBLE_DEVICES=)."
-        )
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    if cuda:
+    own_group = not dist.is_initialized()
+    device = _choose_device() if own_group else _device_of_group()
+    if device.type == "cuda":
         torch.cuda.set_device(device)
         # so that a GPU repeats a run bit for bit, as a CPU does anyway
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    own_group = not dist.is_initialized()
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if own_group and "RANK" in os.environ:
         dist.init_process_group(backend)
     elif own_group:
@@ -87,3 +82,20 @@ def start(experts: int) -> Cluster:
     world = dist.get_world_size()
     world_mesh, moe_mesh = build_meshes(ep=math.gcd(world, experts), device_type=device.type)
     return Cluster(dist.get_rank(), world, device, world_mesh, moe_mesh, own_group)
+
+
+def _choose_device() -> torch.device:
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    gpus = torch.cuda.device_count()
+    if gpus >= ranks:
+        return torch.device("cuda", rank)
+    if gpus and rank == 0:
+        print(f"{ranks} ranks and {gpus} GPUs here: on the CPU", flush=True)
+    return torch.device("cpu")
+
+
+def _device_of_group() -> torch.device:
+    if "nccl" in dist.get_backend_config():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
