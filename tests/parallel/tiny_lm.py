@@ -28,6 +28,7 @@ class ModelOptions:
     """What of the model a case changes."""
 
     moe: dict[str, Any] = field(default_factory=dict)
+    layers: int = 3
     tied: bool = False
     optimizations: bool = False
     frozen_experts: bool = False
@@ -65,18 +66,21 @@ class Block(nn.Module):
 
 
 class Backbone(nn.Module):
-    def __init__(self, config: MoEConfig, backend: BackendConfig) -> None:
+    def __init__(self, config: MoEConfig, backend: BackendConfig, layers: int) -> None:
         super().__init__()
         self.moe_config = config
-        self.embed_tokens = nn.Embedding(VOCABULARY, config.dim)
-        self.layers = nn.ModuleList(Block(config, backend, dense=i == 1) for i in range(3))
-        self.norm = nn.RMSNorm(config.dim)
+        self.embed_tokens: nn.Module | None = nn.Embedding(VOCABULARY, config.dim)
+        self.layers = nn.ModuleDict(
+            {str(i): Block(config, backend, dense=i == 1) for i in range(layers)}
+        )
+        self.norm: nn.Module | None = nn.RMSNorm(config.dim)
 
-    def forward(self, ids: Tensor, padding_mask: Tensor) -> Tensor:
-        x = self.embed_tokens(ids)
-        for layer in self.layers:
+    def forward(self, x: Tensor, padding_mask: Tensor) -> Tensor:
+        if self.embed_tokens is not None:
+            x = self.embed_tokens(x)
+        for layer in self.layers.values():
             x = layer(x, padding_mask)
-        return self.norm(x)
+        return x if self.norm is None else self.norm(x)
 
 
 class TinyLM(nn.Module, MoEFSDPSyncMixin):
@@ -105,8 +109,8 @@ class TinyLM(nn.Module, MoEFSDPSyncMixin):
         config = MoEConfig(**settings)
         self.backend = BackendConfig(enable_fsdp_optimizations=options.optimizations)
         self.config = SimpleNamespace(hidden_size=config.dim, tie_word_embeddings=options.tied)
-        self.model = Backbone(config, self.backend)
-        self.lm_head = nn.Linear(config.dim, VOCABULARY, bias=False)
+        self.model = Backbone(config, self.backend, options.layers)
+        self.lm_head: nn.Linear | None = nn.Linear(config.dim, VOCABULARY, bias=False)
         generator = torch.Generator().manual_seed(7)
         with torch.no_grad():
             for name, parameter in self.named_parameters():
@@ -121,8 +125,20 @@ class TinyLM(nn.Module, MoEFSDPSyncMixin):
                 module.experts.requires_grad_(False)
         self.to(options.dtype)
 
-    def forward(self, ids: Tensor, padding_mask: Tensor) -> Tensor:
-        return self.lm_head(self.model(ids, padding_mask))
+    def forward(self, x: Tensor, padding_mask: Tensor) -> Tensor:
+        x = self.model(x, padding_mask)
+        return x if self.lm_head is None else self.lm_head(x)
+
+    def keep_stage(self, stage: int, stages: int) -> TinyLM:
+        """Drop what the other stages of a pipeline hold."""
+        layers = self.model.layers
+        kept = {name: layers[name] for name in layers if int(name) * stages // len(layers) == stage}
+        self.model.layers = nn.ModuleDict(kept)
+        if stage > 0:
+            self.model.embed_tokens = None
+        if stage < stages - 1:
+            self.model.norm = self.lm_head = None
+        return self
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embed_tokens
