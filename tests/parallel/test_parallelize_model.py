@@ -169,26 +169,130 @@ def check(
 
 RESHARD = {"reshard_after_forward": True}
 INNER_ROOT = {"wrap_outer_model": False}
-CORE = [
-    Case("plain"),
-    Case("reshard, inner root", options=RESHARD | INNER_ROOT),
+ROUTER_AC = {"activation_checkpointing": True}
+FULL_AC = ROUTER_AC | {"ignore_router_for_ac": False}
+SELECTIVE_AC = {"activation_checkpointing": "selective"}
+BIAS = {"gate_bias_update_factor": 0.01}
+REPLAY = {"enable_routing_replay": True}
+# Ranks 0 and 1 never choose experts 2 and 3; with ep = 2 that is a rank without tokens, in one
+# group of ep_shard.
+ONE_SIDED = ((0, 1), (1, 0), (0, 1, 2, 3), (3, 1, 2, 0))
+OPTIMIZED = ModelOptions(optimizations=True)
+
+COVERING = [
+    Case("plain", moe(expert_bias=True, router_bias=True), RESHARD),
+    Case("accumulation", OPTIMIZED, INNER_ROOT, {"uneven": True}, micro_batches=3),
+    Case("accumulation, reduced each time", options=RESHARD | ROUTER_AC, micro_batches=2),
     Case(
-        "accumulation with optimizations",
-        ModelOptions(optimizations=True),
-        INNER_ROOT,
-        micro_batches=3,
+        "fully padded rank, selective AC",
+        moe(aux_loss_coeff=0.1, **BIAS),
+        SELECTIVE_AC | INNER_ROOT,
+        {"uneven": True, "padded_rank": 2},
     ),
-    Case("uneven tokens, fully padded rank", data={"uneven": True, "padded_rank": 2}),
-    Case(
-        "auxiliary loss and bias, selective AC",
-        moe(aux_loss_coeff=0.1, gate_bias_update_factor=0.01, expert_bias=True),
-        {"activation_checkpointing": "selective"},
-        micro_batches=2,
-    ),
+    Case("one-sided routing", moe(expert_bias=True, **REPLAY), choices=ONE_SIDED),
 ]
-SIZES = [{"ep": 1}, {"ep": 2}, {"ep": 4}, {"dp_replicate": 2, "ep": 2}]
+FULL = [
+    *(
+        Case(
+            f"AC {ac}, optimizations {optimizations}, {extra}",
+            ModelOptions(moe={"aux_loss_coeff": 0.1, **BIAS}, optimizations=optimizations),
+            ac | extra,
+            {"uneven": True},
+            micro_batches=3,
+        )
+        for ac in ({}, ROUTER_AC, FULL_AC, SELECTIVE_AC)
+        for optimizations in (False, True)
+        for extra in ({}, RESHARD, RESHARD | INNER_ROOT)
+    ),
+    Case("tied", ModelOptions(tied=True)),
+    Case("tied, reshard, accumulation", ModelOptions(tied=True), RESHARD, micro_batches=2),
+    Case("frozen experts", ModelOptions(frozen_experts=True), SELECTIVE_AC, micro_batches=2),
+    Case("relu2", moe(expert_activation="relu2", expert_bias=True)),
+    Case("latent", moe(moe_latent_size=8), ROUTER_AC),
+    Case(
+        "shared expert gate", moe(shared_expert_gate=True, score_func="softmax_with_bias", **BIAS)
+    ),
+    Case("one-sided routing without bias", moe(**REPLAY), choices=ONE_SIDED),
+    Case("one-sided routing, AC", moe(expert_bias=True, **REPLAY), ROUTER_AC, choices=ONE_SIDED),
+]
+SIZES = [
+    {"ep": 1},
+    {"ep": 2},
+    {"ep": 4},
+    {"dp_replicate": 2, "ep": 1},
+    {"dp_replicate": 2, "ep": 2},
+    {"dp_replicate": 2, "ep": 4},
+]
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_equals_one_process(sizes: dict[str, int]) -> None:
-    check(sizes, CORE)
+    check(sizes, COVERING)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_full_matrix(sizes: dict[str, int]) -> None:
+    check(sizes, COVERING + FULL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [{"ep": 4}, {"dp_replicate": 2, "ep": 4}], ids=str)
+def test_8_ranks(sizes: dict[str, int]) -> None:
+    check(sizes, [case for case in COVERING + FULL if case.choices is None][:8], ranks=8)
+
+
+def test_a_small_model_of_each_kind() -> None:
+    check({"ep": 2}, [case for case in FULL if "optimizations" not in case.name])
+
+
+def _default_policy(rank: int, ranks: int) -> list[str]:
+    """bfloat16 parameters and outputs, float32 reductions; the routing is given, so the same.
+
+    With small matrices, so that bfloat16's rounding alone is within 2 percent.
+    """
+    meshes, found = build_meshes(ep=2), []
+    for head in (None, "float32"):
+        for outer in (True, False):
+            options = {"mp_policy": None, "lm_head_precision": head, "wrap_outer_model": outer}
+            model = ModelOptions(moe=REPLAY, scale=0.1)
+            case = Case("", model, options, choices=((0, 1, 2, 3),) * ranks)
+            actual = parallel_step(case, meshes, rank, ranks)
+            expected = one_process(model, shards_of(case, ranks), MAX_NORM, LR)
+            ours, theirs = (
+                torch.cat([step.grads[name].flatten() for name in sorted(expected.grads)])
+                for step in (actual, expected)
+            )
+            error = ((ours - theirs).norm() / theirs.norm()).item()
+            if not 1e-4 < error < 0.02:
+                found.append(f"{options}: gradients are {error:.3f} off")
+    return found
+
+
+def test_default_policy_stays_close() -> None:
+    assert run_ranks(4, _default_policy) == [[]] * 4
+
+
+def _head_precision(rank: int, ranks: int) -> list[tuple[torch.dtype, bool]]:
+    shard = make_shards(ranks, 1)[0][rank]
+    results = []
+    for head in (None, "float32"):
+        for outer in (True, False):
+            model = TinyLM()
+            meshes = build_meshes(ep=2)
+            parallelize_model(
+                model,
+                *meshes,
+                **parallel_axis_names(*meshes),
+                lm_head_precision=head,
+                wrap_outer_model=outer,
+            )
+            logits = model(shard.ids, shard.padding_mask)
+            rounded = torch.equal(logits, logits.to(torch.bfloat16).to(logits.dtype))
+            results.append((logits.dtype, rounded))
+    return results
+
+
+def test_a_float32_head_gives_float32_logits() -> None:
+    low, high = (torch.bfloat16, True), (torch.float32, False)
+    assert run_ranks(2, _head_precision) == [[low, low, high, high]] * 2

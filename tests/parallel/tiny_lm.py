@@ -33,6 +33,7 @@ class ModelOptions:
     optimizations: bool = False
     frozen_experts: bool = False
     dtype: torch.dtype = torch.float32
+    scale: float = 0.3  # of the matrices
 
 
 class Attention(nn.Module):
@@ -116,7 +117,7 @@ class TinyLM(nn.Module, MoEFSDPSyncMixin):
             for name, parameter in self.named_parameters():
                 if parameter.ndim == 1 and "bias" not in name:
                     continue  # norms
-                scale = 1.0 if "embed" in name or "gate.weight" in name else 0.3
+                scale = 1.0 if "embed" in name or "gate.weight" in name else options.scale
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
         if options.tied:
             self.lm_head.weight = self.model.embed_tokens.weight
