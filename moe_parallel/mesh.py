@@ -198,10 +198,17 @@ def check_ep_shard_axes(
     Raises:
         MeshError: there is one and it is not named.
     """
-    axes = getattr(moe_mesh, "mesh_dim_names", None)
-    if ep_shard_axis_names is not None or not isinstance(axes, (tuple, list)):
+    if ep_shard_axis_names is not None:
         return
-    left_out = {axis: get_submesh(moe_mesh, axis).size() for axis in axes if axis != ep_axis_name}
+    axes = getattr(moe_mesh, "mesh_dim_names", None)
+    left_out = {}
+    for axis in axes if isinstance(axes, (tuple, list)) else ("ep_shard",):
+        if axis == ep_axis_name:
+            continue
+        try:
+            left_out[axis] = get_submesh(moe_mesh, axis).size()
+        except KeyError:  # a mesh of another framework, which has no such axis
+            continue
     if any(size > 1 for size in left_out.values()):
         raise MeshError(
             f"parallelize_model: moe_mesh has the axes {left_out} beside {ep_axis_name!r}, over "

@@ -231,9 +231,8 @@ def apply_ac(
 ) -> None:
     """Wrap every block in an activation checkpoint, in place; after EP and CP, before FSDP.
 
-    Whatever the mode, routing repeats in backward, and each token counts once in the load that
-    :meth:`Gate.update_bias` uses. The one exception to the first is ``ignore_router=False``, which
-    computes the router again: a router that is not deterministic may then choose otherwise.
+    Each token counts once in the load that :meth:`Gate.update_bias` uses. Routing repeats in
+    backward, unless ``ignore_router=False`` lets routers that are not deterministic run again.
 
     Args:
         model: the outer model.
@@ -327,13 +326,13 @@ def apply_fsdp(
             cast_forward_inputs=True,
         )
     fp32_names = keep_in_fp32_names(model) if _is_deepseek_v4_model(model) else None
+    common = {
+        "mesh": fsdp_mesh,
+        "reshard_after_forward": reshard_after_forward,
+        "offload_policy": offload_policy,
+    }
 
     def shard(module: Any, policy: Any = mp_policy, **options: Any) -> None:
-        common = {
-            "mesh": fsdp_mesh,
-            "reshard_after_forward": reshard_after_forward,
-            "offload_policy": offload_policy,
-        }
         if fp32_names is not None:
             if isinstance(module, FSDPModule):
                 return
@@ -400,25 +399,18 @@ def apply_fsdp(
 
     for name, label in (("audio_tower", "audio"), ("visual", "visual")):
         tower = getattr(model, name, None)
-        if tower is None:
-            continue
-        if any(parameter.requires_grad for parameter in tower.parameters()):
+        if tower is not None and any(p.requires_grad for p in tower.parameters()):
             shard(tower)
-        else:
-            logging.info("Skipping FSDP wrap for frozen %s tower", label)
+        elif tower is not None:
+            logging.info(f"Skipping FSDP wrap for frozen {label} tower")
 
     root_policy = mp_policy
     if head_is_fp32:  # a root casts its outputs: logits would be rounded again
-        root_policy = MixedPrecisionPolicy(
-            param_dtype=getattr(mp_policy, "param_dtype", None),
-            reduce_dtype=getattr(mp_policy, "reduce_dtype", None),
-            output_dtype=torch.float32,
-            cast_forward_inputs=getattr(mp_policy, "cast_forward_inputs", True),
-        )
+        fields = ("param_dtype", "reduce_dtype", "cast_forward_inputs")
+        kept = {name: getattr(mp_policy, name) for name in fields if hasattr(mp_policy, name)}
+        root_policy = MixedPrecisionPolicy(**kept, output_dtype=torch.float32)
     if tied_across:
-        logger.info(
-            "apply_fsdp: the outer root owns the weight that embed_tokens and lm_head share"
-        )
+        logger.info("apply_fsdp: the outer root owns the weight of embed_tokens and lm_head")
     else:
         owns_head = inner_head is not None or backbone is model
         shard(backbone, root_policy if owns_head else mp_policy)
@@ -480,7 +472,7 @@ def parallelize_model(
 ) -> None:
     """Apply context and Expert Parallelism, activation checkpointing and FSDP, in place.
 
-    Every rank must hold equal weights before. Example::
+    Every rank must hold equal weights. Example::
 
         world_mesh, moe_mesh = build_meshes(ep=4)
         axes = parallel_axis_names(world_mesh, moe_mesh)

@@ -1,164 +1,506 @@
-"""Walking models, and what the parallelizer takes from its module's globals."""
+"""What the parallelizer decides, seen through stand-ins for torch and for models."""
 
 from __future__ import annotations
 
+import logging
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock
 
 import pytest
 import torch
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.tensor import Shard
+from torch.utils.checkpoint import CheckpointPolicy
 
 from moe_parallel import parallelizer
-from moe_parallel.layers import MoE
-from moe_parallel.parallelizer import (
-    ExpertParallel,
-    _get_model_moe_config,
-    _get_moe_module,
-    _iter_moe_blocks,
-    _iter_transformer_and_mtp_blocks,
-    apply_ep,
+from moe_parallel.activation_checkpointing import (
+    SELECTIVE_AC_WRAPPER_FLAG,
+    make_selective_checkpoint_context_fn,
 )
-from moe_parallel.text_module import get_text_module
-from tests.parallel.definitions import make_config
+from moe_parallel.mesh import MeshError
 
 
-def module(**children: Any) -> nn.Module:
-    parent = nn.Module()
-    for name, child in children.items():
-        setattr(parent, name, child)
-    return parent
+class Container:
+    """All a model of another framework need offer for its blocks."""
+
+    def __init__(self, **blocks: Any) -> None:
+        self.blocks = blocks
+
+    def children(self) -> Any:
+        return iter(self.blocks.values())
+
+    def named_children(self) -> Any:
+        return iter(self.blocks.items())
+
+    def register_module(self, name: str, module: Any) -> None:
+        self.blocks[name] = module
 
 
-def blocks(*names: str, **attributes: Any) -> nn.ModuleDict:
-    return nn.ModuleDict({name: module(**attributes) for name in names})
+class StandInMoE:
+    def __init__(self) -> None:
+        self.experts = SimpleNamespace(parameters=lambda: ["up", "down"])
 
 
-def test_get_text_module() -> None:
-    text, decoder = nn.Linear(1, 1), nn.Linear(1, 1)
-    assert get_text_module(None) is None
-    assert get_text_module(module(text_model=text, text_decoder=decoder)) is text
-    assert get_text_module(module(language_model=text, text_model=decoder)) is text
-    not_a_module = SimpleNamespace(language_model="text", text_decoder=decoder)
-    assert get_text_module(not_a_module) is decoder
-    nested = module(language_model=module(text_model=text))
-    assert get_text_module(nested) is nested.language_model
+class StandInMesh:
+    def __init__(self, sizes: dict[Any, int]) -> None:
+        self.sizes = sizes
+        self.axis: Any = None
+
+    def __getitem__(self, axis: Any) -> StandInMesh:
+        mesh = StandInMesh(self.sizes)
+        mesh.axis = axis
+        self.sizes[axis]  # a KeyError for an axis that is not there
+        return mesh
+
+    def size(self) -> int:
+        return self.sizes[self.axis]
 
 
-def test_blocks_of_the_backbone_come_before_those_of_mtp() -> None:
-    backbone = module(layers=blocks("0", "1"))
-    mtp = module(layers=blocks("7"))
-    for outer in (
-        module(layers=backbone.layers, mtp=mtp),
-        module(model=backbone, mtp=mtp),
-        module(model=module(language_model=backbone), mtp=mtp),
-    ):
-        found = list(_iter_transformer_and_mtp_blocks(outer))
-        assert [name for _, name, _ in found] == ["0", "1", "7"]
-        assert [container for container, _, _ in found] == [backbone.layers] * 2 + [mtp.layers]
-        assert all(container[name] is block for container, name, block in found)
-        direct = list(_iter_moe_blocks(outer, backbone))
-        assert all(a is b for a, (_, _, b) in zip(direct, found, strict=True))
-
-
-def test_absent_containers_are_skipped() -> None:
-    container = MagicMock(spec=["named_children", "children"])
-    container.named_children.return_value = [("a", "block")]
-    container.children.return_value = ["block"]
-    outer = SimpleNamespace(model=SimpleNamespace(layers=container), mtp=None)
-    assert list(_iter_transformer_and_mtp_blocks(outer)) == [(container, "a", "block")]
-    assert list(_iter_moe_blocks(outer, outer.model)) == ["block"]
-    outer = SimpleNamespace(model=None, layers=None, mtp=SimpleNamespace(layers=None))
-    assert list(_iter_transformer_and_mtp_blocks(outer)) == []
-    assert list(_iter_moe_blocks(outer, SimpleNamespace())) == []
-
-
-def test_get_moe_module() -> None:
-    layer = MoE(make_config())
-    dense = nn.Linear(1, 1)
-    assert _get_moe_module(module(moe=layer)) is layer
-    assert _get_moe_module(module(moe=dense, mlp=layer)) is layer
-    assert _get_moe_module(module(moe=None, mlp=layer)) is layer
-    assert _get_moe_module(module(mlp=dense)) is None
-    assert _get_moe_module(module()) is None
-    assert _get_moe_module(checkpoint_wrapper(module(mlp=layer))) is layer
-
-
-def test_get_model_moe_config() -> None:
-    inner, text, outer = make_config(), make_config(), make_config()
-    with_all = SimpleNamespace(
-        moe_config=outer,
-        model=SimpleNamespace(moe_config=inner, language_model=module(moe_config=text)),
+def make_model(**attributes: Any) -> Any:
+    dense, sparse = SimpleNamespace(mlp=object()), SimpleNamespace(mlp=StandInMoE())
+    inner = SimpleNamespace(
+        layers=Container(a=dense, b=sparse),
+        embed_tokens=SimpleNamespace(weight=object()),
+        moe_config=SimpleNamespace(n_routed_experts=8),
     )
-    assert _get_model_moe_config(with_all) is inner
-    with_all.model.moe_config = None
-    assert _get_model_moe_config(with_all) is text
-    with_all.model.language_model.moe_config = None
-    assert _get_model_moe_config(with_all) is outer
-    with pytest.raises(AttributeError, match="SimpleNamespace has no moe_config"):
-        _get_model_moe_config(SimpleNamespace(model=None))
+    settings = {"lm_head": SimpleNamespace(weight=object()), **attributes}
+    return SimpleNamespace(model=inner, **settings)
 
 
-def test_expert_parallel_works_by_attribute_and_by_globals(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Foreign expert modules are as good as ours; torch's functions can be replaced."""
-    mesh = SimpleNamespace(ndim=1)
-    calls = []
-
-    def distribute(parameter: nn.Parameter, device_mesh: Any, placements: Any) -> torch.Tensor:
-        calls.append((device_mesh, placements))
-        return parameter.detach() + 1
-
-    monkeypatch.setattr(parallelizer, "distribute_tensor", distribute)
-    experts = nn.Linear(2, 3)
-    experts.bias.requires_grad_(False)
-    experts.init_token_dispatcher = MagicMock()
-    weight = experts.weight.detach().clone()
-    ExpertParallel()._partition_fn("experts", experts, mesh)
-    assert calls == [(mesh, [Shard(0)])] * 2
-    assert torch.equal(experts.weight.detach(), weight + 1)
-    assert isinstance(experts.weight, nn.Parameter)
-    assert experts.weight.requires_grad
-    assert not experts.bias.requires_grad
-    experts.init_token_dispatcher.assert_called_once_with(ep_mesh=mesh)
-
-    with pytest.raises(AssertionError, match="1-D mesh"):
-        ExpertParallel()._partition_fn("experts", experts, SimpleNamespace(ndim=2))
-
-    distributed = MagicMock()
-    monkeypatch.setattr(parallelizer, "distribute_module", distributed)
-    style = ExpertParallel()
-    assert style._apply(experts, mesh) is distributed.return_value
-    distributed.assert_called_once_with(experts, mesh, style._partition_fn)
-
-
-def test_apply_ep_visits_moe_blocks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    class FakeMoE(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.experts = nn.Linear(1, 1)
-
-    parallelize = MagicMock()
-    monkeypatch.setattr(parallelizer, "MoE", FakeMoE)
-    monkeypatch.setattr(parallelizer, "parallelize_module", parallelize)
-    sparse, second = module(mlp=FakeMoE()), module(moe=FakeMoE())
-    model = module(
-        model=module(layers=nn.ModuleList([sparse, module(mlp=nn.Linear(1, 1))])),
-        mtp=module(layers=nn.ModuleList([second])),
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, dict[str, Any]]]:
+    """What ``fully_shard`` is asked for."""
+    made: list[tuple[Any, dict[str, Any]]] = []
+    monkeypatch.setattr(parallelizer, "MoE", StandInMoE)
+    monkeypatch.setattr(
+        parallelizer, "fully_shard", lambda module, **options: made.append((module, options))
     )
-    mesh = MagicMock()
-    mesh.size.return_value = 2
-    apply_ep(model, mesh)
-    assert [call.kwargs["module"] for call in parallelize.call_args_list] == [
+    monkeypatch.setattr(
+        parallelizer, "MixedPrecisionPolicy", lambda **fields: SimpleNamespace(**fields)
+    )
+    return made
+
+
+def test_apply_fsdp_shards_bottom_up(calls: list[tuple[Any, dict[str, Any]]]) -> None:
+    mtp_block = SimpleNamespace(moe=None, mlp=StandInMoE())
+    tower = nn.Linear(2, 2)
+    model = make_model(mtp=SimpleNamespace(layers=Container(a=mtp_block)), visual=tower)
+    dense, sparse = model.model.layers.children()
+    parallelizer.apply_fsdp(
+        model,
+        "fsdp",
+        True,
+        True,
+        ep_shard_mesh="shard",
+        offload_policy="offload",
+        reshard_after_forward=True,
+    )
+    assert [module for module, _ in calls] == [
+        dense,
         sparse.mlp.experts,
-        second.moe.experts,
+        sparse,
+        mtp_block.mlp.experts,
+        mtp_block,
+        model.model.embed_tokens,
+        model.lm_head,
+        tower,
+        model.model,
+        model,
     ]
-    for call in parallelize.call_args_list:
-        assert call.args == ()
-        assert call.kwargs["device_mesh"] is mesh
-        assert isinstance(call.kwargs["parallelize_plan"], ExpertParallel)
-    mesh.size.return_value = 1
-    with pytest.raises(AssertionError, match="more than one rank; got 1"):
-        apply_ep(model, mesh)
+    experts = calls[1][1]
+    assert experts["mesh"] == "shard"
+    assert experts["shard_placement_fn"] is parallelizer._moe_shard_placement
+    assert experts["offload_policy"] == "offload"
+    assert experts["reshard_after_forward"] is True
+    assert calls[3][1]["reshard_after_forward"] is False  # of multi-token prediction
+    assert calls[0][1]["ignored_params"] is None
+    assert calls[2][1]["ignored_params"] == {"up", "down"}
+    for module, options in calls:
+        if "shard_placement_fn" not in options:
+            assert options["mesh"] == "fsdp"
+            assert options["reshard_after_forward"] is True
+            assert options["offload_policy"] == "offload"
+        policy = options["mp_policy"]
+        assert policy.param_dtype is policy.output_dtype is torch.bfloat16
+        assert policy.reduce_dtype is torch.float32
+        assert policy.cast_forward_inputs is True
+        assert ("ignored_params" in options) == (module in (dense, sparse, mtp_block))
+
+
+def test_apply_fsdp_without_experts_of_their_own(calls: list[tuple[Any, dict[str, Any]]]) -> None:
+    model = make_model()
+    parallelizer.apply_fsdp(model, "fsdp", False, False, wrap_outer_model=False)
+    dense, sparse = model.model.layers.children()
+    inner = model.model
+    assert [m for m, _ in calls] == [dense, sparse, inner.embed_tokens, model.lm_head, inner]
+    assert calls[1][1]["ignored_params"] is None
+    calls.clear()
+    parallelizer.apply_fsdp(inner, "fsdp", False, False)  # one object is wrapped once
+    assert [m for m, _ in calls].count(inner) == 1
+
+
+def test_float32_head(calls: list[tuple[Any, dict[str, Any]]]) -> None:
+    model = make_model()
+    parallelizer.apply_fsdp(model, "fsdp", False, False, lm_head_precision="float32")
+    policies = {id(module): options["mp_policy"] for module, options in calls}
+    head, inner, outer = (policies[id(m)] for m in (model.lm_head, model.model, model))
+    assert head.param_dtype is head.reduce_dtype is head.output_dtype is torch.float32
+    assert inner.output_dtype is torch.bfloat16
+    assert (outer.param_dtype, outer.output_dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_tied_embeddings(
+    calls: list[tuple[Any, dict[str, Any]]], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    model = make_model()
+    model.lm_head = SimpleNamespace(weight=None)
+    model.config = SimpleNamespace(tie_word_embeddings=True)
+    model.get_output_embeddings = lambda: model.lm_head
+    model.get_input_embeddings = lambda: model.model.embed_tokens
+    model.lm_head.weight = object()  # moving the model broke the tie
+    parallelizer.apply_fsdp(model, "fsdp", False, False, lm_head_precision=torch.float32)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    wrapped = [module for module, _ in calls]
+    assert wrapped[-1] is model
+    for module in (model.model, model.lm_head, model.model.embed_tokens):
+        assert module not in wrapped
+    assert "lm_head_precision torch.float32 is not applied" in caplog.text
+    assert "outer root owns" in caplog.text
+    calls.clear()
+    with pytest.raises(MeshError, match="Use wrap_outer_model=True, or untie them"):
+        parallelizer.apply_fsdp(model, "fsdp", False, False, wrap_outer_model=False)
+    assert calls == []
+
+
+def test_frozen_towers_are_left_to_the_root(
+    calls: list[tuple[Any, dict[str, Any]]], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    tower = nn.Linear(2, 2).requires_grad_(False)
+    parallelizer.apply_fsdp(make_model(audio_tower=tower, visual=tower), "fsdp", False, False)
+    assert tower not in [module for module, _ in calls]
+    for name in ("audio", "visual"):
+        assert ("root", logging.INFO, f"Skipping FSDP wrap for frozen {name} tower") in (
+            caplog.record_tuples
+        )
+
+
+def test_fp32_holders_are_units(calls: list[tuple[Any, dict[str, Any]]]) -> None:
+    block = nn.Sequential()
+    block.a_fp32_params = nn.RMSNorm(3)
+    block.empty_fp32_params = nn.Sequential(nn.RMSNorm(3))
+    owned = parallelizer._shard_fp32_param_holders(block, "fsdp", True, "offload")
+    assert owned == {block.a_fp32_params.weight}
+    [(holder, options)] = calls
+    assert holder is block.a_fp32_params
+    assert options["mp_policy"].param_dtype is torch.float32
+    assert options["mp_policy"].cast_forward_inputs is False
+    assert parallelizer._shard_fp32_param_holders(object(), "fsdp", True, None) == set()
+
+
+def test_deepseek_v4_keeps_float32_modules(calls: list[tuple[Any, dict[str, Any]]]) -> None:
+    block = nn.Module()
+    block.low = nn.Linear(2, 2, dtype=torch.bfloat16)
+    block.norms = nn.ModuleList([nn.RMSNorm(2)])
+    block.named = nn.Linear(2, 2, dtype=torch.bfloat16)
+    model = make_model(config=SimpleNamespace(model_type="deepseek_v4"))
+    model._keep_in_fp32_modules = ["named"]
+    model.model.layers = Container(a=block)
+    parallelizer.apply_fsdp(model, "fsdp", False, False)
+    assert [m for m, _ in calls][:3] == [block.norms[0], block.named, block]
+    assert calls[0][1]["mp_policy"].param_dtype is torch.float32
+    assert calls[2][1]["mp_policy"].param_dtype is torch.bfloat16
+
+
+def test_small_predicates(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parallelizer._is_selective_ac("Selective")
+    assert not any(map(parallelizer._is_selective_ac, (True, None, "full", "selective ac")))
+    v4 = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(model_type="deepseek_v4")))
+    assert parallelizer._is_deepseek_v4_model(v4)
+    assert not parallelizer._is_deepseek_v4_model(object())
+    assert parallelizer._moe_shard_placement(torch.empty(3)).dim == 0
+    assert parallelizer._moe_shard_placement(torch.empty(3, 2, 2)).dim == 1
+    a = SimpleNamespace(weight=torch.ones(2))
+    assert parallelizer._module_weights_are_tied(a, SimpleNamespace(weight=a.weight))
+    assert not parallelizer._module_weights_are_tied(a, SimpleNamespace(weight=torch.ones(2)))
+    assert not parallelizer._module_weights_are_tied(a, None)
+    nothing = SimpleNamespace(weight=None)
+    assert not parallelizer._module_weights_are_tied(nothing, nothing)
+    made: list[object] = []
+    monkeypatch.setattr(parallelizer, "_CP_STREAM", None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: made.append(object()) or made[-1])
+    assert parallelizer._get_cp_stream() is parallelizer._get_cp_stream()
+    assert len(made) == 1
+
+
+# Activation checkpointing
+
+
+@pytest.fixture
+def wrapped(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The options of ``ptd_checkpoint_wrapper``, by call."""
+    made: list[dict[str, Any]] = []
+
+    def wrapper(block: Any, **options: Any) -> Any:
+        made.append(options)
+        return SimpleNamespace(wraps=block)
+
+    monkeypatch.setattr(parallelizer, "MoE", StandInMoE)
+    monkeypatch.setattr(parallelizer, "ptd_checkpoint_wrapper", wrapper)
+    return made
+
+
+def test_apply_ac_wraps_every_block(
+    wrapped: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = make_model(mtp=SimpleNamespace(layers=Container(m=SimpleNamespace())))
+    originals = [*model.model.layers.children(), *model.mtp.layers.children()]
+    model.config = SimpleNamespace(llm_config=SimpleNamespace(hidden_size=16))
+    policies: list[Any] = []
+    monkeypatch.setattr(
+        parallelizer,
+        "create_selective_checkpoint_contexts",
+        lambda policy: policies.append(policy) or ("forward", "recompute"),
+    )
+    parallelizer.apply_ac(model)
+    blocks = [*model.model.layers.children(), *model.mtp.layers.children()]
+    assert [block.wraps for block in blocks] == originals
+    assert all(options["preserve_rng_state"] is True for options in wrapped)
+    assert wrapped[0]["context_fn"]() == ("forward", "recompute")
+    aten, x = torch.ops.aten, torch.empty(5, 16)
+    router, other = torch.empty(16, 8), torch.empty(8, 16)
+    save, recompute = CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_RECOMPUTE
+    for expected, func, args in [
+        (save, aten.mm.default, (x, router)),
+        (recompute, aten.mm.default, (x, other)),
+        (save, aten.addmm.default, (torch.empty(8), x, router)),
+        (recompute, aten.addmm.default, (torch.empty(8), x, other)),
+        (save, aten.linear.default, (x, other)),
+        (recompute, aten.linear.default, (x, router)),
+        (save, aten.topk.default, (x, 2)),
+        (save, torch.ops.moe_kernels.topk_router.default, (x,)),
+        (recompute, aten.add.Tensor, (x, x)),
+    ]:
+        assert policies[0](None, func, *args) is expected, func
+    assert not caplog.records
+
+
+def test_apply_ac_without_the_router(
+    wrapped: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    parallelizer.apply_ac(make_model(), ignore_router=False)
+    assert wrapped == [{"preserve_rng_state": True}] * 2
+    [record] = caplog.records
+    assert (record.levelname, record.name) == ("WARNING", "moe_parallel.parallelizer")
+    assert "ignore_router_for_ac" in record.message
+
+
+def test_apply_ac_needs_sizes(wrapped: list[dict[str, Any]]) -> None:
+    model = make_model()
+    with pytest.raises(ValueError, match="hidden_size must be provided"):
+        parallelizer.apply_ac(model)
+    model.model.moe_config = None
+    model.config = SimpleNamespace(hidden_size=4)
+    with pytest.raises(ValueError, match="num_experts must be provided"):
+        parallelizer.apply_ac(model)
+    assert wrapped == []
+    model.config.num_local_experts = 3
+    parallelizer.apply_ac(model)
+    assert len(wrapped) == 2
+
+
+def test_apply_ac_selective(wrapped: list[dict[str, Any]]) -> None:
+    model = make_model()
+    parallelizer.apply_ac(model, ignore_router=False, selective=True)
+    assert wrapped[0]["context_fn"] is wrapped[1]["context_fn"]
+    assert all(getattr(b, SELECTIVE_AC_WRAPPER_FLAG) for b in model.model.layers.children())
+
+
+@pytest.mark.parametrize("selective", [False, True])
+def test_a_repeated_mtp_block_is_left_alone(
+    wrapped: list[dict[str, Any]], caplog: pytest.LogCaptureFixture, selective: bool
+) -> None:
+    caplog.set_level(logging.INFO)
+    mtp = SimpleNamespace(
+        layers=Container(dense=SimpleNamespace(), sparse=SimpleNamespace(mlp=StandInMoE())),
+        mtp_config=SimpleNamespace(use_repeated_layer=True),
+    )
+    model = make_model(mtp=mtp, config=SimpleNamespace(hidden_size=4))
+    parallelizer.apply_ac(model, selective=selective)
+    assert not hasattr(mtp.layers.blocks["sparse"], "wraps")
+    assert hasattr(mtp.layers.blocks["dense"], "wraps") == selective
+    assert len([r for r in caplog.records if "repeats one block" in r.message]) == 1
+
+
+def test_selective_policy_alternates() -> None:
+    torch.manual_seed(0)
+    computed: list[str] = []
+
+    class Counting(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            computed.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    weights = [torch.randn(4, 4, requires_grad=True) for _ in range(4)]
+
+    def region(x: torch.Tensor) -> torch.Tensor:
+        for weight in weights:
+            x = (x @ weight).sin()
+        return x.topk(2).values.sum()
+
+    for _ in range(2):  # counts start anew in each region
+        x = torch.randn(3, 4, requires_grad=True)
+        loss = torch.utils.checkpoint.checkpoint(
+            region, x, use_reentrant=False, context_fn=make_selective_checkpoint_context_fn()
+        )
+        expected = torch.autograd.grad(region(x), weights)
+        computed.clear()
+        with Counting():
+            actual = torch.autograd.grad(loss, weights)
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+        assert computed.count("aten.topk.default") == 0
+        # Products of the backward pass: two a layer, less that of x. Computed again: two of four.
+        assert computed.count("aten.mm.default") == 7 + 2
+
+
+# Context parallelism
+
+
+def test_apply_cp(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    told: list[Any] = []
+    mesh = SimpleNamespace(get_group=lambda: "group")
+    monkeypatch.setattr(parallelizer, "MoE", StandInMoE)
+    monkeypatch.setattr(parallelizer, "_get_cp_stream", lambda: "stream")
+    monkeypatch.setattr(torch.distributed, "get_process_group_ranks", lambda group: [group, 1])
+
+    def attention() -> Any:
+        def tell(*args: Any, **options: Any) -> None:
+            told.append((*args, options))
+
+        return SimpleNamespace(attn_module=SimpleNamespace(set_context_parallel_group=tell))
+
+    model = make_model()
+    own = SimpleNamespace(setup_cp_attention=lambda mesh: told.append(mesh))
+    mixer = SimpleNamespace(setup_context_parallel=lambda mesh: told.append(mesh))
+    linear = SimpleNamespace(_cp_mesh=None)
+    moe = StandInMoE()
+    blocks = {
+        "full": SimpleNamespace(self_attn=attention(), mlp=moe),
+        "sliding": SimpleNamespace(self_attn=attention(), attention_type="sliding_attention"),
+        "own": SimpleNamespace(self_attn=own, layer_type="full_attention"),
+        "none": SimpleNamespace(self_attn=object()),
+        "mamba": SimpleNamespace(mixer=mixer, layer_type="mamba"),
+        "linear": SimpleNamespace(linear_attn=linear, layer_type="linear_attention"),
+        "unknown": SimpleNamespace(layer_type="hyena"),
+    }
+    model.model.layers = Container(**blocks)
+    parallelizer.apply_cp(model, mesh)
+    call = ("group", ["group", 1], "stream")
+    assert told == [
+        (*call, {"cp_comm_type": "p2p"}),
+        (*call, {"cp_comm_type": "all_gather"}),
+        mesh,
+        mesh,
+    ]
+    assert linear._cp_mesh is mesh
+    assert moe.cp_mesh is mesh
+    assert model._cp_enabled
+    assert model.model._cp_enabled
+    assert [("full_attention" in r.message, "hyena" in r.message) for r in caplog.records] == [
+        (True, False),
+        (False, True),
+    ]
+
+
+# parallelize_model
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    made: list[Any] = []
+    for name in ("apply_cp", "apply_ep", "apply_ac", "apply_fsdp"):
+
+        def note(*args: Any, _name: str = name, **options: Any) -> None:
+            axes = tuple(arg.axis for arg in args[1:])
+            options = {k: getattr(v, "axis", v) for k, v in options.items()}
+            made.append((_name, *axes, options))
+
+        monkeypatch.setattr(parallelizer, name, note)
+    return made
+
+
+def test_parallelize_model_applies_in_order(steps: list[Any]) -> None:
+    world = StandInMesh({("dp",): 2, "cp": 2, "tp": 1})
+    experts = StandInMesh({"ep": 4, ("ep_shard",): 2})
+    parallelizer.parallelize_model(
+        make_model(),
+        world,
+        experts,
+        dp_axis_names=("dp",),
+        cp_axis_name="cp",
+        tp_axis_name="tp",
+        ep_axis_name="ep",
+        ep_shard_axis_names=("ep_shard",),
+        activation_checkpointing="selective",
+        lm_head_precision="float32",
+        mp_policy="policy",
+    )
+    assert steps == [
+        ("apply_cp", "cp", {}),
+        ("apply_ep", "ep", {"moe_mesh": None}),  # the whole mesh: no axis
+        ("apply_ac", {"ignore_router": True, "selective": True}),
+        (
+            "apply_fsdp",
+            ("dp",),
+            {
+                "ep_enabled": True,
+                "ep_shard_enabled": True,
+                "ep_shard_mesh": ("ep_shard",),
+                "mp_policy": "policy",
+                "reshard_after_forward": False,
+                "lm_head_precision": "float32",
+                "wrap_outer_model": True,
+            },
+        ),
+    ]
+
+
+def test_parallelize_model_applies_what_has_ranks(steps: list[Any]) -> None:
+    world = StandInMesh({("dp",): 1, "cp": 1})
+    parallelizer.parallelize_model(
+        make_model(),
+        world,
+        None,
+        dp_axis_names=("dp",),
+        cp_axis_name="cp",
+        ep_axis_name="ep",
+        ep_shard_axis_names=("ep_shard",),
+    )
+    assert steps == []
+    experts = StandInMesh({"ep": 2})
+    parallelizer.parallelize_model(
+        make_model(), world, experts, dp_axis_names=None, ep_axis_name="ep"
+    )
+    assert [step[0] for step in steps] == ["apply_ep"]
+
+
+def test_parallelize_model_refuses(steps: list[Any]) -> None:
+    model, experts = make_model(), StandInMesh({"ep": 3, "ep_shard": 2})
+    with pytest.raises(AssertionError, match="tensor parallelism is not supported; got size 2"):
+        parallelizer.parallelize_model(
+            model, StandInMesh({"tp": 2}), None, dp_axis_names=None, tp_axis_name="tp"
+        )
+    options: dict[str, Any] = {"dp_axis_names": None, "ep_axis_name": "ep"}
+    with pytest.raises(AssertionError, match=r"n_routed_experts 8 must be a multiple .* size 3"):
+        parallelizer.parallelize_model(model, StandInMesh({}), experts, **options)
+    experts.sizes["ep"] = 4
+    with pytest.raises(MeshError, match=r"Pass ep_shard_axis_names=\('ep_shard',\)"):
+        parallelizer.parallelize_model(model, StandInMesh({}), experts, **options)
+    model.model.moe_config = None
+    with pytest.raises(AttributeError, match="no moe_config"):
+        parallelizer.parallelize_model(model, StandInMesh({}), experts, **options)
+    assert steps == []
