@@ -61,7 +61,7 @@ def save(
         partial.mkdir(parents=True)
     cluster.barrier()
     state = _state(model, optimizer)
-    dcp.save(state, checkpoint_id=partial)  # type: ignore[attr-defined]
+    dcp.save(state, checkpoint_id=partial)
     if cluster.rank == 0:
         about = {"settings": settings.as_json(), "progress": asdict(progress)}
         (partial / PROGRESS).write_text(json.dumps(about))
@@ -95,7 +95,7 @@ def read_about(checkpoint: Path) -> tuple[Settings, Progress]:
 def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Fill model and optimizer, whatever number of ranks wrote the checkpoint."""
     state = _state(model, optimizer)
-    dcp.load(state, checkpoint_id=checkpoint)  # type: ignore[attr-defined]
+    dcp.load(state, checkpoint_id=checkpoint)
     set_state_dict(
         model,
         optimizer,

@@ -77,7 +77,7 @@ def start(experts: int) -> Cluster:
     if own_group and "RANK" in os.environ:
         dist.init_process_group(backend)
     elif own_group:
-        store = dist.HashStore()  # type: ignore[attr-defined]
+        store = dist.HashStore()
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
     world = dist.get_world_size()
     world_mesh, moe_mesh = build_meshes(ep=math.gcd(world, experts), device_type=device.type)
