@@ -73,7 +73,7 @@ def triton_under_cpu() -> Iterator[None]:
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
-@pytest.fixture(scope="module", params=["cpu", GPU if HAS_GPU else "interpreter"])
+@pytest.fixture(params=["cpu", GPU if HAS_GPU else "interpreter"])
 def impl(request: pytest.FixtureRequest) -> Iterator[Implementation]:
     if request.param == "interpreter":
         with triton_under_cpu():
