@@ -68,7 +68,7 @@ CONFIGS: dict[str, dict[tuple[int, str, str], Config]] = {
         (90, "half", "many"): Config(128, 128, 64, warps=8, stages=4),
         (100, "half", "few"): Config(16, 64, 128, warps=4, stages=4),
         (100, "half", "some"): Config(64, 64, 64, warps=4, stages=4),
-        (100, "half", "many"): Config(128, 64, 64, warps=8, stages=4),
+        (100, "half", "many"): Config(128, 64, 64, warps=8, stages=3),
     },
     "down_backward": {
         (80, "full", "any"): Config(64, 32, 16, warps=4, stages=2, programs=2),

@@ -66,8 +66,9 @@ def pipelines_pointer_loads(device: torch.device) -> bool:
 
 
 def dot_precision(tensor: Tensor) -> str:
-    """Products of float32 are exact unless the user asked torch for TF32."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    """Products of float32 are exact unless the user allowed TF32 in torch."""
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed and tensor.dtype == torch.float32 else "ieee"
 
 
 def checks_values() -> bool:

@@ -56,7 +56,7 @@ def _activation(kind: str, dtype: torch.dtype) -> None:
     expert_activation_backward(grad.to(dtype), h.to(dtype), *options)
 
 
-def _router(**changes: object) -> None:
+def _router(dtype: torch.dtype = torch.float32, **changes: object) -> None:
     from moe_kernels.triton.topk_router import topk_router, topk_router_backward
 
     options = {
@@ -74,7 +74,7 @@ def _router(**changes: object) -> None:
         "return_scores": True,
         **changes,
     }
-    logits = torch.empty(T, E)
+    logits = torch.empty(T, E, dtype=dtype)
     weights, ids, scores, _ = topk_router(logits, K, **options)  # type: ignore[arg-type]
     keys = ("score_func", "softmax_before_topk", "renormalize", "route_scale")
     topk_router_backward(weights, scores, logits, ids, *(options[key] for key in keys))
@@ -130,6 +130,16 @@ def _fused_experts(
     fused_experts_backward(y, x, gate_up, down, topk_weights, h, *order, *biases, *options, needs)
 
 
+def _with_tf32(call: Callable[[], None]) -> None:
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    try:
+        call()
+    finally:
+        matmul.fp32_precision = before
+
+
+# compiled in every run of the suite
 CASES: dict[str, Callable[[], None]] = {
     "sort_small": partial(_sort, 64),
     "sort": partial(_sort, T),
@@ -144,26 +154,34 @@ CASES: dict[str, Callable[[], None]] = {
         topk_groups=4,
         token_mask=torch.empty(T, dtype=torch.bool),
     ),
+    "activation": partial(_activation, "swiglu", BF16),
     "gemm_many": partial(_grouped_gemm, T * K, BF16, False),
-    "gemm_many_transposed": partial(_grouped_gemm, T * K, BF16, True, biased=True),
-    "gemm_some": partial(_grouped_gemm, 32 * E, torch.float16, True),
-    "gemm_few": partial(_grouped_gemm, 64, BF16, True),
-    "gemm_full": partial(_grouped_gemm, T * K, torch.float32, True),
-    "gemm_unaligned": partial(_grouped_gemm, T * K, BF16, False, hidden=H + 1),
     "experts": partial(_fused_experts, "swiglu"),
     "experts_interleaved": partial(
         _fused_experts, "swigluoai", transposed=False, interleaved=True, biased=True
     ),
+    "experts_few": partial(_fused_experts, "swiglu", tokens=8),
+    "experts_full": partial(_fused_experts, "swiglu", torch.float32),
+}
+# the other configurations and layouts
+MORE_CASES: dict[str, Callable[[], None]] = {
+    "activation_oai": partial(_activation, "swigluoai", torch.float32),
+    "activation_double": partial(_activation, "geglu", torch.float64),
+    "permute_double": partial(_permute, torch.float64),
+    "router_double": partial(_router, dtype=torch.float64),
+    "gemm_many_transposed": partial(_grouped_gemm, T * K, BF16, True, biased=True),
+    "gemm_some": partial(_grouped_gemm, 32 * E, torch.float16, True),
+    "gemm_few": partial(_grouped_gemm, 64, BF16, True),
+    "gemm_full": partial(_grouped_gemm, T * K, torch.float32, True),
+    "gemm_tf32": partial(_with_tf32, partial(_grouped_gemm, T * K, torch.float32, True)),
+    "gemm_unaligned": partial(_grouped_gemm, T * K, BF16, False, hidden=H + 1),
     "experts_biased": partial(_fused_experts, "swigluoai", biased=True),
     "experts_plain": partial(_fused_experts, "geglu", torch.float16, transposed=False),
     "experts_ungated": partial(_fused_experts, "relu2", biased=True),
     "experts_some": partial(_fused_experts, "swiglu", tokens=512),
-    "experts_few": partial(_fused_experts, "swiglu", tokens=8),
-    "experts_full": partial(_fused_experts, "swiglu", torch.float32),
+    "experts_tf32": partial(_with_tf32, partial(_fused_experts, "swiglu", torch.float32)),
     "experts_full_interleaved": partial(
         _fused_experts, "swigluoai", torch.float32, transposed=False, interleaved=True, biased=True
     ),
     "experts_unaligned": partial(_fused_experts, "swiglu", hidden=H + 1),
-    "activation": partial(_activation, "swiglu", BF16),
-    "activation_oai": partial(_activation, "swigluoai", torch.float32),
 }

@@ -179,16 +179,20 @@ def read(case: str, kernel: Any, arch: int) -> Report:
     )
 
 
-def check(names: list[str], arch: int) -> list[Report]:
-    from tests.kernels.compile_cases import CASES
+def check(names: list[str], arch: int) -> Iterator[Report]:
+    """Report on the kernels of the named cases, each under the first case that launches it."""
+    from tests.kernels.compile_cases import CASES, MORE_CASES
 
-    reports = []
+    cases = CASES | MORE_CASES
+    done: set[str] = set()
     with compile_only(arch) as kernels:
-        for name in names or CASES:
+        for name in names or cases:
             kernels.clear()
-            CASES[name]()
-            reports += [read(name, kernel, arch) for kernel in kernels]
-    return reports
+            cases[name]()
+            for kernel in kernels:
+                if kernel.asm["ptx"] not in done:
+                    done.add(kernel.asm["ptx"])
+                    yield read(name, kernel, arch)
 
 
 if __name__ == "__main__":

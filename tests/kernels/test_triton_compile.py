@@ -4,26 +4,39 @@ import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.kernels.compile_cases import CASES, MORE_CASES
+
 ROOT = Path(__file__).parents[2]
-ARCHITECTURES = (
-    90,
-    pytest.param(80, marks=pytest.mark.slow),
-    pytest.param(100, marks=pytest.mark.slow),
+FENCES_POINTER_LOADS = tuple(map(int, metadata.version("triton").split(".")[:2])) >= (3, 7)
+GEMMS = {"_grouped_gemm_kernel", "_up_kernel", "_down_backward_kernel", "_wgrad_kernel"}
+# calls whose tiles are too small, or whose type is too wide, for the asynchronous tensor cores
+WITHOUT_WGMMA = ("_few", "_full", "_tf32")
+
+Reports = list[dict[str, Any]]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param((90, tuple(CASES)), id="sm_90"),
+        pytest.param((90, tuple(MORE_CASES)), id="sm_90-more", marks=pytest.mark.slow),
+        pytest.param((80, ()), id="sm_80", marks=pytest.mark.slow),
+        pytest.param((100, ()), id="sm_100", marks=pytest.mark.slow),
+    ],
 )
-
-
-@pytest.fixture(scope="module", params=ARCHITECTURES)
-def reports(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+def reports(request: pytest.FixtureRequest) -> Reports:
     """One process an architecture, since kernels here may be decorated for the interpreter."""
+    arch, names = request.param
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["MOE_KERNELS_BACKEND"] = "reference"
     done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.compile_check", "--arch", str(request.param)],
+        [sys.executable, "-m", "tests.kernels.compile_check", "--arch", str(arch), *names],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -34,8 +47,46 @@ def reports(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_kernels_keep_their_values_in_registers_and_fit(reports: list[dict[str, Any]]) -> None:
-    assert len(reports) >= 18
+def _gemms(reports: Reports) -> Reports:
+    found = [report for report in reports if report["kernel"] in GEMMS]
+    assert {report["kernel"] for report in found} == GEMMS
+    return found
+
+
+def test_kernels_keep_their_values_in_registers_and_fit(
+    reports: Reports, record_property: Any
+) -> None:
     for report in reports:
+        record_property(f"registers {report['case']} {report['kernel']}", report["registers"])
         assert report["spilled"] == 0, report
         assert report["fits"], report
+
+
+def test_products_run_on_tensor_cores(reports: Reports) -> None:
+    for report in _gemms(reports):
+        if report["case"].endswith("_full") or "_full_" in report["case"]:
+            continue  # exact float32 has none
+        kind = {80: "mma", 90: "wgmma", 100: "tcgen05"}[report["arch"]]
+        if report["arch"] == 90 and report["case"].endswith(WITHOUT_WGMMA):
+            assert report["mma"] + report["wgmma"] > 0, report
+        elif report["arch"] == 100 and report["case"].endswith(WITHOUT_WGMMA):
+            assert report["mma"] + report["tcgen05"] > 0, report
+        else:
+            assert report[kind] > 0, report
+        assert not report["serialized"], report
+
+
+def test_aligned_operands_are_loaded_by_tma(reports: Reports) -> None:
+    for report in _gemms(reports):
+        aligned = report["arch"] >= 90 and "unaligned" not in report["case"]
+        assert (report["tma_load"] > 0) or not aligned, report
+        if aligned and report["case"].startswith("gemm"):
+            assert report["cp_async"] == 0, report  # both operands
+
+
+def test_copied_tiles_are_fenced_from_tensor_cores(reports: Reports) -> None:
+    """Data that cp.async brings is not read through another proxy before it is there."""
+    for report in _gemms(reports):
+        if report["wgmma"] or report["tcgen05"]:
+            assert report["fenced"], report
+            assert FENCES_POINTER_LOADS or report["cp_async"] == 0, report
