@@ -61,7 +61,7 @@ from moe_kernels.triton.unpermute import sum_slots
 Order = tuple[Tensor, Tensor, Tensor]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _row_weights_kernel(
     topk_weights, row_to_slot, offsets, row_weights, rows, E, top_k, stride_t, stride_k,
     BLOCK: tl.constexpr,
@@ -123,7 +123,7 @@ def _through_activation(
     return tl.sum(grad * a, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["bound", "rows"])
 def _down_backward_kernel(
     grad, row_to_slot, w, h, row_weights, grad_h, weighted_a, partials, tiles, bound,
     rows, H, I, W, top_k, alpha, limit,
@@ -188,7 +188,7 @@ def _down_backward_kernel(
             tl.store(partials + column_tile.to(tl.int64) * rows + row, dot, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["bound"])
 def _bias_dot_kernel(
     grad, row_to_slot, bias, dots, tiles, bound, H, top_k,
     stride_gt, stride_gh, stride_be, stride_bh, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -214,7 +214,7 @@ def _bias_dot_kernel(
         tl.store(dots + row, dot, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "R"])
 def _sum_partials_kernel(
     partials, row_to_slot, offsets, grad_weights, P, rows, R, E, BLOCK: tl.constexpr
 ):

@@ -21,12 +21,12 @@ def exp(x):
     if x.dtype == tl.float64:
         result = tl.exp(x)
     else:
-        # what x * log2(e) loses in rounding comes back as a factor near 1
-        log2e: tl.constexpr = 1.4426950408889634
-        y = x * log2e
-        lost = tl.fma(x, log2e, -y) + x * 1.925963033500e-8
-        lost = tl.minimum(tl.maximum(lost, -1.0), 1.0)
-        result = tl.exp2(y) * (1.0 + 0.6931471805599453 * lost)
+        # exp2 of x * log2(e) would carry the rounding of that product, whose whole part n costs
+        # bits; so n is taken out first, exactly: n * 0.693359375 has no rounding (Cody and Waite)
+        x = tl.clamp(x, -104.0, 89.0, propagate_nan=tl.PropagateNan.ALL)
+        n = tl.floor(x * 1.4426950408889634 + 0.5)
+        rest = (x - n * 0.693359375) + n * 2.12194440e-4
+        result = tl.exp2(n) * tl.exp2(rest * 1.4426950408889634)
     return result
 
 

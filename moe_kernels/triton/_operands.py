@@ -86,8 +86,7 @@ def _halves_apart(b: Tensor) -> Tensor:
 
 def weight_is_aligned(b: Tensor, *, halves: bool = False) -> bool:
     """Whether :func:`weight_operand` finds the weights aligned, stored either way."""
-    b = _halves_apart(b) if halves else b
-    return is_aligned(b) or is_aligned(b.movedim(1, -1))
+    return is_aligned(b) or is_aligned(_halves_apart(b).movedim(1, 3) if halves else b.mT)
 
 
 def row_operand(a: Tensor, source: Source | None, block_m: int, block_k: int) -> Operand:
@@ -100,15 +99,15 @@ def row_operand(a: Tensor, source: Source | None, block_m: int, block_k: int) ->
 def weight_operand(b: Tensor, block_k: int, block_n: int, *, halves: bool = False) -> Operand:
     """``b [E, Kd, N]``, stored with either of the last two dimensions contiguous.
 
-    ``halves``: a tile's columns are block_n / 2 of the left half of b and as many of the right.
+    ``halves``: a tile's columns are block_n / 2 of the left half of b and as many of the right; by
+    TMA with rows contiguous, they are those of one half.
     """
     if halves:
-        apart = _halves_apart(b)
+        apart = _halves_apart(b).movedim(1, 3)
+        if _takes_tma(b):
+            return _by_tma(b, [1, block_k, block_n // 2], TMA.value)
         if _takes_tma(apart):
-            return _by_tma(apart, [1, block_k, 2, block_n // 2], TMA.value)
-        if _takes_tma(apart.movedim(1, 3)):
-            block = [1, 2, block_n // 2, block_k]
-            return _by_tma(apart.movedim(1, 3), block, TMA_TRANSPOSED.value)
+            return _by_tma(apart, [1, 2, block_n // 2, block_k], TMA_TRANSPOSED.value)
         return by_pointer(b)
     if _takes_tma(b):
         return _by_tma(b, [1, block_k, block_n], TMA.value)
@@ -154,7 +153,8 @@ def load_weight(
 ):  # fmt: skip
     """The [BLOCK_K, BLOCK_N] tile at (k, n) of the expert's matrix.
 
-    With HALVES, N is half the matrix's columns, and the tile's are those from n on in each half.
+    With HALVES, but for TMA of contiguous rows, N is half the matrix's columns, and the tile's are
+    those from n on in each half.
     """
     if MODE == POINTER:
         row, column = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_N)
@@ -172,8 +172,7 @@ def load_weight(
             other=0.0,
         )
     elif MODE == TMA:
-        tile = b.load([expert, k, 0, n]) if HALVES else b.load([expert, k, n])
-        tile = tl.reshape(tile, (BLOCK_K, BLOCK_N))
+        tile = tl.reshape(b.load([expert, k, n]), (BLOCK_K, BLOCK_N))
     else:
         tile = b.load([expert, 0, n, k]) if HALVES else b.load([expert, n, k])
         tile = tl.trans(tl.reshape(tile, (BLOCK_N, BLOCK_K)))

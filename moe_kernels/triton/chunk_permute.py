@@ -39,7 +39,7 @@ def _chunk_bounds_kernel(sizes, order, first, end, shift, C, BLOCK_C: tl.constex
         last += tl.sum(size, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _chunk_permute_kernel(
     rows, end, shift, out, R, H, C, stride_r, stride_h,
     BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,

@@ -44,7 +44,7 @@ def _halves(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _expert_activation_kernel(
     h, row_weights, out, R, I, alpha, limit, stride_r, stride_c, stride_w,
     KIND: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, CLAMP: tl.constexpr,
@@ -66,7 +66,7 @@ def _expert_activation_kernel(
     tl.store(out + row[:, None] * I + column[None, :], value.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _expert_activation_backward_kernel(
     grad, h, row_weights, grad_h, grad_weights, R, I, alpha, limit,
     stride_gr, stride_gc, stride_r, stride_c, stride_w,

@@ -25,6 +25,7 @@ from moe_kernels.triton._launch import (
     refuse_float64,
 )
 from moe_kernels.triton._operands import (
+    TMA,
     is_aligned,
     load_rows,
     load_weight,
@@ -49,7 +50,7 @@ from moe_kernels.triton.unpermute import unpermute
 __all__ = ["fused_experts", "fused_experts_backward"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["bound"])
 def _up_kernel(
     x, row_to_slot, w, bias, h, a, tiles, bound, H, I, W, top_k, alpha, limit,
     stride_xm, stride_xk, stride_we, stride_wk, stride_wn, stride_bias_e, stride_bias_n,
@@ -59,9 +60,13 @@ def _up_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A tile's gate and up columns are one product, BLOCK_N of each; they part in registers."""
+    """A tile's gate and up columns are one product, BLOCK_N of each; they part in registers.
+
+    But where rows of the two halves are contiguous, TMA brings them as two tiles, for two products.
+    """
     HALVES: tl.constexpr = GATED and not INTERLEAVED
-    WIDTH: tl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
+    TWO: tl.constexpr = HALVES and W_MODE == TMA
+    WIDTH: tl.constexpr = 2 * BLOCK_N if GATED and not TWO else BLOCK_N
     row_tiles, column_tiles = tile_count(tiles), tl.cdiv(I, BLOCK_N)
     for step in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0)):
         tile, column_tile = walk(step, row_tiles, column_tiles, GROUP_M)
@@ -73,6 +78,7 @@ def _up_kernel(
         if GATHERED:
             source = (tl.load(row_to_slot + row, mask=valid, other=0) // top_k).to(tl.int64)
         total = tl.zeros((BLOCK_M, WIDTH), tl.float32)
+        up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in tl.range(0, H, BLOCK_K, num_stages=STAGES):
             rows = load_rows(
                 x, first, source, valid, k, H, stride_xm, stride_xk, X_MODE, EVEN_K, BLOCK_K
@@ -82,6 +88,12 @@ def _up_kernel(
                 W_MODE, HALVES, BLOCK_K, WIDTH,
             )  # fmt: skip
             total = tl.dot(rows, weight, total, input_precision=PRECISION)
+            if TWO:
+                weight = load_weight(
+                    w, expert, k, I + n, H, W, stride_we, stride_wk, stride_wn,
+                    W_MODE, HALVES, BLOCK_K, WIDTH,
+                )  # fmt: skip
+                up = tl.dot(rows, weight, up, input_precision=PRECISION)
 
         # rows are addressed with 32 bits from the tile's first
         within = tl.arange(0, BLOCK_M)[:, None]
@@ -92,7 +104,10 @@ def _up_kernel(
         if SAVE_H:
             h_row = h + first.to(tl.int64) * W
         if HALVES:
-            gate, up = column_halves(total, BLOCK_M, WIDTH)
+            if TWO:
+                gate = total
+            else:
+                gate, up = column_halves(total, BLOCK_M, WIDTH)
             if BIASED:
                 shift = bias_row + column * stride_bias_n
                 gate += tl.load(shift, mask=column < I, other=0.0).to(tl.float32)[None, :]

@@ -41,7 +41,7 @@ from moe_kernels.triton._tiles import (
 from moe_kernels.triton._wgrad import empty_like_weight, sum_rows, weight_gradient
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["bound"])
 def _grouped_gemm_kernel(
     a, b, bias, out, tiles, bound, N, Kd,
     stride_am, stride_ak, stride_be, stride_bk, stride_bn, stride_bias_e, stride_bias_n,
@@ -88,7 +88,7 @@ def _grouped_gemm_kernel(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _zero_tail_kernel(out, offsets, R, N, E, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr):
     """Zero the rows of no expert."""
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)

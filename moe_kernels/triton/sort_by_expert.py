@@ -20,7 +20,7 @@ from moe_kernels.triton._launch import ceil_div, checks_values, next_power_of_2,
 ONE_BLOCK = 1024  # up to as many slots are sorted in one launch
 BLOCK = 256
 LANES = 16  # slots that every slot of a block is compared with at a time
-SCAN_BLOCKS, SCAN_BINS = 64, 32  # tile of the sum over blocks
+SCAN_BLOCKS, SCAN_BINS = 32, 32  # tile of the sum over blocks
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def _rank_in_block(ids, bins, lane, first, R, E, BLOCK: tl.constexpr, LANES: tl.
     return rank
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _sort_one_block_kernel(
     ids, row_to_slot, slot_to_row, offsets, R, E,
     BINS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
@@ -57,7 +57,7 @@ def _sort_one_block_kernel(
     tl.store(slot_to_row + slot, row, mask=slot < R)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _count_kernel(ids, counts, R, E, BINS: tl.constexpr, BLOCK: tl.constexpr):
     block = tl.program_id(0).to(tl.int64)
     bins = _load_bins(ids, block * BLOCK + tl.arange(0, BLOCK), R, E)
@@ -65,7 +65,7 @@ def _count_kernel(ids, counts, R, E, BINS: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(counts + block * (E + 1) + expert, tl.histogram(bins, BINS), mask=expert <= E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def _sum_earlier_kernel(counts, totals, B, E, SCAN_BLOCKS: tl.constexpr, SCAN_BINS: tl.constexpr):
     """Replace each block's counts by their sum over the blocks before it."""
     expert = tl.program_id(0) * SCAN_BINS + tl.arange(0, SCAN_BINS)
@@ -80,7 +80,7 @@ def _sum_earlier_kernel(counts, totals, B, E, SCAN_BLOCKS: tl.constexpr, SCAN_BI
     tl.store(totals + expert, earlier, mask=expert <= E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _scatter_kernel(
     ids, counts, totals, row_to_slot, slot_to_row, offsets, R, E,
     BINS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
@@ -121,7 +121,7 @@ def sort_by_expert(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, 
     if R == 0:
         return row_to_slot, slot_to_row, ids.new_zeros(E + 1, dtype=torch.int32)
     offsets = ids.new_empty(E + 1, dtype=torch.int32)
-    bins = next_power_of_2(E + 2)
+    bins = max(next_power_of_2(E + 2), 32)
     with on_device_of(ids):
         if R <= ONE_BLOCK:
             block = max(next_power_of_2(R), 32)

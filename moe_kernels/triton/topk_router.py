@@ -101,7 +101,7 @@ def _softmax_of_chosen(x, k, K):
     return divide(e, tl.broadcast_to(tl.sum(e, 1)[:, None], e.shape))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _topk_router_kernel(
     logits, bias, token_mask, given_ids, topk_weights, topk_ids, scores, load,
     T, E, S, K, topk_groups, route_scale, stride_t, stride_e, stride_b, stride_m,
@@ -182,7 +182,7 @@ def _normalize_backward(grad, value):
     return divide(grad - divide(tl.broadcast_to(inner, grad.shape), total), total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _topk_router_backward_kernel(
     grad_weights, grad_scores, logits, topk_ids, grad_logits, T, E, K, route_scale,
     stride_t, stride_e, stride_wt, stride_wk, stride_st, stride_se,

@@ -94,6 +94,7 @@ class Report:
         shared: bytes of shared memory of a block; ``fits`` if the architecture has them.
         wgmma, tcgen05, mma: tensor core instructions of each kind, in the PTX.
         tma_load, tma_store, cp_async: instructions that copy to or from shared memory.
+        detours: tiles that pass through registers on their way to a ``wgmma``, in a pipelined loop.
         fenced: every wait for ``cp.async`` is followed by a proxy fence before a ``wgmma``.
         serialized: ptxas could not keep ``wgmma`` asynchronous.
     """
@@ -112,6 +113,7 @@ class Report:
     tma_load: int
     tma_store: int
     cp_async: int
+    detours: int
     fenced: bool
     serialized: bool
     instructions: int
@@ -138,6 +140,18 @@ def _is_fenced(ptx: str) -> bool:
         elif "wgmma.mma_async" in line and waiting:
             return False
     return True
+
+
+def _detours(ttgir: str) -> int:
+    """Allocations of shared memory inside the innermost loop with a product."""
+    lines = ttgir.splitlines()
+    products = [i for i, line in enumerate(lines) if "ttng.warp_group_dot " in line]
+    if not products:
+        return 0
+    start = max((i for i in range(products[0]) if "scf.for" in lines[i]), default=0)
+    indent = len(lines[start]) - len(lines[start].lstrip())
+    end = next(i for i in range(start + 1, len(lines)) if lines[i].startswith(" " * indent + "}"))
+    return sum("ttg.local_alloc" in line for line in lines[start:end])
 
 
 def read(case: str, kernel: Any, arch: int) -> Report:
@@ -173,6 +187,7 @@ def read(case: str, kernel: Any, arch: int) -> Report:
         tma_load=len(re.findall(r"cp\.async\.bulk\.tensor\S*\.shared::c\w+\.global", ptx)),
         tma_store=len(re.findall(r"cp\.async\.bulk\.tensor\S*\.global\.shared", ptx)),
         cp_async=len(re.findall(r"cp\.async\.c[ag]", ptx)),
+        detours=_detours(kernel.asm["ttgir"]),
         fenced=_is_fenced(ptx),
         serialized="serialized" in log,
         instructions=len(re.findall(r"^\s+[a-z@].*;", ptx, re.M)),

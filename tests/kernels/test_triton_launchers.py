@@ -1,0 +1,273 @@
+"""What Triton launchers promise beyond their ops: any tile shape, any memory, any ids."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+import moe_kernels
+from moe_kernels import reference
+from moe_kernels.triton import _fused_experts_backward, _wgrad, fused_experts, permute
+from moe_kernels.triton._configs import CONFIGS
+from moe_kernels.triton._math import exp, fast_sigmoid, sigmoid, softplus
+from moe_kernels.triton._tiles import build_tile_map, walk
+from tests.conftest import GPU, HAS_GPU, Implementation, triton_under_cpu
+from tests.kernels.accuracy import gradients
+from tests.kernels.test_fused_experts import check
+
+ops = torch.ops.moe_kernels
+
+
+@triton.jit
+def _walk_kernel(visits, steps, row_tiles, column_tiles, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
+    for step in range(steps):
+        row, column = walk(step, row_tiles, column_tiles, GROUP)
+        cell = visits + row * column_tiles + column
+        tl.store(cell, tl.load(cell) + 1)
+
+
+@triton.jit
+def _functions_kernel(x, out, N: tl.constexpr):  # type: ignore[no-untyped-def]
+    i = tl.arange(0, N)
+    value = tl.load(x + i)
+    tl.store(out + i, exp(value))
+    tl.store(out + N + i, sigmoid(value))
+    tl.store(out + 2 * N + i, softplus(value))
+    tl.store(out + 3 * N + i, fast_sigmoid(value))
+
+
+@pytest.fixture(scope="module", params=[GPU if HAS_GPU else "interpreter"])
+def impl(request: pytest.FixtureRequest) -> Iterator[Implementation]:
+    if HAS_GPU:
+        yield Implementation("cuda", torch.device("cuda"))
+    else:
+        with triton_under_cpu():
+            yield Implementation("interpreter", torch.device("cpu"))
+
+
+def _case(
+    dtype: torch.dtype = torch.bfloat16, hidden: int = 72, inner: int = 136
+) -> tuple[dict[str, Tensor], Tensor]:
+    """One expert has more rows than any tile, one has none, and some slots have no expert."""
+    tokens, experts = 150, 4
+    ids = torch.stack([torch.zeros(tokens), torch.randint(-1, experts - 1, (tokens,))], 1)
+    inputs = {
+        "x": torch.randn(tokens, hidden),
+        "gate_up": torch.randn(experts, hidden, 2 * inner) / hidden**0.5,
+        "down": torch.randn(experts, inner, hidden) / inner**0.5,
+        "gate_up_bias": torch.randn(experts, 2 * inner),
+        "down_bias": torch.randn(experts, hidden),
+    }
+    inputs = {name: value.to(dtype) for name, value in inputs.items()}
+    inputs["topk_ids"] = ids.int()
+    inputs["topk_weights"] = torch.rand(ids.shape)
+    return inputs, torch.randn(tokens, hidden).to(dtype)
+
+
+def _run(impl: Implementation, inputs: dict[str, Tensor], upstream: Tensor) -> dict[str, Tensor]:
+    moved = {name: value.to(impl.device) for name, value in inputs.items()}
+    return gradients(lambda **kw: moe_kernels.fused_experts(**kw), moved, upstream.to(impl.device))
+
+
+def _configurations() -> list[Any]:
+    keys = {key: None for rows in CONFIGS.values() for key in rows}
+    return [
+        pytest.param(
+            key,
+            id=f"{key[0]}-{key[2]}",
+            marks=[] if key[0] == 90 or key[1] == "full" else pytest.mark.slow,
+        )
+        for key in keys
+    ]
+
+
+@pytest.mark.parametrize("key", _configurations())
+def test_every_configuration(
+    impl: Implementation, key: tuple[int, str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if HAS_GPU and key[0] > 10 * torch.cuda.get_device_capability()[0]:
+        pytest.skip(f"the device cannot run what is meant for sm_{key[0]}")
+    for module in (_fused_experts_backward, _wgrad, fused_experts):
+        monkeypatch.setattr(module, "config", lambda kernel, *_, **__: CONFIGS[kernel][key])
+    inputs, upstream = _case(torch.float32 if key[1] == "full" else torch.bfloat16)
+    check(impl, inputs, upstream)
+
+
+def test_gathering_rows_first_changes_nothing(
+    impl: Implementation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs, upstream = _case()
+    results = []
+    for in_the_gemm in (True, False):
+        monkeypatch.setattr(
+            permute, "pipelines_pointer_loads", lambda _, answer=in_the_gemm: answer
+        )
+        results.append(_run(impl, inputs, upstream))
+    for name, value in results[0].items():
+        assert torch.equal(value, results[1][name]), name
+
+
+def test_fresh_memory_may_hold_anything(impl: Implementation) -> None:
+    inputs, upstream = _case()
+    clean = _run(impl, inputs, upstream)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fresh memory is filled with NaN
+    try:
+        assert torch.empty(3).isnan().all()
+        poisoned = _run(impl, inputs, upstream)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name, value in clean.items():
+        assert torch.equal(value, poisoned[name]), name
+
+
+def test_unknown_ids_are_dropped_unless_checked(
+    impl: Implementation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs, upstream = _case()
+    bad = inputs["topk_ids"] == 2
+    inputs["topk_ids"][bad] = -1
+    expected = _run(impl, inputs, upstream)
+    huge = inputs["topk_ids"].long()
+    huge[bad] = torch.tensor([2**40, -(2**40), 5, -7]).repeat(bad.sum())[: bad.sum()]
+    actual = _run(impl, {**inputs, "topk_ids": huge}, upstream)
+    for name, value in expected.items():
+        assert torch.equal(value, actual[name]), name
+    monkeypatch.setenv("MOE_KERNELS_CHECK", "1")
+    with pytest.raises(IndexError, match=r"\[-1, 4\]"):
+        _run(impl, {**inputs, "topk_ids": huge}, upstream)
+
+
+def test_rows_past_the_bound_are_dropped_unless_checked(
+    impl: Implementation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs, _ = _case()
+    moved = {name: value.to(impl.device) for name, value in inputs.items()}
+    bound = 131  # in the middle of an expert's tile
+    order = reference.sort_by_expert(inputs["topk_ids"], 4)
+    kept = inputs["topk_ids"].clone()
+    kept[order[1] >= bound] = -1
+    expected = moe_kernels.fused_experts(**{**moved, "topk_ids": kept.to(impl.device)})
+    actual = moe_kernels.fused_experts(**moved, num_rows=bound)
+    torch.testing.assert_close(actual, expected, rtol=0.02, atol=0.02)
+    monkeypatch.setenv("MOE_KERNELS_CHECK", "1")
+    with pytest.raises(ValueError, match="num_rows must be at least"):
+        moe_kernels.fused_experts(**moved, num_rows=bound)
+
+
+@pytest.mark.parametrize("offsets", [[0, 9, 4, 40], [-3, 2, 99, 7], [30, 20, 10, 0], [0, 5, 8, 99]])
+def test_offsets_that_do_not_fit_stay_in_bounds(
+    impl: Implementation, offsets: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = torch.tensor(offsets, dtype=torch.int32, device=impl.device)
+    a = torch.randn(23, 8, device=impl.device)
+    b = torch.randn(3, 8, 16, device=impl.device)
+    calls: list[Callable[[], Any]] = [
+        lambda: moe_kernels.grouped_gemm(a, b, bad),
+        lambda: moe_kernels.grouped_gemm_wgrad(a, a, bad),
+        lambda: ops.grouped_gemm_dbias(a, bad, torch.float32),
+    ]
+    for call in calls:
+        call()
+    monkeypatch.setenv("MOE_KERNELS_CHECK", "1")
+    for call in calls:
+        with pytest.raises(ValueError, match="offsets must rise from 0"):
+            call()
+
+
+def test_chunks_that_do_not_fit_stay_in_bounds(
+    impl: Implementation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = torch.randn(9, 5, device=impl.device)
+    for sizes, order in (([5, 7], [1, 0]), ([-3, 4], [0, 1]), ([4, 5], [7, 7]), ([4, 5], [-1, 0])):
+        values = [torch.tensor(value, device=impl.device) for value in (sizes, order)]
+        moe_kernels.chunk_permute(rows, *values)
+        with monkeypatch.context() as patch:
+            patch.setenv("MOE_KERNELS_CHECK", "1")
+            with pytest.raises(ValueError, match=r"chunk_permute: (sizes|order) must be"):
+                moe_kernels.chunk_permute(rows, *values)
+
+
+def test_given_ids_are_checked_on_demand(
+    impl: Implementation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = torch.randn(4, 8, device=impl.device)
+    ids = torch.full((4, 2), 8, device=impl.device)
+    out = moe_kernels.topk_router(logits, 2, given_ids=ids)
+    assert int(out.load.sum()) == 0
+    monkeypatch.setenv("MOE_KERNELS_CHECK", "1")
+    with pytest.raises(IndexError, match=r"given_ids must be in \[0, 7\]"):
+        moe_kernels.topk_router(logits, 2, given_ids=ids)
+
+
+def test_float64_products_are_refused(impl: Implementation) -> None:
+    inputs, _ = _case(torch.float64)
+    moved = {name: value.to(impl.device) for name, value in inputs.items()}
+    with pytest.raises(TypeError, match=r"fused_experts: x must be .* got float64"):
+        moe_kernels.fused_experts(**moved)
+    offsets = torch.tensor([0, 3], dtype=torch.int32, device=impl.device)
+    a = torch.randn(3, 4, dtype=torch.float64, device=impl.device)
+    with pytest.raises(TypeError, match="grouped_gemm: a must be"):
+        moe_kernels.grouped_gemm(a, a.mT.unsqueeze(0), offsets)
+
+
+def test_strides_of_any_length(impl: Implementation) -> None:
+    long = 2**22
+    base = torch.empty(5, long, dtype=torch.bfloat16, device=impl.device)
+    a = base[:, :17].t()  # [17, 5], a column every `long` elements
+    a.copy_(torch.randn(17, 5))
+    b = torch.randn(2, 5, 8, device=impl.device).bfloat16()
+    offsets = torch.tensor([0, 9, 15], dtype=torch.int32, device=impl.device)
+    assert torch.equal(
+        moe_kernels.grouped_gemm(a, b, offsets),
+        moe_kernels.grouped_gemm(a.contiguous(), b, offsets),
+    )
+    out = torch.zeros(3, 2, long, device=impl.device).permute(1, 2, 0)[:, :5]  # [2, 5, 3]
+    grad = torch.randn(17, 3, device=impl.device).bfloat16()
+    moe_kernels.grouped_gemm_wgrad(a, grad, offsets, out=out)
+    expected = moe_kernels.grouped_gemm_wgrad(a.contiguous(), grad, offsets)
+    torch.testing.assert_close(out, expected.float(), rtol=0.01, atol=0.05)
+
+
+@pytest.mark.parametrize("block_m", [16, 128])
+@pytest.mark.parametrize("experts", [1, 40])
+def test_tiles_cover_every_row_once(impl: Implementation, experts: int, block_m: int) -> None:
+    counts = torch.randint(0, 200, (experts,)) * (torch.rand(experts) < 0.7)
+    offsets = torch.cat([torch.zeros(1), counts.cumsum(0)]).int()
+    rows = max(int(offsets[-1]), 1) - 1  # the bound cuts the last expert short
+    if rows == 0:
+        rows = 1
+    tiles = build_tile_map(offsets.to(impl.device), rows, block_m)
+    found = tiles.tiles.tolist()
+    expected = [
+        (e, start, min(int(offsets[e + 1]), rows))
+        for e in range(experts)
+        for start in range(int(offsets[e]), min(int(offsets[e + 1]), rows), block_m)
+    ]
+    assert found[0] == len(expected) <= tiles.bound
+    columns = [found[1 + i * tiles.bound :][: len(expected)] for i in range(3)]
+    assert list(zip(*columns, strict=True)) == expected
+
+
+@pytest.mark.parametrize(("row_tiles", "column_tiles", "group"), [(1, 1, 8), (19, 5, 8), (8, 3, 1)])
+def test_walk_meets_every_tile_once(
+    impl: Implementation, row_tiles: int, column_tiles: int, group: int
+) -> None:
+    visits = torch.zeros(row_tiles, column_tiles, dtype=torch.int32, device=impl.device)
+    _walk_kernel[(1,)](visits, visits.numel(), row_tiles, column_tiles, GROUP=group)
+    assert (visits == 1).all()
+
+
+def test_elementary_functions(impl: Implementation) -> None:
+    x = torch.cat([torch.linspace(-80, 80, 1024), torch.randn(1024)]).to(impl.device)
+    out = torch.full((4, 2048), torch.nan, device=impl.device)
+    _functions_kernel[(1,)](x, out, N=2048)
+    wide = x.double()
+    softplus = torch.nn.functional.softplus(wide, threshold=1e9)
+    truth = torch.stack([wide.exp(), wide.sigmoid(), softplus, wide.sigmoid()])
+    error = ((out.double() - truth) / truth).abs().amax(1).tolist()
+    bounds = [4e-7, 6e-7, 6e-7, 2e-5]
+    assert all(found < bound for found, bound in zip(error, bounds, strict=True)), error
