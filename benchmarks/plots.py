@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.providers import LIMITS, OURS
-from benchmarks.tables import grouped
+from benchmarks.tables import grouped, number
 
 Row = dict[str, Any]
 OUR_COLOR = "#c0392b"
@@ -56,13 +56,13 @@ def _bars(axes: Any, shapes: dict[str, list[Row]]) -> None:
     width = 0.8 / len(names)
     for place, name in enumerate(names):
         color = OUR_COLOR if name == OURS else COLORS[others.index(name) % len(COLORS)]
-        for number, group in enumerate(shapes.values()):
+        for index, group in enumerate(shapes.values()):
             found = [r["over_floor"] for r in group if r["provider"] == name and r["over_floor"]]
             if not found:
                 continue
-            x = number + (place - (len(names) - 1) / 2) * width
+            x = index + (place - (len(names) - 1) / 2) * width
             axes.bar(x, found[0], width * 0.9, color=color, label=name)
-            axes.text(x, found[0], f"{found[0]:.2g}", ha="center", va="bottom", fontsize=7)
+            axes.text(x, found[0], number(found[0]), ha="center", va="bottom", fontsize=7)
     axes.axhline(1.0, color="black", linewidth=1, linestyle="--")
     axes.set_yscale("log")
     axes.set_ylabel("time over floor")
