@@ -170,19 +170,21 @@ acc_t<T> activation_backward(const ActivationOptions& options, const Grad* grad,
   });
 }
 
-}  // namespace
-
 template <typename T>
-void fill_activations(RowKernels<T>& kernels) {
+void fill_activations(ActivationKernels<T>& kernels) {
   kernels.activation = activation<T, T>;
   kernels.activation_wide = activation<T, acc_t<T>>;
   kernels.activation_backward = activation_backward<T, T>;
   kernels.activation_backward_wide = activation_backward<T, acc_t<T>>;
 }
 
-template void fill_activations(RowKernels<bf16>&);
-template void fill_activations(RowKernels<fp16>&);
-template void fill_activations(RowKernels<float>&);
-template void fill_activations(RowKernels<double>&);
+}  // namespace
+
+// clang-format off
+template <> void fill(ActivationKernels<bf16>& kernels) { fill_activations(kernels); }
+template <> void fill(ActivationKernels<fp16>& kernels) { fill_activations(kernels); }
+template <> void fill(ActivationKernels<float>& kernels) { fill_activations(kernels); }
+template <> void fill(ActivationKernels<double>& kernels) { fill_activations(kernels); }
+// clang-format on
 
 }  // namespace moe::CPU_CAPABILITY

@@ -5,7 +5,7 @@
 #include <atomic>
 #include <cstdlib>
 
-#include "cpu/kernels.h"
+#include "cpu/kernel_table.h"
 
 namespace moe {
 
@@ -17,18 +17,9 @@ struct Level {
   KernelTable table;
 };
 
-#define MOE_FILL(CAPABILITY)                         \
-  [](KernelTable& table) {                           \
-    CAPABILITY::fill_rows(table.rows_bf16);          \
-    CAPABILITY::fill_rows(table.rows_fp16);          \
-    CAPABILITY::fill_rows(table.rows_float);         \
-    CAPABILITY::fill_rows(table.rows_double);        \
-    CAPABILITY::fill_activations(table.rows_bf16);   \
-    CAPABILITY::fill_activations(table.rows_fp16);   \
-    CAPABILITY::fill_activations(table.rows_float);  \
-    CAPABILITY::fill_activations(table.rows_double); \
-    CAPABILITY::fill_scores(table.scores_float);     \
-    CAPABILITY::fill_scores(table.scores_double);    \
+#define MOE_FILL(CAPABILITY)                                                 \
+  [](KernelTable& table) {                                                   \
+    std::apply([](auto&... part) { (CAPABILITY::fill(part), ...); }, table); \
   }
 
 std::vector<Level> make_levels() {

@@ -8,7 +8,7 @@
 
 #include "common/dtypes.h"
 #include "common/parallel.h"
-#include "cpu/kernels.h"
+#include "cpu/kernel_table.h"
 
 namespace moe {
 
@@ -45,12 +45,12 @@ at::Tensor expert_activation(const at::Tensor& h_RW, std::string_view kind,
     const A* weight = weights.defined() ? data<A>(weights) : nullptr;
     const T* from = data<T>(h);
     T* to = mutable_data<T>(out);
-    const auto& kernels = row_kernels<T>();
+    const auto& functions = kernels<ActivationKernels<T>>();
     parallel_rows(rows, 4 * inner * sizeof(T), [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
-        kernels.activation(options, to + r * inner,
-                           halves(from + r * h.stride(0), inner, interleaved),
-                           weight ? weight[r] : A(1), inner);
+        functions.activation(options, to + r * inner,
+                             halves(from + r * h.stride(0), inner, interleaved),
+                             weight ? weight[r] : A(1), inner);
       }
     });
   });
@@ -75,10 +75,10 @@ std::tuple<at::Tensor, at::Tensor> expert_activation_backward(
     const T* from = data<T>(h);
     const T* g = data<T>(grad);
     T* to = mutable_data<T>(grad_h);
-    const auto& kernels = row_kernels<T>();
+    const auto& functions = kernels<ActivationKernels<T>>();
     parallel_rows(rows, 8 * inner * sizeof(T), [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
-        const A product = kernels.activation_backward(
+        const A product = functions.activation_backward(
             options, g + r * grad.stride(0), halves(from + r * h.stride(0), inner, interleaved),
             weight ? weight[r] : A(1), halves(to + r * width, inner, interleaved), nullptr, inner);
         if (products) products[r] = product;

@@ -1,4 +1,5 @@
-// What is compiled once per instruction set, as tables of functions, and how a table is chosen.
+// What is compiled once per instruction set, as tables of functions. cpu/kernel_table.h chooses
+// one.
 #pragma once
 
 #include <cstdint>
@@ -30,8 +31,15 @@ struct RowKernels {
   void (*scale)(T* out, const T* in, A factor, int64_t n);
   // sums[i] += factor * row[i]
   void (*add_scaled)(A* sums, const T* row, A factor, int64_t n);
+  void (*add_precisely)(double* sums, const T* row, A factor, int64_t n);
   void (*widen)(A* out, const T* in, int64_t n);
   void (*narrow)(T* out, const A* in, int64_t n);
+};
+
+// Activations of rows, and their derivatives.
+template <typename T>
+struct ActivationKernels {
+  using A = acc_t<T>;
 
   // out = activation(h) * weight, over n elements of I.
   void (*activation)(const ActivationOptions& options, T* out, HalvesOf<const T> h, A weight,
@@ -59,49 +67,74 @@ struct ScoreKernels {
                           const A* logits, int64_t n);
 };
 
-struct KernelTable {
-  RowKernels<bf16> rows_bf16;
-  RowKernels<fp16> rows_fp16;
-  RowKernels<float> rows_float;
-  RowKernels<double> rows_double;
-  ScoreKernels<float> scores_float;
-  ScoreKernels<double> scores_double;
+// The matrix that rows are multiplied with: element (k, n) is at data[k * stride_k + n * stride_n].
+// One of the strides is 1, and rows are packed for matrices of either kind.
+template <typename T>
+struct MatrixOf {
+  const T* data;
+  int64_t stride_k;
+  int64_t stride_n;
+  bool k_contiguous;
 };
 
-// The table of the instruction set in use.
-const KernelTable& kernel_table();
+struct Range {
+  int64_t begin;
+  int64_t end;
+
+  int64_t size() const { return end - begin; }
+};
+
+// Where products go: in T, or in what they are summed in.
+template <typename T>
+struct OutputOf {
+  T* narrow;  // if not null
+  acc_t<T>* wide;
+  int64_t stride;
+  bool accumulate;  // add to wide
+};
+
+constexpr int64_t kOutputColumns = 16;
+
+// Matrix products. Each result is summed over k in an order that depends on the sizes alone.
+template <typename T>
+struct GemmKernels {
+  using A = acc_t<T>;
+
+  // Bytes of m packed rows of k elements.
+  int64_t (*packed_size)(bool k_contiguous, int64_t m, int64_t k);
+  // Packs elements `part` of rows of k, an even begin; rows[i] is where that part of row i lies.
+  void (*pack)(bool k_contiguous, void* packed, const T* const* rows, int64_t m, int64_t k,
+               Range part);
+  // out[i, j] = sum over k of row i times column columns.begin + j of b. Columns of out up to a
+  // multiple of kOutputColumns are overwritten.
+  void (*multiply)(const void* packed, int64_t m, int64_t k, const MatrixOf<T>& b, Range columns,
+                   A* out, int64_t out_stride);
+};
 
 template <typename T>
-const RowKernels<T>& row_kernels() {
-  const KernelTable& table = kernel_table();
-  if constexpr (std::is_same_v<T, bf16>) return table.rows_bf16;
-  if constexpr (std::is_same_v<T, fp16>) return table.rows_fp16;
-  if constexpr (std::is_same_v<T, float>) return table.rows_float;
-  if constexpr (std::is_same_v<T, double>) return table.rows_double;
-}
+struct WeightGradKernels {
+  // out[i, j] = sum over m of a[m][i_range.begin + i] * b[m][j_range.begin + j].
+  void (*weight_grad)(const T* const* a, const T* const* b, int64_t m, Range i_range, Range j_range,
+                      const OutputOf<T>& out);
+};
 
-template <typename A>
-const ScoreKernels<A>& score_kernels() {
-  if constexpr (std::is_same_v<A, float>) return kernel_table().scores_float;
-  if constexpr (std::is_same_v<A, double>) return kernel_table().scores_double;
-}
+// Memory of the calling thread, 64-byte aligned, one piece for each use: good until the next call
+// for the same use.
+enum class Scratch { kKernel, kRows, kTile, kNarrowTile, kCount };
+void* thread_scratch(Scratch use, int64_t bytes);
 
-// One entry for each file of CPU_SIMD_SOURCES, in the namespace of its instruction set.
-#define MOE_DECLARE_KERNELS(CAPABILITY)          \
-  namespace CAPABILITY {                         \
-  template <typename T>                          \
-  void fill_rows(RowKernels<T>& kernels);        \
-  template <typename T>                          \
-  void fill_activations(RowKernels<T>& kernels); \
-  template <typename A>                          \
-  void fill_scores(ScoreKernels<A>& kernels);    \
+// Fills a table with the functions of one instruction set.
+#define MOE_DECLARE_FILL(CAPABILITY) \
+  namespace CAPABILITY {             \
+  template <typename Kernels>        \
+  void fill(Kernels& kernels);       \
   }
 
-MOE_DECLARE_KERNELS(DEFAULT)
+MOE_DECLARE_FILL(DEFAULT)
 #if defined(__x86_64__)
-MOE_DECLARE_KERNELS(AVX2)
-MOE_DECLARE_KERNELS(AVX512)
-MOE_DECLARE_KERNELS(AVX512_BF16)
+MOE_DECLARE_FILL(AVX2)
+MOE_DECLARE_FILL(AVX512)
+MOE_DECLARE_FILL(AVX512_BF16)
 #endif
 
 }  // namespace moe

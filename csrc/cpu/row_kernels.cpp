@@ -72,6 +72,16 @@ void add_scaled(acc_t<T>* sums, const T* row, acc_t<T> factor, int64_t n) {
 }
 
 template <typename T>
+void add_precisely(double* sums, const T* row, acc_t<T> factor, int64_t n) {
+  using A = acc_t<T>;
+  for_vectors<A>(n, [&](int64_t i, int64_t lanes) {
+    A products[kLanes<A>];
+    store(products, load_n(row + i, lanes) * factor);
+    for (int64_t j = 0; j < lanes; ++j) sums[i + j] += products[j];
+  });
+}
+
+template <typename T>
 void widen(acc_t<T>* out, const T* in, int64_t n) {
   for_vectors<acc_t<T>>(
       n, [&](int64_t i, int64_t lanes) { store_n(out + i, load_n(in + i, lanes), lanes); });
@@ -137,8 +147,6 @@ void scores_backward(ScoreFunc func, A* grad_logits, const A* grad, const A* sco
   });
 }
 
-}  // namespace
-
 template <typename T>
 void fill_rows(RowKernels<T>& kernels) {
   kernels.weighted_sum = weighted_sum<T, T>;
@@ -146,6 +154,7 @@ void fill_rows(RowKernels<T>& kernels) {
   kernels.dot = dot<T>;
   kernels.scale = scale<T>;
   kernels.add_scaled = add_scaled<T>;
+  kernels.add_precisely = add_precisely<T>;
   kernels.widen = widen<T>;
   kernels.narrow = narrow<T>;
 }
@@ -156,11 +165,15 @@ void fill_scores(ScoreKernels<A>& kernels) {
   kernels.scores_backward = scores_backward<A>;
 }
 
-template void fill_rows(RowKernels<bf16>&);
-template void fill_rows(RowKernels<fp16>&);
-template void fill_rows(RowKernels<float>&);
-template void fill_rows(RowKernels<double>&);
-template void fill_scores(ScoreKernels<float>&);
-template void fill_scores(ScoreKernels<double>&);
+}  // namespace
+
+// clang-format off
+template <> void fill(RowKernels<bf16>& kernels) { fill_rows(kernels); }
+template <> void fill(RowKernels<fp16>& kernels) { fill_rows(kernels); }
+template <> void fill(RowKernels<float>& kernels) { fill_rows(kernels); }
+template <> void fill(RowKernels<double>& kernels) { fill_rows(kernels); }
+template <> void fill(ScoreKernels<float>& kernels) { fill_scores(kernels); }
+template <> void fill(ScoreKernels<double>& kernels) { fill_scores(kernels); }
+// clang-format on
 
 }  // namespace moe::CPU_CAPABILITY

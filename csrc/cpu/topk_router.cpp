@@ -13,7 +13,7 @@
 
 #include "common/dtypes.h"
 #include "common/parallel.h"
-#include "cpu/kernels.h"
+#include "cpu/kernel_table.h"
 
 namespace moe {
 
@@ -135,8 +135,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> topk_router(
 
   dispatch_float(logits.scalar_type(), "topk_router", [&]<typename T>() {
     using A = acc_t<T>;
-    const auto& rows = row_kernels<T>();
-    const auto& functions = score_kernels<A>();
+    const auto& rows = kernels<RowKernels<T>>();
+    const auto& functions = kernels<ScoreKernels<A>>();
     const A scale = static_cast<A>(route_scale);
     parallel_rows(tokens, 16 * experts * sizeof(A), [&](int64_t begin, int64_t end) {
       Selector<A> selector(experts, top_k, groups);
@@ -196,8 +196,8 @@ at::Tensor topk_router_backward(const std::optional<at::Tensor>& grad_weights,
   const at::Tensor out = at::empty({tokens, experts}, logits.options());
   dispatch_float(logits.scalar_type(), "topk_router_backward", [&]<typename T>() {
     using A = acc_t<T>;
-    const auto& rows = row_kernels<T>();
-    const auto& functions = score_kernels<A>();
+    const auto& rows = kernels<RowKernels<T>>();
+    const auto& functions = kernels<ScoreKernels<A>>();
     const A scale = static_cast<A>(route_scale);
     parallel_rows(tokens, 16 * experts * sizeof(A), [&](int64_t begin, int64_t end) {
       std::vector<A> raw(experts), score(experts), grad_score(experts), grad(experts);

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "common/parallel.h"
-#include "cpu/kernels.h"
+#include "cpu/kernel_table.h"
 #include "cpu/order.h"
 
 namespace moe {
@@ -32,7 +32,7 @@ at::Tensor unpermute(const at::Tensor& rows_RH, const at::Tensor& row_to_slot,
     const T* from = data<T>(rows);
     T* to = mutable_data<T>(out);
     const A* weight = weights.defined() ? data<A>(weights) : nullptr;
-    const auto& kernels = row_kernels<T>();
+    const auto& functions = kernels<RowKernels<T>>();
     const int64_t bytes = (order.top_k + 1) * hidden * sizeof(T);
     parallel_rows(order.tokens, bytes, [&](int64_t begin, int64_t end) {
       std::vector<const T*> mine(order.top_k);
@@ -45,7 +45,7 @@ at::Tensor unpermute(const at::Tensor& rows_RH, const at::Tensor& row_to_slot,
           mine[count] = from + r * stride;
           scales[count++] = weight ? weight[s] : A(1);
         }
-        kernels.weighted_sum(to + t * hidden, mine.data(), scales.data(), count, hidden);
+        functions.weighted_sum(to + t * hidden, mine.data(), scales.data(), count, hidden);
       }
     });
   });
@@ -68,7 +68,7 @@ std::tuple<at::Tensor, at::Tensor> unpermute_backward(
     using A = acc_t<T>;
     const T* g = data<T>(grad);
     const A* weight = data<A>(weights);
-    const auto& kernels = row_kernels<T>();
+    const auto& functions = kernels<RowKernels<T>>();
     const int64_t stride = grad.stride(0), bytes = 2 * hidden * sizeof(T);
     if (needs[0]) {
       grad_rows = at::empty({num_rows, hidden}, rows.options());
@@ -80,7 +80,7 @@ std::tuple<at::Tensor, at::Tensor> unpermute_backward(
             continue;
           }
           const int64_t slot = order.row_to_slot()[r];
-          kernels.scale(to + r * hidden, g + slot / order.top_k * stride, weight[slot], hidden);
+          functions.scale(to + r * hidden, g + slot / order.top_k * stride, weight[slot], hidden);
         }
       });
     }
@@ -92,7 +92,7 @@ std::tuple<at::Tensor, at::Tensor> unpermute_backward(
         for (int64_t s = begin; s < end; ++s) {
           const int64_t r = order.slot_to_row()[s];
           const T* row = from + r * rows.stride(0);
-          to[s] = r < used ? kernels.dot(row, g + s / order.top_k * stride, hidden) : A(0);
+          to[s] = r < used ? functions.dot(row, g + s / order.top_k * stride, hidden) : A(0);
         }
       });
       grad_weights = sums.to(weights_TK.scalar_type());

@@ -1,0 +1,345 @@
+// Rows times a matrix.
+//
+// m rows of k elements, n columns. Where a column of the matrix is contiguous (k_contiguous:
+// weights stored [n, k]) it is spread from where it lies, and vectors hold many packed rows; few
+// rows are instead multiplied with it element by element. Where a row of it is contiguous, a block
+// of the matrix is packed into vectors of columns, and rows are spread.
+#include "cpu/kernels.h"
+#include "cpu/panels.h"
+#include "cpu/tiles.h"
+
+namespace moe::CPU_CAPABILITY {
+
+namespace {
+
+constexpr int64_t kCacheBytes = 384 << 10;  // of a second-level cache, for what is read repeatedly
+
+template <typename T>
+constexpr int kStep = kLanes<acc_t<T>> * Compute<T>::G;  // elements of k in a vector
+
+// Elements of a packed row: whole vectors, and one more so that rows do not fall on the same lines
+// of a cache.
+template <typename T>
+MOE_INLINE int64_t padded(int64_t k) {
+  return (ceil_div(k, kStep<T>) + 1) * kStep<T>;
+}
+
+// How m rows are packed for a k-contiguous matrix: blocks of vectors, each [groups, vectors, lanes,
+// G], then rows that would fill less than half a vector, each padded.
+template <typename T>
+struct Blocks {
+  int64_t vectors, rest, count;
+
+  explicit Blocks(int64_t m) {
+    constexpr int64_t L = kLanes<acc_t<T>>;
+    vectors = m / L;
+    rest = m % L;
+    if (rest > L / 2) {
+      ++vectors;
+      rest = 0;
+    }
+    count = ceil_div(vectors, OuterTile<T>::kMaxVectors);
+  }
+
+  // The number of the first vector of block i.
+  int64_t first(int64_t i) const { return vectors * i / count; }
+};
+
+template <typename T>
+MOE_INLINE int64_t group_count(int64_t k) {
+  return ceil_div(k, Compute<T>::G);
+}
+
+template <typename T>
+int64_t packed_size(bool k_contiguous, int64_t m, int64_t k) {
+  using U = operand_t<T>;
+  if (!k_contiguous) return m * padded<T>(k) * sizeof(U);
+  const Blocks<T> blocks(m);
+  const int64_t block = group_count<T>(k) * kStep<T>;
+  return (blocks.vectors * block + blocks.rest * padded<T>(k)) * sizeof(U);
+}
+
+// n elements and zeros up to `whole` of them.
+template <typename T>
+void pack_row(operand_t<T>* out, const T* row, int64_t n, int64_t whole) {
+  if constexpr (kNative<T>) {
+    std::memcpy(out, row, n * sizeof(T));
+  } else {
+    for (int64_t i = 0; i < n; i += kLanes<float>) {
+      const int64_t lanes = min(n - i, kLanes<float>);
+      if (lanes == kLanes<float>) {
+        store(out + i, load(row + i));
+      } else {
+        store_some(out + i, load_some(row + i, lanes), lanes);
+      }
+    }
+  }
+  std::memset(out + n, 0, (whole - n) * sizeof(operand_t<T>));
+}
+
+// Vector `vector` of so many rows, elements [0, n) of each: groups [0, groups) of it.
+template <typename T>
+void pack_vector(operand_t<T>* out, int64_t out_step, const T* const* rows, int64_t count,
+                 int64_t n) {
+  using A = acc_t<T>;
+  constexpr int L = kLanes<A>, G = Compute<T>::G;
+  for (int64_t k = 0; k < n; k += L * G) {
+    Vec<A> lanes[L];
+    MOE_UNROLL
+    for (int i = 0; i < L; ++i) {
+      if (i >= count) {
+        lanes[i] = Vec<A>{};
+      } else if (k + L * G <= n) {
+        lanes[i] = Groups<T>::load_wide(rows[i] + k);
+      } else {
+        T rest[L * G] = {};
+        std::memcpy(rest, rows[i] + k, (n - k) * sizeof(T));
+        lanes[i] = Groups<T>::load_wide(rest);
+      }
+    }
+    transpose<A>(lanes);
+    const int64_t groups = min(L, ceil_div(n - k, G));
+    operand_t<T>* to = out + k / G * out_step;
+    if (groups == L) {
+      MOE_UNROLL
+      for (int g = 0; g < L; ++g) std::memcpy(to + g * out_step, &lanes[g], sizeof(lanes[g]));
+    } else {
+      for (int64_t g = 0; g < groups; ++g)
+        std::memcpy(to + g * out_step, &lanes[g], sizeof(lanes[g]));
+    }
+  }
+}
+
+template <typename T>
+void pack(bool k_contiguous, void* packed, const T* const* rows, int64_t m, int64_t k, Range part) {
+  using U = operand_t<T>;
+  constexpr int64_t L = kLanes<acc_t<T>>, G = Compute<T>::G;
+  U* out = static_cast<U*>(packed);
+  const int64_t n = part.size(), row_size = padded<T>(k);
+  // The last part also writes the zeros.
+  const int64_t whole = part.end == k ? row_size - part.begin : n;
+  const Blocks<T> blocks(k_contiguous ? m : 0);
+  const int64_t groups = group_count<T>(k);
+  for (int64_t i = 0; i < blocks.count; ++i) {
+    const int64_t first = blocks.first(i), vectors = blocks.first(i + 1) - first;
+    U* block = out + first * groups * L * G + part.begin / G * vectors * L * G;
+    for (int64_t v = 0; v < vectors; ++v) {
+      const int64_t row = (first + v) * L;
+      pack_vector<T>(block + v * L * G, vectors * L * G, rows + row, min(m - row, L), n);
+    }
+  }
+  const int64_t done = min(blocks.vectors * L, m);
+  out += blocks.vectors * groups * L * G + part.begin;
+  for (int64_t i = done; i < m; ++i) pack_row<T>(out + (i - done) * row_size, rows[i], n, whole);
+}
+
+// --------------------------------------------------------------------------------- tile tables
+template <typename T>
+using OuterFunction = void (*)(const OuterTile<T>&);
+
+// Fills the registers: the tile for so many vectors of columns.
+template <typename T, size_t... vectors>
+MOE_INLINE OuterFunction<T> full_tile(int64_t count, std::index_sequence<vectors...>) {
+  static constexpr OuterFunction<T> table[] = {
+      outer_tile<T, OuterTile<T>::rows_for(vectors + 1), vectors + 1>...};
+  return table[count - 1];
+}
+
+template <typename T>
+using DotFunction = void (*)(const DotTile<T>&);
+
+template <typename T, size_t... b>
+MOE_INLINE DotFunction<T> dot_function(int64_t count, std::index_sequence<b...>) {
+  static constexpr DotFunction<T> table[] = {dot_tile<T, DotTile<T>::rows_for(b + 1), b + 1>...};
+  return table[count - 1];
+}
+
+// ------------------------------------------------------------------ matrices stored [n, k]
+// Columns [begin, end) of b for packed vectors of rows; transposed on the way to out.
+template <typename T>
+void multiply_vectors(const operand_t<T>* packed, int64_t rows, int64_t vectors, int64_t k,
+                      const MatrixOf<T>& b, Range columns, acc_t<T>* out, int64_t out_stride) {
+  using U = operand_t<T>;
+  using A = acc_t<T>;
+  using Tile = OuterTile<T>;
+  constexpr int L = kLanes<A>, G = Compute<T>::G;
+  constexpr int64_t kColumns = 48;
+  const bool in_place = kNative<T> && k % G == 0;
+  const int64_t width = vectors * L, tile_columns = Tile::rows_for(vectors);
+  const int64_t groups = group_count<T>(k);
+  // So much of k at a time that its part of the packed rows stays in the cache.
+  const int64_t parts = ceil_div(groups * width * G * sizeof(U), kCacheBytes);
+  const int64_t part_groups = ceil_div(groups, parts);
+  const int64_t result_size = ceil_div(kColumns, L) * L * width;
+  const int64_t stage_size = in_place ? 0 : Tile::kMaxRows * part_groups * G;
+  A* result = static_cast<A*>(
+      thread_scratch(Scratch::kKernel, result_size * sizeof(A) + stage_size * sizeof(U)));
+  U* stage = reinterpret_cast<U*>(result + result_size);
+  const auto run = full_tile<T>(vectors, std::make_index_sequence<Tile::kMaxVectors>());
+
+  for (int64_t c = columns.begin; c < columns.end; c += kColumns) {
+    const int64_t count = min(kColumns, columns.end - c);
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t g = part * part_groups, part_size = min(part_groups, groups - g);
+      Tile tile;
+      tile.row_step = G;
+      tile.columns = packed + g * width * G;
+      tile.column_step = width * G;
+      tile.groups = part_size;
+      tile.out_stride = width;
+      tile.accumulate = part > 0;
+      tile.narrow = nullptr;
+      for (int64_t t = 0; t < count; t += tile_columns) {
+        // Past the last column the last one is repeated; those results are never read.
+        const auto column = [&](int64_t i) {
+          return b.data + (c + min(t + i, count - 1)) * b.stride_n + g * G;
+        };
+        if constexpr (kNative<T>) {
+          for (int64_t i = 0; in_place && i < tile_columns; ++i) tile.rows[i] = column(i);
+        }
+        if (!in_place) {
+          const int64_t n = min(part_size * G, k - g * G);
+          for (int64_t i = 0; i < tile_columns; ++i) {
+            U* row = stage + i * part_groups * G;
+            if (i == 0 || t + i < count) pack_row<T>(row, column(i), n, part_size * G);
+            tile.rows[i] = row;
+          }
+        }
+        tile.out = result + t * width;
+        tile.prefetch = reinterpret_cast<const char*>(column(0) + tile_columns * b.stride_n);
+        tile.prefetch_step = tile_columns * G * sizeof(T);
+        run(tile);
+      }
+    }
+    for (int64_t i = 0; i < count; i += L) {
+      for (int64_t r = 0; r < rows; r += L) {
+        Vec<A> lanes[L];
+        MOE_UNROLL
+        for (int j = 0; j < L; ++j) lanes[j] = load(result + (i + j) * width + r);
+        transpose<A>(lanes);
+        A* to = out + r * out_stride + (c - columns.begin) + i;
+        const int64_t row_count = min(rows - r, L);
+        for (int64_t j = 0; j < row_count; ++j) store(to + j * out_stride, lanes[j]);
+      }
+    }
+  }
+}
+
+// The same for a few padded rows.
+template <typename T>
+void multiply_few(const operand_t<T>* packed, int64_t rows, int64_t k, const MatrixOf<T>& b,
+                  Range columns, acc_t<T>* out, int64_t out_stride) {
+  using Tile = DotTile<T>;
+  const int64_t row_size = padded<T>(k), tiles = ceil_div(rows, Tile::kMaxB);
+  for (int64_t i = 0; i < tiles; ++i) {
+    const int64_t first = rows * i / tiles, count = rows * (i + 1) / tiles - first;
+    const int64_t tile_columns = Tile::rows_for(count);
+    const auto run = dot_function<T>(count, std::make_index_sequence<Tile::kMaxB>());
+    Tile tile;
+    tile.b = packed + first * row_size;
+    tile.b_stride = row_size;
+    tile.k = k;
+    tile.out_stride = out_stride;
+    tile.prefetch_distance = tile_columns * b.stride_n;
+    for (int64_t c = columns.begin; c < columns.end; c += tile_columns) {
+      tile.out_count = min(tile_columns, columns.end - c);
+      for (int64_t j = 0; j < tile_columns; ++j) {
+        tile.a[j] = b.data + (c + min(j, tile.out_count - 1)) * b.stride_n;
+      }
+      tile.out = out + first * out_stride + (c - columns.begin);
+      run(tile);
+    }
+  }
+}
+
+// --------------------------------------------------------------------- matrices stored [k, n]
+template <typename T>
+void multiply_spread_rows(const operand_t<T>* packed, int64_t m, int64_t k, const MatrixOf<T>& b,
+                          Range columns, acc_t<T>* out, int64_t out_stride) {
+  using U = operand_t<T>;
+  using A = acc_t<T>;
+  using Tile = OuterTile<T>;
+  constexpr int L = kLanes<A>, G = Compute<T>::G;
+  constexpr int64_t kPanel = kPanelVectors * L, kBlockGroups = 256;
+  const int64_t groups = group_count<T>(k), row_size = padded<T>(k);
+  const int64_t block_groups = min(groups, kBlockGroups);
+  const int64_t block_columns =
+      max(kPanel, kCacheBytes / (block_groups * G * sizeof(U)) / kPanel * kPanel);
+  const int64_t widest = min(block_columns, ceil_div(columns.size(), kPanel) * kPanel);
+  U* panels =
+      static_cast<U*>(thread_scratch(Scratch::kKernel, widest * block_groups * G * sizeof(U)));
+
+  Tile tile;
+  tile.row_step = G;
+  tile.narrow = nullptr;
+  tile.out_stride = out_stride;
+  for (int64_t c = columns.begin; c < columns.end; c += block_columns) {
+    const int64_t block_end = min(c + block_columns, columns.end);
+    for (int64_t g = 0; g < groups; g += block_groups) {
+      tile.groups = min(block_groups, groups - g);
+      tile.accumulate = g > 0;
+      const auto row = [&](int64_t i) { return b.data + i * b.stride_k; };
+      const Range part{g * G, min((g + tile.groups) * G, k)};
+      pack_panels<T>(panels, row, part, Range{c, block_end});
+      for (int64_t p = c; p < block_end; p += kPanel) {
+        const int64_t vectors = ceil_div(min(kPanel, block_end - p), L);
+        tile.columns = panels + (p - c) * tile.groups * G;
+        tile.column_step = vectors * L * G;
+        tile.prefetch = reinterpret_cast<const char*>(tile.columns);
+        tile.prefetch_step = 0;
+        for_row_tiles(m, [&](int64_t r, int64_t count) {
+          for (int64_t i = 0; i < count; ++i) tile.rows[i] = packed + (r + i) * row_size + g * G;
+          tile.out = out + r * out_stride + (p - columns.begin);
+          panel_tile<T>(count, vectors)(tile);
+        });
+      }
+    }
+  }
+}
+
+template <typename T>
+void multiply(const void* packed_rows, int64_t m, int64_t k, const MatrixOf<T>& b, Range columns,
+              acc_t<T>* out, int64_t out_stride) {
+  using A = acc_t<T>;
+  constexpr int64_t L = kLanes<A>;
+  const auto* packed = static_cast<const operand_t<T>*>(packed_rows);
+  if (k == 0) {
+    for (int64_t i = 0; i < m; ++i)
+      std::memset(out + i * out_stride, 0, columns.size() * sizeof(A));
+    return;
+  }
+  if (!b.k_contiguous) return multiply_spread_rows(packed, m, k, b, columns, out, out_stride);
+  const Blocks<T> blocks(m);
+  const int64_t vector_size = group_count<T>(k) * kStep<T>, done = min(blocks.vectors * L, m);
+  // So many columns at a time that they stay in the cache while all rows meet them.
+  const int64_t step = max(48, kCacheBytes / static_cast<int64_t>(k * sizeof(T)) / 48 * 48);
+  for (int64_t c = columns.begin; c < columns.end; c += step) {
+    const Range part{c, min(c + step, columns.end)};
+    A* to = out + (c - columns.begin);
+    for (int64_t i = 0; i < blocks.count; ++i) {
+      const int64_t first = blocks.first(i), end = blocks.first(i + 1);
+      multiply_vectors<T>(packed + first * vector_size, min(end * L, m) - first * L, end - first, k,
+                          b, part, to + first * L * out_stride, out_stride);
+    }
+    multiply_few<T>(packed + blocks.vectors * vector_size, m - done, k, b, part,
+                    to + done * out_stride, out_stride);
+  }
+}
+
+template <typename T>
+void fill_gemm(GemmKernels<T>& kernels) {
+  kernels.packed_size = packed_size<T>;
+  kernels.pack = pack<T>;
+  kernels.multiply = multiply<T>;
+}
+
+}  // namespace
+
+// clang-format off
+template <> void fill(GemmKernels<bf16>& kernels) { fill_gemm(kernels); }
+template <> void fill(GemmKernels<fp16>& kernels) { fill_gemm(kernels); }
+template <> void fill(GemmKernels<float>& kernels) { fill_gemm(kernels); }
+template <> void fill(GemmKernels<double>& kernels) { fill_gemm(kernels); }
+// clang-format on
+
+}  // namespace moe::CPU_CAPABILITY

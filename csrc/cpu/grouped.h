@@ -1,0 +1,107 @@
+// Groups of rows, the matrices of their experts, and how the work on them is divided.
+//
+// R rows, E experts, Kd contracted size, N columns.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "common/dtypes.h"
+#include "cpu/kernel_table.h"
+
+namespace moe {
+
+// One matrix for each expert: [E, Kd, N], with the strides it came with if it can be multiplied so.
+class Weights {
+ public:
+  explicit Weights(const at::Tensor& weights) : weights_(weights) {
+    k_contiguous_ = weights.size(1) <= 1 || weights.stride(1) == 1;
+    const bool n_contiguous = weights.size(2) <= 1 || weights.stride(2) == 1;
+    if (n_contiguous && (weights.size(1) <= 1 || weights.stride(2) == 1)) k_contiguous_ = false;
+    if (!k_contiguous_ && !n_contiguous) weights_ = weights.contiguous();
+  }
+
+  int64_t experts() const { return weights_.size(0); }
+  int64_t inner() const { return weights_.size(1); }
+  int64_t columns() const { return weights_.size(2); }
+  bool k_contiguous() const { return k_contiguous_; }
+
+  template <typename T>
+  MatrixOf<T> of(int64_t expert) const {
+    return {data<T>(weights_) + expert * weights_.stride(0), weights_.stride(1), weights_.stride(2),
+            k_contiguous_};
+  }
+
+ private:
+  at::Tensor weights_;
+  bool k_contiguous_;
+};
+
+// Consecutive rows of one expert that are packed and multiplied together.
+struct RowBlock {
+  int64_t expert, begin, count;
+};
+
+constexpr int64_t kRowsPerBlock = 192;
+
+// The rows of each expert in blocks as even as possible; none for an expert without rows.
+std::vector<RowBlock> row_blocks(const int32_t* offsets, int64_t experts);
+
+inline int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+// Columns of a unit of work: at most `most`, and less, down to `least`, where there would be too
+// few units for the threads. Results do not depend on it.
+int64_t columns_per_unit(int64_t columns, int64_t blocks, int64_t most, int64_t least);
+
+// Packed rows of the blocks that a thread works on: packed anew when it comes to another block.
+template <typename T>
+class PackedRows {
+ public:
+  PackedRows(bool k_contiguous, int64_t k)
+      : k_contiguous_(k_contiguous), k_(k), last_(at::get_num_threads(), -1) {}
+
+  // row(i) is where row i of the block lies.
+  template <typename Row>
+  const void* get(int thread, int64_t block, int64_t count, Row row) {
+    const auto& functions = kernels<GemmKernels<T>>();
+    void* packed = thread_scratch(Scratch::kRows, functions.packed_size(k_contiguous_, count, k_));
+    if (std::exchange(last_[thread], block) != block) {
+      const T* rows[kRowsPerBlock];
+      for (int64_t i = 0; i < count; ++i) rows[i] = row(i);
+      functions.pack(k_contiguous_, packed, rows, count, k_, Range{0, k_});
+    }
+    return packed;
+  }
+
+ private:
+  bool k_contiguous_;
+  int64_t k_;
+  std::vector<int64_t> last_;
+};
+
+// out[e] = (or +=, if accumulate) a[rows of e]^T grad[rows of e], for rows given by pointers to
+// their first elements. out is [E, Kd, N] in T or in acc_t<T>, with unit stride in one of the last
+// two dimensions.
+template <typename T>
+void weight_grad(const at::Tensor& out, bool accumulate, const std::vector<const T*>& a,
+                 const std::vector<const T*>& grad, const int32_t* offsets);
+
+// The sum of each expert's rows: [E, N] in T, where scales (if not null) weigh the rows.
+template <typename T>
+void bias_grad(const at::Tensor& out, const std::vector<const T*>& rows, const acc_t<T>* scales,
+               const int32_t* offsets);
+
+// An uninitialised tensor, on large pages where it is large: first touching memory page by page
+// costs as much as computing a gradient.
+at::Tensor empty_large(at::IntArrayRef sizes, const at::TensorOptions& options);
+
+// The same for the gradient of a weight: stored as the weight is, which lets autograd take it over.
+at::Tensor empty_weight_grad(int64_t experts, int64_t inner, int64_t columns, bool transposed,
+                             const at::TensorOptions& options);
+
+}  // namespace moe

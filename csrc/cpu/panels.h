@@ -1,0 +1,90 @@
+// Panels: blocks of columns in vectors of groups, [columns / panel, groups, panel, G], packed from
+// rows that are contiguous along the columns. Shared by products with matrices stored [k, n] and by
+// gradients of weights, where rows of both factors are summed over.
+#pragma once
+
+#include "cpu/kernels.h"
+#include "cpu/tiles.h"
+
+namespace moe::CPU_CAPABILITY {
+
+MOE_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+MOE_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+MOE_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+
+constexpr int kPanelVectors = kRegisters == 32 ? 4 : 2;
+constexpr int kPanelRows = 6;  // rows of a tile over a whole panel
+
+// Vectors [0, vectors) of one group of columns: row and, where G = 2, the next row, or null past
+// the last one.
+template <typename T>
+MOE_INLINE void pack_group(operand_t<T>* out, const T* row, [[maybe_unused]] const T* next,
+                           int64_t columns) {
+  using A = acc_t<T>;
+  constexpr int L = kLanes<A>;
+  if constexpr (Compute<T>::G == 1) {
+    for (int64_t c = 0; c < columns; c += L) {
+      const int64_t n = columns - c;
+      store(out + c, n >= L ? load(row + c) : load_some(row + c, n));
+    }
+  } else {
+#if defined(CPU_CAPABILITY_AVX512_BF16)
+    typedef uint16_t Wide __attribute__((vector_size(64)));
+    for (int64_t c = 0; c < columns; c += 2 * L) {
+      const int64_t n = columns - c;
+      Wide a{}, b{}, lower, upper;
+      if (n >= 2 * L) {
+        a = load_raw<Wide>(row + c);
+        if (next) b = load_raw<Wide>(next + c);
+      } else {
+        std::memcpy(&a, row + c, n * sizeof(T));
+        if (next) std::memcpy(&b, next + c, n * sizeof(T));
+      }
+      interleave(a, b, lower, upper);
+      std::memcpy(out + 2 * c, &lower, sizeof(lower));
+      if (n > L) std::memcpy(out + 2 * (c + L), &upper, sizeof(upper));
+    }
+#endif
+  }
+}
+
+// Packs rows [part.begin, part.end) of `row(i)`, and columns of each. A panel that is not full has
+// fewer vectors.
+template <typename T, typename Row>
+MOE_INLINE void pack_panels(operand_t<T>* out, Row row, Range part, Range columns) {
+  constexpr int L = kLanes<acc_t<T>>, G = Compute<T>::G;
+  constexpr int64_t kPanel = kPanelVectors * L;
+  const int64_t groups = ceil_div(part.size(), G);
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t r = part.begin + g * G;
+    const T* first = row(r) + columns.begin;
+    const T* second = G == 2 && r + 1 < part.end ? row(r + 1) + columns.begin : nullptr;
+    for (int64_t c = 0; c < columns.size(); c += kPanel) {
+      const int64_t width = min(kPanel, columns.size() - c), stored = ceil_div(width, L) * L;
+      pack_group<T>(out + (c * groups + g * stored) * G, first + c, second ? second + c : nullptr,
+                    width);
+    }
+  }
+}
+
+template <typename T, size_t... i>
+MOE_INLINE auto panel_tile(int64_t rows, int64_t vectors, std::index_sequence<i...>) {
+  static constexpr void (*table[])(const OuterTile<T>&) = {
+      outer_tile<T, i / kPanelVectors + 1, i % kPanelVectors + 1>...};
+  return table[(rows - 1) * kPanelVectors + vectors - 1];
+}
+
+// The tile of 1 to kPanelRows rows over 1 to kPanelVectors vectors.
+template <typename T>
+MOE_INLINE auto panel_tile(int64_t rows, int64_t vectors) {
+  return panel_tile<T>(rows, vectors, std::make_index_sequence<kPanelRows * kPanelVectors>());
+}
+
+// f(first, count) over m rows in tiles as even as possible.
+template <typename F>
+MOE_INLINE void for_row_tiles(int64_t m, F f) {
+  const int64_t tiles = ceil_div(m, kPanelRows);
+  for (int64_t i = 0; i < tiles; ++i) f(m * i / tiles, m * (i + 1) / tiles - m * i / tiles);
+}
+
+}  // namespace moe::CPU_CAPABILITY

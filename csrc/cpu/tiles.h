@@ -1,0 +1,300 @@
+// Register tiles of matrix products, the innermost loops of everything that multiplies.
+//
+// T is what the matrices hold, U what is multiplied, in groups of G consecutive values of the
+// contracted index: pairs of bf16 where the processor has such an instruction, else single floats
+// or doubles.
+#pragma once
+
+#include <utility>
+
+#include "cpu/simd.h"
+
+#if defined(__clang__)
+#define MOE_UNROLL _Pragma("unroll")
+#else
+#define MOE_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+namespace moe::CPU_CAPABILITY {
+
+template <typename T>
+struct Compute {
+  using U = acc_t<T>;
+  static constexpr int G = 1;
+};
+
+#if defined(CPU_CAPABILITY_AVX512_BF16)
+template <>
+struct Compute<bf16> {
+  using U = bf16;
+  static constexpr int G = 2;
+};
+#endif
+
+template <typename T>
+using operand_t = typename Compute<T>::U;
+
+// Whether T can be multiplied as it lies in memory.
+template <typename T>
+constexpr bool kNative = std::is_same_v<T, operand_t<T>>;
+
+// One vector of groups: kLanes sums of G products each.
+template <typename T>
+struct Groups {
+  using U = operand_t<T>;
+  using A = acc_t<T>;
+  static constexpr int G = Compute<T>::G;
+
+  using V = Vec<A>;  // for pairs, their bits
+
+  static MOE_INLINE V load(const U* p) { return load_raw<V>(p); }
+
+  // From elements as they lie in memory.
+  static MOE_INLINE V load_wide(const T* p) {
+    if constexpr (kNative<T>) {
+      return load_raw<V>(p);
+    } else {
+      return CPU_CAPABILITY::load(p);
+    }
+  }
+
+  // The group at p in every lane.
+  static MOE_INLINE V spread(const U* p) {
+#if defined(CPU_CAPABILITY_AVX512_BF16)
+    if constexpr (G == 2) {
+      int32_t pair;
+      std::memcpy(&pair, p, sizeof(pair));
+      return bit_cast<V>(_mm512_set1_epi32(pair));
+    } else
+#endif
+    {
+      return broadcast(static_cast<A>(*p));
+    }
+  }
+
+  static MOE_INLINE Vec<A> multiply_add(V a, V b, Vec<A> sum) {
+#if defined(CPU_CAPABILITY_AVX512_BF16)
+    if constexpr (G == 2) {
+      return bit_cast<V>(
+          _mm512_dpbf16_ps(bit_cast<__m512>(sum), bit_cast<__m512bh>(a), bit_cast<__m512bh>(b)));
+    } else
+#endif
+    {
+      return fma(a, b, sum);
+    }
+  }
+};
+
+// ------------------------------------------------------------------------------ rearrangements
+template <bool upper, typename V, size_t... i>
+MOE_INLINE V interleave_half(V a, V b, std::index_sequence<i...>) {
+  constexpr int n = sizeof...(i), first = upper ? n / 2 : 0;
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (first + i / 2 + i % 2 * n)...);
+#else
+  using E = std::remove_reference_t<decltype(a[0])>;
+  using Index = std::conditional_t<sizeof(E) == 8, int64_t,
+                                   std::conditional_t<sizeof(E) == 4, int32_t, int16_t>>;
+  typedef Index Mask __attribute__((vector_size(sizeof(V))));
+  return __builtin_shuffle(a, b, Mask{static_cast<Index>(first + i / 2 + i % 2 * n)...});
+#endif
+}
+
+// a[0] b[0] a[1] b[1] ...: the lower and the upper half of it.
+template <typename V>
+MOE_INLINE void interleave(V a, V b, V& lower, V& upper) {
+  constexpr auto lanes = std::make_index_sequence<sizeof(V) / sizeof(a[0])>();
+  lower = interleave_half<false>(a, b, lanes);
+  upper = interleave_half<true>(a, b, lanes);
+}
+
+// v[i][j] becomes v[j][i]: each pass moves the highest bit of a row's number into the lane's.
+template <typename A>
+MOE_INLINE void transpose(Vec<A> (&v)[kLanes<A>]) {
+  constexpr int L = kLanes<A>;
+  MOE_UNROLL
+  for (int bit = 1; bit < L; bit *= 2) {
+    Vec<A> next[L];
+    MOE_UNROLL
+    for (int i = 0; i < L / 2; ++i) {
+      interleave(v[i], v[i + L / 2], next[2 * i], next[2 * i + 1]);
+    }
+    MOE_UNROLL
+    for (int i = 0; i < L; ++i) v[i] = next[i];
+  }
+}
+
+// Lane i of the result is the sum of the lanes of v[i], each in the same order.
+template <typename A>
+MOE_INLINE Vec<A> sum_each(Vec<A> (&v)[kLanes<A>]) {
+  MOE_UNROLL
+  for (int n = kLanes<A> / 2; n > 0; n /= 2) {
+    MOE_UNROLL
+    for (int i = 0; i < n; ++i) {
+      Vec<A> lower, upper;
+      interleave(v[i], v[i + n], lower, upper);
+      v[i] = lower + upper;
+    }
+  }
+  return v[0];
+}
+
+// ------------------------------------------------------------------------------- outer products
+// Rows whose groups are spread, times vectors of columns.
+template <typename T>
+struct OuterTile {
+  using U = operand_t<T>;
+  using A = acc_t<T>;
+
+  static constexpr int kMaxRows = 12;
+  // How many vectors of columns there may be, and how many rows then fill the registers.
+  static constexpr int kMaxVectors = kRegisters == 32 ? 6 : 2;
+  static constexpr int rows_for(int vectors) {
+    constexpr int wide[] = {0, 12, 12, 8, 6, 5, 4};
+    constexpr int narrow[] = {0, 8, 6};
+    return kRegisters == 32 ? wide[vectors] : narrow[vectors];
+  }
+
+  const U* rows[kMaxRows];
+  int64_t row_step;  // from a group of a row to its next one
+  const U* columns;  // vectors of groups
+  int64_t column_step;
+  int64_t groups;
+  A* out;  // [rows, vectors * kLanes]
+  int64_t out_stride;
+  bool accumulate;  // add to out
+  T* narrow;        // if not null: written instead of out, in T
+  int64_t narrow_stride;
+  const char* prefetch;  // read ahead from here, so many bytes a group
+  int64_t prefetch_step;
+};
+
+template <typename T, int rows, int vectors>
+void outer_tile(const OuterTile<T>& tile) {
+  using Group = Groups<T>;
+  using A = acc_t<T>;
+  constexpr int L = kLanes<A>;
+  Vec<A> sums[rows][vectors];
+  const operand_t<T>* row[rows];
+  MOE_UNROLL
+  for (int r = 0; r < rows; ++r) {
+    row[r] = tile.rows[r];
+    MOE_UNROLL
+    for (int v = 0; v < vectors; ++v) {
+      sums[r][v] = tile.accumulate ? load(tile.out + r * tile.out_stride + v * L) : Vec<A>{};
+    }
+  }
+  const operand_t<T>* column = tile.columns;
+  const char* prefetch = tile.prefetch;
+  const int64_t groups = tile.groups, row_step = tile.row_step, column_step = tile.column_step;
+  const int64_t prefetch_step = tile.prefetch_step;
+  for (int64_t g = 0, at = 0; g < groups; ++g, at += row_step) {
+    typename Group::V b[vectors];
+    MOE_UNROLL
+    for (int v = 0; v < vectors; ++v) b[v] = Group::load(column + v * L * Group::G);
+    column += column_step;
+    __builtin_prefetch(prefetch);
+    prefetch += prefetch_step;
+    MOE_UNROLL
+    for (int r = 0; r < rows; ++r) {
+      const typename Group::V a = Group::spread(row[r] + at);
+      MOE_UNROLL
+      for (int v = 0; v < vectors; ++v) sums[r][v] = Group::multiply_add(a, b[v], sums[r][v]);
+    }
+  }
+  MOE_UNROLL
+  for (int r = 0; r < rows; ++r) {
+    MOE_UNROLL
+    for (int v = 0; v < vectors; ++v) {
+      if (tile.narrow) {
+        store(tile.narrow + r * tile.narrow_stride + v * L, sums[r][v]);
+      } else {
+        store(tile.out + r * tile.out_stride + v * L, sums[r][v]);
+      }
+    }
+  }
+}
+
+// --------------------------------------------------------------------------------- dot products
+// Rows of a matrix times packed rows, both along the contracted index.
+template <typename T>
+struct DotTile {
+  using A = acc_t<T>;
+  using U = operand_t<T>;
+
+  static constexpr int kMaxB = kRegisters == 32 ? 6 : 4;
+  // How many rows of a fill the registers with so many of b.
+  static constexpr int rows_for(int b) {
+    constexpr int wide[] = {0, 8, 8, 8, 6, 4, 4};
+    constexpr int narrow[] = {0, 4, 4, 4, 3};
+    return kRegisters == 32 ? wide[b] : narrow[b];
+  }
+  static constexpr int kMaxA = 8;
+
+  const T* a[kMaxA];
+  const U* b;  // zeros after k, up to a whole number of vectors
+  int64_t b_stride;
+  int64_t k;
+  A* out;  // [b, a]
+  int64_t out_stride;
+  int64_t out_count;          // of the rows of a
+  int64_t prefetch_distance;  // in elements of a
+};
+
+template <typename T, int na, int nb>
+void dot_tile(const DotTile<T>& tile) {
+  using Group = Groups<T>;
+  using A = acc_t<T>;
+  constexpr int L = kLanes<A>, step = L * Group::G;
+  Vec<A> sums[nb][na] = {};
+  const T* a[na];
+  MOE_UNROLL
+  for (int i = 0; i < na; ++i) a[i] = tile.a[i];
+  const operand_t<T>* b = tile.b;
+  const int64_t b_stride = tile.b_stride, ahead = tile.prefetch_distance;
+  const auto add = [&](int64_t k, const typename Group::V(&av)[na]) __attribute__((always_inline)) {
+    MOE_UNROLL
+    for (int j = 0; j < nb; ++j) {
+      const typename Group::V bv = Group::load(b + j * b_stride + k);
+      MOE_UNROLL
+      for (int i = 0; i < na; ++i) sums[j][i] = Group::multiply_add(av[i], bv, sums[j][i]);
+    }
+  };
+  const int64_t whole = tile.k / step * step;
+  typename Group::V av[na];
+  for (int64_t k = 0; k < whole; k += step) {
+    MOE_UNROLL
+    for (int i = 0; i < na; ++i) {
+      __builtin_prefetch(a[i] + k + ahead);
+      av[i] = Group::load_wide(a[i] + k);
+    }
+    add(k, av);
+  }
+  if (whole < tile.k) {
+    MOE_UNROLL
+    for (int i = 0; i < na; ++i) {
+      T rest[step] = {};
+      std::memcpy(rest, a[i] + whole, (tile.k - whole) * sizeof(T));
+      av[i] = Group::load_wide(rest);
+    }
+    add(whole, av);
+  }
+  constexpr int total = na * nb, chunks = (total + L - 1) / L;
+  A all[chunks * L];
+  MOE_UNROLL
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    Vec<A> part[L] = {};
+    MOE_UNROLL
+    for (int i = 0; i < L; ++i) {
+      const int s = chunk * L + i;
+      if (s < total) part[i] = sums[s / na][s % na];
+    }
+    store(all + chunk * L, sum_each<A>(part));
+  }
+  for (int j = 0; j < nb; ++j) {
+    for (int64_t i = 0; i < tile.out_count; ++i)
+      tile.out[j * tile.out_stride + i] = all[j * na + i];
+  }
+}
+
+}  // namespace moe::CPU_CAPABILITY

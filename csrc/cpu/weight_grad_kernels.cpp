@@ -1,0 +1,95 @@
+// Gradients of weights: rows of two factors multiplied and summed over the rows.
+//
+// out[i, j] = sum over m of a[m][i] * b[m][j].
+#include "cpu/kernels.h"
+#include "cpu/panels.h"
+#include "cpu/tiles.h"
+
+namespace moe::CPU_CAPABILITY {
+
+namespace {
+
+constexpr int64_t kBlockGroups = 256;  // of rows that are packed at a time
+
+// One row of sums to where it belongs.
+template <typename T>
+void emit(const OutputOf<T>& out, int64_t row, const acc_t<T>* sums, int64_t n) {
+  using A = acc_t<T>;
+  constexpr int L = kLanes<A>;
+  A* wide = out.narrow ? nullptr : out.wide + row * out.stride;
+  T* narrow = out.narrow ? out.narrow + row * out.stride : nullptr;
+  for (int64_t c = 0; c < n; c += L) {
+    const int64_t lanes = min(n - c, L);
+    Vec<A> value = load_some(sums + c, lanes);
+    if (narrow) {
+      store_some(narrow + c, value, lanes);
+    } else {
+      if (out.accumulate) value += load_some(wide + c, lanes);
+      store_some(wide + c, value, lanes);
+    }
+  }
+}
+
+template <typename T>
+void weight_grad(const T* const* a, const T* const* b, int64_t m, Range i_range, Range j_range,
+                 const OutputOf<T>& out) {
+  using U = operand_t<T>;
+  using A = acc_t<T>;
+  constexpr int L = kLanes<A>, G = Compute<T>::G;
+  constexpr int64_t kPanel = kPanelVectors * L;
+  const int64_t groups = ceil_div(m, G), block_groups = max(min(groups, kBlockGroups), 1);
+  const int64_t blocks = max(ceil_div(groups, block_groups), 1);
+  const int64_t rows = i_range.size(), columns = j_range.size();
+  const int64_t a_columns = ceil_div(rows, L) * L, b_columns = ceil_div(columns, L) * L;
+  // Sums are kept aside where whole vectors would not fit, or where the result cannot hold them.
+  const bool aside = columns != b_columns || (out.narrow && blocks > 1);
+  const int64_t sums_size = aside ? rows * b_columns : 0;
+  A* sums = static_cast<A*>(thread_scratch(
+      Scratch::kKernel,
+      sums_size * sizeof(A) + (a_columns + b_columns) * block_groups * G * sizeof(U)));
+  U* a_panels = reinterpret_cast<U*>(sums + sums_size);
+  U* b_panels = a_panels + a_columns * block_groups * G;
+
+  OuterTile<T> tile;
+  A* wide = aside ? sums : out.wide;
+  T* narrow = aside ? nullptr : out.narrow;
+  tile.out_stride = aside ? b_columns : out.stride;
+  tile.narrow_stride = out.stride;
+  for (int64_t block = 0; block < blocks; ++block) {
+    const Range part{block * block_groups * G, min((block + 1) * block_groups * G, m)};
+    tile.groups = ceil_div(part.size(), G);
+    tile.accumulate = block > 0 || (!aside && out.accumulate);
+    pack_panels<T>(a_panels, [&](int64_t r) { return a[r]; }, part, i_range);
+    pack_panels<T>(b_panels, [&](int64_t r) { return b[r]; }, part, j_range);
+    for (int64_t p = 0; p < columns; p += kPanel) {
+      const int64_t vectors = ceil_div(min(kPanel, columns - p), L);
+      tile.columns = b_panels + p * tile.groups * G;
+      tile.column_step = vectors * L * G;
+      tile.prefetch = reinterpret_cast<const char*>(tile.columns);
+      tile.prefetch_step = 0;
+      for (int64_t q = 0; q < rows; q += kPanel) {
+        const int64_t height = min(kPanel, rows - q);
+        const U* panel = a_panels + q * tile.groups * G;
+        tile.row_step = ceil_div(height, L) * L * G;
+        for_row_tiles(height, [&](int64_t r, int64_t count) {
+          for (int64_t i = 0; i < count; ++i) tile.rows[i] = panel + (r + i) * G;
+          tile.out = wide + (q + r) * tile.out_stride + p;
+          tile.narrow = narrow ? narrow + (q + r) * tile.narrow_stride + p : nullptr;
+          panel_tile<T>(count, vectors)(tile);
+        });
+      }
+    }
+  }
+  for (int64_t i = 0; aside && i < rows; ++i) emit(out, i, sums + i * b_columns, columns);
+}
+
+}  // namespace
+
+// clang-format off
+template <> void fill(WeightGradKernels<bf16>& kernels) { kernels.weight_grad = weight_grad<bf16>; }
+template <> void fill(WeightGradKernels<fp16>& kernels) { kernels.weight_grad = weight_grad<fp16>; }
+template <> void fill(WeightGradKernels<float>& kernels) { kernels.weight_grad = weight_grad<float>; }
+template <> void fill(WeightGradKernels<double>& kernels) { kernels.weight_grad = weight_grad<double>; }
+// clang-format on
+
+}  // namespace moe::CPU_CAPABILITY
