@@ -140,6 +140,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> fused_exp
   const auto rows = x.options(), index = order.offsets_E1.options();
   const at::Tensor y = at::empty({tokens, x.size(1)}, rows);
   const at::Tensor h = at::empty({save_for_backward ? num_rows : 0, layer.width()}, rows);
+  if (save_for_backward && used < num_rows) h.narrow(0, used, num_rows - used).zero_();
   dispatch_float(x.scalar_type(), kOp, [&]<typename T>() {
     const int64_t step =
         std::max<int64_t>(slots_at_a_time(experts) / std::max<int64_t>(top_k, 1), 1);

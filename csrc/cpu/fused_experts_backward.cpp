@@ -1,0 +1,251 @@
+// The experts of an MoE layer, backward.
+//
+// T tokens, K experts a token, R rows that belong to an expert, H hidden size, I intermediate size,
+// E experts, W = 2 * I columns for gated activations, else I.
+//
+// With dO the gradient of a token's result, s a slot's weight and A = activation(h):
+//     dA = dO @ down^T (unweighted), ds = <dA, A> + <dO, down_bias>, dh = s * dA * activation'(h),
+//     d down = (s A)^T dO, d gate_up = x^T dh, dx = sum over a token's slots of dh @ gate_up^T.
+// The products of the down projection are not needed again.
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "common/parallel.h"
+#include "cpu/fused_experts.h"
+#include "cpu/order.h"
+
+namespace moe {
+
+namespace {
+
+// Which gradients are owed, in the order of the op's results.
+struct Needs {
+  bool x, gate_up, down, weights, gate_up_bias, down_bias;
+
+  bool activations() const { return x || gate_up || weights || gate_up_bias; }
+};
+
+// What the rows of one call are made of.
+template <typename T>
+struct Rows {
+  std::vector<const T*> x, grad;  // of each row's token
+  std::vector<acc_t<T>> scales;   // s of each row
+
+  Rows(const Order& order, const at::Tensor& x_TH, const at::Tensor& grad_TH,
+       const at::Tensor& topk_weights)
+      : x(order.used), grad(order.used), scales(order.used) {
+    for (int64_t r = 0; r < order.used; ++r) {
+      const int64_t slot = order.row_to_slot()[r], token = slot / order.top_k;
+      x[r] = data<T>(x_TH) + token * x_TH.stride(0);
+      grad[r] = data<T>(grad_TH) + token * grad_TH.stride(0);
+      scales[r] = data<acc_t<T>>(topk_weights)[slot];
+    }
+  }
+};
+
+template <typename T>
+class Backward {
+ public:
+  using A = acc_t<T>;
+
+  Backward(const Order& order, const at::Tensor& x, const at::Tensor& grad, const at::Tensor& h,
+           const at::Tensor& topk_weights, int64_t inner, ActivationOptions activation,
+           bool interleaved)
+      : order_(order),
+        rows_(order, x, grad, topk_weights),
+        blocks_(row_blocks(order.offsets(), order.experts)),
+        h_(h),
+        hidden_(x.size(1)),
+        inner_(inner),
+        width_(h.size(1)),
+        activation_(activation),
+        interleaved_(interleaved) {}
+
+  // dh and ds, and s * A where it is needed.
+  void through_activation(const Weights& down_transposed, bool keep_activations) {
+    grad_h_ = at::empty({order_.used, width_}, h_.options());
+    if (keep_activations) activations_ = at::empty({order_.used, inner_}, h_.options());
+    // Partial sums of ds are over this many columns, whatever the number of threads.
+    const int64_t step = down_transposed.k_contiguous() ? 96 : 128;
+    const int64_t parts = (inner_ + step - 1) / step;
+    products_.resize(parts * order_.used);
+    T* scaled = keep_activations ? mutable_data<T>(activations_) : nullptr;
+    PackedRows<T> packed_rows(down_transposed.k_contiguous(), hidden_);
+    const auto& gemm = kernels<GemmKernels<T>>();
+    const auto& functions = kernels<ActivationKernels<T>>();
+    parallel_units(blocks_.size() * parts, [&](int64_t unit, int thread) {
+      const RowBlock& block = blocks_[unit / parts];
+      const int64_t part = unit % parts, begin = part * step;
+      const int64_t n = std::min(step, inner_ - begin), stride = round_up(n, kOutputColumns);
+      const void* packed = packed_rows.get(thread, unit / parts, block.count,
+                                           [&](int64_t i) { return rows_.grad[block.begin + i]; });
+      A* tile = static_cast<A*>(thread_scratch(Scratch::kTile, block.count * stride * sizeof(A)));
+      gemm.multiply(packed, block.count, hidden_, down_transposed.of<T>(block.expert),
+                    Range{begin, begin + n}, tile, stride);
+      for (int64_t i = 0; i < block.count; ++i) {
+        const int64_t r = block.begin + i;
+        products_[part * order_.used + r] = functions.activation_backward_wide(
+            activation_, tile + i * stride, columns(data<T>(h_) + r * width_, begin),
+            rows_.scales[r], columns(mutable_data<T>(grad_h_) + r * width_, begin),
+            scaled ? scaled + r * inner_ + begin : nullptr, n);
+      }
+    });
+  }
+
+  // s * A alone.
+  void recompute_activations() {
+    activations_ = at::empty({order_.used, inner_}, h_.options());
+    const auto& functions = kernels<ActivationKernels<T>>();
+    parallel_rows(order_.used, 4 * inner_ * sizeof(T), [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        functions.activation(activation_, mutable_data<T>(activations_) + r * inner_,
+                             columns(data<T>(h_) + r * width_, 0), rows_.scales[r], inner_);
+      }
+    });
+  }
+
+  at::Tensor grad_x(const Weights& gate_up_transposed, const at::Tensor& x) const {
+    PackedBlocks<T> packed(blocks_, gate_up_transposed.k_contiguous(), width_);
+    parallel_units(blocks_.size(), [&](int64_t i, int) {
+      packed.store(i, data<T>(grad_h_) + blocks_[i].begin * width_, width_, Range{0, width_});
+    });
+    const at::Tensor out = at::empty({x.size(0), hidden_}, x.options());
+    Combine<T>{blocks_, packed,        gate_up_transposed, nullptr,    order_.slot_to_row(),
+               nullptr, order_.tokens, order_.top_k,       order_.used}
+        .run(mutable_data<T>(out));
+    return out;
+  }
+
+  at::Tensor grad_weights(const at::Tensor& down_bias, const at::Tensor& like) const {
+    const at::Tensor sums = at::empty(like.sizes(), at::dtype(scalar_type<A>()));
+    const int64_t parts = order_.used ? products_.size() / order_.used : 0;
+    const auto& functions = kernels<RowKernels<T>>();
+    parallel_rows(order_.slots, (down_bias.defined() ? hidden_ * sizeof(T) : 1) + 64,
+                  [&](int64_t begin, int64_t end) {
+                    for (int64_t r = begin; r < end; ++r) {
+                      A sum = 0;
+                      for (int64_t p = 0; r < order_.used && p < parts; ++p) {
+                        sum += products_[p * order_.used + r];
+                      }
+                      if (r < order_.used && down_bias.defined()) {
+                        const T* bias = data<T>(down_bias) + expert_of(r) * hidden_;
+                        sum += functions.dot(rows_.grad[r], bias, hidden_);
+                      }
+                      mutable_data<A>(sums)[order_.row_to_slot()[r]] = sum;
+                    }
+                  });
+    return sums.to(like.scalar_type());
+  }
+
+  at::Tensor grad_gate_up(const at::Tensor& gate_up) const {
+    return weight_grad_like(gate_up, rows_.x, pointers(grad_h_));
+  }
+
+  at::Tensor grad_down(const at::Tensor& down) const {
+    return weight_grad_like(down, pointers(activations_), rows_.grad);
+  }
+
+  at::Tensor grad_gate_up_bias(const at::Tensor& bias) const {
+    const at::Tensor out = at::empty(bias.sizes(), bias.options());
+    bias_grad<T>(out, pointers(grad_h_), nullptr, order_.offsets());
+    return out;
+  }
+
+  at::Tensor grad_down_bias(const at::Tensor& bias) const {
+    const at::Tensor out = at::empty(bias.sizes(), bias.options());
+    bias_grad<T>(out, rows_.grad, rows_.scales.data(), order_.offsets());
+    return out;
+  }
+
+ private:
+  // The halves of a row of W columns, from column `begin` of I on.
+  template <typename E>
+  HalvesOf<E> columns(E* row, int64_t begin) const {
+    const bool pairs = activation_.gated() && interleaved_;
+    E* gate = row + (pairs ? 2 * begin : begin);
+    return {gate, pairs ? gate + 1 : gate + inner_, pairs};
+  }
+
+  int64_t expert_of(int64_t row) const {
+    const int32_t* offsets = order_.offsets();
+    return std::upper_bound(offsets, offsets + order_.experts + 1, row) - offsets - 1;
+  }
+
+  std::vector<const T*> pointers(const at::Tensor& rows) const {
+    std::vector<const T*> out(order_.used);
+    for (int64_t r = 0; r < order_.used; ++r) out[r] = data<T>(rows) + r * rows.size(1);
+    return out;
+  }
+
+  at::Tensor weight_grad_like(const at::Tensor& weight, const std::vector<const T*>& a,
+                              const std::vector<const T*>& grad) const {
+    const bool transposed = weight.stride(1) == 1 && weight.stride(2) != 1;
+    const at::Tensor out = empty_weight_grad(weight.size(0), weight.size(1), weight.size(2),
+                                             transposed, weight.options());
+    weight_grad<T>(out, false, a, grad, order_.offsets());
+    return out;
+  }
+
+  const Order& order_;
+  Rows<T> rows_;
+  std::vector<RowBlock> blocks_;
+  at::Tensor h_;
+  int64_t hidden_, inner_, width_;
+  ActivationOptions activation_;
+  bool interleaved_;
+  at::Tensor grad_h_, activations_;  // [R, W] and [R, I], by rows
+  std::vector<A> products_;          // [parts, R]: parts of <dA, A>
+};
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
+fused_experts_backward(const at::Tensor& grad_TH, const at::Tensor& x_TH, const at::Tensor& gate_up,
+                       const at::Tensor& down, const at::Tensor& topk_weights,
+                       const at::Tensor& h_RW, const at::Tensor& row_to_slot,
+                       const at::Tensor& slot_to_row, const at::Tensor& offsets,
+                       const std::optional<at::Tensor>& gate_up_bias,
+                       const std::optional<at::Tensor>& down_bias, std::string_view activation,
+                       bool interleaved, double alpha, double limit, std::array<bool, 6> wanted) {
+  constexpr const char* kOp = "fused_experts_backward";
+  const Needs needs{wanted[0],
+                    wanted[1],
+                    wanted[2],
+                    wanted[3],
+                    wanted[4] && gate_up_bias.has_value(),
+                    wanted[5] && down_bias.has_value()};
+  const Order order(kOp, row_to_slot, slot_to_row, offsets);
+  TORCH_CHECK_VALUE(order.used <= h_RW.size(0), kOp,
+                    ": h must have at least offsets[E] = ", order.used, " rows; got ",
+                    h_RW.sizes());
+  const at::Tensor x = with_unit_stride(x_TH), h = h_RW.contiguous();
+  const at::Tensor grad = with_unit_stride(grad_TH.to(x.scalar_type()));
+  const at::Tensor weights = topk_weights.to(accumulate_dtype(x.scalar_type())).contiguous();
+  const at::Tensor bias = down_bias ? down_bias->contiguous() : at::Tensor();
+  const ActivationOptions options{parse_activation(kOp, activation), alpha, limit};
+  const at::Tensor none = at::empty({0}, x.options());
+  at::Tensor dx = none, dgate_up = none, ddown = none, dweights = none, dbias1 = none,
+             dbias2 = none;
+
+  dispatch_float(x.scalar_type(), kOp, [&]<typename T>() {
+    Backward<T> backward(order, x, grad, h, weights, down.size(1), options, interleaved);
+    if (needs.activations()) {
+      backward.through_activation(Weights(down.mT()), needs.down);
+    } else if (needs.down) {
+      backward.recompute_activations();
+    }
+    if (needs.weights) dweights = backward.grad_weights(bias, topk_weights);
+    if (needs.x) dx = backward.grad_x(Weights(gate_up.mT()), x);
+    if (needs.gate_up) dgate_up = backward.grad_gate_up(gate_up);
+    if (needs.down) ddown = backward.grad_down(down);
+    if (needs.gate_up_bias) dbias1 = backward.grad_gate_up_bias(*gate_up_bias);
+    if (needs.down_bias) dbias2 = backward.grad_down_bias(*down_bias);
+  });
+  return {dx, dgate_up, ddown, dweights, dbias1, dbias2};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(moe_kernels, CPU, m) {
+  m.impl("fused_experts_backward", fused_experts_backward);
+}
+
+}  // namespace moe
