@@ -23,7 +23,7 @@ from moe_kernels.ops._library import (
     refuse_double_backward,
     register_autograd,
 )
-from moe_kernels.reference.expert_activation import ACTIVATIONS, is_gated
+from moe_kernels.reference.expert_activation import ACTIVATIONS, default_limit, is_gated
 from moe_kernels.reference.expert_activation import (
     expert_activation as expert_activation_reference,
 )
@@ -49,10 +49,9 @@ def resolve_activation(
         raise ValueError(f"{op}: limit must be positive (None for no clamp); got {limit}")
     if alpha is not None and not abs(alpha) < math.inf:
         raise ValueError(f"{op}: alpha must be finite; got {alpha}")
-    default_limit = 7.0 if kind == "swigluoai" else math.inf
     return (
         1.702 if alpha is None else float(alpha),
-        default_limit if limit is None else float(limit),
+        default_limit(kind) if limit is None else float(limit),
     )
 
 

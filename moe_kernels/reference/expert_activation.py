@@ -21,6 +21,11 @@ def is_gated(kind: str) -> bool:
     return kind in GATED
 
 
+def default_limit(kind: str) -> float:
+    """The clamp of ``kind`` where none is asked for: gpt-oss' 7 for swigluoai, else none."""
+    return 7.0 if kind == "swigluoai" else math.inf
+
+
 def split_gate_up(h: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     """The gate and the up half of ``h [..., 2I]``, concatenated or in alternating columns."""
     if interleaved:
@@ -35,16 +40,17 @@ def expert_activation(
     row_weights: Tensor | None = None,
     interleaved: bool = False,
     alpha: float = 1.702,
-    limit: float = math.inf,
+    limit: float | None = None,
 ) -> Tensor:
     """``[R, I]``: the activation of ``h [R, W]``, times ``row_weights [R]`` where given.
 
     swiglu ``silu(g) * u`` (Shazeer 2020, arXiv:2002.05202), geglu with the tanh form of GELU,
     reglu; swigluoai ``g * sigmoid(alpha * g) * (u + 1)``. ``limit`` clamps g above and u to +-limit
-    in swiglu and swigluoai. Not gated: relu2 ``relu(h)**2`` (So et al. 2021, arXiv:2109.08668),
-    silu, gelu (erf).
+    in swiglu and swigluoai (:func:`default_limit`). Not gated: relu2 ``relu(h)**2`` (So et al.
+    2021, arXiv:2109.08668), silu, gelu (erf).
     """
     wide = h.to(accumulate_dtype(h.dtype))
+    limit = default_limit(kind) if limit is None else limit
     if kind in GATED:
         gate, up = split_gate_up(wide, interleaved)
         if kind in ("swiglu", "swigluoai") and limit < math.inf:

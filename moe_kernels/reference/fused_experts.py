@@ -4,8 +4,6 @@ T tokens, K experts a token, R = T * K rows, H hidden size, I intermediate size,
 W = 2 * I columns for gated activations, else I.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -18,6 +16,7 @@ from moe_kernels.reference.grouped_gemm import (
     grouped_gemm,
     grouped_gemm_dbias,
     grouped_gemm_wgrad,
+    is_transposed,
 )
 from moe_kernels.reference.permute import permute
 from moe_kernels.reference.sort_by_expert import sort_by_expert
@@ -36,7 +35,7 @@ def fused_experts(
     down_bias: Tensor | None = None,
     interleaved: bool = False,
     alpha: float = 1.702,
-    limit: float = math.inf,
+    limit: float | None = None,
 ) -> Tensor:
     """``y[t] = sum_k w[t, k] * (act(x[t] @ gate_up[e] + b1[e]) @ down[e] + b2[e])``.
 
@@ -147,8 +146,3 @@ def fused_experts_backward(
             grad_rows = grouped_gemm(grad_h, gate_up.mT, offsets)
             grads[0] = unpermute(grad_rows, *order, None).to(x.dtype)
     return tuple(grads)  # type: ignore[return-value]
-
-
-def is_transposed(weight: Tensor) -> bool:
-    """Whether ``weight [E, M, N]`` is stored as [E, N, M]; its gradient is then stored alike."""
-    return weight.stride(1) == 1 and weight.stride(2) != 1

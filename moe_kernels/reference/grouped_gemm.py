@@ -20,6 +20,14 @@ def _bounds(offsets: Tensor, rows: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(ends))
 
 
+def is_transposed(weight: Tensor) -> bool:
+    """Whether ``weight [E, M, N]`` is stored as [E, N, M]; its gradient is then stored alike.
+
+    A gradient laid out as its parameter is taken over by autograd; any other is cloned first.
+    """
+    return weight.stride(1) == 1 and weight.stride(2) != 1
+
+
 def grouped_gemm(
     a: Tensor,
     b: Tensor,

@@ -134,5 +134,6 @@ def topk_router_backward(
     elif score_func == "sigmoid":
         grad_logits += grad_raw * raw * (1 - raw)
     else:
-        grad_logits += grad_raw * wide.sigmoid() / (2 * raw)
+        slope = wide.sigmoid() / (2 * raw)
+        grad_logits += grad_raw * torch.where(raw == 0, 0, slope)  # both vanish far below zero
     return grad_logits.to(logits.dtype)

@@ -118,7 +118,9 @@ def weight_operand(b: Tensor, block_k: int, block_n: int, *, halves: bool = Fals
 
 def ragged_operand(a: Tensor, source: Source | None, block_r: int, block_c: int) -> Operand:
     """``a [R, C]``, or [T, C] if gathered, read in tiles that end with an expert's rows."""
-    if source is None and _takes_tma(a) and a.shape[0] <= 2**30:
+    # a ragged descriptor makes two dimensions of the rows, so that one row's stride counts too
+    aligned = _takes_tma(a) and a.stride(0) * a.element_size() % 16 == 0
+    if source is None and aligned and a.shape[0] <= 2**30:
         descriptor = create_ragged_descriptor(a, [block_r, block_c])
         return Operand(descriptor, TMA.value, (0, 0))
     return by_pointer(a)
