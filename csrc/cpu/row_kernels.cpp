@@ -142,6 +142,7 @@ void scores_backward(ScoreFunc func, A* grad_logits, const A* grad, const A* sco
       slope = g * s * (A(1) - s);
     } else {
       slope = g * sigmoid<A>(load_n(logits + i, lanes)) / (A(2) * s);
+      slope = s == A(0) ? Vec<A>{} : slope;  // both vanish far below zero
     }
     store_n(grad_logits + i, load_n(grad_logits + i, lanes) + slope, lanes);
   });

@@ -55,6 +55,14 @@ def check_choice(op: str, name: str, value: Any, choices: Sequence[str]) -> None
         raise ValueError(f"{op}: {name} must be one of {', '.join(choices)}; got {value!r}")
 
 
+def check_count(op: str, name: str, value: Any) -> None:
+    """Raise unless ``value`` is an integer (perhaps symbolic) of at least 0."""
+    if not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{op}: {name} must be an integer; got {value!r}")
+    if value < 0:
+        raise ValueError(f"{op}: {name} must be at least 0; got {value}")
+
+
 def check_rows(op: str, rows: Any) -> None:
     """Slots are numbered with int32: refuse more than it holds.
 

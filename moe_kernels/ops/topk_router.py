@@ -15,6 +15,7 @@ from moe_kernels.ops._checks import (
     FLOAT_DTYPES,
     INDEX_DTYPES,
     check_choice,
+    check_count,
     check_device,
     check_dtype,
     check_tensor,
@@ -28,8 +29,6 @@ from moe_kernels.reference.topk_router import (
 from moe_kernels.reference.topk_router import (
     topk_router_backward as topk_router_backward_reference,
 )
-
-GROUP_FILLS = (0.0, -math.inf)
 
 
 class RouterOutput(NamedTuple):
@@ -139,7 +138,7 @@ def _check_groups(
         raise ValueError(
             f"{op}: topk_groups must be in [1, num_groups = {num_groups}]; got {topk_groups}"
         )
-    if group_fill not in GROUP_FILLS:
+    if not (group_fill == 0 or group_fill == -math.inf):
         raise ValueError(f"{op}: group_fill must be 0 or -inf; got {group_fill}")
     if num_groups > 1 and top_k > topk_groups * (experts // num_groups):
         raise ValueError(
@@ -206,6 +205,7 @@ def topk_router(
     experts = logits.shape[1]
     check_choice(op, "score_func", score_func, SCORE_FUNCS)
     check_choice(op, "group_score", group_score, GROUP_SCORES)
+    check_count(op, "top_k", top_k)
     if not 1 <= top_k <= experts:
         raise ValueError(f"{op}: top_k must be in [1, E = {experts}]; got {top_k}")
     _check_groups(experts, top_k, num_groups, topk_groups, group_fill)

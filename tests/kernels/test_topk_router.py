@@ -105,6 +105,15 @@ def test_non_finite_logits_never_leave_the_range(impl: Implementation) -> None:
     assert all(len(set(row)) == 4 for row in ids.tolist())
 
 
+def test_gradient_of_sqrtsoftplus_vanishes_far_below_zero(impl: Implementation) -> None:
+    logits = torch.tensor([[0.5, -300.0, -math.inf, 1.0]]).to(impl.device).requires_grad_()
+    out = moe_kernels.topk_router(logits, 3, score_func="sqrtsoftplus", renormalize=True)
+    (grad,) = torch.autograd.grad(out.topk_weights, logits, torch.tensor([[1.0, 2, 3]]).to(logits))
+    assert (grad[0, 1:3] == 0).all()
+    assert grad.isfinite().all()
+    assert (grad[0, ::3] != 0).all()
+
+
 def test_refuses_wrong_options() -> None:
     logits = torch.randn(4, 8)
     for message, top_k, options in (
@@ -123,6 +132,8 @@ def test_refuses_wrong_options() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             moe_kernels.topk_router(logits, top_k, **options)
+    with pytest.raises(TypeError, match=r"top_k must be an integer; got 2\.0"):
+        moe_kernels.topk_router(logits, 2.0)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="token_mask must be one of bool"):
         moe_kernels.topk_router(logits, 2, token_mask=torch.ones(4))
     with pytest.raises(IndexError, match="given_ids"):
