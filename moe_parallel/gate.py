@@ -92,7 +92,7 @@ class Gate(nn.Module):
         """
         dtype = x.dtype if self.gate_precision is None else self.gate_precision
         bias = None if self.bias is None else self.bias.to(dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             return functional.linear(x.to(dtype), self.weight.to(dtype), bias)
 
     def _router_options(self, bias: Tensor | None) -> dict[str, Any]:

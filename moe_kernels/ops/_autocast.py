@@ -14,7 +14,7 @@ def autocast(*operands: Tensor | None) -> tuple[Any, ...]:
     float64 operands stay as they are, as in torch.
     """
     device = operands[0].device.type if isinstance(operands[0], Tensor) else "cpu"
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):  # meta knows no autocast
         return operands
     dtype = torch.get_autocast_dtype(device)
 

@@ -16,6 +16,7 @@ from moe_kernels.ops._autocast import autocast
 from moe_kernels.ops._checks import (
     FLOAT_DTYPES,
     INDEX_DTYPES,
+    check_count,
     check_device,
     check_dtype,
     check_rows,
@@ -31,7 +32,7 @@ from moe_kernels.ops._library import (
     remember_inputs,
 )
 from moe_kernels.ops.expert_activation import resolve_activation
-from moe_kernels.ops.grouped_gemm import empty_like_weight, is_transposed
+from moe_kernels.ops.grouped_gemm import empty_like_weight
 from moe_kernels.reference.expert_activation import is_gated
 from moe_kernels.reference.fused_experts import (
     fused_experts_backward as fused_experts_backward_reference,
@@ -39,6 +40,7 @@ from moe_kernels.reference.fused_experts import (
 from moe_kernels.reference.fused_experts import (
     fused_experts_forward as fused_experts_forward_reference,
 )
+from moe_kernels.reference.grouped_gemm import is_transposed
 
 
 def _fake(
@@ -304,8 +306,8 @@ def fused_experts(
     _check(x, gate_up, down, topk_ids, topk_weights, activation, gate_up_bias, down_bias)
     slots = topk_ids.shape[0] * topk_ids.shape[1]
     check_rows(op, slots)
-    if num_rows is not None and num_rows < 0:
-        raise ValueError(f"{op}: num_rows must be at least 0; got {num_rows}")
+    if num_rows is not None:
+        check_count(op, "num_rows", num_rows)
     differentiable = (x, gate_up, down, topk_weights, gate_up_bias, down_bias)
     save = torch.is_grad_enabled() and any(
         value is not None and value.requires_grad for value in differentiable

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from moe_kernels.ops._autocast import autocast
 from moe_kernels.ops._checks import (
@@ -39,14 +40,7 @@ from moe_kernels.reference.grouped_gemm import (
 from moe_kernels.reference.grouped_gemm import (
     grouped_gemm_wgrad_ as grouped_gemm_wgrad_reference_,
 )
-
-
-def is_transposed(weight: Tensor) -> bool:
-    """Whether ``weight [E, M, N]`` is stored as [E, N, M]; its gradient is then stored alike.
-
-    A gradient laid out as its parameter is taken over by autograd; any other is cloned first.
-    """
-    return weight.stride(1) == 1 and weight.stride(2) != 1
+from moe_kernels.reference.grouped_gemm import is_transposed
 
 
 def empty_like_weight(
@@ -120,6 +114,24 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 register_autograd("grouped_gemm", _backward, _setup_context)
 refuse_double_backward("grouped_gemm_wgrad", "grouped_gemm_dbias")
+
+
+@register_flop_formula(torch.ops.moe_kernels.grouped_gemm)
+def _flops(a: Any, b: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """``2 * R * Kd * N``, whatever rows belong to no expert."""
+    return int(2 * a[0] * a[1] * b[2])
+
+
+@register_flop_formula(torch.ops.moe_kernels.grouped_gemm_wgrad)
+def _wgrad_flops(a: Any, grad: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return int(2 * a[0] * a[1] * grad[1])
+
+
+@register_flop_formula(torch.ops.moe_kernels.grouped_gemm_wgrad_)
+def _wgrad_into_flops(
+    out: Any, a: Any, grad: Any, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    return int(2 * a[0] * a[1] * grad[1])
 
 
 def check_offsets(op: str, offsets: Tensor, first_name: str, first: Tensor) -> None:
@@ -203,7 +215,8 @@ def grouped_gemm_wgrad(
         ``out``, or a new [E, Kd, N]: ``a[rows of e].T @ grad[rows of e]``, zero for empty experts.
 
     Raises:
-        ValueError: shapes or devices do not fit, or both out and out_dtype are given.
+        ValueError: shapes or devices do not fit, both out and out_dtype are given, or out is
+            expanded.
         TypeError: dtypes differ, or out is not float32 or float64.
     """
     op = "grouped_gemm_wgrad"
@@ -216,6 +229,8 @@ def grouped_gemm_wgrad(
         raise ValueError(
             f"{op}: grad must be [R, N] with R = {a.shape[0]} (a.shape[0]); got {shape(grad)}"
         )
+    if out_dtype is not None and out_dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{op}: out_dtype must be a float dtype; got {out_dtype}")
     if out is None:
         result: Tensor = _wgrad_op(a, grad, offsets, out_dtype or a.dtype, False)
         return result
@@ -227,5 +242,10 @@ def grouped_gemm_wgrad(
     check_device(op, "a", a, "out", out)
     if shape(out) != expected:
         raise ValueError(f"{op}: out must be [E, Kd, N] = {expected}; got {shape(out)}")
+    if any(size > 1 and step == 0 for size, step in zip(expected, out.stride(), strict=True)):
+        raise ValueError(
+            f"{op}: out must have memory of its own for each element, which is added to; "
+            f"got strides {list(out.stride())}"
+        )
     _wgrad_into_op(out, a, grad, offsets)
     return out

@@ -10,7 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_kernels.ops._checks import FLOAT_DTYPES, check_device, check_dtype, check_tensor
+from moe_kernels.ops._checks import (
+    FLOAT_DTYPES,
+    check_count,
+    check_device,
+    check_dtype,
+    check_tensor,
+)
 from moe_kernels.ops._library import define, register_autograd
 from moe_kernels.ops.sort_by_expert import ExpertOrder
 from moe_kernels.reference.permute import (
@@ -46,17 +52,21 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 register_autograd("permute", _backward, _setup_context)
 
 
-def check_order(op: str, order: ExpertOrder, tokens_name: str, tokens: Any) -> None:
-    """Raise unless ``order`` is that of ``tokens`` tokens."""
+def check_order(op: str, order: Any, x: Tensor | None = None) -> None:
+    """Raise unless ``order`` is one, of as many tokens as ``x [T, H]`` has if it is given."""
+    if not isinstance(order, ExpertOrder):
+        raise TypeError(
+            f"{op}: order must be the ExpertOrder of sort_by_expert; got {type(order).__name__}"
+        )
     row_to_slot, slot_to_row, offsets = order
     check_tensor(op, "order.slot_to_row", slot_to_row, 2, "[T, K]")
     check_tensor(op, "order.row_to_slot", row_to_slot, 1, "[T * K]")
     check_tensor(op, "order.offsets", offsets, 1, "[E + 1]")
     for name, value in zip(order._fields, order, strict=True):
         check_dtype(op, f"order.{name}", value, (torch.int32,))
-    if slot_to_row.shape[0] != tokens:
+    if x is not None and slot_to_row.shape[0] != x.shape[0]:
         raise ValueError(
-            f"{op}: order.slot_to_row must be [T, K] with T = {tokens} ({tokens_name}); "
+            f"{op}: order.slot_to_row must be [T, K] with T = {x.shape[0]} (x.shape[0]); "
             f"got {list(slot_to_row.shape)}"
         )
     if row_to_slot.shape[0] != slot_to_row.shape[0] * slot_to_row.shape[1]:
@@ -85,8 +95,9 @@ def permute(x: Tensor, order: ExpertOrder, *, num_rows: int | None = None) -> Te
     """
     check_tensor("permute", "x", x, 2, "[T, H]")
     check_dtype("permute", "x", x, FLOAT_DTYPES)
-    check_order("permute", order, "x.shape[0]", x.shape[0])
+    check_order("permute", order, x)
     check_device("permute", "x", x, "order", order.row_to_slot)
     rows = order.row_to_slot.shape[0] if num_rows is None else num_rows
+    check_count("permute", "num_rows", rows)
     out: Tensor = _op(x, *order, rows)
     return out

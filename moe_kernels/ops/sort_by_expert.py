@@ -10,7 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moe_kernels.ops._checks import INDEX_DTYPES, check_dtype, check_rows, check_tensor
+from moe_kernels.ops._checks import (
+    INDEX_DTYPES,
+    check_count,
+    check_dtype,
+    check_rows,
+    check_tensor,
+)
 from moe_kernels.ops._library import define
 from moe_kernels.reference.sort_by_expert import (
     sort_by_expert as sort_by_expert_reference,
@@ -66,6 +72,5 @@ def sort_by_expert(topk_ids: Tensor, num_experts: int) -> ExpertOrder:
     check_tensor("sort_by_expert", "topk_ids", topk_ids, 2, "[T, K]")
     check_dtype("sort_by_expert", "topk_ids", topk_ids, INDEX_DTYPES)
     check_rows("sort_by_expert", topk_ids.shape[0] * topk_ids.shape[1])
-    if num_experts < 0:
-        raise ValueError(f"sort_by_expert: num_experts must be at least 0; got {num_experts}")
+    check_count("sort_by_expert", "num_experts", num_experts)
     return ExpertOrder(*_op(topk_ids, num_experts))

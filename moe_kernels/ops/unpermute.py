@@ -120,7 +120,7 @@ def unpermute(rows: Tensor, order: ExpertOrder, weights: Tensor | None = None) -
     """
     check_tensor("unpermute", "rows", rows, 2, "[num_rows, H]")
     check_dtype("unpermute", "rows", rows, FLOAT_DTYPES)
-    check_order("unpermute", order, "order", order.slot_to_row.shape[0])
+    check_order("unpermute", order)
     check_device("unpermute", "rows", rows, "order", order.row_to_slot)
     if weights is not None:
         check_tensor("unpermute", "weights", weights, 2, "[T, K]")

@@ -256,6 +256,7 @@ REFUSALS: list[tuple[str, type[Exception], dict[str, Any]]] = [
     ("interleaved needs a gated activation", ValueError, {"activation": "relu2"}),
     ("num_rows must be at least", ValueError, {"num_rows": 110}),
     ("num_rows must be at least 0", ValueError, {"num_rows": -1}),
+    ("num_rows must be an integer; got 111.0", TypeError, {"num_rows": 111.0}),
 ]
 
 

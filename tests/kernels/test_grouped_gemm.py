@@ -148,3 +148,9 @@ def test_refuses_what_does_not_fit() -> None:
     for bad in ([0, 5, 4, 38, 39, 70], [1, 5, 5, 38, 39, 70], [0, 5, 5, 38, 39, 78]):
         with pytest.raises(ValueError, match="offsets must rise from 0"):
             gemm(a, b, torch.tensor(bad, dtype=torch.int32))
+    rows = torch.randn(77, 8)
+    expanded = torch.zeros(1, 8, 8).expand(5, 8, 8)
+    with pytest.raises(ValueError, match="out must have memory of its own for each element"):
+        moe_kernels.grouped_gemm_wgrad(rows, rows, offsets, out=expanded)
+    with pytest.raises(TypeError, match="out_dtype must be a float dtype"):
+        moe_kernels.grouped_gemm_wgrad(rows, rows, offsets, out_dtype=torch.int8)

@@ -1,5 +1,6 @@
 """What PyTorch asks of an op: opcheck, compile, autocast, flops, split and double backward."""
 
+import math
 from typing import Any
 
 import pytest
@@ -149,6 +150,34 @@ def test_compile_with_dynamic_tokens(impl: Implementation) -> None:
         torch.testing.assert_close(compiled(1.5, **part), layer(1.5, **part))
 
 
+@pytest.mark.parametrize("fill", [0.0, -math.inf])
+def test_router_compiles_with_symbolic_options(impl: Implementation, fill: float) -> None:
+    def route(logits: Tensor, scale: float, fill: float) -> Any:
+        return moe_kernels.topk_router(
+            logits, 3, num_groups=4, topk_groups=2, group_fill=fill, route_scale=scale
+        )
+
+    compiled = torch.compile(route, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (7, 3):
+        logits = torch.randn(tokens, 8).to(impl.device)
+        for actual, expected in zip(
+            compiled(logits, 2.5, fill), route(logits, 2.5, fill), strict=True
+        ):
+            assert torch.equal(actual, expected)
+
+
+def test_meta_tensors_give_shapes() -> None:
+    inputs, _ = make_case("plain", torch.bfloat16, bias=True)
+    moved = {k: v.to("meta").requires_grad_(v.is_floating_point()) for k, v in inputs.items()}
+    y = moe_kernels.fused_experts(**moved)
+    assert y.is_meta
+    assert y.shape == inputs["x"].shape
+    y.sum().backward()
+    for name, value in moved.items():
+        assert value.grad is None or value.grad.shape == inputs[name].shape
+    assert moved["gate_up"].grad is not None
+
+
 def test_autocast_follows_linear(impl: Implementation) -> None:
     inputs, _ = make_case("plain", torch.float32, bias=True)
     leaves = _leaves(inputs, impl)
@@ -175,6 +204,24 @@ def test_flops_are_counted(impl: Implementation) -> None:
     with FlopCounterMode(display=False) as counter:
         y.sum().backward()
     assert counter.get_total_flops() == 12 * slots * hidden * inner
+
+
+def test_flops_of_grouped_gemm_are_counted(impl: Implementation) -> None:
+    inputs, _ = make_case("plain", torch.float32)
+    order = moe_kernels.sort_by_expert(inputs["topk_ids"].to(impl.device), 8)
+    rows = torch.randn(37 * 3, 40, device=impl.device, requires_grad=True)
+    weight = inputs["gate_up"].to(impl.device).requires_grad_()
+    product = 2 * 37 * 3 * 40 * 48
+    with FlopCounterMode(display=False) as counter:
+        out = moe_kernels.grouped_gemm(rows, weight, order.offsets)
+    assert counter.get_total_flops() == product
+    with FlopCounterMode(display=False) as counter:
+        out.sum().backward()
+    assert counter.get_total_flops() == 2 * product
+    main_grad = torch.zeros(8, 40, 48, device=impl.device)
+    with FlopCounterMode(display=False) as counter:
+        moe_kernels.grouped_gemm_wgrad(rows.detach(), out.detach(), order.offsets, out=main_grad)
+    assert counter.get_total_flops() == product
 
 
 def test_double_backward_is_refused(impl: Implementation) -> None:

@@ -121,3 +121,9 @@ def test_refuses_what_does_not_fit() -> None:
         moe_kernels.permute(torch.zeros(ids.shape[0], 8, dtype=torch.int32), order)
     with pytest.raises(ValueError, match="weights must be"):
         moe_kernels.unpermute(torch.randn(ids.numel(), 8), order, torch.rand(2, 2))
+    x = torch.randn(ids.shape[0], 8)
+    for function in (moe_kernels.permute, moe_kernels.unpermute):
+        with pytest.raises(TypeError, match="order must be the ExpertOrder of sort_by_expert"):
+            function(x, tuple(order))
+    with pytest.raises(TypeError, match=r"num_rows must be an integer; got 2\.5"):
+        moe_kernels.permute(x, order, num_rows=2.5)  # type: ignore[arg-type]

@@ -236,3 +236,10 @@ def test_a_layer_compiles_whole() -> None:
         strict=True,
     ):
         assert_close(ours, theirs)
+
+
+def test_runs_on_meta_tensors() -> None:
+    with torch.device("meta"):
+        layer, config = MoE(make_config(n_shared_experts=1)), make_config()
+        x = torch.empty(5, config.dim, dtype=config.dtype)
+    assert layer(x).shape == x.shape
