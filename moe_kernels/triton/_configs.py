@@ -106,7 +106,7 @@ CONFIGS: dict[str, dict[tuple[int, str, str], Config]] = {
 def config(kernel: str, tensor: Tensor, rows: int, experts: int, *, aligned: bool) -> Config:
     """The configuration for ``rows`` rows of the tensor's dtype, spread over ``experts``.
 
-    ``aligned``: of all operands but gathered rows, so that TMA or wide loads and stores move them.
+    ``aligned``: all operands are, so that TMA or wide loads and stores move them.
     """
     if tensor.dtype == torch.float32:
         return CONFIGS[kernel][80, "full", "any"]

@@ -36,6 +36,7 @@ from moe_kernels.triton._launch import (
 )
 from moe_kernels.triton._operands import (
     Source,
+    contiguous_rows,
     is_aligned,
     load_rows,
     load_weight,
@@ -151,20 +152,9 @@ def _down_backward_kernel(
                 grad, first, source, valid, k, H, stride_gm, stride_gk, G_MODE, EVEN_K, BLOCK_K
             )
             weight = load_weight(
-                w,
-                expert,
-                k,
-                n,
-                H,
-                I,
-                stride_we,
-                stride_wk,
-                stride_wn,
-                W_MODE,
-                False,
-                BLOCK_K,
-                BLOCK_N,
-            )
+                w, expert, k, n, H, I, stride_we, stride_wk, stride_wn,
+                W_MODE, False, BLOCK_K, BLOCK_N,
+            )  # fmt: skip
             total = tl.dot(g, weight, total, input_precision=PRECISION)
         scale = tl.load(row_weights + row, mask=valid, other=0.0)
         if SPLIT:
@@ -302,6 +292,7 @@ def fused_experts_backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     refuse_float64("fused_experts", "x", x)
+    grad, x = contiguous_rows(grad), contiguous_rows(x)
     order = (row_to_slot, slot_to_row, offsets)
     act = Activation(activation, interleaved, alpha, limit)
     inputs = (x, gate_up, down, topk_weights, gate_up_bias, down_bias)
@@ -327,9 +318,12 @@ def fused_experts_backward(
         dh = h.new_empty(rows, W) if needs[0] or needs[1] or needs[4] else None
         weighted_a = None
         if dh is not None or needs[3]:
-            cut = config("down_backward", x, rows, E, aligned=weight_is_aligned(down))
+            cut = config(
+                "down_backward", x, rows, E, aligned=is_aligned(grad) and weight_is_aligned(down)
+            )
             parts = ceil_div(I, cut.block_n)
-            partials = row_weights.new_empty(parts + 1, rows) if needs[3] else None
+            all_parts = parts + (down_bias is not None)
+            partials = row_weights.new_empty(all_parts, rows) if needs[3] else None
             weighted_a = h.new_empty(rows, I) if needs[2] else None
             _through_down(
                 grad_rows, grad_source, down, h, row_weights, act, dh, weighted_a, partials,
@@ -342,9 +336,8 @@ def fused_experts_backward(
                         grad, source, down_bias, partials[parts], tiles(cut.block_m), cut.block_m
                     )
                 _sum_partials_kernel[(ceil_div(R, 1024),)](
-                    partials, row_to_slot, offsets, dweights, parts + (down_bias is not None),
-                    rows, R, E, BLOCK=1024,
-                )  # fmt: skip
+                    partials, row_to_slot, offsets, dweights, all_parts, rows, R, E, BLOCK=1024
+                )
         elif needs[2]:
             weighted_a = expert_activation(
                 h[:rows], activation, row_weights, interleaved, alpha, limit

@@ -61,6 +61,11 @@ def _takes_tma(tensor: Tensor) -> bool:
     return architecture(tensor.device) >= 90 and is_aligned(tensor)
 
 
+def contiguous_rows(tensor: Tensor) -> Tensor:
+    """The tensor, copied if its rows are not contiguous: a copy costs less than loads so spread."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
 def _by_tma(tensor: Tensor, block: list[int], mode: int) -> Operand:
     # the stride of a dimension of one is never used, but must be a multiple of 16 bytes
     step = 16 // tensor.element_size()

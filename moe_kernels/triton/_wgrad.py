@@ -163,9 +163,7 @@ def weight_gradient(
         if not accumulate:
             out.zero_()
         return
-    pairs = ((a, a_source), (grad, grad_source))
-    aligned = is_aligned(out, *(tensor for tensor, source in pairs if source is None))
-    cut = config("wgrad", a, rows, E, aligned=aligned)
+    cut = config("wgrad", a, rows, E, aligned=is_aligned(out, a, grad))
     x = ragged_operand(a, a_source, cut.block_k, cut.block_m)
     g = ragged_operand(grad, grad_source, cut.block_k, cut.block_n)
     source = a_source or grad_source

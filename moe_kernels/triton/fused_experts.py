@@ -26,6 +26,7 @@ from moe_kernels.triton._launch import (
 )
 from moe_kernels.triton._operands import (
     TMA,
+    contiguous_rows,
     is_aligned,
     load_rows,
     load_weight,
@@ -185,6 +186,7 @@ def fused_experts(
     save_for_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     refuse_float64("fused_experts", "x", x)
+    x = contiguous_rows(x)
     (E, H, W), I = gate_up.shape, down.shape[1]
     act = Activation(activation, interleaved, alpha, limit)
     order = sort_by_expert(topk_ids, E)
@@ -200,15 +202,14 @@ def fused_experts(
         h.zero_()
     else:
         a, out = x.new_empty(rows, I), x.new_empty(rows, H)
-        aligned = is_aligned(a) and weight_is_aligned(gate_up, halves=act.gated and not interleaved)
+        halves = act.gated and not interleaved
+        aligned = is_aligned(x, a) and weight_is_aligned(gate_up, halves=halves)
         cut = config("up", x, rows, E, aligned=aligned)
         aligned = is_aligned(a, out) and weight_is_aligned(down)
         cut_down = config("grouped_gemm", x, rows, E, aligned=aligned)
         with on_device_of(x):
             tiles = build_tile_map(order[2], rows, cut.block_m)
-            _project_up(
-                x, gate_up, gate_up_bias, order, h, a, act, tiles, cut,
-            )  # fmt: skip
+            _project_up(x, gate_up, gate_up_bias, order, h, a, act, tiles, cut)
             if cut_down.block_m != cut.block_m:
                 tiles = build_tile_map(order[2], rows, cut_down.block_m)
             multiply_rows(a, down, down_bias, out, tiles, cut_down)

@@ -62,20 +62,9 @@ def _grouped_gemm_kernel(
                 a, first, row, valid, k, Kd, stride_am, stride_ak, A_MODE, EVEN_K, BLOCK_K
             )
             w = load_weight(
-                b,
-                expert,
-                k,
-                n,
-                Kd,
-                N,
-                stride_be,
-                stride_bk,
-                stride_bn,
-                B_MODE,
-                False,
-                BLOCK_K,
-                BLOCK_N,
-            )
+                b, expert, k, n, Kd, N, stride_be, stride_bk, stride_bn,
+                B_MODE, False, BLOCK_K, BLOCK_N,
+            )  # fmt: skip
             total = tl.dot(x, w, total, input_precision=PRECISION)
         column = n + tl.arange(0, BLOCK_N)
         if BIASED:

@@ -21,10 +21,10 @@ def _order(tokens: int = T) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def _sort(tokens: int) -> None:
+def _sort(tokens: int, experts: int = E) -> None:
     from moe_kernels.triton.sort_by_expert import sort_by_expert
 
-    sort_by_expert(torch.empty(tokens, K, dtype=torch.int32), E)
+    sort_by_expert(torch.empty(tokens, K, dtype=torch.int32), experts)
 
 
 def _permute(dtype: torch.dtype) -> None:
@@ -56,7 +56,7 @@ def _activation(kind: str, dtype: torch.dtype) -> None:
     expert_activation_backward(grad.to(dtype), h.to(dtype), *options)
 
 
-def _router(dtype: torch.dtype = torch.float32, **changes: object) -> None:
+def _router(dtype: torch.dtype = torch.float32, experts: int = E, **changes: object) -> None:
     from moe_kernels.triton.topk_router import topk_router, topk_router_backward
 
     options = {
@@ -74,7 +74,7 @@ def _router(dtype: torch.dtype = torch.float32, **changes: object) -> None:
         "return_scores": True,
         **changes,
     }
-    logits = torch.empty(T, E, dtype=dtype)
+    logits = torch.empty(T, experts, dtype=dtype)
     weights, ids, scores, _ = topk_router(logits, K, **options)  # type: ignore[arg-type]
     keys = ("score_func", "softmax_before_topk", "renormalize", "route_scale")
     topk_router_backward(weights, scores, logits, ids, *(options[key] for key in keys))
@@ -165,6 +165,8 @@ CASES: dict[str, Callable[[], None]] = {
 }
 # the other configurations and layouts
 MORE_CASES: dict[str, Callable[[], None]] = {
+    "sort_many_experts": partial(_sort, T, 2000),
+    "router_many_experts": partial(_router, experts=512),
     "activation_oai": partial(_activation, "swigluoai", torch.float32),
     "activation_double": partial(_activation, "geglu", torch.float64),
     "permute_double": partial(_permute, torch.float64),

@@ -40,7 +40,7 @@ def _functions_kernel(x, out, N: tl.constexpr):  # type: ignore[no-untyped-def]
     tl.store(out + 3 * N + i, fast_sigmoid(value))
 
 
-@pytest.fixture(scope="module", params=[GPU if HAS_GPU else "interpreter"])
+@pytest.fixture(params=[GPU if HAS_GPU else "interpreter"])
 def impl(request: pytest.FixtureRequest) -> Iterator[Implementation]:
     if HAS_GPU:
         yield Implementation("cuda", torch.device("cuda"))
