@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from moe_parallel import MLP, BackendConfig, FakeBalancedGate, GroupedExperts, MoE, MoEConfig
+from moe_parallel.dispatch import Dispatched, LocalDispatcher
 from tests.parallel import definitions
 from tests.parallel.definitions import make_config
 
@@ -243,3 +244,27 @@ def test_runs_on_meta_tensors() -> None:
         layer, config = MoE(make_config(n_shared_experts=1)), make_config()
         x = torch.empty(5, config.dim, dtype=config.dtype)
     assert layer(x).shape == x.shape
+
+
+def test_row_buffers_are_as_long_as_the_dispatcher_says() -> None:
+    """What backward keeps follows the bound, not the slots received, most of which are no one's."""
+    config = make_config()
+    experts = GroupedExperts(config)
+    definitions.randomize(experts)
+    bound = 4
+
+    class Bounded(LocalDispatcher):
+        def dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Dispatched:
+            mine = torch.arange(topk_ids.numel()).view(topk_ids.shape) < bound
+            ids = torch.where(mine, topk_ids, -1)
+            return Dispatched(x, ids, topk_weights, None, num_rows=bound)
+
+    experts.token_dispatcher = Bounded()
+    x = torch.randn(9, config.dim, dtype=config.dtype)
+    ids = torch.zeros(9, config.n_activated_experts, dtype=torch.int64)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        experts(x, torch.ones(9, dtype=torch.bool), torch.rand(ids.shape), ids)
+    width = experts.gate_and_up_projs.shape[2]
+    assert (bound, width) in kept
+    assert (ids.numel(), width) not in kept
