@@ -4,7 +4,8 @@ from moe_parallel.config import BackendConfig, MoEConfig
 from moe_parallel.dispatch import AllToAllDispatcher
 from moe_parallel.experts import GroupedExperts
 from moe_parallel.layers import MLP, FakeBalancedGate, Gate, MoE
-from moe_parallel.parallelizer import ExpertParallel, apply_ep
+from moe_parallel.mesh import build_meshes, parallel_axis_names
+from moe_parallel.parallelizer import ExpertParallel, apply_ep, parallelize_model
 
 __all__ = [
     "MLP",
@@ -17,4 +18,7 @@ __all__ = [
     "MoE",
     "MoEConfig",
     "apply_ep",
+    "build_meshes",
+    "parallel_axis_names",
+    "parallelize_model",
 ]

@@ -39,6 +39,7 @@ from moe_parallel.fsdp_preparation import (
     check_expert_widths,
     fp32_only_modules,
     keep_in_fp32_names,
+    reduce_unused_parameters,
     replicate_correction_bias,
     retie_embeddings,
 )
@@ -383,6 +384,8 @@ def apply_fsdp(
             block, fsdp_mesh, reshard_after_forward, offload_policy
         )
         shard(block, ignored_params=ignored or None)
+        if id(block) in mtp_blocks:
+            reduce_unused_parameters(block)
 
     head_is_fp32 = lm_head is not None and not tied and lm_head_precision == torch.float32
     if tied:
@@ -401,6 +404,7 @@ def apply_fsdp(
         tower = getattr(model, name, None)
         if tower is not None and any(p.requires_grad for p in tower.parameters()):
             shard(tower)
+            reduce_unused_parameters(tower)
         elif tower is not None:
             logging.info(f"Skipping FSDP wrap for frozen {label} tower")
 

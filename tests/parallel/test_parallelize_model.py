@@ -88,7 +88,8 @@ def parallel_step(case: Case, meshes: tuple[Any, Any], rank: int, ranks: int) ->
         **parallel_axis_names(world_mesh, moe_mesh),
         **{"mp_policy": MixedPrecisionPolicy(**FP32), **case.options},
     )
-    batches = shards_of(case, ranks)
+    cp = world_mesh["cp"].size()
+    batches = shards_of(case, ranks // cp)
     labels, loss = count_labels(batches), torch.zeros(())
     MoEAuxLossAutoScaler.main_loss_backward_scale = ranks
     moes = model.moes()
@@ -97,8 +98,10 @@ def parallel_step(case: Case, meshes: tuple[Any, Any], rank: int, ranks: int) ->
             prepare_for_grad_accumulation([model])
         if index == len(batches) - 1:
             prepare_for_final_backward([model])
-        with replaying(moes, batch[rank]):
-            part = loss_sum(model, batch[rank]) / labels
+        shard = batch[rank // cp]
+        shard = shard if cp == 1 else shard.part(rank % cp, cp)
+        with replaying(moes, shard):
+            part = loss_sum(model, shard) / labels
             (part * ranks).backward()
         loss += part.detach()
     dist.all_reduce(loss)
@@ -155,7 +158,8 @@ def _run_cases(
     found = []
     for case in cases:
         actual = parallel_step(case, meshes, rank, ranks)
-        expected = one_process(case.model, shards_of(case, ranks), MAX_NORM, LR)
+        batches = shards_of(case, ranks // sizes.get("cp", 1))
+        expected = one_process(case.model, batches, MAX_NORM, LR)
         found += [f"{case.name}: {line}" for line in differences(actual, expected, tolerance)]
     return found
 
@@ -230,6 +234,25 @@ def test_equals_one_process(sizes: dict[str, int]) -> None:
     check(sizes, COVERING)
 
 
+AUX_AND_BIAS = ModelOptions(moe={"aux_loss_coeff": 0.1, **BIAS})
+CONTEXT = [
+    Case("plain", data={"length": 8}),
+    Case(
+        "auxiliary loss and bias, AC",
+        AUX_AND_BIAS,
+        ROUTER_AC | RESHARD,
+        {"length": 4, "uneven": True},
+    ),
+    Case("selective AC", AUX_AND_BIAS, SELECTIVE_AC | INNER_ROOT, {"length": 8}, micro_batches=2),
+]
+
+
+@pytest.mark.parametrize("sizes", [{"cp": 2, "ep": 2}, {"cp": 4, "ep": 2}], ids=str)
+def test_context_parallelism_of_the_model(sizes: dict[str, int]) -> None:
+    """The model's own attention gathers keys and values; the auxiliary loss is of the whole."""
+    check(sizes, CONTEXT if sizes["cp"] == 2 else CONTEXT[::2])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_full_matrix(sizes: dict[str, int]) -> None:
@@ -239,6 +262,7 @@ def test_full_matrix(sizes: dict[str, int]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [{"ep": 4}, {"dp_replicate": 2, "ep": 4}], ids=str)
 def test_8_ranks(sizes: dict[str, int]) -> None:
+    check({**sizes, "cp": 2}, CONTEXT, ranks=8)
     check(sizes, [case for case in COVERING + FULL if case.choices is None][:8], ranks=8)
 
 

@@ -367,6 +367,50 @@ def test_selective_policy_alternates() -> None:
         assert computed.count("aten.mm.default") == 7 + 2
 
 
+class CountingGate(nn.Module):
+    """A router of another framework, which adds to its load in place in every forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._cumulative_expert_load: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self._cumulative_expert_load is None:
+            self._cumulative_expert_load = torch.zeros(1)
+        self._cumulative_expert_load += x.shape[0]
+        return x.exp()
+
+
+class CountingMoE(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = CountingGate()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.gate(x.sin()).cos().sum()  # recomputation stops after the last tensor it needs
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"ignore_router": False}, {"selective": True}],
+    ids=("router", "full", "selective"),
+)
+def test_recomputation_leaves_the_load_alone(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(parallelizer, "MoE", CountingMoE)
+    block = nn.Module()
+    block.mlp = CountingMoE()
+    block.forward = lambda x: block.mlp(x)
+    layers = nn.ModuleList([block])
+    model = SimpleNamespace(layers=layers, config=SimpleNamespace(hidden_size=4, num_experts=2))
+    parallelizer.apply_ac(model, **options)
+    x = torch.randn(3, 4, requires_grad=True)
+    for total in (3, 6):
+        layers[0](x).backward()
+        assert block.mlp.gate._cumulative_expert_load.item() == total
+
+
 # Context parallelism
 
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -36,17 +37,44 @@ class ModelOptions:
     scale: float = 0.3  # of the matrices
 
 
+class _Gather(torch.autograd.Function):
+    """Every rank's part of a sequence [B, heads, L / ranks, D], in order; gradients go back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mesh: Any) -> Tensor:
+        ctx.mesh, ctx.length = mesh, x.shape[2]
+        parts = [torch.empty_like(x) for _ in range(mesh.size())]
+        dist.all_gather(parts, x.contiguous(), group=mesh.get_group())
+        return torch.cat(parts, 2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.contiguous()
+        dist.all_reduce(grad, group=ctx.mesh.get_group())
+        return grad.narrow(2, ctx.mesh.get_local_rank() * ctx.length, ctx.length), None
+
+
 class Attention(nn.Module):
-    """Causal attention with two heads."""
+    """Causal attention with two heads, which may hold consecutive parts of a sequence."""
+
+    cp_mesh: Any = None
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.out = nn.Linear(dim, dim)
 
+    def setup_cp_attention(self, cp_mesh: Any) -> None:
+        self.cp_mesh = cp_mesh
+
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
-        y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        start, length = 0, q.shape[2]
+        if self.cp_mesh is not None:
+            start = self.cp_mesh.get_local_rank() * length
+            k, v = _Gather.apply(k, self.cp_mesh), _Gather.apply(v, self.cp_mesh)
+        mask = torch.ones(start + length, k.shape[2], dtype=torch.bool).tril()[start:]
+        y = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out(y.transpose(1, 2).flatten(-2))
 
 
@@ -163,11 +191,17 @@ class Shard:
     padding_mask: Tensor
     choices: tuple[Tensor, ...] | None = None
 
+    def part(self, index: int, parts: int) -> Shard:
+        """A consecutive part of the sequences."""
+        tensors = (self.ids, self.labels, self.padding_mask)
+        return Shard(*(tensor.chunk(parts, 1)[index] for tensor in tensors))
+
 
 def make_shards(
     ranks: int,
     micro_batches: int,
     *,
+    length: int = 5,
     uneven: bool = False,
     padded_rank: int | None = None,
     seed: int = 11,
@@ -178,7 +212,7 @@ def make_shards(
     for _ in range(micro_batches):
         batch = []
         for rank in range(ranks):
-            shape = (2, 5 + (2 * rank if uneven else 0))
+            shape = (2, length + (2 * rank if uneven else 0))
             ids = torch.randint(VOCABULARY, shape, generator=generator)
             labels = torch.randint(VOCABULARY, shape, generator=generator)
             keep = torch.rand(shape, generator=generator) < 0.9 - 0.1 * rank
