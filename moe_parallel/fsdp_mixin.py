@@ -26,9 +26,12 @@ from moe_parallel.mesh import MeshError
 from moe_parallel.text_module import get_text_module
 from moe_parallel.torch_internals import (
     complete_accumulated_grads,
+    edges_of_functions,
     fsdp_param_groups,
     fully_sharded_modules,
+    gradient_edges,
     has_run,
+    keep_graph,
     reshards_after_forward,
     splits_backward,
     stages_of,
@@ -187,14 +190,18 @@ def _stage_backward(
         return grads, None
     if backward_type == "input":
         _refuse_split_backward(stage.submod)
-        return stage_backward_input(
+        edges = gradient_edges(bwd_kwargs["stage_output"])
+        grads, groups = stage_backward_input(
             bwd_kwargs["stage_output"],
             bwd_kwargs["output_grads"],
             bwd_kwargs["input_values"],
             stage.submod.parameters(),
         )
+        keep_graph(groups, edges)
+        return grads, groups
     if backward_type == "weight":
-        grads = stage_backward_weight(stage.submod.parameters(), bwd_kwargs["param_groups"])
+        with edges_of_functions():
+            grads = stage_backward_weight(stage.submod.parameters(), bwd_kwargs["param_groups"])
         _complete_accumulated_grads(stage.submod)
         return grads, None
     raise RuntimeError(f"Unknown backward type: {backward_type}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -102,6 +104,65 @@ def splits_backward(schedule: Any) -> bool:
 
     orders = getattr(schedule, "pipeline_order_with_comms", None) or {}
     return any(is_split(action) for order in orders.values() for action in order if action)
+
+
+class _Identity(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+
+@functools.cache
+def _functions_hide_metadata() -> bool:
+    node: Any = _Identity.apply(torch.ones(1, requires_grad=True)).grad_fn
+    try:
+        return node._input_metadata is None
+    except RuntimeError:
+        return True
+
+
+def keep_graph(param_groups: list[dict[str, Any]], edges: list[Any]) -> None:
+    """Keep what follows the intermediate nodes of a split backward alive until its weight pass.
+
+    Before 2.13 nobody owns the node of a custom op among them once the outputs are detached.
+    """
+    if _functions_hide_metadata():
+        for group in param_groups:
+            group["edges_of_outputs"] = edges
+
+
+def gradient_edges(outputs: Any) -> list[Any]:
+    """Where the backward of ``outputs`` starts; they own the graph."""
+    tensors = outputs if isinstance(outputs, (tuple, list)) else [outputs]
+    return [
+        torch.autograd.graph.get_gradient_edge(tensor)
+        for tensor in tensors
+        if isinstance(tensor, torch.Tensor) and tensor.requires_grad
+    ]
+
+
+@contextmanager
+def edges_of_functions() -> Iterator[None]:
+    """Let ``torch.autograd.grad`` start at a custom op's node, as a split backward does.
+
+    Before 2.13 it compares the given gradients with metadata that such nodes do not show; inside
+    of this they are taken as they are.
+    """
+    if not _functions_hide_metadata():
+        yield
+        return
+    make_grads = torch.autograd._make_grads
+
+    def take(outputs: Any, grads: Any, is_grads_batched: bool) -> Any:
+        if all(isinstance(grad, torch.Tensor) for grad in grads):
+            return tuple(grads)
+        return make_grads(outputs, grads, is_grads_batched)
+
+    torch.autograd._make_grads = take
+    try:
+        yield
+    finally:
+        torch.autograd._make_grads = make_grads
 
 
 def tolerate_unrecorded_ops(contexts: Any) -> Any:
