@@ -268,3 +268,19 @@ def test_row_buffers_are_as_long_as_the_dispatcher_says() -> None:
     width = experts.gate_and_up_projs.shape[2]
     assert (bound, width) in kept
     assert (ids.numel(), width) not in kept
+
+
+def test_autocast_computes_the_experts_narrow_and_returns_what_came() -> None:
+    layer, config = make_moe(dtype="float32", n_shared_experts=1)
+    x = torch.randn(9, config.dim, requires_grad=True)
+    expected = layer(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        routed = layer.gate(x, torch.ones(9, dtype=torch.bool), None)
+        experts = layer.experts(x, torch.ones(9, dtype=torch.bool), *routed[:2])
+        y = layer(x)
+    assert experts.dtype == y.dtype == torch.float32
+    assert not torch.equal(y, expected)
+    assert (y - expected).norm() < 0.02 * expected.norm()
+    y.sum().backward()
+    assert layer.experts.down_projs.grad is not None
+    assert layer.experts.down_projs.grad.dtype == torch.float32
