@@ -270,7 +270,8 @@ def fused_experts(
 
     Differentiable in x, both weights, both biases and topk_weights. For backward it keeps x, the
     pre-activation h [num_rows, W], topk_weights and the order; activations are recomputed. The
-    gradients of the weights have the weights' strides. Without gradients nothing is kept.
+    gradients of the weights are stored as the weights are, with either of the last two dimensions
+    contiguous. Without gradients nothing is kept.
 
     Args:
         x: [T, H], bf16, fp16, fp32 (fp64 on CPU).

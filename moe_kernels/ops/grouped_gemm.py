@@ -152,7 +152,8 @@ def grouped_gemm(
 ) -> Tensor:
     """Multiply each group of rows by its expert's matrix.
 
-    Differentiable in a, b and bias. The gradient to b has the strides of b.
+    Differentiable in a, b and bias. The gradient to b is stored as b is,
+    [E, Kd, N] or [E, N, Kd].
 
     Args:
         a: [R, Kd], bf16, fp16, fp32 (fp64 on CPU).
