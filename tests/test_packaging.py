@@ -169,7 +169,12 @@ def test_import_refuses_with_the_remedy(tmp_path, extension, said):
     shutil.copytree(ROOT / "moe_kernels", tmp_path / "moe_kernels", ignore=sources)
     if extension:
         (tmp_path / "moe_kernels" / extension[0]).write_text(extension[1])
-    result = run("-c", "import moe_kernels", PYTHONPATH=str(tmp_path), cwd=str(tmp_path))
+    # an editable installation would find the extension of the checkout
+    alone = (
+        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in "
+        "getattr(f, '__module__', '')]; import moe_kernels"
+    )
+    result = run("-c", alone, PYTHONPATH=str(tmp_path), cwd=str(tmp_path))
     assert result.returncode != 0
     message = result.stderr.splitlines()[-1]
     assert message.startswith("ImportError: moe_kernels:")

@@ -69,12 +69,20 @@ def test_models_equal_eager(family: str) -> None:
     assert ops.calls["fused_experts"] == ops.calls["fused_experts_backward"] == experts_calls(model)
     assert relative_error(found.logits, expected.logits) < 1e-6
     assert relative_error(found.loss, expected.loss) < 1e-6
+    model.zero_grad()
+    _, exact_grads = loss_and_gradients(model.double(), "eager", ids)
+    # where a family's other layers amplify roundings, eager itself is far from float64
+    rounding = max(
+        relative_error(grad.double(), exact_grads[name])
+        for name, grad in expected_grads.items()
+        if grad is not None
+    )
     experts_seen = 0
     for name, grad in grads.items():
         if expected_grads[name] is None:
             assert grad is None, name
             continue
-        assert relative_error(grad, expected_grads[name]) < 3e-6, name
+        assert relative_error(grad, expected_grads[name]) < max(3e-6, rounding), name
         experts_seen += "experts" in name and "shared" not in name
     assert experts_seen >= 2
 
