@@ -29,7 +29,7 @@ from benchmarks.registry import (
 from benchmarks.timing import Call, Clock, Samples, make_clock, take_turns
 
 Row = dict[str, Any]
-SLOW_MS = 2000.0  # a first call longer than this is not repeated just to be warm
+SLOW_MS = 10000.0  # a first call longer than this is not repeated just to be warm
 
 
 @dataclass(frozen=True)
