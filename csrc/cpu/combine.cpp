@@ -19,7 +19,7 @@ PackedBlocks<T>::PackedBlocks(const std::vector<RowBlock>& blocks, bool k_contig
     begins_.push_back(size);
     size += round_up(kernels<GemmKernels<T>>().packed_size(k_contiguous, block.count, k), kLine);
   }
-  memory_ = at::empty({size}, at::kChar);
+  memory_ = empty_large({size}, at::kChar);
 }
 
 template <typename T>
@@ -36,7 +36,7 @@ void Combine<T>::run(T* y) const {
   const int64_t hidden = b.columns(), k = b.inner();
   const int64_t step = columns_per_unit(hidden, 1, b.k_contiguous() ? 96 : 256, 32);
   const int64_t threads = at::get_num_threads();
-  const at::Tensor buffer = at::empty({threads, used, step}, at::dtype(scalar_type<A>()));
+  const at::Tensor buffer = empty_large({threads, used, step}, at::dtype(scalar_type<A>()));
   const auto& gemm = kernels<GemmKernels<T>>();
   const auto& functions = kernels<RowKernels<T>>();
   parallel_units((hidden + step - 1) / step, [&](int64_t unit, int thread) {

@@ -43,7 +43,8 @@ void project_up(const Layer& layer, const at::Tensor& x, const Sorted& order, in
   using A = acc_t<T>;
   const int64_t inner = layer.inner(), width = layer.width(), hidden = x.size(1);
   const bool gated = layer.activation.gated(), pairs = gated && layer.interleaved;
-  const int64_t step = columns_per_unit(inner, blocks.size(), gated ? 96 : 192, 32);
+  const int64_t most = layer.gate_up.k_contiguous() ? 192 : 512;
+  const int64_t step = columns_per_unit(inner, blocks.size(), gated ? most / 2 : most, 32);
   const int64_t parts = (inner + step - 1) / step;
   const int32_t* row_to_slot = data<int32_t>(order.row_to_slot_R);
   const T* bias = data_or_null<T>(layer.gate_up_bias);
@@ -139,7 +140,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> fused_exp
 
   const auto rows = x.options(), index = order.offsets_E1.options();
   const at::Tensor y = at::empty({tokens, x.size(1)}, rows);
-  const at::Tensor h = at::empty({save_for_backward ? num_rows : 0, layer.width()}, rows);
+  const at::Tensor h = empty_large({save_for_backward ? num_rows : 0, layer.width()}, rows);
   if (save_for_backward && used < num_rows) h.narrow(0, used, num_rows - used).zero_();
   dispatch_float(x.scalar_type(), kOp, [&]<typename T>() {
     const int64_t step =

@@ -63,8 +63,8 @@ class Backward {
 
   // dh and ds, and s * A where it is needed.
   void through_activation(const Weights& down_transposed, bool keep_activations) {
-    grad_h_ = at::empty({order_.used, width_}, h_.options());
-    if (keep_activations) activations_ = at::empty({order_.used, inner_}, h_.options());
+    grad_h_ = empty_large({order_.used, width_}, h_.options());
+    if (keep_activations) activations_ = empty_large({order_.used, inner_}, h_.options());
     // Partial sums of ds are over this many columns, whatever the number of threads.
     const int64_t step = down_transposed.k_contiguous() ? 96 : 128;
     const int64_t parts = (inner_ + step - 1) / step;
@@ -94,7 +94,7 @@ class Backward {
 
   // s * A alone.
   void recompute_activations() {
-    activations_ = at::empty({order_.used, inner_}, h_.options());
+    activations_ = empty_large({order_.used, inner_}, h_.options());
     const auto& functions = kernels<ActivationKernels<T>>();
     parallel_rows(order_.used, 4 * inner_ * sizeof(T), [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {

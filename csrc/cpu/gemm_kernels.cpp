@@ -12,6 +12,9 @@ namespace moe::CPU_CAPABILITY {
 
 namespace {
 
+// Up to so many rows, reading a matrix [k, n] takes longer than multiplying it, and packing it as
+// well.
+constexpr int64_t kFewRows = 12;
 constexpr int64_t kCacheBytes = 384 << 10;  // of a second-level cache, for what is read repeatedly
 
 template <typename T>
@@ -280,7 +283,7 @@ void multiply_spread_rows(const operand_t<T>* packed, int64_t m, int64_t k, cons
       tile.accumulate = g > 0;
       const auto row = [&](int64_t i) { return b.data + i * b.stride_k; };
       const Range part{g * G, min((g + tile.groups) * G, k)};
-      pack_panels<T>(panels, row, part, Range{c, block_end});
+      pack_panels<T>(panels, row, k, part, Range{c, block_end});
       for (int64_t p = c; p < block_end; p += kPanel) {
         const int64_t vectors = ceil_div(min(kPanel, block_end - p), L);
         tile.columns = panels + (p - c) * tile.groups * G;
@@ -297,6 +300,68 @@ void multiply_spread_rows(const operand_t<T>* packed, int64_t m, int64_t k, cons
   }
 }
 
+// The same for a few rows, which read the matrix as fast as memory gives it: several of its rows at
+// a time, never packed, on sums that stay in the cache.
+template <typename T>
+void multiply_few_spread_rows(const operand_t<T>* packed, int64_t m, int64_t k,
+                              const MatrixOf<T>& b, Range columns, acc_t<T>* out,
+                              int64_t out_stride) {
+  using Group = Groups<T>;
+  using A = acc_t<T>;
+  constexpr int L = kLanes<A>, G = Group::G;
+  constexpr int kRows = kRegisters == 32 ? 8 : 4, kGroups = kRows / G;
+  constexpr int64_t kAhead = 2 * kRows;
+  const int64_t row_size = padded<T>(k);
+  for (int64_t row = 0; row < k; row += kRows) {
+    const T* rows = b.data + row * b.stride_k + columns.begin;
+    const int64_t count = min(kRows, k - row);
+    const int64_t ahead = min(kAhead, k - row - count) * b.stride_k;
+    for (int64_t c = 0; c < columns.size(); c += L * G) {
+      const int64_t n = min(columns.size() - c, L * G);
+      typename Group::V vectors[kRows];
+      if (count == kRows && n == L * G) {
+        MOE_UNROLL
+        for (int i = 0; i < kRows; ++i) {
+          const T* p = rows + i * b.stride_k + c;
+          __builtin_prefetch(p + ahead);
+          vectors[i] = Group::load_wide(p);
+        }
+      } else {
+        for (int64_t i = 0; i < kRows; ++i) {
+          T some[L * G] = {};
+          if (i < count) std::memcpy(some, rows + i * b.stride_k + c, n * sizeof(T));
+          vectors[i] = Group::load_wide(some);
+        }
+      }
+      MOE_UNROLL
+      for (int g = 0; g < kGroups && G == 2; ++g) Group::pair(vectors[2 * g], vectors[2 * g + 1]);
+      for (int64_t r = 0; r < m; ++r) {
+        const operand_t<T>* x = packed + r * row_size + row;
+        A* to = out + r * out_stride + c;
+        Vec<A> sums[G];
+        MOE_UNROLL
+        for (int half = 0; half < G; ++half) {
+          sums[half] = Vec<A>{};
+        }
+        MOE_UNROLL
+        for (int g = 0; g < kGroups; ++g) {
+          const typename Group::V spread = Group::spread(x + g * G);
+          MOE_UNROLL
+          for (int half = 0; half < G; ++half) {
+            sums[half] = Group::multiply_add(spread, vectors[g * G + half], sums[half]);
+          }
+        }
+        MOE_UNROLL
+        for (int half = 0; half < G; ++half) {
+          if (n <= half * L) continue;
+          if (row > 0) sums[half] += load(to + half * L);
+          store(to + half * L, sums[half]);
+        }
+      }
+    }
+  }
+}
+
 template <typename T>
 void multiply(const void* packed_rows, int64_t m, int64_t k, const MatrixOf<T>& b, Range columns,
               acc_t<T>* out, int64_t out_stride) {
@@ -308,7 +373,10 @@ void multiply(const void* packed_rows, int64_t m, int64_t k, const MatrixOf<T>& 
       std::memset(out + i * out_stride, 0, columns.size() * sizeof(A));
     return;
   }
-  if (!b.k_contiguous) return multiply_spread_rows(packed, m, k, b, columns, out, out_stride);
+  if (!b.k_contiguous) {
+    const auto run = m <= kFewRows ? multiply_few_spread_rows<T> : multiply_spread_rows<T>;
+    return run(packed, m, k, b, columns, out, out_stride);
+  }
   const Blocks<T> blocks(m);
   const int64_t vector_size = group_count<T>(k) * kStep<T>, done = min(blocks.vectors * L, m);
   // So many columns at a time that they stay in the cache while all rows meet them.

@@ -40,13 +40,14 @@ int64_t columns_per_unit(int64_t columns, int64_t blocks, int64_t most, int64_t 
 at::Tensor empty_large(at::IntArrayRef sizes, const at::TensorOptions& options) {
   at::Tensor tensor = at::empty(sizes, options);
 #if defined(__linux__)
-  constexpr uintptr_t kHugePage = 2 << 20;
+  constexpr uintptr_t kHugePage = 2 << 20, kLarge = 16 << 20;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.data_ptr());
   const uintptr_t end = begin + tensor.nbytes();
   const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
   const uintptr_t last = end / kHugePage * kHugePage;
   // Only advice: whether it is followed changes no result.
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  if (tensor.nbytes() >= kLarge)
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
   return tensor;
 }
@@ -56,6 +57,18 @@ at::Tensor empty_weight_grad(int64_t experts, int64_t inner, int64_t columns, bo
   return transposed ? empty_large({experts, columns, inner}, options).mT()
                     : empty_large({experts, inner, columns}, options);
 }
+
+namespace {
+
+void zero_rows(char* to, int64_t rows, int64_t bytes, int64_t stride) {
+  if (bytes == stride) {
+    std::memset(to, 0, rows * bytes);
+  } else {
+    for (int64_t r = 0; r < rows; ++r) std::memset(to + r * stride, 0, bytes);
+  }
+}
+
+}  // namespace
 
 template <typename T>
 void weight_grad(const at::Tensor& out, bool accumulate, const std::vector<const T*>& a,
@@ -71,27 +84,27 @@ void weight_grad(const at::Tensor& out, bool accumulate, const std::vector<const
   const int64_t element = out.element_size();
   char* base = mutable_data<char>(out);
 
+  // A unit owns whole rows: two threads that first touch one page both pay for filling it.
   constexpr int64_t kRows = 384, kColumns = 512;
-  const int64_t row_parts = (rows + kRows - 1) / kRows,
-                column_parts = (columns + kColumns - 1) / kColumns;
-  const int64_t parts = row_parts * column_parts;
+  const int64_t step = columns_per_unit(rows, out.size(0), kRows, 32);
+  const int64_t parts = (rows + step - 1) / step;
   const auto& functions = kernels<WeightGradKernels<T>>();
   parallel_units(out.size(0) * parts, [&](int64_t unit, int) {
     const int64_t e = unit / parts, m = offsets[e + 1] - offsets[e];
-    const int64_t i = unit % parts / column_parts * kRows, j = unit % column_parts * kColumns;
-    const Range i_range{i, std::min(i + kRows, rows)}, j_range{j, std::min(j + kColumns, columns)};
-    char* to = base + (e * out.stride(0) + i * stride + j) * element;
+    const Range i_range{unit % parts * step, std::min((unit % parts + 1) * step, rows)};
+    char* to = base + (e * out.stride(0) + i_range.begin * stride) * element;
     if (m == 0) {
-      for (int64_t r = 0; !accumulate && r < i_range.size(); ++r) {
-        std::memset(to + r * stride * element, 0, j_range.size() * element);
-      }
+      if (!accumulate) zero_rows(to, i_range.size(), columns * element, stride * element);
       return;
     }
-    const OutputOf<T> output{narrow ? reinterpret_cast<T*>(to) : nullptr,
-                             narrow ? nullptr : reinterpret_cast<acc_t<T>*>(to), stride,
-                             accumulate};
-    functions.weight_grad(first.data() + offsets[e], second.data() + offsets[e], m, i_range,
-                          j_range, output);
+    for (int64_t j = 0; j < columns; j += kColumns) {
+      char* part = to + j * element;
+      const OutputOf<T> output{narrow ? reinterpret_cast<T*>(part) : nullptr,
+                               narrow ? nullptr : reinterpret_cast<acc_t<T>*>(part), stride,
+                               accumulate};
+      functions.weight_grad(first.data() + offsets[e], second.data() + offsets[e], m, i_range,
+                            Range{j, std::min(j + kColumns, columns)}, output);
+    }
   });
 }
 

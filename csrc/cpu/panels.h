@@ -28,37 +28,36 @@ MOE_INLINE void pack_group(operand_t<T>* out, const T* row, [[maybe_unused]] con
       store(out + c, n >= L ? load(row + c) : load_some(row + c, n));
     }
   } else {
-#if defined(CPU_CAPABILITY_AVX512_BF16)
-    typedef uint16_t Wide __attribute__((vector_size(64)));
     for (int64_t c = 0; c < columns; c += 2 * L) {
-      const int64_t n = columns - c;
-      Wide a{}, b{}, lower, upper;
-      if (n >= 2 * L) {
-        a = load_raw<Wide>(row + c);
-        if (next) b = load_raw<Wide>(next + c);
-      } else {
-        std::memcpy(&a, row + c, n * sizeof(T));
-        if (next) std::memcpy(&b, next + c, n * sizeof(T));
-      }
-      interleave(a, b, lower, upper);
+      const int64_t n = min(columns - c, 2 * L);
+      typename Groups<T>::V lower{}, upper{};
+      std::memcpy(&lower, row + c, n * sizeof(T));
+      if (next) std::memcpy(&upper, next + c, n * sizeof(T));
+      Groups<T>::pair(lower, upper);
       std::memcpy(out + 2 * c, &lower, sizeof(lower));
       if (n > L) std::memcpy(out + 2 * (c + L), &upper, sizeof(upper));
     }
-#endif
   }
 }
 
-// Packs rows [part.begin, part.end) of `row(i)`, and columns of each. A panel that is not full has
-// fewer vectors.
+// Packs rows [part.begin, part.end) of `row(i)`, i < limit, and columns of each. A panel that is
+// not full has fewer vectors.
 template <typename T, typename Row>
-MOE_INLINE void pack_panels(operand_t<T>* out, Row row, Range part, Range columns) {
+MOE_INLINE void pack_panels(operand_t<T>* out, Row row, int64_t limit, Range part, Range columns) {
   constexpr int L = kLanes<acc_t<T>>, G = Compute<T>::G;
   constexpr int64_t kPanel = kPanelVectors * L;
+  constexpr int64_t kAhead = 16;  // rows
   const int64_t groups = ceil_div(part.size(), G);
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t r = part.begin + g * G;
     const T* first = row(r) + columns.begin;
     const T* second = G == 2 && r + 1 < part.end ? row(r + 1) + columns.begin : nullptr;
+    // Rows are far apart in memory: the processor does not foresee where the next ones are.
+    for (int64_t i = r + kAhead; i < min(r + kAhead + G, limit); ++i) {
+      const char* next = reinterpret_cast<const char*>(row(i) + columns.begin);
+      const int64_t bytes = columns.size() * sizeof(T);
+      for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(next + at);
+    }
     for (int64_t c = 0; c < columns.size(); c += kPanel) {
       const int64_t width = min(kPanel, columns.size() - c), stored = ceil_div(width, L) * L;
       pack_group<T>(out + (c * groups + g * stored) * G, first + c, second ? second + c : nullptr,

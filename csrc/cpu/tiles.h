@@ -38,53 +38,6 @@ using operand_t = typename Compute<T>::U;
 template <typename T>
 constexpr bool kNative = std::is_same_v<T, operand_t<T>>;
 
-// One vector of groups: kLanes sums of G products each.
-template <typename T>
-struct Groups {
-  using U = operand_t<T>;
-  using A = acc_t<T>;
-  static constexpr int G = Compute<T>::G;
-
-  using V = Vec<A>;  // for pairs, their bits
-
-  static MOE_INLINE V load(const U* p) { return load_raw<V>(p); }
-
-  // From elements as they lie in memory.
-  static MOE_INLINE V load_wide(const T* p) {
-    if constexpr (kNative<T>) {
-      return load_raw<V>(p);
-    } else {
-      return CPU_CAPABILITY::load(p);
-    }
-  }
-
-  // The group at p in every lane.
-  static MOE_INLINE V spread(const U* p) {
-#if defined(CPU_CAPABILITY_AVX512_BF16)
-    if constexpr (G == 2) {
-      int32_t pair;
-      std::memcpy(&pair, p, sizeof(pair));
-      return bit_cast<V>(_mm512_set1_epi32(pair));
-    } else
-#endif
-    {
-      return broadcast(static_cast<A>(*p));
-    }
-  }
-
-  static MOE_INLINE Vec<A> multiply_add(V a, V b, Vec<A> sum) {
-#if defined(CPU_CAPABILITY_AVX512_BF16)
-    if constexpr (G == 2) {
-      return bit_cast<V>(
-          _mm512_dpbf16_ps(bit_cast<__m512>(sum), bit_cast<__m512bh>(a), bit_cast<__m512bh>(b)));
-    } else
-#endif
-    {
-      return fma(a, b, sum);
-    }
-  }
-};
-
 // ------------------------------------------------------------------------------ rearrangements
 template <bool upper, typename V, size_t... i>
 MOE_INLINE V interleave_half(V a, V b, std::index_sequence<i...>) {
@@ -139,6 +92,62 @@ MOE_INLINE Vec<A> sum_each(Vec<A> (&v)[kLanes<A>]) {
   return v[0];
 }
 
+// One vector of groups: kLanes sums of G products each.
+template <typename T>
+struct Groups {
+  using U = operand_t<T>;
+  using A = acc_t<T>;
+  static constexpr int G = Compute<T>::G;
+
+  using V = Vec<A>;  // for pairs, their bits
+
+  static MOE_INLINE V load(const U* p) { return load_raw<V>(p); }
+
+  // From elements as they lie in memory.
+  static MOE_INLINE V load_wide(const T* p) {
+    if constexpr (kNative<T>) {
+      return load_raw<V>(p);
+    } else {
+      return CPU_CAPABILITY::load(p);
+    }
+  }
+
+  // From vectors of two rows along the columns to the pairs of the lower and the upper columns.
+  static MOE_INLINE void pair(V& first, V& second) {
+    typedef uint16_t Wide __attribute__((vector_size(kVectorBytes)));
+    Wide lower, upper;
+    interleave(bit_cast<Wide>(first), bit_cast<Wide>(second), lower, upper);
+    first = bit_cast<V>(lower);
+    second = bit_cast<V>(upper);
+  }
+
+  // The group at p in every lane.
+  static MOE_INLINE V spread(const U* p) {
+#if defined(CPU_CAPABILITY_AVX512_BF16)
+    if constexpr (G == 2) {
+      int32_t pair;
+      std::memcpy(&pair, p, sizeof(pair));
+      return bit_cast<V>(_mm512_set1_epi32(pair));
+    } else
+#endif
+    {
+      return broadcast(static_cast<A>(*p));
+    }
+  }
+
+  static MOE_INLINE Vec<A> multiply_add(V a, V b, Vec<A> sum) {
+#if defined(CPU_CAPABILITY_AVX512_BF16)
+    if constexpr (G == 2) {
+      return bit_cast<V>(
+          _mm512_dpbf16_ps(bit_cast<__m512>(sum), bit_cast<__m512bh>(a), bit_cast<__m512bh>(b)));
+    } else
+#endif
+    {
+      return fma(a, b, sum);
+    }
+  }
+};
+
 // ------------------------------------------------------------------------------- outer products
 // Rows whose groups are spread, times vectors of columns.
 template <typename T>
@@ -162,7 +171,7 @@ struct OuterTile {
   int64_t groups;
   A* out;  // [rows, vectors * kLanes]
   int64_t out_stride;
-  bool accumulate;  // add to out
+  bool accumulate;  // add to out: sums of sums, which round less than one long sum
   T* narrow;        // if not null: written instead of out, in T
   int64_t narrow_stride;
   const char* prefetch;  // read ahead from here, so many bytes a group
@@ -181,7 +190,7 @@ void outer_tile(const OuterTile<T>& tile) {
     row[r] = tile.rows[r];
     MOE_UNROLL
     for (int v = 0; v < vectors; ++v) {
-      sums[r][v] = tile.accumulate ? load(tile.out + r * tile.out_stride + v * L) : Vec<A>{};
+      sums[r][v] = Vec<A>{};
     }
   }
   const operand_t<T>* column = tile.columns;
@@ -206,6 +215,7 @@ void outer_tile(const OuterTile<T>& tile) {
   for (int r = 0; r < rows; ++r) {
     MOE_UNROLL
     for (int v = 0; v < vectors; ++v) {
+      if (tile.accumulate) sums[r][v] += load(tile.out + r * tile.out_stride + v * L);
       if (tile.narrow) {
         store(tile.narrow + r * tile.narrow_stride + v * L, sums[r][v]);
       } else {

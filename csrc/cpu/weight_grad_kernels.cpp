@@ -59,8 +59,8 @@ void weight_grad(const T* const* a, const T* const* b, int64_t m, Range i_range,
     const Range part{block * block_groups * G, min((block + 1) * block_groups * G, m)};
     tile.groups = ceil_div(part.size(), G);
     tile.accumulate = block > 0 || (!aside && out.accumulate);
-    pack_panels<T>(a_panels, [&](int64_t r) { return a[r]; }, part, i_range);
-    pack_panels<T>(b_panels, [&](int64_t r) { return b[r]; }, part, j_range);
+    pack_panels<T>(a_panels, [&](int64_t r) { return a[r]; }, m, part, i_range);
+    pack_panels<T>(b_panels, [&](int64_t r) { return b[r]; }, m, part, j_range);
     for (int64_t p = 0; p < columns; p += kPanel) {
       const int64_t vectors = ceil_div(min(kPanel, columns - p), L);
       tile.columns = b_panels + p * tile.groups * G;
