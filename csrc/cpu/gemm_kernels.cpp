@@ -15,6 +15,7 @@ namespace {
 // Up to so many rows, reading a matrix [k, n] takes longer than multiplying it, and packing it as
 // well.
 constexpr int64_t kFewRows = 12;
+constexpr int64_t kMaxGroups = 512;         // in one sum: longer ones round more
 constexpr int64_t kCacheBytes = 384 << 10;  // of a second-level cache, for what is read repeatedly
 
 template <typename T>
@@ -170,8 +171,9 @@ void multiply_vectors(const operand_t<T>* packed, int64_t rows, int64_t vectors,
   const bool in_place = kNative<T> && k % G == 0;
   const int64_t width = vectors * L, tile_columns = Tile::rows_for(vectors);
   const int64_t groups = group_count<T>(k);
-  // So much of k at a time that its part of the packed rows stays in the cache.
-  const int64_t parts = ceil_div(groups * width * G * sizeof(U), kCacheBytes);
+  // So much of k at a time that its part of the packed rows stays in the cache and sums are short.
+  const int64_t parts =
+      ceil_div(groups, min(kMaxGroups, kCacheBytes / static_cast<int64_t>(width * G * sizeof(U))));
   const int64_t part_groups = ceil_div(groups, parts);
   const int64_t result_size = ceil_div(kColumns, L) * L * width;
   const int64_t stage_size = in_place ? 0 : Tile::kMaxRows * part_groups * G;
