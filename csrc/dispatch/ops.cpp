@@ -2,8 +2,8 @@
 // moe_parallel/dispatch/ops.py.
 //
 // T tokens, H hidden size, K experts a token, E experts, P ranks; S rows sent and U received, in
-// dispatch; combine goes the other way. plan [2 P] int64 on the CPU: the rows of the dispatch sent
-// to each rank, then those received from each.
+// dispatch; combine goes the other way. plan [2 P + 2] int64 on the CPU: the rows of the dispatch
+// sent to each rank, those received from each, its number, and the tag of its group.
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
 #include <torch/library.h>
@@ -58,27 +58,39 @@ void check_dispatch(const Tensor& x, const Tensor& ids, const Tensor& weights, i
                     "; got ", experts);
 }
 
-// The rows of a dispatch, by rank.
+// The rows of a dispatch, by rank, and its number.
 struct Plan {
   std::vector<int64_t> sent, received;
+  int64_t dispatch = -1;
 
-  Plan(const Tensor& plan, int64_t ranks) {
-    TORCH_CHECK_VALUE(plan.is_cpu() && plan.scalar_type() == at::kLong && plan.dim() == 1 &&
-                          plan.size(0) == 2 * ranks,
-                      "combine: the handle must be that of a dispatch in this group of ", ranks,
-                      " ranks; its plan is ", plan.sizes());
+  explicit Plan(const Exchange& exchange) : sent(exchange.size()), received(exchange.size()) {}
+
+  void read(const Exchange& exchange, const Tensor& plan) {
+    const int64_t ranks = exchange.size();
+    TORCH_CHECK_VALUE(plan.is_cpu() && plan.scalar_type() == at::kLong && plan.is_contiguous() &&
+                          plan.dim() == 1 && plan.size(0) == 2 * ranks + 2 &&
+                          plan.const_data_ptr<int64_t>()[2 * ranks + 1] == exchange.group_tag(),
+                      to_string(exchange.phase()),
+                      ": the handle must be that of a dispatch in group '", exchange.group_name(),
+                      "'; use the dispatcher that made it");
     const int64_t* const begin = plan.const_data_ptr<int64_t>();
     sent.assign(begin, begin + ranks);
     received.assign(begin + ranks, begin + 2 * ranks);
+    dispatch = begin[2 * ranks];
+  }
+
+  Tensor write(const Exchange& exchange) const {
+    return at::cat({at::tensor(sent, at::kLong), at::tensor(received, at::kLong),
+                    at::tensor({dispatch, exchange.group_tag()}, at::kLong)});
   }
 };
 
-// Headers of the phases whose sizes the dispatch has settled: this rank is about to send
-// `out` rows to each rank and expects `in`. `check` raises for wrong arguments. On CUDA there are
-// none: reading them would make the host wait for the device.
+// Headers of the phases whose sizes the dispatch has settled: ranks that name the same dispatch
+// of their group have its plan. `check` reads the plan and raises for wrong arguments. On CUDA
+// there are no headers: reading them would make the host wait for the device.
 template <typename Check>
-void agree(const Exchange& exchange, Phase phase, const Terms& terms, bool with_headers,
-           const std::vector<int64_t>& out, const std::vector<int64_t>& in, const Check& check) {
+void agree(const Exchange& exchange, Terms terms, bool with_headers, const Plan& plan,
+           const Check& check) {
   if (!with_headers) return check();
   std::exception_ptr refusal;
   try {
@@ -86,20 +98,14 @@ void agree(const Exchange& exchange, Phase phase, const Terms& terms, bool with_
   } catch (...) {
     refusal = std::current_exception();
   }
-  const Tensor counts = at::zeros({exchange.size(), 2}, at::kLong);
-  counts.select(1, 0).copy_(at::tensor(out, at::kLong));
+  terms.dispatch = plan.dispatch;
   const Tensor refused = at::tensor(static_cast<int64_t>(refusal != nullptr), at::kLong);
-  auto headers = exchange.send_headers(terms, counts, refused);
+  auto headers = exchange.send_headers(terms, at::zeros({exchange.size(), 2}, at::kLong), refused);
   if (refusal) {
     headers.pending.wait();
     std::rethrow_exception(refusal);
   }
-  const auto tally = exchange.read_headers(std::move(headers));
-  for (int64_t peer = 0; peer < exchange.size(); ++peer) {
-    TORCH_CHECK_VALUE(tally.received[peer] == in[peer], to_string(phase), ": rank ", peer,
-                      " sends ", tally.received[peer], " rows and rank ", exchange.rank(),
-                      " expects ", in[peer], "; their handles are of different dispatches");
-  }
+  exchange.read_headers(std::move(headers));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dispatch(
@@ -140,6 +146,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dispatch(
   TORCH_CHECK_INDEX(!tally.refused, "dispatch: topk_ids must be in [-1, E] with E = ", num_experts);
   if (!is_native(x)) pack(sum(tally.sent));
 
+  Plan plan(exchange);
+  plan.sent = tally.sent, plan.received = tally.received, plan.dispatch = tally.dispatch;
   const int64_t num_received = sum(tally.received);
   const Tensor out = at::empty({num_received, x.size(1)}, x.options());
   const Tensor out_routing = empty_routing(topk_weights, num_received);
@@ -153,7 +161,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dispatch(
           out_ids,
           out_weights,
           layout.slot_rows,
-          at::cat({at::tensor(tally.sent, at::kLong), at::tensor(tally.received, at::kLong)}),
+          plan.write(exchange),
           at::empty({tally.slots_received, 0}, x.options().dtype(at::kByte))};
 }
 
@@ -175,10 +183,11 @@ void check_rows(const char* op, const char* name, const Tensor& rows, int64_t nu
 Tensor combine(const Tensor& y, const Tensor& slot_rows, const Tensor& plan_numbers,
                std::string group, double timeout) {
   const Exchange exchange(Phase::kCombine, group, timeout);
-  const Plan plan(plan_numbers, exchange.size());
+  Plan plan(exchange);
   Terms terms;
   if (y.dim() == 2) terms.hidden = y.size(1), terms.x_dtype = dtype_number(y);
-  agree(exchange, Phase::kCombine, terms, is_native(y), plan.received, plan.sent, [&] {
+  agree(exchange, terms, is_native(y), plan, [&] {
+    plan.read(exchange, plan_numbers);
     check_rows("combine", "y", y, sum(plan.received));
     check_floating("combine", "y", y);
   });
@@ -190,9 +199,9 @@ Tensor combine(const Tensor& y, const Tensor& slot_rows, const Tensor& plan_numb
 Tensor combine_backward(const Tensor& grad, const Tensor& slot_rows, const Tensor& plan_numbers,
                         int64_t num_received, std::string group, double timeout) {
   const Exchange exchange(Phase::kCombineBackward, group, timeout);
-  const Plan plan(plan_numbers, exchange.size());
+  Plan plan(exchange);
   const Terms terms = {.hidden = grad.size(1), .x_dtype = dtype_number(grad)};
-  agree(exchange, Phase::kCombineBackward, terms, is_native(grad), plan.sent, plan.received, [] {});
+  agree(exchange, terms, is_native(grad), plan, [&] { plan.read(exchange, plan_numbers); });
   const Tensor rows = pack_rows(grad, slot_rows, sum(plan.sent));
   const Tensor out = at::empty({num_received, grad.size(1)}, grad.options());
   exchange.start("result gradients", out, rows, plan.received, plan.sent).wait();
@@ -204,13 +213,12 @@ std::tuple<Tensor, Tensor> dispatch_backward(const std::optional<Tensor>& grad_x
                                              const Tensor& slot_rows, const Tensor& plan_numbers,
                                              std::string group, double timeout) {
   const Exchange exchange(Phase::kDispatchBackward, group, timeout);
-  const Plan plan(plan_numbers, exchange.size());
+  Plan plan(exchange);
   Terms terms;
   if (grad_x) terms.hidden = grad_x->size(1), terms.x_dtype = dtype_number(*grad_x);
   if (grad_weights)
     terms.top_k = grad_weights->size(1), terms.weight_dtype = dtype_number(*grad_weights);
-  agree(exchange, Phase::kDispatchBackward, terms, is_native(slot_rows), plan.received, plan.sent,
-        [] {});
+  agree(exchange, terms, is_native(slot_rows), plan, [&] { plan.read(exchange, plan_numbers); });
   std::optional<Returning> rows, slots;
   if (grad_x) rows.emplace(exchange, plan, "token gradients", *grad_x);
   if (grad_weights) slots.emplace(exchange, plan, "routing weight gradients", *grad_weights);

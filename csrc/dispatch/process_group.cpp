@@ -4,6 +4,8 @@
 #include <c10/util/Exception.h>
 #include <torch/version.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <sstream>
 #include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
@@ -14,13 +16,26 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kMagic = 0x4d6f45413241;
+constexpr int64_t kMagic = 0x4d6f45413242;
+
+// Numbers dispatches, so that ranks can tell handles apart. A Lamport clock: a rank proposes its
+// next tick, the headers carry every proposal to every rank, the largest is the number, and all
+// clocks go past it. So the ranks of a group agree without a further exchange, no group sees a
+// number twice, and a call that failed on some ranks leaves nothing behind to set right.
+std::atomic<int64_t> next_dispatch{0};
+
+void advance_past(int64_t dispatch) {
+  int64_t next = next_dispatch.load();
+  while (next <= dispatch && !next_dispatch.compare_exchange_weak(next, dispatch + 1)) {
+  }
+}
 
 // The columns of a header.
 enum Field : int64_t {
   kMagicField,
   kPhaseField,
   kRefusedField,
+  kDispatchField,
   kExpertsField,
   kHiddenField,
   kTopKField,
@@ -38,6 +53,8 @@ const char* name_of(int64_t field) {
       return "the version of its headers";
     case kPhaseField:
       return "the phase";
+    case kDispatchField:
+      return "the dispatch whose handle they use";
     case kExpertsField:
       return "num_experts";
     case kHiddenField:
@@ -56,6 +73,7 @@ std::string value_of(int64_t field, int64_t value) {
   if (field == kPhaseField && value <= static_cast<int64_t>(Phase::kCombineBackward)) {
     return to_string(static_cast<Phase>(value));
   }
+  if (field == kDispatchField) return "dispatch " + std::to_string(value);
   const bool is_dtype = field == kXDtypeField || field == kWeightDtypeField;
   if (is_dtype && value < static_cast<int64_t>(at::ScalarType::NumOptions)) {
     return c10::toString(static_cast<at::ScalarType>(value));
@@ -137,11 +155,18 @@ void Exchange::Pending::wait() {
 
 Exchange::Headers Exchange::send_headers(const Terms& terms, const Tensor& counts,
                                          const Tensor& refused) const {
-  const std::vector<int64_t> fields = {kMagic,        static_cast<int64_t>(phase_),
-                                       /*refused=*/0, terms.experts,
-                                       terms.hidden,  terms.top_k,
-                                       terms.x_dtype, terms.weight_dtype,
-                                       /*rows=*/0,    /*slots=*/0};
+  const int64_t dispatch = phase_ == Phase::kDispatch ? next_dispatch++ : terms.dispatch;
+  const std::vector<int64_t> fields = {kMagic,
+                                       static_cast<int64_t>(phase_),
+                                       /*refused=*/0,
+                                       dispatch,
+                                       terms.experts,
+                                       terms.hidden,
+                                       terms.top_k,
+                                       terms.x_dtype,
+                                       terms.weight_dtype,
+                                       /*rows=*/0,
+                                       /*slots=*/0};
   Headers headers;
   headers.mine = at::tensor(fields, at::kLong).to(counts.device()).repeat({size_, 1});
   headers.mine.select(1, kRefusedField).copy_(refused);
@@ -166,18 +191,22 @@ Exchange::Tally Exchange::read_headers(Headers headers) const {
                 "message says which");
     for (int64_t field = 0; field < kTermFields; ++field) {
       const int64_t here = mine[peer][field], there = theirs[peer][field];
-      TORCH_CHECK_VALUE(field == kRefusedField || here == there, op, ": the ranks of group '",
-                        group_name_, "' must agree on ", name_of(field), "; rank ", rank_, " has ",
+      const bool may_differ =
+          field == kRefusedField || (field == kDispatchField && phase_ == Phase::kDispatch);
+      TORCH_CHECK_VALUE(may_differ || here == there, op, ": the ranks of group '", group_name_,
+                        "' must agree on ", name_of(field), "; rank ", rank_, " has ",
                         value_of(field, here), " and rank ", peer, " has ", value_of(field, there),
                         ". Make the same calls in the same order on every rank.");
     }
   }
-  Tally tally{{}, {}, 0, mine[0][kRefusedField] != 0};
+  Tally tally{{}, {}, 0, -1, mine[0][kRefusedField] != 0};
   for (int64_t peer = 0; peer < size_; ++peer) {
+    tally.dispatch = std::max(tally.dispatch, theirs[peer][kDispatchField]);
     tally.sent.push_back(mine[peer][kRowsField]);
     tally.received.push_back(theirs[peer][kRowsField]);
     tally.slots_received += theirs[peer][kSlotsField];
   }
+  advance_past(tally.dispatch);
   return tally;
 }
 

@@ -5,6 +5,7 @@
 
 #include <chrono>
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <torch/csrc/distributed/c10d/Work.hpp>
@@ -18,6 +19,7 @@ const char* to_string(Phase phase);
 
 // What the ranks of a group must agree on in a call; -1 where the phase has no such thing.
 struct Terms {
+  int64_t dispatch = -1;  // the number of the dispatch that the handle is of
   int64_t experts = -1, hidden = -1, top_k = -1;
   int64_t x_dtype = -1, weight_dtype = -1;  // at::ScalarType
 };
@@ -28,6 +30,10 @@ class Exchange {
  public:
   Exchange(Phase phase, const std::string& group, double timeout);
 
+  Phase phase() const { return phase_; }
+  const std::string& group_name() const { return group_name_; }
+  // A number for the name, the same within this process.
+  int64_t group_tag() const { return static_cast<int64_t>(std::hash<std::string>{}(group_name_)); }
   int64_t rank() const { return rank_; }
   int64_t size() const { return size_; }
 
@@ -65,7 +71,8 @@ class Exchange {
   struct Tally {
     std::vector<int64_t> sent, received;  // rows for and from each rank
     int64_t slots_received;
-    bool refused;  // by this rank
+    int64_t dispatch;  // the number of this dispatch, the same on all ranks
+    bool refused;      // by this rank
   };
   // Waits for the headers, copies them to the host at once, and raises unless all ranks agree.
   Tally read_headers(Headers headers) const;

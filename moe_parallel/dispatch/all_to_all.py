@@ -20,7 +20,8 @@ class Handle(NamedTuple):
 
     Attributes:
         slot_rows: [T, K] int32, the row of the exchange that each slot travelled in, or -1.
-        plan: [2 P] int64 on the CPU, rows sent to each rank, then rows received from each.
+        plan: [2 P + 2] int64 on the CPU: rows sent to each rank, rows received from each, the
+            number of the dispatch, the same on every rank, and a tag of the group.
     """
 
     slot_rows: Tensor
@@ -36,8 +37,13 @@ class AllToAllDispatcher:
     is rounded to its dtype once on the wire. Differentiable in x and topk_weights, not twice.
 
     Every rank of the group must make the same calls in the same order, with any number of tokens,
-    zero included. Calls that do not match are a ValueError on every rank; on CUDA that is checked
-    in dispatch alone.
+    zero included; the order is otherwise free, and so is that of the backward passes. Calls that
+    do not match are a ValueError on every rank: another operation or direction, other sizes or
+    dtypes, or the handle of another dispatch, told by the numbers of the dispatches. On CUDA that
+    is checked in dispatch alone, since reading what the others say would make the host wait.
+
+    What the ranks do alike is not a mismatch: the handle of dispatch 2 with results of dispatch 1,
+    on every rank, is only refused if their number of rows differs.
 
     Args:
         group: the ranks; of any c10d backend that can exchange tensors on the device of the tokens.
@@ -125,7 +131,9 @@ class AllToAllDispatcher:
             [T, H]: zero for a token without experts.
 
         Raises:
-            ValueError: y does not fit the handle, or the ranks' handles do not belong together.
+            ValueError: the handle is of another group, y has not the rows of its dispatch, or the
+                ranks use handles of different dispatches. Ranks whose own arguments are right raise
+                a RuntimeError that names the rank.
             torch.distributed.DistBackendError: a rank is missing; it names the exchange.
         """
         out: Tensor = ops.combine(y, *handle, self.group_name, self.timeout or 0.0)

@@ -4,8 +4,10 @@ Functional, so that autograd, torch.compile and selective activation checkpointi
 name of a process group and tensors go in, tensors come out. The kernels are C++ (csrc/dispatch).
 
 T tokens, H hidden size, K experts a token, E experts, P ranks, U tokens received.
-``slot_rows [T, K]`` int32 is the row that each slot travelled in, -1 if in none; ``plan [2 P]``
-int64, on the CPU, the number of rows sent to each rank, then of those received from each.
+``slot_rows [T, K]`` int32 is the row that each slot travelled in, -1 if in none; ``plan [2 P + 2]``
+int64, on the CPU, the number of rows sent to each rank, of those received from each, the number of
+the dispatch, which the ranks agree on and no other dispatch of their group has, and a tag of the
+group.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ def _dispatch_fake(
         topk_ids.new_empty(received, top_k, dtype=torch.int32),
         topk_weights.new_empty(received, top_k),
         topk_ids.new_empty(topk_ids.shape, dtype=torch.int32),
-        torch.empty(2 * ranks, dtype=torch.int64, device="cpu"),
+        torch.empty(2 * ranks + 2, dtype=torch.int64, device="cpu"),
         x.new_empty(slots, 0, dtype=torch.uint8),
     )
 

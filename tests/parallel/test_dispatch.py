@@ -267,122 +267,6 @@ def raised(function: Callable[..., Any], *args: Any) -> tuple[str, str]:
     return "nothing", ""
 
 
-def _mismatch(rank: int, ranks: int, what: str) -> tuple[tuple[str, str], bool]:
-    odd = rank == 1
-    dispatcher = AllToAllDispatcher(dist.group.WORLD, 12 if what == "experts" and odd else 6)
-    settings: dict[str, Any] = {"hidden": 6, "top_k": 2, "dtype": torch.float32}
-    if odd:
-        settings |= {
-            "hidden": {"hidden": 7},
-            "top_k": {"top_k": 3},
-            "dtype": {"dtype": torch.bfloat16},
-            "weight_dtype": {"weight_dtype": torch.float32},
-        }.get(what, {})
-    case = make_case(1, rank, 9, experts=6, **settings)
-    arguments = (case.x, case.ids, case.weights)
-    if what in ("phase", "handle", "rows"):
-        first = dispatcher.dispatch(*arguments)
-        second = dispatcher.dispatch(*(value[:4] for value in arguments))
-        handle, x = (second.handle, second.x) if odd else (first.handle, first.x)
-        if what == "rows":
-            result = raised(dispatcher.combine, first.x[odd:], first.handle)
-        elif what == "handle":
-            result = raised(dispatcher.combine, x, handle)
-        elif odd:
-            result = raised(dispatcher.combine, first.x, first.handle)
-        else:
-            result = raised(dispatcher.dispatch, *arguments)
-    else:
-        result = raised(dispatcher.dispatch, *arguments)
-    # The group is as good as before.
-    case = make_case(2, rank, 9, 6, 2, 6)
-    y = round_trip(AllToAllDispatcher(dist.group.WORLD, 6), case, rank)[1]
-    return result, torch.allclose(y, case.x * ((case.ids + 1) * case.weights).sum(1, keepdim=True))
-
-
-@pytest.mark.parametrize(
-    ("what", "named", "values"),
-    [
-        ("hidden", "H (the columns of x)", ("6", "7")),
-        ("top_k", "K (the columns of topk_ids)", ("2", "3")),
-        ("dtype", "x's dtype", ("Float", "BFloat16")),
-        ("weight_dtype", "topk_weights' dtype", ("Double", "Float")),
-        ("experts", "num_experts", ("6", "12")),
-        ("phase", "the phase", ("dispatch", "combine")),
-    ],
-)
-def test_calls_that_do_not_match_are_an_error_on_every_rank(
-    what: str, named: str, values: tuple[str, str]
-) -> None:
-    for rank, ((kind, message), healthy) in enumerate(run_ranks(3, _mismatch, what)):
-        assert kind == "ValueError", message
-        mine, other = values if rank != 1 else values[::-1]
-        assert f"must agree on {named}; rank {rank} has {mine} and rank" in message
-        assert f"has {other}." in message
-        assert healthy
-
-
-def test_handles_that_do_not_belong_together_are_an_error_on_every_rank() -> None:
-    for (kind, message), healthy in run_ranks(2, _mismatch, "handle"):
-        assert kind == "ValueError"
-        assert "their handles are of different dispatches" in message
-        assert healthy
-
-
-def _wrong_arguments(rank: int, ranks: int) -> list[tuple[str, str]]:
-    dispatcher = AllToAllDispatcher(dist.group.WORLD, 4)
-    x, ids, weights = torch.randn(3, 5), torch.zeros(3, 2, dtype=torch.int64), torch.rand(3, 2)
-    bad_ids = ids.clone()
-    bad_ids[2, 1] = 5
-    wrong = [
-        (x, bad_ids, weights),
-        (x[0], ids, weights),
-        (x, ids[:2], weights),
-        (x, ids, weights[:, :1]),
-        (x.int(), ids, weights),
-        (x, ids.float(), weights),
-    ]
-    return [
-        raised(dispatcher.dispatch, *(arguments if rank == 1 else (x, ids, weights)))
-        for arguments in wrong
-    ]
-
-
-def test_one_rank_with_wrong_arguments_leaves_nobody_waiting() -> None:
-    good, bad = run_ranks(2, _wrong_arguments)
-    assert all(kind == "RuntimeError" for kind, _ in good)
-    assert all("rank 1 of group '0' found an error in its own arguments" in m for _, m in good)
-    assert [kind for kind, _ in bad] == [
-        "IndexError",
-        "ValueError",
-        "ValueError",
-        "ValueError",
-        "TypeError",
-        "TypeError",
-    ]
-    for (_, message), part in zip(
-        bad,
-        [
-            "topk_ids must be in [-1, E] with E = 4; got 5 at [2, 1]",
-            "x must be [T, H]; got [5]",
-            "topk_ids must be [T, K] with T = 3",
-            "topk_weights must be [3, 2] as topk_ids; got [3, 1]",
-            "x must be one of bfloat16, float16, float32, float64; got Int",
-            "topk_ids must be int32 or int64; got Float",
-        ],
-        strict=True,
-    ):
-        assert message.startswith("dispatch: ")
-        assert part in message
-
-
-def test_a_result_of_the_wrong_size_is_refused_where_it_is() -> None:
-    (good, _), (bad, _) = run_ranks(2, _mismatch, "rows")
-    assert good[0] == "RuntimeError"
-    assert bad[0] == "ValueError"
-    assert "y must have the" in bad[1]
-
-
 def _missing_rank(rank: int, ranks: int, how: str) -> tuple[str, str, float]:
     dispatcher = AllToAllDispatcher(dist.group.WORLD, 3, timeout=1.0)
     case = make_case(1, rank, 9, 6, 2, 3)
@@ -439,7 +323,12 @@ def _op_contract(rank: int, ranks: int) -> None:
     x, weights = case.x.requires_grad_(), case.weights.requires_grad_()
     group = dist.group.WORLD.group_name
     received = ops.dispatch(x, case.ids, weights, 4, group, 0.0)
-    torch.library.opcheck(torch.ops.moe_kernels.dispatch, (x, case.ids, weights, 4, group, 0.0))
+    torch.library.opcheck(
+        torch.ops.moe_kernels.dispatch,
+        (x, case.ids, weights, 4, group, 0.0),
+        # Not that a second run gives equal outputs: each dispatch has a number of its own.
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
     y = received[0].detach().requires_grad_()
     handle = received[3:5]
     torch.library.opcheck(torch.ops.moe_kernels.combine, (y, *handle, group, 0.0))

@@ -1,0 +1,236 @@
+"""Calls that the ranks do not make alike: an error on every rank, and no exchange.
+
+T tokens, H hidden size, K experts a token, E experts, P ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+
+from moe_parallel.dispatch import AllToAllDispatcher, Dispatched, Handle
+from tests.parallel.ranks import run_ranks
+from tests.parallel.test_dispatch import apply_experts, make_case, raised, round_trip
+
+
+def _mismatch(rank: int, ranks: int, what: str) -> tuple[tuple[str, str], bool]:
+    odd = rank == 1
+    dispatcher = AllToAllDispatcher(dist.group.WORLD, 12 if what == "experts" and odd else 6)
+    settings: dict[str, Any] = {"hidden": 6, "top_k": 2, "dtype": torch.float32}
+    if odd:
+        settings |= {
+            "hidden": {"hidden": 7},
+            "top_k": {"top_k": 3},
+            "dtype": {"dtype": torch.bfloat16},
+            "weight_dtype": {"weight_dtype": torch.float32},
+        }.get(what, {})
+    case = make_case(1, rank, 9, experts=6, **settings)
+    arguments = (case.x, case.ids, case.weights)
+    if what in ("phase", "rows"):
+        first = dispatcher.dispatch(*arguments)
+        if what == "rows":
+            result = raised(dispatcher.combine, first.x[odd:], first.handle)
+        elif odd:
+            result = raised(dispatcher.combine, first.x, first.handle)
+        else:
+            result = raised(dispatcher.dispatch, *arguments)
+    else:
+        result = raised(dispatcher.dispatch, *arguments)
+    # The group is as good as before.
+    case = make_case(2, rank, 9, 6, 2, 6)
+    y = round_trip(AllToAllDispatcher(dist.group.WORLD, 6), case, rank)[1]
+    return result, torch.allclose(y, case.x * ((case.ids + 1) * case.weights).sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize(
+    ("what", "named", "values"),
+    [
+        ("hidden", "H (the columns of x)", ("6", "7")),
+        ("top_k", "K (the columns of topk_ids)", ("2", "3")),
+        ("dtype", "x's dtype", ("Float", "BFloat16")),
+        ("weight_dtype", "topk_weights' dtype", ("Double", "Float")),
+        ("experts", "num_experts", ("6", "12")),
+        ("phase", "the phase", ("dispatch", "combine")),
+    ],
+)
+def test_calls_that_do_not_match_are_an_error_on_every_rank(
+    what: str, named: str, values: tuple[str, str]
+) -> None:
+    for rank, ((kind, message), healthy) in enumerate(run_ranks(3, _mismatch, what)):
+        assert kind == "ValueError", message
+        mine, other = values if rank != 1 else values[::-1]
+        assert f"must agree on {named}; rank {rank} has {mine} and rank" in message
+        assert f"has {other}." in message
+        assert healthy
+
+
+def _number(tokens: Dispatched) -> int:
+    return int(tokens.handle.plan[-2])
+
+
+def _swapped(rank: int, ranks: int) -> list[tuple[str, str, tuple[int, int]]]:
+    """Two dispatches of the same tokens; rank 1 goes on with the other one, in each phase."""
+    dispatcher = AllToAllDispatcher(dist.group.WORLD, 6)
+    case = make_case(1, rank, 9, 6, 2, 6)
+    results = []
+    for phase in ("combine", "combine_backward", "dispatch_backward"):
+        x = case.x.clone().requires_grad_()
+        sent = [dispatcher.dispatch(x, case.ids, case.weights) for _ in range(2)]
+        assert torch.equal(sent[0].handle.plan[:-2], sent[1].handle.plan[:-2])
+        numbers = (_number(sent[0]), _number(sent[1]))
+        first, second = sent if rank != 1 else sent[::-1]
+        if phase == "combine":
+            result = raised(dispatcher.combine, first.x, first.handle)
+        elif phase == "dispatch_backward":
+            result = raised(torch.autograd.grad, first.x.sum(), x)
+        else:
+            y = [dispatcher.combine(tokens.x, tokens.handle) for tokens in sent]
+            result = raised(torch.autograd.grad, y[rank == 1].sum(), x)
+        # Nothing has been exchanged: the same in the same order still goes through.
+        y = dispatcher.combine(second.x if rank == 1 else first.x, sent[0].handle)
+        torch.autograd.grad(y.sum(), x)
+        results.append((*result, numbers))
+    return results
+
+
+def test_handles_of_different_dispatches_are_an_error_on_every_rank() -> None:
+    """Whatever their sizes: equal ones would mix tokens silently."""
+    for rank, results in enumerate(run_ranks(3, _swapped)):
+        for phase, (kind, message, (low, high)) in zip(
+            ("combine", "combine_backward", "dispatch_backward"), results, strict=True
+        ):
+            assert kind == "ValueError", message
+            assert message.startswith(f"{phase}: the ranks of group '0' must agree on the dispatch")
+            mine, other = (low, high) if rank != 1 else (high, low)
+            assert f"rank {rank} has dispatch {mine} and rank" in message
+            assert f"has dispatch {other}." in message
+
+
+def _legal(rank: int, ranks: int) -> None:
+    """Any order that the ranks share: in flight, in backward, recomputed."""
+    dispatcher = AllToAllDispatcher(dist.group.WORLD, 6)
+    cases = [make_case(seed, rank, 7 + rank, 5, 2, 6) for seed in range(3)]
+    xs = [case.x.clone().requires_grad_() for case in cases]
+
+    def layer(x: Tensor, seed: int) -> Tensor:
+        tokens = dispatcher.dispatch(x, cases[seed].ids, cases[seed].weights)
+        return dispatcher.combine(apply_experts(tokens, 3 * rank), tokens.handle)
+
+    scales = [((case.ids + 1) * case.weights).sum(1, keepdim=True) for case in cases]
+    ys = [layer(x, seed) for seed, x in enumerate(xs)]
+    for seed in (1, 0, 2, 1):
+        (dx,) = torch.autograd.grad(ys[seed].sum(), xs[seed], retain_graph=True)
+        assert_close(dx, scales[seed].expand_as(dx))
+    ys = [checkpoint(layer, x, seed, use_reentrant=False) for seed, x in enumerate(xs)]
+    for seed in (2, 0, 1):
+        (dx,) = torch.autograd.grad(ys[seed].sum(), xs[seed])
+        assert_close(dx, scales[seed].expand_as(dx))
+    (dx,) = torch.autograd.grad(layer(layer(xs[0], 0), 0).sum(), xs[0])
+    assert_close(dx, (scales[0] ** 2).expand_as(dx))
+
+
+def test_any_order_that_the_ranks_share_is_legal() -> None:
+    run_ranks(2, _legal)
+
+
+def _numbers(rank: int, ranks: int) -> list[int]:
+    """Ranks that have made other numbers of dispatches elsewhere, or failed ones, still agree."""
+    alone = [dist.new_group([r]) for r in range(ranks)][rank]
+    everybody = AllToAllDispatcher(dist.group.WORLD, 6)
+    case = make_case(1, rank, 9, 6, 2, 6)
+    arguments = (case.x, case.ids, case.weights)
+    numbers = []
+    for _ in range(2):
+        for _ in range(3 * rank):
+            numbers.append(_number(AllToAllDispatcher(alone, 6).dispatch(*arguments)))
+        numbers.append(_number(everybody.dispatch(*arguments)))
+        assert raised(everybody.dispatch, case.x[rank:], *arguments[1:])[0] != "nothing"
+    assert numbers == sorted(set(numbers))
+    return [numbers[3 * rank], numbers[-1]]
+
+
+def test_ranks_agree_on_the_numbers_of_dispatches() -> None:
+    first, *others = run_ranks(3, _numbers)
+    assert all(numbers == first for numbers in others)
+
+
+def _no_handle(rank: int, ranks: int) -> list[tuple[str, str]]:
+    dispatcher = AllToAllDispatcher(dist.group.WORLD, 6)
+    case = make_case(1, rank, 9, 6, 2, 6)
+    tokens = dispatcher.dispatch(case.x, case.ids, case.weights)
+    slot_rows, plan = tokens.handle
+    twin = AllToAllDispatcher(dist.new_group([0, 1]), 6)
+    of_twin = twin.dispatch(case.x, case.ids, case.weights).handle
+    handles = [of_twin, Handle(slot_rows, plan[:-1]), Handle(slot_rows, plan.float())]
+    return [
+        raised(dispatcher.combine, tokens.x, handle if rank == 1 else tokens.handle)
+        for handle in handles
+    ]
+
+
+def test_what_is_no_handle_of_the_group_leaves_nobody_waiting() -> None:
+    good, bad = run_ranks(2, _no_handle)
+    assert [kind for kind, _ in bad] == ["ValueError"] * 3
+    assert [kind for kind, _ in good] == ["RuntimeError"] * 3
+    for _, message in bad:
+        assert message.startswith("combine: the handle must be that of a dispatch in group '0';")
+
+
+def _wrong_arguments(rank: int, ranks: int) -> list[tuple[str, str]]:
+    dispatcher = AllToAllDispatcher(dist.group.WORLD, 4)
+    x, ids, weights = torch.randn(3, 5), torch.zeros(3, 2, dtype=torch.int64), torch.rand(3, 2)
+    bad_ids = ids.clone()
+    bad_ids[2, 1] = 5
+    wrong = [
+        (x, bad_ids, weights),
+        (x[0], ids, weights),
+        (x, ids[:2], weights),
+        (x, ids, weights[:, :1]),
+        (x.int(), ids, weights),
+        (x, ids.float(), weights),
+    ]
+    return [
+        raised(dispatcher.dispatch, *(arguments if rank == 1 else (x, ids, weights)))
+        for arguments in wrong
+    ]
+
+
+def test_one_rank_with_wrong_arguments_leaves_nobody_waiting() -> None:
+    good, bad = run_ranks(2, _wrong_arguments)
+    assert all(kind == "RuntimeError" for kind, _ in good)
+    assert all("rank 1 of group '0' found an error in its own arguments" in m for _, m in good)
+    assert [kind for kind, _ in bad] == [
+        "IndexError",
+        "ValueError",
+        "ValueError",
+        "ValueError",
+        "TypeError",
+        "TypeError",
+    ]
+    for (_, message), part in zip(
+        bad,
+        [
+            "topk_ids must be in [-1, E] with E = 4; got 5 at [2, 1]",
+            "x must be [T, H]; got [5]",
+            "topk_ids must be [T, K] with T = 3",
+            "topk_weights must be [3, 2] as topk_ids; got [3, 1]",
+            "x must be one of bfloat16, float16, float32, float64; got Int",
+            "topk_ids must be int32 or int64; got Float",
+        ],
+        strict=True,
+    ):
+        assert message.startswith("dispatch: ")
+        assert part in message
+
+
+def test_a_result_of_the_wrong_size_is_refused_where_it_is() -> None:
+    (good, _), (bad, _) = run_ranks(2, _mismatch, "rows")
+    assert good[0] == "RuntimeError"
+    assert bad[0] == "ValueError"
+    assert "y must have the" in bad[1]
