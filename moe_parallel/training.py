@@ -34,7 +34,8 @@ class MoEAuxLossAutoScaler(torch.autograd.Function):
     """Joins an auxiliary loss to the graph through a tensor that the main loss uses.
 
     ``apply(output, aux)`` returns ``output``; in backward ``aux [] `` gets the gradient
-    ``main_loss_backward_scale`` (None means 1) and ``output`` its own, unchanged.
+    ``main_loss_backward_scale`` (None means 1) and ``output`` its own, unchanged. The scale is that
+    of the time of backward, under torch.compile too.
     """
 
     main_loss_backward_scale: ClassVar[float | Tensor | None] = None
@@ -49,9 +50,27 @@ class MoEAuxLossAutoScaler(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor]:
         (aux,) = ctx.saved_tensors
-        scale = MoEAuxLossAutoScaler.main_loss_backward_scale
-        grad = torch.ones_like(aux) if scale is None else torch.ones_like(aux) * scale
+        grad = torch.ops.moe_kernels.aux_loss_gradient(aux.detach(), grad_output.detach())
         return grad_output, grad.to(ctx.aux_dtype)
+
+
+def _aux_loss_gradient(aux: Tensor, grad_output: Tensor) -> Tensor:
+    """The gradient of ``aux``. An op, for a compiled graph would keep the scale of its first run;
+    it takes ``grad_output``, which it does not read, for a compiler would run it in forward."""
+    scale = MoEAuxLossAutoScaler.main_loss_backward_scale
+    grad = torch.ones_like(aux)
+    return grad if scale is None else grad.mul_(scale)
+
+
+_library = torch.library.Library("moe_kernels", "FRAGMENT")
+_library.define(
+    "aux_loss_gradient(Tensor aux, Tensor grad_output) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.impl("aux_loss_gradient", _aux_loss_gradient, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "moe_kernels::aux_loss_gradient", lambda aux, grad_output: torch.empty_like(aux), lib=_library
+)
 
 
 @dataclass

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from moe_parallel import MLP, BackendConfig, FakeBalancedGate, GroupedExperts, MoE, MoEConfig
 from moe_parallel.dispatch import Dispatched, LocalDispatcher
+from moe_parallel.training import MoEAuxLossAutoScaler
 from tests.parallel import definitions
 from tests.parallel.definitions import make_config
 
@@ -237,6 +238,34 @@ def test_a_layer_compiles_whole() -> None:
         strict=True,
     ):
         assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_an_auxiliary_loss_compiles_and_takes_the_scale_of_its_backward(
+    monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    """One graph for every scale, a float or a tensor, set after forward as a schedule may."""
+    layer, config = make_moe(aux_loss_coeff=0.7)
+    layer.train()
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend=backend, fullgraph=True)
+    weights = [layer.gate.weight, layer.experts.down_projs]
+    found = []
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for scale in (None, 3.0, 5.0, torch.tensor(7.0, dtype=torch.float64)):
+            x = torch.randn(9, config.dim, dtype=torch.float64)
+            gradients = []
+            for run in (compiled, layer):
+                monkeypatch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", 100.0)
+                y = run(x)
+                monkeypatch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", scale)
+                gradients.append(torch.autograd.grad(y.square().sum(), weights))
+            for ours, theirs in zip(*gradients, strict=True):
+                assert_close(ours, theirs)
+            monkeypatch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", 0.0)
+            plain = torch.autograd.grad(layer(x).square().sum(), weights)
+            found.append(float((gradients[0][0] - plain[0]).norm()))
+    assert min(found) > 1e-3  # the auxiliary loss is there
 
 
 def test_runs_on_meta_tensors() -> None:
