@@ -91,19 +91,31 @@ def keep_in_fp32_names(model: Any) -> tuple[str, ...]:
     return tuple(names)
 
 
-def retie_embeddings(model: Any) -> None:
-    """Share the embedding with the output projection again, if the configuration says so.
+def fp32_param_holders(block: Any) -> list[Any]:
+    """The sub-modules called ``..._fp32_params`` that have parameters of their own."""
+    named_modules = getattr(block, "named_modules", None)
+    if named_modules is None:
+        return []
+    return [
+        module
+        for name, module in list(named_modules())
+        if name.endswith("_fp32_params") and list(module.parameters(recurse=False))
+    ]
 
-    Moving a model to another dtype or device may have copied them.
+
+def check_expert_counts(moe_layers: list[tuple[str, Any]], ep_size: int) -> None:
+    """The experts of every layer, given with the name of its block, must divide over the ranks.
+
+    Raises:
+        ValueError: one's do not.
     """
-    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
-        return
-    getters = [getattr(model, f"get_{end}_embeddings", None) for end in ("output", "input")]
-    if not all(map(callable, getters)):
-        return
-    output, source = (getter() for getter in getters)  # type: ignore[misc]
-    if getattr(output, "weight", None) is not None and getattr(source, "weight", None) is not None:
-        output.weight = source.weight
+    for name, moe in moe_layers:
+        experts = getattr(moe, "n_routed_experts", None)
+        if isinstance(experts, int) and experts % ep_size:
+            raise ValueError(
+                f"apply_ep: n_routed_experts must be a multiple of the EP size {ep_size}; "
+                f"block {name} has {experts}"
+            )
 
 
 @torch.no_grad()

@@ -36,20 +36,26 @@ from moe_parallel.config import dtype_from_str
 from moe_parallel.context_parallel_setup import tell_attention, tell_mixer
 from moe_parallel.fsdp_preparation import (
     check_equal_experts,
+    check_expert_counts,
     check_expert_widths,
     fp32_only_modules,
+    fp32_param_holders,
     keep_in_fp32_names,
     reduce_unused_parameters,
     replicate_correction_bias,
-    retie_embeddings,
 )
+from moe_parallel.fsdp_roots import find_ends, units_around_blocks
 from moe_parallel.layers import MoE
-from moe_parallel.mesh import MeshError, check_ep_shard_axes, check_fsdp_axes, get_submesh
+from moe_parallel.mesh import check_ep_shard_axes, check_fsdp_axes, get_submesh
 from moe_parallel.text_module import (
     _is_deepseek_v4_model,
     _is_selective_ac,
     _module_weights_are_tied,
+    block_containers,
     get_text_module,
+    inner_model,
+    moe_config_of,
+    mtp_layers,
 )
 from moe_parallel.torch_internals import tolerate_unrecorded_ops
 
@@ -58,27 +64,17 @@ logger = logging.getLogger(__name__)
 _CP_STREAM: torch.cuda.Stream | None = None
 
 
-def _inner_model(model: Any) -> Any:
-    inner = getattr(model, "model", None)
-    return model if inner is None else inner
-
-
 def _iter_transformer_and_mtp_blocks(model: Any) -> Iterator[tuple[Any, str, Any]]:
     """``(container, name, block)`` of every block, so that it can be replaced in its container."""
-    backbone = get_text_module(_inner_model(model))
-    for owner in (backbone, getattr(model, "mtp", None)):
-        container = getattr(owner, "layers", None)
-        if container is not None:
-            for name, block in container.named_children():
-                yield container, name, block
+    for container in block_containers(model, get_text_module(inner_model(model))):
+        for name, block in container.named_children():
+            yield container, name, block
 
 
 def _iter_moe_blocks(model_wrapper: Any, backbone: Any) -> Iterator[Any]:
     """The blocks of ``backbone``, then those of the wrapper's multi-token prediction."""
-    for owner in (backbone, getattr(model_wrapper, "mtp", None)):
-        container = getattr(owner, "layers", None)
-        if container is not None:
-            yield from container.children()
+    for container in block_containers(model_wrapper, backbone):
+        yield from container.children()
 
 
 def _get_moe_module(block: Any) -> Any | None:
@@ -96,15 +92,8 @@ def _get_model_moe_config(model: Any) -> Any:
     Raises:
         AttributeError: none of them has one.
     """
-    inner = _inner_model(model)
-    for owner in (inner, get_text_module(inner), model):
-        config = getattr(owner, "moe_config", None)
-        if config is not None:
-            return config
-    raise AttributeError(
-        f"{type(model).__name__} has no moe_config: neither the model, nor its .model, nor the "
-        "text module there. Set it to the MoEConfig of its MoE layers."
-    )
+    inner = inner_model(model)
+    return moe_config_of(model, inner, get_text_module(inner))
 
 
 def _moe_shard_placement(param: Any) -> Shard:
@@ -140,22 +129,15 @@ def _shard_fp32_param_holders(
         The parameters that the holders owned before.
     """
     owned: set[nn.Parameter] = set()
-    named_modules = getattr(block, "named_modules", None)
-    if named_modules is None:
-        return owned
-    for name, holder in list(named_modules()):
-        if not name.endswith("_fp32_params"):
-            continue
-        parameters = list(holder.parameters(recurse=False))
-        if parameters:
-            owned.update(parameters)
-            fully_shard(
-                holder,
-                mesh=fsdp_mesh,
-                reshard_after_forward=reshard_after_forward,
-                mp_policy=_fp32_policy(cast_forward_inputs=False),
-                offload_policy=offload_policy,
-            )
+    for holder in fp32_param_holders(block):
+        owned.update(holder.parameters(recurse=False))
+        fully_shard(
+            holder,
+            mesh=fsdp_mesh,
+            reshard_after_forward=reshard_after_forward,
+            mp_policy=_fp32_policy(cast_forward_inputs=False),
+            offload_policy=offload_policy,
+        )
     return owned
 
 
@@ -207,13 +189,7 @@ def apply_ep(model: nn.Module, ep_mesh: DeviceMesh, moe_mesh: DeviceMesh | None 
         for _, name, block in _iter_transformer_and_mtp_blocks(model)
         if (moe := _get_moe_module(block)) is not None
     ]
-    for name, moe in blocks:
-        experts = getattr(moe, "n_routed_experts", None)
-        if isinstance(experts, int) and experts % size:
-            raise ValueError(
-                f"apply_ep: n_routed_experts must be a multiple of the EP size {size}; "
-                f"block {name} has {experts}"
-            )
+    check_expert_counts(blocks, size)
     for _, moe in blocks:
         parallelize_module(
             module=moe.experts, device_mesh=ep_mesh, parallelize_plan=ExpertParallel()
@@ -262,7 +238,7 @@ def apply_ac(
             "and may choose other experts than in forward. Set ignore_router_for_ac=True."
         )
 
-    mtp_blocks = getattr(getattr(model, "mtp", None), "layers", None)
+    mtp_blocks = mtp_layers(model)
     repeated = mtp_blocks is not None and repeats_mtp_block(model)
     skipped = False
     for container, name, block in list(_iter_transformer_and_mtp_blocks(model)):
@@ -342,28 +318,26 @@ def apply_fsdp(
                     fully_shard(child, mp_policy=_fp32_policy(cast_forward_inputs=False), **common)
         fully_shard(module, mp_policy=policy, **common, **options)
 
-    backbone = get_text_module(_inner_model(model))
-    embed_tokens = getattr(backbone, "embed_tokens", None)
-    inner_head = getattr(backbone, "lm_head", None)
-    lm_head = inner_head if inner_head is not None else getattr(model, "lm_head", None)
+    backbone = get_text_module(inner_model(model))
     blocks = list(_iter_moe_blocks(model, backbone))
     if ep_shard_enabled:
         for block in blocks:
             if (moe := _get_moe_module(block)) is not None:
                 check_expert_widths(moe.experts, ep_shard_mesh)
 
-    retie_embeddings(model)
-    tied = _module_weights_are_tied(embed_tokens, lm_head)
-    tied_across = tied and inner_head is None and backbone is not model
-    if tied_across and not wrap_outer_model:
-        raise MeshError(
-            "apply_fsdp: lm_head, of the outer model, is tied to embed_tokens, of the inner one. "
-            "With wrap_outer_model=False they would be sharded apart and the embedding's gradient "
-            "would lose the head's part. Use wrap_outer_model=True, or untie them."
-        )
+    ends = find_ends(model, backbone)
+    units = units_around_blocks(
+        model,
+        backbone,
+        ends,
+        tied=_module_weights_are_tied(ends.embed_tokens, ends.lm_head),
+        lm_head_precision=lm_head_precision,
+        wrap_outer_model=wrap_outer_model,
+        logger=logger,
+    )
 
-    mtp_layers = getattr(getattr(model, "mtp", None), "layers", None)
-    mtp_blocks = set() if mtp_layers is None else {id(block) for block in mtp_layers.children()}
+    mtp = mtp_layers(model)
+    mtp_blocks = set() if mtp is None else {id(block) for block in mtp.children()}
     for block in blocks:
         moe = _get_moe_module(block)
         ignored: set[nn.Parameter] = set()
@@ -387,39 +361,17 @@ def apply_fsdp(
         if id(block) in mtp_blocks:
             reduce_unused_parameters(block)
 
-    head_is_fp32 = lm_head is not None and not tied and lm_head_precision == torch.float32
-    if tied:
-        if lm_head_precision is not None:
-            logger.warning(
-                "apply_fsdp: lm_head_precision %s is not applied: lm_head is tied to embed_tokens",
-                lm_head_precision,
-            )
-    else:
-        if embed_tokens is not None:
-            shard(embed_tokens)
-        if lm_head is not None:
-            shard(lm_head, _fp32_policy() if head_is_fp32 else mp_policy)
-
-    for name, label in (("audio_tower", "audio"), ("visual", "visual")):
-        tower = getattr(model, name, None)
-        if tower is not None and any(p.requires_grad for p in tower.parameters()):
-            shard(tower)
-            reduce_unused_parameters(tower)
-        elif tower is not None:
-            logging.info(f"Skipping FSDP wrap for frozen {label} tower")
-
-    root_policy = mp_policy
-    if head_is_fp32:  # a root casts its outputs: logits would be rounded again
-        fields = ("param_dtype", "reduce_dtype", "cast_forward_inputs")
-        kept = {name: getattr(mp_policy, name) for name in fields if hasattr(mp_policy, name)}
-        root_policy = MixedPrecisionPolicy(**kept, output_dtype=torch.float32)
-    if tied_across:
-        logger.info("apply_fsdp: the outer root owns the weight of embed_tokens and lm_head")
-    else:
-        owns_head = inner_head is not None or backbone is model
-        shard(backbone, root_policy if owns_head else mp_policy)
-    if wrap_outer_model and backbone is not model:
-        shard(model, root_policy)
+    for unit in units:
+        policy = mp_policy
+        if unit.precision == "float32":
+            policy = _fp32_policy()
+        elif unit.precision == "float32_output":
+            fields = ("param_dtype", "reduce_dtype", "cast_forward_inputs")
+            kept = {name: getattr(mp_policy, name) for name in fields if hasattr(mp_policy, name)}
+            policy = MixedPrecisionPolicy(**kept, output_dtype=torch.float32)
+        shard(unit.module, policy)
+        if unit.may_be_unused:
+            reduce_unused_parameters(unit.module)
 
 
 def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, cp_comm_type: str = "p2p") -> None:
@@ -434,7 +386,7 @@ def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, cp_comm_type: str = "p2p") -
         cp_mesh: 1-D.
         cp_comm_type: "p2p", "all_gather" or "a2a"; sliding-window attention always all-gathers.
     """
-    backbone = get_text_module(_inner_model(model))
+    backbone = get_text_module(inner_model(model))
     for owner in (model, backbone):
         owner._cp_enabled = True
     for _, name, block in _iter_transformer_and_mtp_blocks(model):

@@ -1,7 +1,8 @@
-"""What a model says about itself: its language model, its kind, its options."""
+"""What a model says about itself: its parts, its kind, its options."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -17,6 +18,40 @@ def get_text_module(model: Any) -> Any:
         if isinstance(child, nn.Module):
             return child
     return model
+
+
+def inner_model(model: Any) -> Any:
+    """``model.model``, if there is one, else ``model``."""
+    inner = getattr(model, "model", None)
+    return model if inner is None else inner
+
+
+def mtp_layers(model: Any) -> Any:
+    """The container of the blocks of multi-token prediction, or None."""
+    return getattr(getattr(model, "mtp", None), "layers", None)
+
+
+def block_containers(model: Any, backbone: Any) -> Iterator[Any]:
+    """``backbone.layers`` and ``model.mtp.layers``, where they exist."""
+    for container in (getattr(backbone, "layers", None), mtp_layers(model)):
+        if container is not None:
+            yield container
+
+
+def moe_config_of(model: Any, inner: Any, text_module: Any) -> Any:
+    """The ``moe_config`` of the inner model, its text module or the outer model.
+
+    Raises:
+        AttributeError: none of them has one.
+    """
+    for owner in (inner, text_module, model):
+        config = getattr(owner, "moe_config", None)
+        if config is not None:
+            return config
+    raise AttributeError(
+        f"{type(model).__name__} has no moe_config: neither the model, nor its .model, nor the "
+        "text module there. Set it to the MoEConfig of its MoE layers."
+    )
 
 
 def _is_selective_ac(value: Any) -> bool:

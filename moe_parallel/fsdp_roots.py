@@ -1,0 +1,131 @@
+"""The FSDP units around a model's blocks: embedding, output projection, towers, roots.
+
+The words are those of :mod:`moe_parallel.parallelizer`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from moe_parallel.mesh import MeshError
+
+Precision = Literal["given", "float32", "float32_output"]
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Where tokens come in and logits go out; None for what the model lacks.
+
+    Attributes:
+        embed_tokens: of the backbone.
+        lm_head: of the backbone, else of the outer model.
+        head_is_outer: the backbone has none.
+    """
+
+    embed_tokens: Any
+    lm_head: Any
+    head_is_outer: bool
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A module to shard.
+
+    Attributes:
+        module: the module.
+        precision: "given" for the policy of the caller, "float32", or "float32_output" for the
+            policy of the caller with outputs in float32.
+        may_be_unused: some ranks may not use it in a batch.
+    """
+
+    module: Any
+    precision: Precision = "given"
+    may_be_unused: bool = False
+
+
+def find_ends(model: Any, backbone: Any) -> Ends:
+    """The model's ends, tied again if its configuration says so."""
+    retie_embeddings(model)
+    inner_head = getattr(backbone, "lm_head", None)
+    outer = inner_head is None
+    lm_head = getattr(model, "lm_head", None) if outer else inner_head
+    return Ends(getattr(backbone, "embed_tokens", None), lm_head, outer)
+
+
+def units_around_blocks(
+    model: Any,
+    backbone: Any,
+    ends: Ends,
+    *,
+    tied: bool,
+    lm_head_precision: torch.dtype | None,
+    wrap_outer_model: bool,
+    logger: logging.Logger,
+) -> list[Unit]:
+    """What is to be sharded after the blocks, in that order.
+
+    Raises:
+        MeshError: tied ends on both sides of the outer model's root, which is not to be.
+    """
+    across = tied and ends.head_is_outer and backbone is not model
+    if across and not wrap_outer_model:
+        raise MeshError(
+            "apply_fsdp: lm_head, of the outer model, is tied to embed_tokens, of the inner one. "
+            "With wrap_outer_model=False they would be sharded apart and the embedding's gradient "
+            "would lose the head's part. Use wrap_outer_model=True, or untie them."
+        )
+    units = []
+    head_is_fp32 = False
+    if tied:
+        if lm_head_precision is not None:
+            logger.warning(
+                "apply_fsdp: lm_head_precision %s is not applied: lm_head is tied to embed_tokens",
+                lm_head_precision,
+            )
+    else:
+        if ends.embed_tokens is not None:
+            units.append(Unit(ends.embed_tokens))
+        if ends.lm_head is not None:
+            head_is_fp32 = lm_head_precision == torch.float32
+            units.append(Unit(ends.lm_head, "float32" if head_is_fp32 else "given"))
+    units += _towers(model)
+
+    # A root casts its outputs: that of a float32 head must not round the logits again.
+    above_head: Precision = "float32_output" if head_is_fp32 else "given"
+    if across:
+        logger.info("apply_fsdp: the outer root owns the weight of embed_tokens and lm_head")
+    else:
+        owns_head = not ends.head_is_outer or backbone is model
+        units.append(Unit(backbone, above_head if owns_head else "given"))
+    if wrap_outer_model and backbone is not model:
+        units.append(Unit(model, above_head))
+    return units
+
+
+def _towers(model: Any) -> Iterator[Unit]:
+    for name, label in (("audio_tower", "audio"), ("visual", "visual")):
+        tower = getattr(model, name, None)
+        if tower is not None and any(p.requires_grad for p in tower.parameters()):
+            yield Unit(tower, may_be_unused=True)
+        elif tower is not None:
+            logging.info(f"Skipping FSDP wrap for frozen {label} tower")
+
+
+def retie_embeddings(model: Any) -> None:
+    """Share the embedding with the output projection again, if the configuration says so.
+
+    Moving a model to another dtype or device may have copied them.
+    """
+    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        return
+    getters = [getattr(model, f"get_{end}_embeddings", None) for end in ("output", "input")]
+    if not all(map(callable, getters)):
+        return
+    output, source = (getter() for getter in getters)  # type: ignore[misc]
+    if getattr(output, "weight", None) is not None and getattr(source, "weight", None) is not None:
+        output.weight = source.weight
