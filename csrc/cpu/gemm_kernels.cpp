@@ -154,7 +154,7 @@ using DotFunction = void (*)(const DotTile<T>&);
 
 template <typename T, size_t... b>
 MOE_INLINE DotFunction<T> dot_function(int64_t count, std::index_sequence<b...>) {
-  static constexpr DotFunction<T> table[] = {dot_tile<T, DotTile<T>::rows_for(b + 1), b + 1>...};
+  static constexpr DotFunction<T> table[] = {dot_tile<T, b + 1>...};
   return table[count - 1];
 }
 
@@ -235,25 +235,19 @@ template <typename T>
 void multiply_few(const operand_t<T>* packed, int64_t rows, int64_t k, const MatrixOf<T>& b,
                   Range columns, acc_t<T>* out, int64_t out_stride) {
   using Tile = DotTile<T>;
-  const int64_t row_size = padded<T>(k), tiles = ceil_div(rows, Tile::kMaxB);
-  for (int64_t i = 0; i < tiles; ++i) {
-    const int64_t first = rows * i / tiles, count = rows * (i + 1) / tiles - first;
-    const int64_t tile_columns = Tile::rows_for(count);
-    const auto run = dot_function<T>(count, std::make_index_sequence<Tile::kMaxB>());
+  const int64_t row_size = padded<T>(k);
+  for (int64_t first = 0; first < rows; first += Tile::kMaxB) {
+    const int64_t count = min(Tile::kMaxB, rows - first);
     Tile tile;
+    tile.a = b.data + columns.begin * b.stride_n;
+    tile.a_stride = b.stride_n;
+    tile.a_count = columns.size();
     tile.b = packed + first * row_size;
     tile.b_stride = row_size;
     tile.k = k;
+    tile.out = out + first * out_stride;
     tile.out_stride = out_stride;
-    tile.prefetch_distance = tile_columns * b.stride_n;
-    for (int64_t c = columns.begin; c < columns.end; c += tile_columns) {
-      tile.out_count = min(tile_columns, columns.end - c);
-      for (int64_t j = 0; j < tile_columns; ++j) {
-        tile.a[j] = b.data + (c + min(j, tile.out_count - 1)) * b.stride_n;
-      }
-      tile.out = out + first * out_stride + (c - columns.begin);
-      run(tile);
-    }
+    dot_function<T>(count, std::make_index_sequence<Tile::kMaxB>())(tile);
   }
 }
 

@@ -226,84 +226,72 @@ void outer_tile(const OuterTile<T>& tile) {
 }
 
 // --------------------------------------------------------------------------------- dot products
-// Rows of a matrix times packed rows, both along the contracted index.
+// Rows of a matrix times a few packed rows, both along the contracted index. The matrix is read in
+// the order of its memory: for so few rows that is what takes the time.
 template <typename T>
 struct DotTile {
   using A = acc_t<T>;
   using U = operand_t<T>;
 
-  static constexpr int kMaxB = kRegisters == 32 ? 6 : 4;
-  // How many rows of a fill the registers with so many of b.
-  static constexpr int rows_for(int b) {
-    constexpr int wide[] = {0, 8, 8, 8, 6, 4, 4};
-    constexpr int narrow[] = {0, 4, 4, 4, 3};
-    return kRegisters == 32 ? wide[b] : narrow[b];
-  }
-  static constexpr int kMaxA = 8;
+  static constexpr int kMaxB = kRegisters == 32 ? 8 : 4;
 
-  const T* a[kMaxA];
+  const T* a;
+  int64_t a_stride, a_count;
   const U* b;  // zeros after k, up to a whole number of vectors
   int64_t b_stride;
   int64_t k;
   A* out;  // [b, a]
   int64_t out_stride;
-  int64_t out_count;          // of the rows of a
-  int64_t prefetch_distance;  // in elements of a
 };
 
-template <typename T, int na, int nb>
+template <typename T, int nb>
 void dot_tile(const DotTile<T>& tile) {
   using Group = Groups<T>;
   using A = acc_t<T>;
-  constexpr int L = kLanes<A>, step = L * Group::G;
-  Vec<A> sums[nb][na] = {};
-  const T* a[na];
-  MOE_UNROLL
-  for (int i = 0; i < na; ++i) a[i] = tile.a[i];
+  constexpr int L = kLanes<A>, step = L * Group::G, unroll = nb == 1 ? 4 : (nb <= 3 ? 2 : 1);
+  constexpr int64_t kAhead = 2048 / sizeof(T);
   const operand_t<T>* b = tile.b;
-  const int64_t b_stride = tile.b_stride, ahead = tile.prefetch_distance;
-  const auto add = [&](int64_t k, const typename Group::V(&av)[na]) __attribute__((always_inline)) {
+  const int64_t b_stride = tile.b_stride, whole = tile.k / step * step;
+  for (int64_t first = 0; first < tile.a_count; first += L) {
+    const int64_t count = tile.a_count - first < L ? tile.a_count - first : L;
+    Vec<A> all[nb][L] = {};
+    for (int64_t i = 0; i < count; ++i) {
+      const T* a = tile.a + (first + i) * tile.a_stride;
+      Vec<A> sums[unroll][nb] = {};
+      const auto add = [&](int64_t k, const typename Group::V& av,
+                           int u) __attribute__((always_inline)) {
+        MOE_UNROLL
+        for (int j = 0; j < nb; ++j) {
+          sums[u][j] = Group::multiply_add(av, Group::load(b + j * b_stride + k), sums[u][j]);
+        }
+      };
+      int64_t k = 0;
+      for (; k + unroll * step <= whole; k += unroll * step) {
+        MOE_UNROLL
+        for (int u = 0; u < unroll; ++u) {
+          const T* p = a + k + u * step;
+          __builtin_prefetch(p + kAhead);
+          add(k + u * step, Group::load_wide(p), u);
+        }
+      }
+      for (; k < whole; k += step) add(k, Group::load_wide(a + k), 0);
+      if (whole < tile.k) {
+        T rest[step] = {};
+        std::memcpy(rest, a + whole, (tile.k - whole) * sizeof(T));
+        add(whole, Group::load_wide(rest), 0);
+      }
+      MOE_UNROLL
+      for (int j = 0; j < nb; ++j) {
+        Vec<A> sum = sums[0][j];
+        MOE_UNROLL
+        for (int u = 1; u < unroll; ++u) sum += sums[u][j];
+        all[j][i] = sum;
+      }
+    }
     MOE_UNROLL
     for (int j = 0; j < nb; ++j) {
-      const typename Group::V bv = Group::load(b + j * b_stride + k);
-      MOE_UNROLL
-      for (int i = 0; i < na; ++i) sums[j][i] = Group::multiply_add(av[i], bv, sums[j][i]);
+      store_some(tile.out + j * tile.out_stride + first, sum_each<A>(all[j]), count);
     }
-  };
-  const int64_t whole = tile.k / step * step;
-  typename Group::V av[na];
-  for (int64_t k = 0; k < whole; k += step) {
-    MOE_UNROLL
-    for (int i = 0; i < na; ++i) {
-      __builtin_prefetch(a[i] + k + ahead);
-      av[i] = Group::load_wide(a[i] + k);
-    }
-    add(k, av);
-  }
-  if (whole < tile.k) {
-    MOE_UNROLL
-    for (int i = 0; i < na; ++i) {
-      T rest[step] = {};
-      std::memcpy(rest, a[i] + whole, (tile.k - whole) * sizeof(T));
-      av[i] = Group::load_wide(rest);
-    }
-    add(whole, av);
-  }
-  constexpr int total = na * nb, chunks = (total + L - 1) / L;
-  A all[chunks * L];
-  MOE_UNROLL
-  for (int chunk = 0; chunk < chunks; ++chunk) {
-    Vec<A> part[L] = {};
-    MOE_UNROLL
-    for (int i = 0; i < L; ++i) {
-      const int s = chunk * L + i;
-      if (s < total) part[i] = sums[s / na][s % na];
-    }
-    store(all + chunk * L, sum_each<A>(part));
-  }
-  for (int j = 0; j < nb; ++j) {
-    for (int64_t i = 0; i < tile.out_count; ++i)
-      tile.out[j * tile.out_stride + i] = all[j * na + i];
   }
 }
 
