@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -61,20 +62,26 @@ def to_hf_state_dict(model: nn.Module, names: str = "checkpoint") -> Iterator[tu
     """
     if names not in FORMATS:
         raise ValueError(f"to_hf_state_dict: names must be one of {FORMATS}; got {names!r}")
-    layers = _layers(model)
     state = _state(model)
     if names == "checkpoint":
         for name in _tied(model):
             state.pop(name, None)
-    for name, tensor in state.items():
+    yield from _renamed(state, _layers(model), names)
+
+
+def _renamed(
+    tensors: Mapping[str, Tensor], layers: Mapping[str, Any], names: str
+) -> Iterator[tuple[str, Tensor]]:
+    """``tensors``, with those that go by our names of the replaced ``layers`` as transformers'."""
+    for name, tensor in tensors.items():
         owner = _owner(name, layers)
         whole = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
-        if owner is None:
+        named = [] if owner is None else _named_parts(owner, layers[owner], names)
+        ours = [(other, part) for other, part in named if f"{owner}.{part.ours}" == name]
+        for published, part in ours:
+            yield published, part.of(whole).contiguous()
+        if not ours:
             yield name, whole.contiguous()
-            continue
-        for published, part in _named_parts(owner, layers[owner], names):
-            if f"{owner}.{part.ours}" == name:
-                yield published, part.of(whole).contiguous()
 
 
 def _owner(name: str, layers: Mapping[str, Any]) -> str | None:
@@ -197,6 +204,56 @@ def save_hf_checkpoint(
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         text = json.dumps(index, indent=2) + "\n"
         (directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def redirect_save_pretrained(model: nn.Module) -> None:
+    """Let ``save_pretrained`` of a model with replaced layers write what transformers reads.
+
+    On the model and on those of its parts that could be saved by themselves, such as the base model
+    of one with a head: on the object, for its class belongs to transformers.
+    """
+    for part in model.modules():
+        if callable(getattr(part, "save_pretrained", None)) and _layers(part):
+            # A partial of the model, not a method or closure: a deep copy gets its own.
+            part.save_pretrained = functools.partial(_save_pretrained, part)  # type: ignore[assignment]
+
+
+def _save_pretrained(
+    model: Any,
+    save_directory: str | Path,
+    is_main_process: bool = True,
+    state_dict: Mapping[str, Tensor] | None = None,
+    *args: Any,
+    **options: Any,
+) -> Any:
+    """``save_pretrained`` of transformers, given weights by the names it knows.
+
+    With all its options but ``distributed_checkpoint``, and with a ``state_dict`` by either kind of
+    names. On a sharded model every rank calls it; rank 0 writes, and holds the whole model in
+    memory: :func:`save_hf_checkpoint` holds one file's worth.
+
+    Raises:
+        ValueError: ``distributed_checkpoint=True``.
+    """
+    if options.get("distributed_checkpoint"):
+        raise ValueError(
+            "save_pretrained: distributed_checkpoint must be False once replace_moe_layers has "
+            "replaced layers, for it would write names that transformers does not know. Use "
+            "save_hf_checkpoint(model, directory), on every rank."
+        )
+    save = type(model).save_pretrained
+    if getattr(model, "_hf_peft_config_loaded", False):  # adapters alone are saved
+        return save(model, save_directory, is_main_process, state_dict, *args, **options)
+    source = _state(model) if state_dict is None else state_dict
+    is_sharded = any(isinstance(value, DTensor) for value in source.values())
+    writes = is_main_process and not (is_sharded and dist.get_rank() > 0)
+    tied = _tied(model)
+    kept: dict[str, Tensor] = {}
+    if writes or is_sharded:
+        for name, tensor in _renamed(source, _layers(model), "module"):
+            if writes and name not in tied:
+                kept[name] = tensor.cpu()
+    return save(model, save_directory, writes, kept, *args, **options)
 
 
 def _save_configs(model: Any, directory: Path) -> None:

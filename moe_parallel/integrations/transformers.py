@@ -25,6 +25,7 @@ from moe_kernels.integrations.transformers import (
 from moe_parallel.config import BackendConfig, MoEConfig
 from moe_parallel.integrations._checkpoint import (
     load_hf_state_dict,
+    redirect_save_pretrained,
     save_hf_checkpoint,
     to_hf_state_dict,
 )
@@ -55,6 +56,10 @@ def replace_moe_layers(
     stores them, are taken over as they are; experts stored the other way round are copied, one
     layer at a time. So replace before an optimizer is made and before the model is sharded. The
     configuration of the layers becomes the ``moe_config`` of the module that holds them.
+
+    ``save_pretrained`` and ``push_to_hub`` of the model go on writing what plain transformers
+    loads; ``state_dict()`` has the names of the new layers, which :func:`to_hf_state_dict`
+    translates.
 
     Args:
         model: a model, or base model, of one of the families in ``docs/transformers.md``.
@@ -110,6 +115,7 @@ def replace_moe_layers(
         holder: Any = model.get_submodule(name.rpartition("layers.")[0].rstrip("."))
         if getattr(holder, "moe_config", None) is None:
             holder.moe_config = config
+    redirect_save_pretrained(model)
     return layers
 
 

@@ -235,6 +235,64 @@ def test_plain_save_pretrained_takes_the_state_dict(tmp_path: Path) -> None:
         assert all(torch.equal(state[name], value) for name, value in original.state_dict().items())
 
 
+def saved_tensors(folder: Path) -> dict[str, Tensor]:
+    files = [load_file(file) for file in sorted(folder.glob("*.safetensors"))]
+    return {name: value for file in files for name, value in file.items()}
+
+
+def assert_loads_as(original: Any, folder: Path) -> None:
+    """Plain transformers reads ``folder``, whole, as the weights of ``original``."""
+    loaded, report = type(original).from_pretrained(
+        folder, output_loading_info=True, attn_implementation="eager"
+    )
+    assert not any(report.values()), report
+    state = loaded.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in original.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "family", ["qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "ernie4_5_moe"]
+)
+def test_save_pretrained_writes_what_transformers_reads(family: str, tmp_path: Path) -> None:
+    """By every way that it is called in, tensor for tensor what the original would write."""
+    original, replaced, _ = original_and_replaced(family, tie_word_embeddings=family == "mixtral")
+    copied = copy.deepcopy(replaced)
+    ways: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "shards": {"max_shard_size": 30_000},
+        "variant": {"variant": "other"},
+        "module names": {"save_original_format": False},
+    }
+    for way, options in ways.items():
+        replaced.save_pretrained(tmp_path / way, **options)
+        original.save_pretrained(tmp_path / "expected" / way, **options)
+        found, wanted = saved_tensors(tmp_path / way), saved_tensors(tmp_path / "expected" / way)
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], value) for name, value in wanted.items())
+        if way != "variant":
+            assert_loads_as(original, tmp_path / way)
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    assert (tmp_path / "variant" / "model.other.safetensors").exists()
+
+    with torch.no_grad():
+        for value in replaced.parameters():
+            value.zero_()
+    copied.save_pretrained(tmp_path / "copied")  # the copy's own weights
+    assert_loads_as(original, tmp_path / "copied")
+    replaced.save_pretrained(tmp_path / "given", state_dict=copied.state_dict())
+    assert_loads_as(original, tmp_path / "given")
+    replaced.save_pretrained(tmp_path / "not main", is_main_process=False)
+    assert not list((tmp_path / "not main").glob("*"))
+
+
+def test_save_pretrained_of_the_base_model_and_what_it_refuses(tmp_path: Path) -> None:
+    original, replaced, _ = original_and_replaced("qwen3_moe")
+    replaced.model.save_pretrained(tmp_path)
+    assert_loads_as(original.model, tmp_path)
+    with pytest.raises(ValueError, match=r"Use save_hf_checkpoint\(model, directory\)"):
+        replaced.save_pretrained(tmp_path, distributed_checkpoint=True)
+
+
 @pytest.mark.parametrize("names", ["checkpoint", "module"])
 @pytest.mark.parametrize("family", ["qwen2_moe", "ernie4_5_moe", "gpt_oss", "mixtral", "hy_v3"])
 def test_loads_what_it_exports(family: str, names: str) -> None:

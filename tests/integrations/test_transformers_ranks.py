@@ -122,6 +122,7 @@ def run_replaced(rank: int, ranks: int, folder: str) -> dict[str, dict[str, Tens
         model = sharded_model(family, ranks)
         exported = {name: value.clone() for name, value in to_hf_state_dict(model)}
         save_hf_checkpoint(model, f"{folder}/{family}", max_shard_bytes=40_000)
+        model.save_pretrained(f"{folder}/{family}-plain", max_shard_size=40_000)
         for value in (*model.parameters(), *model.buffers()):
             with torch.no_grad():
                 (value.to_local() if isinstance(value, DTensor) else value).fill_(torch.nan)
@@ -151,10 +152,11 @@ def test_replaced_layers_over_ranks(ranks: int, tmp_path: Path) -> None:
     for family in FAMILIES:
         original: Any = tiny_model(family)
         load = transformers.AutoModelForCausalLM.from_pretrained
-        saved = load(tmp_path / family, attn_implementation="eager")
-        state = saved.state_dict()
-        for name, value in original.state_dict().items():
-            assert torch.equal(state[name], value), (family, name)
+        for folder in (family, f"{family}-plain"):
+            saved = load(tmp_path / folder, attn_implementation="eager")
+            state = saved.state_dict()
+            for name, value in original.state_dict().items():
+                assert torch.equal(state[name], value), (folder, name)
         original.set_experts_implementation("eager")
         logits = forward_and_backward(original, *batch(ranks))
         assert relative_error(torch.cat([r[family]["logits"] for r in found]), logits) < 1e-6
