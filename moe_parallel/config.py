@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +65,7 @@ class MoEConfig:
             token may use; 1 group (or 0) is no limit.
         train_gate: whether the router learns.
         gate_bias_update_factor: step of the correction bias, see :meth:`Gate.update_bias`; 0: none.
+            "softmax" chooses without the bias: it counts the load and warns that it is of no use.
         aux_loss_coeff: weight of the load-balancing loss; 0 is none.
         score_func: "softmax", "softmax_with_bias", "sqrtsoftplus", "sigmoid_with_bias"; any other
             is "sigmoid".
@@ -81,6 +84,10 @@ class MoEConfig:
         force_e_score_correction_bias: keep a correction bias although nothing updates it.
         moe_latent_size: hidden size of the routed experts, if it is not ``dim``.
         enable_routing_replay: give the gate a :class:`RoutingReplay`.
+
+    Raises:
+        ValueError: a size, number, group or dtype that no layer can have. The names of activations
+            are checked by the layers that have them.
     """
 
     n_routed_experts: int
@@ -114,6 +121,71 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         self.dtype = dtype_from_str(self.dtype)
+        if not self.dtype.is_floating_point:
+            raise ValueError(f"MoEConfig: dtype must be floating point; got {self.dtype}")
+        for name in ("n_routed_experts", "n_activated_experts", "dim", "moe_inter_dim"):
+            self._check_at_least(name, 1)
+        for name in (
+            "n_shared_experts",
+            "n_expert_groups",
+            "n_limited_groups",
+            "inter_dim",
+            "gate_bias_update_factor",
+            "aux_loss_coeff",
+            "swiglu_limit",
+        ):
+            self._check_at_least(name, 0)
+        if self.moe_latent_size is not None:
+            self._check_at_least("moe_latent_size", 1)
+        if self.shared_expert_inter_dim is not None:
+            self._check_at_least("shared_expert_inter_dim", 0)
+        if not math.isfinite(self.route_scale):
+            raise ValueError(f"MoEConfig: route_scale must be finite; got {self.route_scale}")
+        if self.expert_activation in ("swigluoai", "quick_geglu"):
+            if not self.activation_limit > 0:
+                raise ValueError(
+                    "MoEConfig: activation_limit must be positive for expert_activation "
+                    f"{self.expert_activation}; got {self.activation_limit}"
+                )
+            if not math.isfinite(self.activation_alpha):
+                raise ValueError(
+                    f"MoEConfig: activation_alpha must be finite; got {self.activation_alpha}"
+                )
+        if self.n_activated_experts > self.n_routed_experts:
+            raise ValueError(
+                "MoEConfig: n_activated_experts must be at most n_routed_experts "
+                f"{self.n_routed_experts}; got {self.n_activated_experts}"
+            )
+        if self.n_expert_groups > 1:
+            self._check_groups()
+        if self.gate_bias_update_factor > 0 and self.score_func == "softmax":
+            warnings.warn(
+                "MoEConfig: gate_bias_update_factor has no effect with score_func 'softmax', which "
+                "chooses experts without a correction bias; softmax_with_bias uses it",
+                stacklevel=3,
+            )
+
+    def _check_at_least(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if not value >= least or not math.isfinite(value):
+            raise ValueError(f"MoEConfig: {name} must be finite and at least {least}; got {value}")
+
+    def _check_groups(self) -> None:
+        experts, groups = self.n_routed_experts, self.n_expert_groups
+        if experts % groups:
+            raise ValueError(
+                f"MoEConfig: n_expert_groups must divide n_routed_experts {experts}; got {groups}"
+            )
+        if not 1 <= self.n_limited_groups <= groups:
+            raise ValueError(
+                f"MoEConfig: n_limited_groups must be in [1, n_expert_groups = {groups}]; "
+                f"got {self.n_limited_groups}"
+            )
+        if self.n_activated_experts > self.n_limited_groups * (experts // groups):
+            raise ValueError(
+                "MoEConfig: n_activated_experts must be at most the experts of n_limited_groups, "
+                f"{self.n_limited_groups} * {experts // groups}; got {self.n_activated_experts}"
+            )
 
     @property
     def expert_dim(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -48,6 +49,66 @@ def test_moe_config() -> None:
     assert make_config(moe_latent_size=5).expert_dim == 5
     with pytest.raises(TypeError):
         MoEConfig(8, 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        ({"n_routed_experts": 0}, "n_routed_experts must be finite and at least 1; got 0"),
+        ({"n_activated_experts": 0}, "n_activated_experts must be .* at least 1; got 0"),
+        ({"n_activated_experts": 9}, "n_activated_experts must be at most n_routed_experts 8; got"),
+        ({"n_shared_experts": -1}, "n_shared_experts must be .* at least 0; got -1"),
+        ({"n_expert_groups": -2}, "n_expert_groups must be .* at least 0; got -2"),
+        ({"n_expert_groups": 3}, "n_expert_groups must divide n_routed_experts 8; got 3"),
+        (
+            {"n_expert_groups": 4, "n_limited_groups": 5},
+            r"n_limited_groups must be in \[1, n_expert_groups = 4\]; got 5",
+        ),
+        ({"n_expert_groups": 4}, r"at most the experts of n_limited_groups, 1 \* 2; got 3"),
+        ({"dim": 0}, "dim must be .* at least 1; got 0"),
+        ({"inter_dim": -1}, "inter_dim must be .* at least 0; got -1"),
+        ({"moe_inter_dim": 0}, "moe_inter_dim must be .* at least 1; got 0"),
+        ({"moe_latent_size": 0}, "moe_latent_size must be .* at least 1; got 0"),
+        ({"shared_expert_inter_dim": -4}, "shared_expert_inter_dim must be .* at least 0; got -4"),
+        ({"swiglu_limit": -1.0}, "swiglu_limit must be .* at least 0; got -1.0"),
+        ({"aux_loss_coeff": float("nan")}, "aux_loss_coeff must be finite .*; got nan"),
+        ({"gate_bias_update_factor": -0.1}, "gate_bias_update_factor must be .*; got -0.1"),
+        ({"route_scale": float("inf")}, "route_scale must be finite; got inf"),
+        ({"dtype": "int32"}, "dtype must be floating point; got torch.int32"),
+        (
+            {"expert_activation": "swigluoai", "activation_limit": 0.0},
+            "activation_limit must be positive for expert_activation swigluoai; got 0.0",
+        ),
+        (
+            {"expert_activation": "quick_geglu", "activation_alpha": float("nan")},
+            "activation_alpha must be finite; got nan",
+        ),
+    ],
+)
+def test_moe_config_names_what_no_layer_can_have(settings: dict[str, Any], found: str) -> None:
+    with pytest.raises(ValueError, match=f"MoEConfig: .*{found}"):
+        make_config(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"n_expert_groups": 0, "n_limited_groups": 0, "inter_dim": 0},
+        {"n_expert_groups": 4, "n_limited_groups": 2, "score_func": "another"},
+        {"train_gate": False, "activation_limit": 0.0, "shared_expert_inter_dim": 0},
+    ],
+    ids=["no groups", "groups", "unused"],
+)
+def test_moe_config_accepts(settings: dict[str, Any]) -> None:
+    make_config(**settings)
+
+
+def test_moe_config_warns_of_a_bias_that_nothing_reads() -> None:
+    with pytest.warns(UserWarning, match="no effect with score_func 'softmax'.*softmax_with_bias"):
+        make_config(gate_bias_update_factor=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_config(gate_bias_update_factor=0.1, score_func="softmax_with_bias")
 
 
 @pytest.mark.parametrize(
