@@ -24,8 +24,16 @@ import sysconfig
 from pathlib import Path
 from typing import NoReturn
 
-from setuptools import Extension, __version__, setup
-from setuptools.command.build_ext import build_ext
+try:
+    from setuptools import Extension, __version__, setup
+    from setuptools.command.build_ext import build_ext
+except ModuleNotFoundError as error:
+    if (error.name or "").split(".")[0] != "setuptools":
+        raise
+    raise SystemExit(
+        "\nmoe-kernels: building needs setuptools 77 or newer, and this Python has none.\n"
+        "Remedy: pip install 'setuptools>=77' cmake ninja pybind11\n"
+    ) from None
 
 ROOT = Path(__file__).parent.resolve()
 

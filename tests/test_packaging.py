@@ -152,6 +152,16 @@ def test_build_without_torch_names_the_command():
     assert "Traceback" not in result.stderr
 
 
+def test_build_without_setuptools_names_the_command():
+    hide = "import runpy, sys; sys.modules['setuptools'] = None; sys.argv = ['setup.py', 'build']; "
+    result = run("-c", hide + "runpy.run_path('setup.py')")
+    assert result.returncode != 0
+    (message,) = [line for line in result.stderr.splitlines() if line.startswith("moe-kernels:")]
+    assert "needs setuptools 77" in message
+    assert "pip install 'setuptools>=77'" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 # ------------------------------------------------------------------------------ imports that cannot
 
 
