@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)
@@ -17,11 +18,23 @@ def shape(tensor: Tensor) -> list[Any]:
 
 
 def check_tensor(op: str, name: str, value: Any, ndim: int, layout: str) -> None:
-    """Raise unless ``value`` is a tensor with ``ndim`` dimensions, described as ``layout``."""
+    """Raise unless ``value`` is a tensor with ``ndim`` dimensions, described as ``layout``, that
+    carries no forward-mode tangent."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor {layout}; got {type(value).__name__}")
     if value.dim() != ndim:
         raise ValueError(f"{op}: {name} must be {layout}; got {shape(value)}")
+    refuse_tangent(op, name, value)
+
+
+def refuse_tangent(op: str, name: str, value: Tensor) -> None:
+    """Raise for a dual number of forward-mode differentiation: ops would drop its tangent."""
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
+        raise NotImplementedError(
+            f"{op}: {name} has a tangent, and forward-mode differentiation (torch.func.jvp, "
+            "torch.autograd.forward_ad) is not supported. Differentiate in reverse (backward, "
+            "torch.autograd.grad), or call the function of that name in moe_kernels.reference."
+        )
 
 
 def check_dtype(op: str, name: str, value: Tensor, allowed: Sequence[torch.dtype]) -> None:

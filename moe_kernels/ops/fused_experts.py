@@ -286,8 +286,8 @@ def fused_experts(
         interleaved: gate and up alternate in the columns of gate_up (g0 u0 g1 u1 ...).
         alpha, limit: of the activation.
         num_rows: an upper bound, known on the host, of the ids in [0, E). Every row buffer has that
-            many rows instead of T * K: it saves memory where most ids are -1, as under Expert
-            Parallelism.
+            many rows, if they are fewer than T * K: it saves memory where most ids are -1, as under
+            Expert Parallelism.
 
     Returns:
         [T, H] in x.dtype.
@@ -299,7 +299,8 @@ def fused_experts(
             such a slot adds nothing).
         TypeError: dtypes that do not fit. Under autocast x, weights and biases are converted first,
             as for linear.
-        RuntimeError: on differentiating twice.
+        RuntimeError: on differentiating twice; a NotImplementedError, which is one, on
+            differentiating forwards (torch.func.jvp).
     """
     op = "fused_experts"
     alpha_value, limit_value = resolve_activation(op, activation, interleaved, alpha, limit)
@@ -309,6 +310,9 @@ def fused_experts(
     check_rows(op, slots)
     if num_rows is not None:
         check_count(op, "num_rows", num_rows)
+        # Not under torch.compile, where comparing sizes that only the run knows breaks the graph.
+        if not torch.compiler.is_compiling():
+            num_rows = min(num_rows, slots)
     differentiable = (x, gate_up, down, topk_weights, gate_up_bias, down_bias)
     save = torch.is_grad_enabled() and any(
         value is not None and value.requires_grad for value in differentiable

@@ -106,7 +106,9 @@ def unpermute(rows: Tensor, order: ExpertOrder, weights: Tensor | None = None) -
     """Sum each token's rows, weighted: the inverse of :func:`permute` and the end of a layer.
 
     Args:
-        rows: [num_rows, H], any float dtype; rows from ``offsets[E]`` on are never read.
+        rows: [num_rows, H], any float dtype; rows from ``offsets[E]`` on are never read. With fewer
+            than ``offsets[E]``, as :func:`permute` returns for a ``num_rows`` that is too small,
+            those that are missing count as zero.
         order: from :func:`sort_by_expert`.
         weights: [T, K], any float dtype, or None for ones.
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from moe_kernels.ops._checks import refuse_tangent
 from moe_parallel.dispatch import ops
 from moe_parallel.dispatch.protocol import TRANSPORTS, Dispatched
 
@@ -34,7 +35,8 @@ class AllToAllDispatcher:
     Rank r of the group owns the experts ``[r * E / P, (r + 1) * E / P)``. Received tokens are in
     the order of their ranks, then of their positions there. What the ranks return is added in the
     order of the ranks in float32 (float64 for float64), so that results repeat bit for bit; a row
-    is rounded to its dtype once on the wire. Differentiable in x and topk_weights, not twice.
+    is rounded to its dtype once on the wire. Differentiable in x and topk_weights, not twice and
+    not in forward mode.
 
     Every rank of the group must make the same calls in the same order, with any number of tokens,
     zero included; the order is otherwise free, and so is that of the backward passes. Calls that
@@ -112,6 +114,8 @@ class AllToAllDispatcher:
                 ranks. Ranks whose own arguments are right raise a RuntimeError that names the rank.
             torch.distributed.DistBackendError: a rank is missing; it names the exchange.
         """
+        refuse_tangent("dispatch", "x", x)
+        refuse_tangent("dispatch", "topk_weights", topk_weights)
         received, ids, weights, slot_rows, plan, num_slots = ops.dispatch(
             x, topk_ids, topk_weights, self.num_experts, self.group_name, self.timeout or 0.0
         )
@@ -136,5 +140,6 @@ class AllToAllDispatcher:
                 a RuntimeError that names the rank.
             torch.distributed.DistBackendError: a rank is missing; it names the exchange.
         """
+        refuse_tangent("combine", "y", y)
         out: Tensor = ops.combine(y, *handle, self.group_name, self.timeout or 0.0)
         return out

@@ -179,6 +179,21 @@ def test_num_rows_bounds_the_buffers(impl: Implementation, extra: int) -> None:
         assert torch.equal(bounded[name], value), name
 
 
+def test_num_rows_beyond_every_slot_allocates_no_more(impl: Implementation) -> None:
+    inputs, _ = make_case("plain", torch.float32)
+    case = {k: v.to(impl.device).requires_grad_(v.is_floating_point()) for k, v in inputs.items()}
+    shapes: dict[int | None, list[torch.Size]] = {None: [], 10**12: []}
+    for num_rows, kept in shapes.items():
+
+        def note(value: Tensor, kept: list[torch.Size] = kept) -> Tensor:
+            kept.append(value.shape)
+            return value
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda value: value):
+            moe_kernels.fused_experts(**case, num_rows=num_rows)
+    assert shapes[10**12] == shapes[None]
+
+
 def test_is_bitwise_repeatable(impl: Implementation) -> None:
     inputs, upstream = make_case("plain", torch.bfloat16, bias=True)
     first, second = (check(impl, inputs, upstream) for _ in range(2))

@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 import moe_kernels
+from moe_kernels import reference
 from tests.conftest import Implementation
 from tests.kernels.accuracy import assert_accurate, torch_experts
 from tests.kernels.test_fused_experts import make_case
@@ -231,6 +233,46 @@ def test_double_backward_is_refused(impl: Implementation) -> None:
     (grad,) = torch.autograd.grad(y.sum(), leaves["x"], create_graph=True)
     with pytest.raises(RuntimeError, match="double backward is not supported"):
         grad.sum().backward()
+
+
+def test_forward_mode_is_refused(impl: Implementation) -> None:
+    """torch.library's ops would drop the tangent and return derivatives of zero."""
+    inputs, _ = make_case("plain", torch.float32, bias=True)
+    case = {name: value.to(impl.device) for name, value in inputs.items()}
+    order = moe_kernels.sort_by_expert(case["topk_ids"], case["down"].shape[0])
+    ids, offsets = case["topk_ids"], order.offsets
+    rows = torch.randn(ids.numel(), case["x"].shape[1], device=impl.device)
+    h = torch.randn(5, 8, device=impl.device)
+    sizes = torch.tensor([2, 1, 2], device=impl.device)
+    functions: dict[str, Any] = {
+        name: (lambda value, name=name: moe_kernels.fused_experts(**{**case, name: value}), value)
+        for name, value in case.items()
+        if value.is_floating_point()
+    }
+    functions |= {
+        "permute": (lambda v: moe_kernels.permute(v, order), case["x"]),
+        "unpermute": (lambda v: moe_kernels.unpermute(v, order), rows),
+        "weights": (lambda v: moe_kernels.unpermute(rows, order, v), case["topk_weights"]),
+        "grouped_gemm": (lambda v: moe_kernels.grouped_gemm(rows, v, offsets), case["gate_up"]),
+        "topk_router": (lambda v: moe_kernels.topk_router(v, 2).topk_weights, h),
+        "expert_activation": (lambda v: moe_kernels.expert_activation(v, "swiglu"), h),
+        "chunk_permute": (lambda v: moe_kernels.chunk_permute(v, sizes, sizes.argsort()), h),
+    }
+    for name, (function, value) in functions.items():
+        tangent = torch.ones_like(value)
+        with pytest.raises(NotImplementedError, match="has a tangent, and forward-mode"):
+            torch.func.jvp(function, (value,), (tangent,))
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=f"{name}|fused_ex"):
+            function(forward_ad.make_dual(value, tangent))
+        with forward_ad.dual_level():
+            function(value)  # without a tangent there is nothing to drop
+    # what the message advises
+    x, others = case.pop("x"), case
+    upstream = torch.randn_like(x)
+    advised = torch.func.jvp(lambda v: reference.fused_experts(v, **others), (x,), (upstream,))[1]
+    y = moe_kernels.fused_experts(x.requires_grad_(), **others)
+    (dx,) = torch.autograd.grad(y, x, y.detach())
+    torch.testing.assert_close((advised * y).sum(), (dx * upstream).sum(), rtol=1e-4, atol=1e-4)
 
 
 def test_split_backward_equals_one(impl: Implementation) -> None:

@@ -70,6 +70,18 @@ def test_num_rows_bounds_the_buffer(impl: Implementation) -> None:
     bounded = moe_kernels.permute(x, order, num_rows=valid)
     assert torch.equal(bounded, full[:valid])
     assert torch.equal(moe_kernels.unpermute(bounded, order), moe_kernels.unpermute(full, order))
+    # Rows that a bound too small has lost count as zero, on the way back and in its gradient.
+    weights = torch.rand(ids.shape).to(impl.device)
+    short = full[: valid - 3].clone().requires_grad_()
+    padded = torch.cat([full[: valid - 3], full.new_zeros(3, 24)]).requires_grad_()
+    for given in (None, weights):
+        y, expected = (moe_kernels.unpermute(rows, order, given) for rows in (short, padded))
+        assert torch.equal(y, expected)
+        grad, expected_grad = (
+            torch.autograd.grad(value.square().sum(), rows)[0]
+            for value, rows in ((y, short), (expected, padded))
+        )
+        assert torch.equal(grad, expected_grad[: valid - 3])
 
 
 def test_views_and_repeated_backward(impl: Implementation) -> None:

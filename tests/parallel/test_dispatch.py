@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.testing import assert_close
 
 from moe_kernels import _C
@@ -345,6 +346,15 @@ def _op_contract(rank: int, ranks: int) -> None:
     (dx,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward is not supported"):
         dx.sum().backward()
+    plain = [case.x.detach(), case.ids, case.weights.detach()]
+    for i, name in ((0, "x"), (2, "topk_weights")):
+        with forward_ad.dual_level():
+            arguments = [*plain[:i], forward_ad.make_dual(plain[i], plain[i]), *plain[i + 1 :]]
+            kind, message = raised(dispatcher.dispatch, *arguments)
+        assert kind == "NotImplementedError"
+        assert message.startswith(f"dispatch: {name} has a tangent")
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="combine: y has a"):
+        dispatcher.combine(forward_ad.make_dual(y.detach(), y.detach()), tokens.handle)
 
 
 def test_ops_keep_the_contract_of_custom_ops() -> None:
