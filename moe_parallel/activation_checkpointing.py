@@ -63,6 +63,9 @@ _SAVED = (
     "_c10d_functional::reduce_scatter_tensor.default",
     "moe_kernels::dispatch.default",
     "moe_kernels::combine.default",
+    "moe_kernels::context_attention.default",
+    "moe_kernels::whole_sequences.default",
+    "moe_kernels::exchange_heads.default",
 )
 
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
@@ -189,3 +190,130 @@ def tolerate_unrecorded_ops(contexts: Any) -> Any:
         if isinstance(getattr(context, "storage", None), dict):
             context.storage = storage
     return contexts
+
+
+def _unused_seed(tensor: torch.Tensor) -> torch.Tensor:
+    """In the place of the random state of dropout, which is 0 here."""
+    return torch.zeros(2, dtype=torch.uint64, device=tensor.device)
+
+
+def _additive(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """A bool mask as what is added to the scores."""
+    if mask is None:
+        return None
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
+
+
+def flash_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    causal: bool,
+    mask: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention [B, heads, queries, size] and its log-sum-exp [B, heads, queries].
+
+    On CPUs in any float dtype and with any mask; on GPUs in bfloat16 and float16, without mask.
+    """
+    aten = torch.ops.aten
+    if q.device.type == "cpu":
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, causal, attn_mask=_additive(mask, q.dtype), scale=scale
+        )
+        return out, lse
+    out, lse, *_ = aten._scaled_dot_product_flash_attention(
+        q, k, v, 0.0, causal, False, scale=scale
+    )
+    return out, lse
+
+
+def flash_attention_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+    causal: bool,
+    mask: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k and v; ``out`` and ``lse`` may be those of more keys than ``k`` has."""
+    aten = torch.ops.aten
+    if q.device.type == "cpu":
+        bias = _additive(mask, q.dtype)
+        dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale
+        )
+        return dq, dk, dv
+    lengths = (None, None, q.shape[2], k.shape[2])
+    seed = _unused_seed(q)
+    dq, dk, dv = aten._scaled_dot_product_flash_attention_backward(
+        grad, q, k, v, out, lse, *lengths, 0.0, causal, seed, seed.new_empty(0), scale=scale
+    )
+    return dq, dk, dv
+
+
+def efficient_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As :func:`flash_attention`, on GPUs in float32 too; k and v have as many heads as q."""
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+        q, k, v, None, True, 0.0, causal, scale=scale
+    )
+    return out, lse[:, :, : q.shape[2]]  # it is padded
+
+
+def efficient_attention_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+    causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As :func:`flash_attention_backward`, for :func:`efficient_attention`."""
+    padded = torch.nn.functional.pad(lse, (0, -lse.shape[2] % 32), value=float("inf"))
+    seed = torch.zeros((), dtype=torch.int64, device=q.device)
+    grads = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
+        grad, q, k, v, None, out, padded, seed, seed, 0.0, [True] * 3 + [False], causal, scale=scale
+    )
+    return grads[0], grads[1], grads[2]
+
+
+def stream_key(stream: torch.cuda.Stream | None) -> str:
+    """A CUDA stream as a string, which an op can take; empty for None."""
+    if stream is None:
+        return ""
+    return f"{stream.stream_id} {stream.device_index} {stream.device_type}"
+
+
+def stream_of_key(key: str) -> torch.cuda.Stream | None:
+    """The stream of :func:`stream_key`."""
+    if not key:
+        return None
+    stream_id, device_index, device_type = map(int, key.split())
+    return torch.cuda.Stream(
+        stream_id=stream_id, device_index=device_index, device_type=device_type
+    )
+
+
+def group_of_name(name: str) -> Any:
+    """The process group ``group.group_name``."""
+    return torch._C._distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+
+
+def all_gather(everything: torch.Tensor, own: torch.Tensor, group: Any) -> Any:
+    """Start to gather ``own [n]`` of all ranks in ``everything [ranks * n]``."""
+    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    return getattr(dist, name)(everything, own, group=group, async_op=True)
+
+
+def reduce_scatter(own: torch.Tensor, everything: torch.Tensor, group: Any) -> Any:
+    """Start to add up this rank's part of all ranks' ``everything [ranks * n]`` in ``own [n]``."""
+    new = hasattr(dist, "reduce_scatter_single")  # from 2.13
+    name = "reduce_scatter_single" if new else "reduce_scatter_tensor"
+    return getattr(dist, name)(own, everything, group=group, async_op=True)

@@ -5,7 +5,7 @@ R ranks, D of them share the dense parameters.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -99,7 +99,9 @@ def parallel_step(case: Case, meshes: tuple[Any, Any], rank: int, ranks: int) ->
         if index == len(batches) - 1:
             prepare_for_final_backward([model])
         shard = batch[rank // cp]
-        shard = shard if cp == 1 else shard.part(rank % cp, cp)
+        if cp > 1:
+            own_order = not case.model.shared_attention
+            shard = shard.part(rank % cp, cp) if own_order else shard.cut(world_mesh["cp"])
         with replaying(moes, shard):
             part = loss_sum(model, shard) / labels
             (part * ranks).backward()
@@ -253,6 +255,24 @@ def test_context_parallelism_of_the_model(sizes: dict[str, int]) -> None:
     check(sizes, CONTEXT if sizes["cp"] == 2 else CONTEXT[::2])
 
 
+SHARED = [
+    Case(
+        case.name + ", ContextParallelAttention",
+        replace(case.model, shared_attention=True),
+        case.options,
+        case.data | {"length": 8, "uneven": 2 * case.data.get("uneven", 0)},
+        case.micro_batches,
+    )
+    for case in CONTEXT
+]
+
+
+@pytest.mark.parametrize("sizes", [{"cp": 2, "ep": 2}, {"cp": 4, "ep": 4}], ids=str)
+def test_context_parallel_attention(sizes: dict[str, int]) -> None:
+    """On the ring, in the balanced order."""
+    check(sizes, SHARED if sizes["cp"] == 2 else SHARED[::2])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_full_matrix(sizes: dict[str, int]) -> None:
@@ -262,7 +282,7 @@ def test_full_matrix(sizes: dict[str, int]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [{"ep": 4}, {"dp_replicate": 2, "ep": 4}], ids=str)
 def test_8_ranks(sizes: dict[str, int]) -> None:
-    check({**sizes, "cp": 2}, CONTEXT, ranks=8)
+    check({**sizes, "cp": 2}, CONTEXT + SHARED, ranks=8)
     check(sizes, [case for case in COVERING + FULL if case.choices is None][:8], ranks=8)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -67,10 +67,11 @@ class Case:
     steps: int = 1  # schedule steps in an optimizer step
     micro_batches: int = 4
     moe: dict[str, Any] = field(default_factory=dict)
+    shared_attention: bool = False
 
     @property
     def model(self) -> ModelOptions:
-        return ModelOptions(layers=4, moe=self.moe)
+        return ModelOptions(layers=4, moe=self.moe, shared_attention=self.shared_attention)
 
 
 def sum_of_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -121,7 +122,8 @@ def pipeline_step(case: Case, meshes: tuple[Any, Any], batches: list[list[Shard]
     world_mesh, moe_mesh = meshes
     schedule, parts = build_schedule(case, meshes)
     handle = install_pipeline_backward(schedule)
-    data_rank = get_submesh(world_mesh, "dp_cp").get_local_rank()
+    cp_mesh = world_mesh["cp"]
+    data_rank = get_submesh(world_mesh, "dp").get_local_rank()
     labels, total = count_labels(batches), torch.zeros(())
     MoEAuxLossAutoScaler.main_loss_backward_scale = labels
     for step in range(case.steps):
@@ -129,7 +131,8 @@ def pipeline_step(case: Case, meshes: tuple[Any, Any], batches: list[list[Shard]
         prepare = prepare_for_final_backward if last else prepare_for_grad_accumulation
         prepare(parts, pp_enabled=True)
         mine = batches[step * case.micro_batches : (step + 1) * case.micro_batches]
-        whole = join([batch[data_rank] for batch in mine])
+        shards = [batch[data_rank] for batch in mine]
+        whole = join([s if cp_mesh.size() == 1 else s.cut(cp_mesh) for s in shards])
         losses: list[torch.Tensor] = []
         schedule.step(
             *([whole.ids] if world_mesh["pp"].get_local_rank() == 0 else []),
@@ -169,10 +172,12 @@ def _run_cases(
     rank: int, ranks: int, sizes: dict[str, int], cases: list[Case], tolerance: float
 ) -> list[str]:
     meshes = build_meshes(pp=2, **sizes)
-    data_ranks = ranks // 2
+    cp = sizes.get("cp", 1)
+    length = 5 if cp == 1 else 4 * cp
     found = []
     for case in cases:
-        batches = make_shards(data_ranks, case.steps * case.micro_batches, uneven=True)
+        count = case.steps * case.micro_batches
+        batches = make_shards(ranks // 2 // cp, count, length=length, uneven=cp)
         actual = pipeline_step(case, meshes, batches)
         expected = one_process(case.model, batches, MAX_NORM, LR)
         # A rank sees its own stages' parameters alone.
@@ -198,6 +203,25 @@ SPLIT = ("ScheduleInterleavedZeroBubble", "ScheduleZBVZeroBubble", "ScheduleDual
 
 def test_every_schedule_equals_one_process() -> None:
     check({"ep": 2}, [Case(schedule, steps=2, moe=AUX) for schedule in STAGES])
+
+
+CONTEXT = [
+    Case(schedule, steps=2, moe=AUX, shared_attention=True)
+    for schedule in STAGES
+    if schedule in ("Schedule1F1B", "ScheduleInterleavedZeroBubble", "ScheduleDualPipeV")
+]
+
+
+def test_context_expert_and_pipeline_parallelism_together() -> None:
+    check({"cp": 2, "ep": 2}, CONTEXT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [{"cp": 2, "ep": 4}, {"cp": 4, "ep": 2}, {"cp": 4}], ids=str)
+def test_context_and_pipeline_parallelism_on_8_ranks(sizes: dict[str, int]) -> None:
+    check(
+        sizes, [replace(case, schedule=schedule) for case in CONTEXT[:1] for schedule in STAGES], 8
+    )
 
 
 def test_an_outer_root_reduces_in_every_schedule_step() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_parallel import MLP, BackendConfig, MoE, MoEConfig
+from moe_parallel.context_parallel import ContextParallelAttention, shard_sequence
 from moe_parallel.fsdp_mixin import MoEFSDPSyncMixin
 from moe_parallel.training import MoEAuxLossAutoScaler
 
@@ -35,6 +36,7 @@ class ModelOptions:
     frozen_experts: bool = False
     dtype: torch.dtype = torch.float32
     scale: float = 0.3  # of the matrices
+    shared_attention: bool = False  # ContextParallelAttention
 
 
 class _Gather(torch.autograd.Function):
@@ -59,8 +61,9 @@ class Attention(nn.Module):
 
     cp_mesh: Any = None
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, shared: bool = False) -> None:
         super().__init__()
+        self.attn_module = ContextParallelAttention() if shared else None
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.out = nn.Linear(dim, dim)
 
@@ -69,6 +72,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        if self.attn_module is not None:
+            return self.out(self.attn_module(q, k, v).transpose(1, 2).flatten(-2))
         start, length = 0, q.shape[2]
         if self.cp_mesh is not None:
             start = self.cp_mesh.get_local_rank() * length
@@ -79,10 +84,12 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: MoEConfig, backend: BackendConfig, dense: bool) -> None:
+    def __init__(
+        self, config: MoEConfig, backend: BackendConfig, dense: bool, shared: bool
+    ) -> None:
         super().__init__()
         self.norms = nn.ModuleList(nn.RMSNorm(config.dim) for _ in range(2))
-        self.self_attn = Attention(config.dim)
+        self.self_attn = Attention(config.dim, shared)
         if dense:
             self.mlp = MLP(config.dim, config.inter_dim, dtype=config.dtype)
         else:
@@ -95,12 +102,14 @@ class Block(nn.Module):
 
 
 class Backbone(nn.Module):
-    def __init__(self, config: MoEConfig, backend: BackendConfig, layers: int) -> None:
+    def __init__(
+        self, config: MoEConfig, backend: BackendConfig, layers: int, shared: bool
+    ) -> None:
         super().__init__()
         self.moe_config = config
         self.embed_tokens: nn.Module | None = nn.Embedding(VOCABULARY, config.dim)
         self.layers = nn.ModuleDict(
-            {str(i): Block(config, backend, dense=i == 1) for i in range(layers)}
+            {str(i): Block(config, backend, i == 1, shared) for i in range(layers)}
         )
         self.norm: nn.Module | None = nn.RMSNorm(config.dim)
 
@@ -138,7 +147,7 @@ class TinyLM(nn.Module, MoEFSDPSyncMixin):
         config = MoEConfig(**settings)
         self.backend = BackendConfig(enable_fsdp_optimizations=options.optimizations)
         self.config = SimpleNamespace(hidden_size=config.dim, tie_word_embeddings=options.tied)
-        self.model = Backbone(config, self.backend, options.layers)
+        self.model = Backbone(config, self.backend, options.layers, options.shared_attention)
         self.lm_head: nn.Linear | None = nn.Linear(config.dim, VOCABULARY, bias=False)
         generator = torch.Generator().manual_seed(7)
         with torch.no_grad():
@@ -196,13 +205,18 @@ class Shard:
         tensors = (self.ids, self.labels, self.padding_mask)
         return Shard(*(tensor.chunk(parts, 1)[index] for tensor in tensors))
 
+    def cut(self, cp_mesh: Any) -> Shard:
+        """This rank's part, in the balanced order."""
+        tensors = (self.ids, self.labels, self.padding_mask)
+        return Shard(*(shard_sequence(tensor, cp_mesh) for tensor in tensors))
+
 
 def make_shards(
     ranks: int,
     micro_batches: int,
     *,
     length: int = 5,
-    uneven: bool = False,
+    uneven: int = 0,
     padded_rank: int | None = None,
     seed: int = 11,
 ) -> list[list[Shard]]:
@@ -212,7 +226,7 @@ def make_shards(
     for _ in range(micro_batches):
         batch = []
         for rank in range(ranks):
-            shape = (2, length + (2 * rank if uneven else 0))
+            shape = (2, length + 2 * uneven * rank)
             ids = torch.randint(VOCABULARY, shape, generator=generator)
             labels = torch.randint(VOCABULARY, shape, generator=generator)
             keep = torch.rand(shape, generator=generator) < 0.9 - 0.1 * rank
