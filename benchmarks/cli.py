@@ -53,6 +53,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--direction", nargs="+", choices=DIRECTIONS, default=())
     run.add_argument("--provider", nargs="+", choices=list(PROVIDERS), default=())
     run.add_argument("--routing", choices=ROUTINGS, default="uniform")
+    run.add_argument(
+        "--large-pages", action="store_true", help="weights on pages of 2 MiB, for all providers"
+    )
     run.add_argument("--threads", type=int, help="of PyTorch on the CPU")
     run.add_argument(
         "--seconds", type=float, help="of timing for each table; default 20 on CPU, 2 on CUDA"
@@ -94,6 +97,7 @@ def _run(options: argparse.Namespace) -> int:
         seconds=SECONDS[options.device] if options.seconds is None else options.seconds,
         max_rounds=options.rounds,
         seed=options.seed,
+        large_pages=options.large_pages,
     )
     ops = list(OPS) if "all" in options.ops else list(dict.fromkeys(options.ops))
     if options.out and options.out.suffix == ".json" and len(ops) > 1:

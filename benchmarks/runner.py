@@ -27,6 +27,7 @@ from benchmarks.registry import (
     Unsupported,
 )
 from benchmarks.timing import Call, Clock, Samples, make_clock, take_turns
+from moe_kernels import use_large_pages
 
 Row = dict[str, Any]
 SLOW_MS = 10000.0  # a first call longer than this is not repeated just to be warm
@@ -42,6 +43,7 @@ class Settings:
         providers: by name; none means all that can run.
         seconds: of timing for each shape, dtype and mode (inference or training).
         max_rounds: of timing at most.
+        large_pages: whether weights in CPU memory lie on large pages.
     """
 
     device: torch.device
@@ -53,6 +55,7 @@ class Settings:
     seconds: float = 20.0
     max_rounds: int = 50
     seed: int = 0
+    large_pages: bool = False
 
 
 @dataclass
@@ -89,6 +92,9 @@ def run_op(op: Op, settings: Settings) -> Iterator[tuple[list[Row], str, Limits]
         for shape in op.shapes(device.type, settings.shapes):
             limits = measure_limits(clock, device, DTYPES[dtype])
             case = op.make_case(shape, DTYPES[dtype], device, settings.routing, settings.seed)
+            if settings.large_pages:
+                for weight in case.weights.values():
+                    use_large_pages(weight)
             cost = op.cost(case)
             rows: list[Row] = []
             for mode, wanted in modes.items():

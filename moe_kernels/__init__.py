@@ -17,6 +17,7 @@ from moe_kernels.ops import (
     sort_by_expert,
     topk_router,
     unpermute,
+    use_large_pages,
 )
 
 __all__ = [
@@ -33,4 +34,5 @@ __all__ = [
     "sort_by_expert",
     "topk_router",
     "unpermute",
+    "use_large_pages",
 ]

@@ -7,6 +7,7 @@
 
 #include "common/parallel.h"
 #include "cpu/fused_experts.h"
+#include "cpu/large_pages.h"
 
 namespace moe {
 

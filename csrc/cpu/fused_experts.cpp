@@ -12,6 +12,7 @@
 #include <torch/library.h>
 
 #include "common/parallel.h"
+#include "cpu/large_pages.h"
 #include "cpu/order.h"
 
 namespace moe {

@@ -12,6 +12,7 @@
 
 #include "common/parallel.h"
 #include "cpu/fused_experts.h"
+#include "cpu/large_pages.h"
 #include "cpu/order.h"
 
 namespace moe {

@@ -96,11 +96,7 @@ template <typename T>
 void bias_grad(const at::Tensor& out, const std::vector<const T*>& rows, const acc_t<T>* scales,
                const int32_t* offsets);
 
-// An uninitialised tensor, on large pages where it is large: first touching memory page by page
-// costs as much as computing a gradient.
-at::Tensor empty_large(at::IntArrayRef sizes, const at::TensorOptions& options);
-
-// The same for the gradient of a weight: stored as the weight is, which lets autograd take it over.
+// An uninitialised gradient of a weight: stored as the weight is, which lets autograd take it over.
 at::Tensor empty_weight_grad(int64_t experts, int64_t inner, int64_t columns, bool transposed,
                              const at::TensorOptions& options);
 

@@ -7,11 +7,8 @@
 
 #include "common/parallel.h"
 #include "cpu/grouped.h"
+#include "cpu/large_pages.h"
 #include "cpu/order.h"
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace moe {
 
@@ -35,21 +32,6 @@ int64_t columns_per_unit(int64_t columns, int64_t blocks, int64_t most, int64_t 
     step = std::max(round_up(step / 2, least), least);
   }
   return step;
-}
-
-at::Tensor empty_large(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  at::Tensor tensor = at::empty(sizes, options);
-#if defined(__linux__)
-  constexpr uintptr_t kHugePage = 2 << 20, kLarge = 16 << 20;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.data_ptr());
-  const uintptr_t end = begin + tensor.nbytes();
-  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t last = end / kHugePage * kHugePage;
-  // Only advice: whether it is followed changes no result.
-  if (tensor.nbytes() >= kLarge)
-    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-  return tensor;
 }
 
 at::Tensor empty_weight_grad(int64_t experts, int64_t inner, int64_t columns, bool transposed,

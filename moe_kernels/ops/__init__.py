@@ -4,6 +4,7 @@ from moe_kernels.ops.chunk_permute import chunk_permute
 from moe_kernels.ops.expert_activation import expert_activation
 from moe_kernels.ops.fused_experts import fused_experts, fused_moe
 from moe_kernels.ops.grouped_gemm import grouped_gemm, grouped_gemm_wgrad
+from moe_kernels.ops.large_pages import use_large_pages
 from moe_kernels.ops.permute import permute
 from moe_kernels.ops.sort_by_expert import ExpertOrder, sort_by_expert
 from moe_kernels.ops.topk_router import RouterOutput, topk_router
@@ -22,4 +23,5 @@ __all__ = [
     "sort_by_expert",
     "topk_router",
     "unpermute",
+    "use_large_pages",
 ]
