@@ -11,8 +11,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils import checkpoint
 
 
@@ -317,3 +320,27 @@ def reduce_scatter(own: torch.Tensor, everything: torch.Tensor, group: Any) -> A
     new = hasattr(dist, "reduce_scatter_single")  # from 2.13
     name = "reduce_scatter_single" if new else "reduce_scatter_tensor"
     return getattr(dist, name)(own, everything, group=group, async_op=True)
+
+
+def local_region(tensor: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """``(start, shape)`` of this rank's part in the whole of ``tensor``; of a plain tensor, all."""
+    if not isinstance(tensor, DTensor):
+        return (0,) * tensor.dim(), tuple(tensor.shape)
+    shape, start = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+    return tuple(start), tuple(shape)
+
+
+def stored_at(file: str, offset: int, length: int) -> Any:
+    """Where a checkpoint keeps an item, as ``FileSystemReader`` looks it up."""
+    return _StorageInfo(file, offset, length)
+
+
+def storage_extents(metadata: Any) -> dict[str, int]:
+    """The bytes that every file of a checkpoint must have at least."""
+    sizes: dict[str, int] = {}
+    for info in (metadata.storage_data or {}).values():
+        end = info.offset + info.length
+        sizes[info.relative_path] = max(sizes.get(info.relative_path, 0), end)
+    return sizes

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from moe_parallel.integrations._names import FORMATS, Part, parts, plain_name
+from moe_parallel.integrations._names import FORMATS, Part, parts
+from moe_parallel.module_names import plain_name
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

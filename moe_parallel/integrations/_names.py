@@ -15,18 +15,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from moe_parallel.module_names import plain_name
+
 if TYPE_CHECKING:
     from moe_parallel.integrations._layers import TransformersMoE
 
 FORMATS = ("checkpoint", "module")  # names on the hub, and names in the transformers module
-
-# What wrappers around a module put into the names below them.
-_WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod")
-
-
-def plain_name(name: str) -> str:
-    """``name`` without the wrappers of activation checkpointing and torch.compile."""
-    return ".".join(word for word in name.split(".") if word not in _WRAPPERS)
 
 
 @dataclass(frozen=True)

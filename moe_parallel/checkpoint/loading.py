@@ -1,0 +1,195 @@
+"""Reading checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.optim import Optimizer
+
+from moe_parallel.checkpoint import folders
+from moe_parallel.checkpoint.agreement import (
+    CheckpointError,
+    collective_device,
+    describe,
+    on_all_ranks,
+)
+from moe_parallel.checkpoint.optimizers import (
+    OptimizerState,
+    by_parameter,
+    check_fits,
+    groups_of,
+    restore,
+    tensors_to_fill,
+)
+from moe_parallel.checkpoint.saving import TRAINING, as_list
+from moe_parallel.checkpoint.state import (
+    MASTER,
+    MODEL,
+    ModelState,
+    empty_gate_tensors,
+    model_state,
+    set_gates,
+)
+from moe_parallel.checkpoint.storage import read, read_sizes
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint says beside tensors.
+
+    Attributes:
+        step: number of steps taken.
+        extra: as given to :func:`save_checkpoint`.
+        schedulers: their ``state_dict()``.
+    """
+
+    step: int
+    extra: dict[str, Any] = field(default_factory=dict)
+    schedulers: list[dict[str, Any]] = field(default_factory=list)
+    optimizer: OptimizerState = field(default_factory=OptimizerState, repr=False)
+
+
+def read_checkpoint(checkpoint: str | Path) -> CheckpointInfo:
+    """What a checkpoint says of its run, without its tensors; not collective.
+
+    Raises:
+        CheckpointError: ``checkpoint`` is not a complete checkpoint.
+    """
+    checkpoint = Path(checkpoint)
+    folders.check_is_checkpoint(checkpoint)
+    about = folders.read_json(checkpoint) or {}
+    try:
+        training = torch.load(checkpoint / TRAINING, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(
+            f"{checkpoint} is damaged: {TRAINING} cannot be read ({describe(error)})"
+        ) from error
+    optimizer = OptimizerState(scalars=training["scalars"], groups=training["groups"])
+    return CheckpointInfo(about["step"], training["extra"], training["schedulers"], optimizer)
+
+
+def load_checkpoint(
+    checkpoint: str | Path,
+    model_parts: nn.Module | Iterable[nn.Module],
+    optimizers: Optimizer | Iterable[Optimizer] = (),
+    schedulers: Any = (),
+) -> CheckpointInfo:
+    """Fill a model, in place, from a checkpoint that any number of ranks wrote. Collective.
+
+    Each rank reads what it has a part of, a piece at a time. Tensors keep the model's dtypes.
+
+    Args:
+        checkpoint: a folder that :func:`save_checkpoint` returned; :func:`latest_checkpoint` finds
+            the last one.
+        model_parts: the model, or this rank's stages of it, sharded as this run wants.
+        optimizers: those of the model's parameters, new or used; none to load the model alone. The
+            groups may be cut otherwise than when saved, if what is one group now had equal options.
+        schedulers: as many as were saved, or none.
+
+    Returns:
+        What the checkpoint says beside tensors: step, extra.
+
+    Raises:
+        CheckpointError: not a checkpoint, or not of this model and these optimizers: missing or
+            unknown names, other shapes; on all ranks alike, and then nothing has been changed. Or a
+            failure to read; then what was read stays.
+    """
+    checkpoint = Path(checkpoint)
+    optimizers, schedulers = as_list(optimizers, Optimizer), as_list(schedulers)
+    info = on_all_ranks(lambda: read_checkpoint(checkpoint))
+    sizes = on_all_ranks(lambda: read_sizes(checkpoint))
+    saved = by_parameter(sizes)
+    model = on_all_ranks(lambda: model_state(as_list(model_parts, nn.Module)))
+    groups = on_all_ranks(lambda: groups_of(optimizers, model.names))
+
+    def check() -> None:
+        _check_model(model, sizes)
+        check_fits(groups, info.optimizer, saved)
+        _check_schedulers(schedulers, optimizers, info)
+
+    on_all_ranks(check)
+    _check_all_used(model, sizes)
+    if optimizers:
+        _check_all_optimized({name for group in groups for name in group.names}, info)
+
+    gates = empty_gate_tensors(model.gates, sizes)
+    tensors = {MODEL + name: tensor for name, tensor in model.tensors.items()} | gates
+    with torch.no_grad():
+        read(tensors | tensors_to_fill(groups, saved), checkpoint)
+    set_gates(model.gates, gates)
+    restore(groups, info.optimizer, saved)
+    for scheduler, state in zip(schedulers, info.schedulers, strict=False):
+        scheduler.load_state_dict(state)
+    return info
+
+
+def _check_model(model: ModelState, sizes: Mapping[str, Any]) -> None:
+    missing = [name for name in model.tensors if MODEL + name not in sizes]
+    if missing:
+        raise CheckpointError(
+            f"the checkpoint must have all of the model; {_some(missing)} not in it"
+        )
+    for name, tensor in model.tensors.items():
+        size, _ = sizes[MODEL + name]
+        if size != tensor.shape:
+            raise CheckpointError(
+                f"{name} must be {list(tensor.shape)}, as in the model; the checkpoint has "
+                f"{list(size)}"
+            )
+
+
+def _check_schedulers(
+    schedulers: list[Any], optimizers: list[Optimizer], info: CheckpointInfo
+) -> None:
+    if schedulers and len(schedulers) != len(info.schedulers):
+        raise CheckpointError(
+            f"there must be as many schedulers as in the checkpoint, {len(info.schedulers)}; got "
+            f"{len(schedulers)}"
+        )
+    for scheduler, state in zip(schedulers, info.schedulers, strict=False):
+        rates, now = state.get("base_lrs"), getattr(scheduler, "base_lrs", None)
+        if rates is not None and now is not None and len(rates) != len(now):
+            raise CheckpointError(
+                f"a scheduler must have as many groups as in the checkpoint, {len(rates)}; got "
+                f"{len(now)}"
+            )
+
+
+def _check_all_used(model: ModelState, sizes: Mapping[str, Any]) -> None:
+    """All tensors of the checkpoint's model are somewhere in the model. Collective."""
+    masters = f".{MASTER}"
+    saved = sorted(key for key in sizes if key.startswith(MODEL) and not key.endswith(masters))
+    unused = _on_no_rank([key.removeprefix(MODEL) for key in saved], set(model.tensors))
+    if unused:
+        raise CheckpointError(
+            f"the model must have all of the checkpoint; {_some(unused)} not in it"
+        )
+
+
+def _check_all_optimized(names: set[str], info: CheckpointInfo) -> None:
+    """All parameters with options in the checkpoint have an optimizer. Collective."""
+    unused = _on_no_rank(sorted(info.optimizer.options()), names)
+    if unused:
+        raise CheckpointError(
+            f"the optimizers must have all parameters of the checkpoint's; {_some(unused)} not in "
+            "them"
+        )
+
+
+def _on_no_rank(wanted: list[str], present: set[str]) -> list[str]:
+    found = torch.tensor([name in present for name in wanted], dtype=torch.uint8)
+    if dist.is_initialized() and wanted:
+        found = found.to(collective_device())
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+    return [name for name, has in zip(wanted, found.tolist(), strict=True) if not has]
+
+
+def _some(names: list[str]) -> str:
+    rest = f" and {len(names) - 2} others" if len(names) > 2 else ""
+    return ", ".join(names[:2]) + rest + (" is" if len(names) == 1 else " are")
