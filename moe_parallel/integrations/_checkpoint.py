@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from moe_parallel.checkpoint.agreement import on_all_ranks, on_coordinator
 from moe_parallel.integrations._names import FORMATS, Part, parts
+from moe_parallel.integrations._safetensors import Entry, stored_tensors, write_files
 from moe_parallel.module_names import plain_name
 
 
@@ -120,6 +121,41 @@ def load_hf_state_dict(
         ValueError: a tensor of another shape, as soon as it comes; with ``strict``, at the end,
             weights that were not given.
     """
+    given = tensors.items() if isinstance(tensors, Mapping) else tensors
+    _fill(model, given, strict, "load_hf_state_dict")
+
+
+def load_hf_checkpoint(model: nn.Module, directory: str | Path, *, strict: bool = True) -> None:
+    """Fill a model with replaced layers from the files of a checkpoint of transformers, in place.
+
+    Each rank reads of each tensor what it has a part of, a piece at a time, and on a sharded model
+    no more than that. Every rank calls it.
+
+    Args:
+        model: a model whose layers :func:`replace_moe_layers` replaced, sharded or not.
+        directory: with safetensors files, by either kind of names of :func:`to_hf_state_dict`.
+        strict: insist that the model has a place for every tensor, and every weight is there.
+
+    Raises:
+        CheckpointError: the files are missing or damaged, or not of this model; on all ranks alike.
+            Nothing has been written then, unless a file could not be read in its middle.
+    """
+    directory = Path(directory)
+    stored = on_all_ranks(lambda: stored_tensors(directory))
+    name = "load_hf_checkpoint"
+    on_all_ranks(lambda: _fill(model, stored.items(), strict, name, write=False))
+    on_all_ranks(lambda: _fill(model, stored.items(), strict, name))
+
+
+@torch.no_grad()
+def _fill(
+    model: nn.Module,
+    tensors: Iterable[tuple[str, Any]],
+    strict: bool,
+    caller: str,
+    write: bool = True,
+) -> None:
+    """Check that ``tensors``, anything of a shape that slices yield tensors of, fit; write them."""
     state = _state(model)
     targets = {name: (name, Part(name, name)) for name in state}
     layers = _layers(model)
@@ -128,19 +164,17 @@ def load_hf_state_dict(
             for published, part in _named_parts(owner, layer, names):
                 targets[published] = (f"{owner}.{part.ours}", part)
     written = dict.fromkeys(state, 0)
-    for name, value in tensors.items() if isinstance(tensors, Mapping) else tensors:
+    for name, value in tensors:
         if name not in targets:
             if strict:
-                raise KeyError(f"load_hf_state_dict: the model has no place for {name}")
+                raise KeyError(f"{caller}: the model has no place for {name}")
             continue
         ours, part = targets[name]
-        target = state[ours]
-        expected = list(part.of(torch.empty(target.shape, device="meta")).shape)
+        expected = part.shape(state[ours].shape)
         if list(value.shape) != expected:
-            raise ValueError(
-                f"load_hf_state_dict: {name} must be {expected}; got {list(value.shape)}"
-            )
-        part.write(value, target)
+            raise ValueError(f"{caller}: {name} must be {expected}; got {list(value.shape)}")
+        if write:
+            part.write(value, state[ours])
         written[ours] += value.numel()
     tied = _tied(model)
     missing = [
@@ -148,7 +182,7 @@ def load_hf_state_dict(
     ]
     if strict and missing:
         raise ValueError(
-            f"load_hf_state_dict: {len(missing)} weights were not given, or not in full, such as "
+            f"{caller}: {len(missing)} weights were not given, or not in full, such as "
             f"{', '.join(missing[:3])}"
         )
 
@@ -158,53 +192,32 @@ def save_hf_checkpoint(
 ) -> None:
     """Write a checkpoint that ``from_pretrained`` of plain transformers reads.
 
-    On a sharded model every rank calls it; rank 0 writes, and holds one file's worth in memory.
+    Every rank calls it, and writes what it holds, a piece at a time: no rank holds a whole tensor
+    of a sharded model. Files get their names when all of them are complete; an interrupted save
+    leaves ``*.partial`` and what was in the directory.
 
     Args:
         model: a transformers model whose layers :func:`replace_moe_layers` replaced.
-        directory: made if it is missing.
+        directory: on a file system that all ranks share; made if it is missing.
         max_shard_bytes: start another file before one exceeds this (a larger tensor has its own).
+
+    Raises:
+        CheckpointError: a rank could not write; on all ranks alike.
     """
-    from safetensors.torch import save_file
-
     directory = Path(directory)
-    writes = not dist.is_initialized() or dist.get_rank() == 0
-    if writes:
-        directory.mkdir(parents=True, exist_ok=True)
-        _save_configs(model, directory)
-    shards: list[list[str]] = []
-    pending: dict[str, Tensor] = {}
-    size = total = 0
-
-    def flush() -> None:
-        if pending:
-            save_file(pending, directory / f"part-{len(shards)}", metadata={"format": "pt"})
-            shards.append(list(pending))
-            pending.clear()
-
-    for name, tensor in to_hf_state_dict(model):
-        if not writes:
-            continue
-        if size + tensor.nbytes > max_shard_bytes:
-            flush()
-            size = 0
-        pending[name] = tensor.to("cpu", copy=True)
-        size += tensor.nbytes
-        total += tensor.nbytes
-    if not writes:
-        return
-    flush()
-    weight_map: dict[str, str] = {}
-    for i, held in enumerate(shards):
-        name = "model.safetensors"
-        if len(shards) > 1:
-            name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        (directory / f"part-{i}").rename(directory / name)
-        weight_map |= dict.fromkeys(held, name)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        text = json.dumps(index, indent=2) + "\n"
-        (directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    state, layers = _state(model), _layers(model)
+    for name in _tied(model):
+        state.pop(name, None)
+    entries = []
+    for name, tensor in state.items():
+        owner = _owner(name, layers)
+        named = [] if owner is None else _named_parts(owner, layers[owner], "checkpoint")
+        ours = [
+            Entry(other, tensor, part) for other, part in named if f"{owner}.{part.ours}" == name
+        ]
+        entries += ours or [Entry(name, tensor, Part(name, name))]
+    write_files(entries, directory, max_shard_bytes)
+    on_coordinator(lambda: _save_configs(model, directory))
 
 
 def redirect_save_pretrained(model: nn.Module) -> None:
@@ -231,7 +244,7 @@ def _save_pretrained(
 
     With all its options but ``distributed_checkpoint``, and with a ``state_dict`` by either kind of
     names. On a sharded model every rank calls it; rank 0 writes, and holds the whole model in
-    memory: :func:`save_hf_checkpoint` holds one file's worth.
+    memory: :func:`save_hf_checkpoint` holds pieces of tensors.
 
     Raises:
         ValueError: ``distributed_checkpoint=True``.

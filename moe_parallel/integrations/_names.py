@@ -6,20 +6,21 @@ activations, else I.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from moe_parallel.checkpoint.storage import boxes
 from moe_parallel.module_names import plain_name
+from moe_parallel.tensors import local_tensor
+from moe_parallel.torch_internals import local_region
 
 if TYPE_CHECKING:
     from moe_parallel.integrations._layers import TransformersMoE
 
+PIECE_BYTES = 2**24  # of a tensor that is read, or on its way to a file
 FORMATS = ("checkpoint", "module")  # names on the hub, and names in the transformers module
 
 
@@ -53,43 +54,68 @@ class Part:
             tensor = tensor.mT
         return tensor[None] if self.row else tensor
 
-    def write(self, value: Tensor, target: Tensor) -> None:
+    def shape(self, ours: Sequence[int]) -> list[int]:
+        """The shape of the checkpoint's tensor, of a layer's tensor of the shape ``ours``."""
+        return [size.stop for size in self._turned([slice(0, e - b) for b, e in self._box(ours)])]
+
+    def overlap(self, tensor: Tensor) -> tuple[Tensor, tuple[slice, ...]] | None:
+        """This rank's part of the checkpoint's tensor, given the layer's ``tensor``.
+
+        Returns:
+            ``(view, slices)``: a view of the rank's memory, which ``slices`` cut out of the
+            checkpoint's tensor; None if the rank has no part of it.
+        """
+        local = local_tensor(tensor).detach()
+        start, shape = local_region(tensor)
+        into, out_of = [], []
+        for (begin, end), first, size in zip(self._box(tensor.shape), start, shape, strict=True):
+            low, high = max(begin, first), min(end, first + size)
+            if low >= high:
+                return None
+            into.append(slice(low - first, high - first))
+            out_of.append(slice(low - begin, high - begin))
+        view = local[tuple(into)]
+        view = view if self.expert is None else view[0]
+        view = view.mT if self.transposed else view
+        return view[None] if self.row else view, tuple(self._turned(out_of))
+
+    def axes(self, dims: int) -> list[int | None]:
+        """For each dimension of the checkpoint's tensor, that of the layer's with ``dims`` ones."""
+        return [d if isinstance(d, int) else None for d in self._turned(list(range(dims)))]
+
+    def write(self, value: Any, target: Tensor) -> None:
         """Copy the checkpoint's ``value`` to where it belongs in ``target``, the layer's tensor.
 
-        Of a sharded target each rank writes its own shard; no rank talks to another.
+        Of a sharded target each rank writes its own shard; no rank talks to another. ``value`` may
+        be anything that slices yield tensors of; it is cut into pieces.
         """
-        value = value[0] if self.row else value
-        value = value.mT if self.transposed else value
-        value = value if self.expert is None else value[None]
-        start = [0] * value.dim()
-        if self.expert is not None:
-            start[0] = self.expert
-        if self.columns is not None:
-            start[-1] = self.columns[0]
-        _write_region(value, start, target)
-
-
-def _write_region(value: Tensor, start: list[int], target: Tensor) -> None:
-    """``target[start : start + value.shape] = value``, on each rank the part it has of it."""
-    shape, offset = list(target.shape), [0] * target.dim()
-    local = target
-    if isinstance(target, DTensor):
-        local = target.to_local()
-        shape, offset = map(
-            list,
-            compute_local_shape_and_global_offset(
-                target.shape, target.device_mesh, target.placements
-            ),
-        )
-    into, out_of = [], []
-    for size, begin, length, first in zip(value.shape, start, shape, offset, strict=True):
-        low, high = max(begin, first), min(begin + size, first + length)
-        if low >= high:
+        found = self.overlap(target)
+        if found is None:
             return
-        into.append(slice(low - first, high - first))
-        out_of.append(slice(low - begin, high - begin))
-    with torch.no_grad():
-        local[tuple(into)].copy_(value[tuple(out_of)])
+        view, slices = found
+        elements = PIECE_BYTES // target.itemsize
+        for start, shape in boxes((0,) * view.dim(), tuple(view.shape), elements):
+            inside = tuple(slice(b, b + n) for b, n in zip(start, shape, strict=True))
+            outside = tuple(
+                slice(whole.start + piece.start, whole.start + piece.stop)
+                for whole, piece in zip(slices, inside, strict=True)
+            )
+            view[inside].copy_(value[outside])
+
+    def _box(self, shape: Sequence[int]) -> list[tuple[int, int]]:
+        """Begin and end in every dimension of a layer's tensor."""
+        box = [(0, size) for size in shape]
+        if self.expert is not None:
+            box[0] = (self.expert, self.expert + 1)
+        if self.columns is not None:
+            box[-1] = self.columns
+        return box
+
+    def _turned(self, dims: list[Any]) -> list[Any]:
+        """Something for every dimension of a layer's tensor, for those of the checkpoint's."""
+        dims = dims if self.expert is None else dims[1:]
+        dims = [*dims[:-2], dims[-1], dims[-2]] if self.transposed else dims
+        return [slice(0, 1), *dims] if self.row else dims
 
 
 def parts(layer: TransformersMoE, names: str) -> Iterator[Part]:

@@ -24,6 +24,7 @@ from moe_kernels.integrations.transformers import (
 )
 from moe_parallel.config import BackendConfig, MoEConfig
 from moe_parallel.integrations._checkpoint import (
+    load_hf_checkpoint,
     load_hf_state_dict,
     redirect_save_pretrained,
     save_hf_checkpoint,
@@ -33,6 +34,7 @@ from moe_parallel.integrations._families import Family, family_of
 from moe_parallel.layers import MoE
 
 __all__ = [
+    "load_hf_checkpoint",
     "load_hf_state_dict",
     "replace_moe_layers",
     "save_hf_checkpoint",
