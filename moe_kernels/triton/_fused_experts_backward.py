@@ -62,7 +62,7 @@ from moe_kernels.triton.unpermute import sum_slots
 Order = tuple[Tensor, Tensor, Tensor]
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "E", "top_k"])
 def _row_weights_kernel(
     topk_weights, row_to_slot, offsets, row_weights, rows, E, top_k, stride_t, stride_k,
     BLOCK: tl.constexpr,
@@ -124,7 +124,7 @@ def _through_activation(
     return tl.sum(grad * a, 1)
 
 
-@triton.jit(do_not_specialize=["bound", "rows"])
+@triton.jit(do_not_specialize=["bound", "rows", "top_k"])
 def _down_backward_kernel(
     grad, row_to_slot, w, h, row_weights, grad_h, weighted_a, partials, tiles, bound,
     rows, H, I, W, top_k, alpha, limit,
@@ -178,7 +178,7 @@ def _down_backward_kernel(
             tl.store(partials + column_tile.to(tl.int64) * rows + row, dot, mask=valid)
 
 
-@triton.jit(do_not_specialize=["bound"])
+@triton.jit(do_not_specialize=["bound", "top_k"])
 def _bias_dot_kernel(
     grad, row_to_slot, bias, dots, tiles, bound, H, top_k,
     stride_gt, stride_gh, stride_be, stride_bh, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -204,7 +204,7 @@ def _bias_dot_kernel(
         tl.store(dots + row, dot, mask=valid)
 
 
-@triton.jit(do_not_specialize=["rows", "R"])
+@triton.jit(do_not_specialize=["P", "rows", "R", "E"])
 def _sum_partials_kernel(
     partials, row_to_slot, offsets, grad_weights, P, rows, R, E, BLOCK: tl.constexpr
 ):

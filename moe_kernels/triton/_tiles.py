@@ -41,7 +41,7 @@ def row_range(offsets, expert, mask, rows):
     return begin, tl.minimum(tl.maximum(end, begin), rows)
 
 
-@triton.jit(do_not_specialize=["rows", "bound"])
+@triton.jit(do_not_specialize=["rows", "E", "bound"])
 def _tile_map_kernel(
     offsets, tiles, rows, E, bound,
     BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, EXPERTS: tl.constexpr,

@@ -60,7 +60,7 @@ def _write(
         tl.store(cell, tile.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["R"])
+@triton.jit(do_not_specialize=["R", "E", "top_k"])
 def _wgrad_kernel(
     a, grad, source, out, offsets, R, E, M, N, top_k,
     stride_am, stride_ac, stride_gm, stride_gc, stride_oe, stride_om, stride_on,
@@ -101,7 +101,7 @@ def _wgrad_kernel(
             _write(total, first, m, n, M, N, stride_om, stride_on, False, BLOCK_M, BLOCK_N)
 
 
-@triton.jit(do_not_specialize=["R"])
+@triton.jit(do_not_specialize=["R", "top_k"])
 def _sum_rows_kernel(
     grad, source, scale, out, offsets, R, N, top_k, stride_r, stride_c,
     GATHERED: tl.constexpr, SCALED: tl.constexpr, WIDE: tl.constexpr,

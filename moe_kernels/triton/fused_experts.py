@@ -51,7 +51,7 @@ from moe_kernels.triton.unpermute import unpermute
 __all__ = ["fused_experts", "fused_experts_backward"]
 
 
-@triton.jit(do_not_specialize=["bound"])
+@triton.jit(do_not_specialize=["bound", "top_k"])
 def _up_kernel(
     x, row_to_slot, w, bias, h, a, tiles, bound, H, I, W, top_k, alpha, limit,
     stride_xm, stride_xk, stride_we, stride_wk, stride_wn, stride_bias_e, stride_bias_n,

@@ -77,7 +77,7 @@ def _grouped_gemm_kernel(
         )
 
 
-@triton.jit(do_not_specialize=["R"])
+@triton.jit(do_not_specialize=["R", "E"])
 def _zero_tail_kernel(out, offsets, R, N, E, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr):
     """Zero the rows of no expert."""
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -20,7 +20,7 @@ from moe_kernels.triton._operands import Source
 TILE = 4096  # elements a program copies
 
 
-@triton.jit(do_not_specialize=["num_rows", "R"])
+@triton.jit(do_not_specialize=["num_rows", "R", "E", "top_k"])
 def _permute_kernel(
     x, row_to_slot, offsets, out, num_rows, R, H, E, top_k, stride_t, stride_h,
     BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,

@@ -41,7 +41,7 @@ def _rank_in_block(ids, bins, lane, first, R, E, BLOCK: tl.constexpr, LANES: tl.
     return rank
 
 
-@triton.jit(do_not_specialize=["R"])
+@triton.jit(do_not_specialize=["R", "E"])
 def _sort_one_block_kernel(
     ids, row_to_slot, slot_to_row, offsets, R, E,
     BINS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
@@ -57,7 +57,7 @@ def _sort_one_block_kernel(
     tl.store(slot_to_row + slot, row, mask=slot < R)
 
 
-@triton.jit(do_not_specialize=["R"])
+@triton.jit(do_not_specialize=["R", "E"])
 def _count_kernel(ids, counts, R, E, BINS: tl.constexpr, BLOCK: tl.constexpr):
     block = tl.program_id(0).to(tl.int64)
     bins = _load_bins(ids, block * BLOCK + tl.arange(0, BLOCK), R, E)
@@ -65,7 +65,7 @@ def _count_kernel(ids, counts, R, E, BINS: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(counts + block * (E + 1) + expert, tl.histogram(bins, BINS), mask=expert <= E)
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit(do_not_specialize=["B", "E"])
 def _sum_earlier_kernel(counts, totals, B, E, SCAN_BLOCKS: tl.constexpr, SCAN_BINS: tl.constexpr):
     """Replace each block's counts by their sum over the blocks before it."""
     expert = tl.program_id(0) * SCAN_BINS + tl.arange(0, SCAN_BINS)
@@ -80,7 +80,7 @@ def _sum_earlier_kernel(counts, totals, B, E, SCAN_BLOCKS: tl.constexpr, SCAN_BI
     tl.store(totals + expert, earlier, mask=expert <= E)
 
 
-@triton.jit(do_not_specialize=["R"])
+@triton.jit(do_not_specialize=["R", "E"])
 def _scatter_kernel(
     ids, counts, totals, row_to_slot, slot_to_row, offsets, R, E,
     BINS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,

@@ -13,7 +13,7 @@ from moe_kernels.triton._launch import ceil_div, float_type, next_power_of_2, on
 from moe_kernels.triton.permute import copy_tile
 
 
-@triton.jit(do_not_specialize=["num_rows", "T"])
+@triton.jit(do_not_specialize=["num_rows", "T", "E", "top_k"])
 def _unpermute_kernel(
     rows, slot_to_row, offsets, weights, out, num_rows, T, H, E, top_k,
     stride_r, stride_h, stride_wt, stride_wk,
@@ -43,7 +43,7 @@ def _unpermute_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["num_rows", "R"])
+@triton.jit(do_not_specialize=["num_rows", "R", "E", "top_k"])
 def _unpermute_backward_kernel(
     grad, rows, row_to_slot, offsets, weights, grad_rows, grad_weights, num_rows, R, H, E, top_k,
     stride_gt, stride_gh, stride_r, stride_h,
