@@ -3,7 +3,7 @@
 # torch) no .venv is made and nothing is installed or downloaded: the extension is built in place.
 #
 #   TORCH_SPEC   what pip installs as torch in .venv ("torch", pinned in constraints.txt)
-#   ARGS         further arguments of demo, test, test-all and bench
+#   ARGS         further arguments of demo, test, test-all, bench and of gpu-check's tests
 #   OUT          where gpu-check writes its results
 
 TORCH_SPEC ?= torch
@@ -52,11 +52,18 @@ bench: build
 	$(PY) -m benchmarks run fused_experts $(ARGS)
 
 # On a machine with an NVIDIA GPU: PYTHON=python3 make gpu-check. Ends within nine minutes whatever
-# happens, with what it has found by then.
+# happens, with what it has found by then. Most of the time goes into compiling kernels, of which the
+# tests meet hundreds: they run in parallel where pytest-xdist is installed.
 gpu-check: export MOE_KERNELS_CUDA ?= on
+# looking for GPUs without starting the driver leaves processes free to fork
+gpu-check: export PYTORCH_NVML_BASED_CUDA_CHECK ?= 1
 gpu-check: build
+	@$(PY) -c 'import pytest' || { echo "gpu-check needs pytest; the packages that the tests" \
+		"use are the extra \"test\" of pyproject.toml." >&2; exit 1; }
 	@mkdir -p $(OUT); status=0; \
-	timeout --signal=INT 300 env $(PYTEST) -m "gpu and not slow" --junitxml=$(OUT)/tests.xml || status=$$?; \
+	parallel=$$($(PY) -c 'import xdist' 2>/dev/null && echo --numprocesses=8 --dist=worksteal); \
+	timeout --signal=INT 300 env $(PYTEST) -m "gpu and not slow" $$parallel \
+		--continue-on-collection-errors --junitxml=$(OUT)/tests.xml $(ARGS) || status=$$?; \
 	timeout --signal=INT 120 $(PY) -m benchmarks run fused_experts --device cuda --out $(OUT) || status=$$?; \
 	exit $$status
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import moe_kernels
 from tests.conftest import HAS_GPU
+from tests.kernels.accuracy import worst_row_error
 
 pytestmark = [
     pytest.mark.gpu,
@@ -68,7 +69,8 @@ def test_a_thousand_runs_give_the_same_bits(tokens: int, dtype: torch.dtype) -> 
     layer = _layer(tokens, 16, 4, 1024, 768, dtype)
     upstream = torch.randn_like(layer["x"])
     expected = _step(layer, upstream)
-    noise, other = torch.empty(GIB // 4, device="cuda"), torch.cuda.Stream()
+    noise, other = torch.zeros(GIB // 4, device="cuda"), torch.cuda.Stream()
+    torch.cuda.synchronize()
     differences = torch.zeros(len(expected), dtype=torch.int64, device="cuda")
     for run in range(1000):
         if run % 10 == 0:
@@ -160,9 +162,9 @@ def test_buffers_past_two_to_the_31_elements() -> None:
         for name, value in layer.items()
     }
     small_y, small_dx, _, _, small_dweights, *_ = _step(part, upstream[ends])
-    torch.testing.assert_close(y[ends], small_y, rtol=0.02, atol=0.02)
-    torch.testing.assert_close(dx[ends], small_dx, rtol=0.02, atol=0.05)
-    torch.testing.assert_close(dweights[ends], small_dweights, rtol=0.02, atol=0.2)
+    # tiles, and so the order of sums, follow the number of rows: a few roundings to bf16 differ
+    for large, small in ((y, small_y), (dx, small_dx), (dweights, small_dweights)):
+        assert worst_row_error(large[ends], small) < 0.01
 
 
 def test_copies_past_two_to_the_31_elements() -> None:
