@@ -21,11 +21,15 @@ constexpr int64_t kCacheBytes = 384 << 10;  // of a second-level cache, for what
 template <typename T>
 constexpr int kStep = kLanes<acc_t<T>> * Compute<T>::G;  // elements of k in a vector
 
-// Elements of a packed row: whole vectors, and one more so that rows do not fall on the same lines
-// of a cache.
+// Rows of a matrix [k, n] that a few packed rows are multiplied with at a time.
+constexpr int kRowsTogether = kRegisters == 32 ? 8 : 4;
+
+// Elements of a packed row: whole vectors and whole groups of kRowsTogether, and one vector more so
+// that rows do not fall on the same lines of a cache.
 template <typename T>
 MOE_INLINE int64_t padded(int64_t k) {
-  return (ceil_div(k, kStep<T>) + 1) * kStep<T>;
+  constexpr int64_t multiple = max(kStep<T>, kRowsTogether);
+  return ceil_div(k, multiple) * multiple + kStep<T>;
 }
 
 // How m rows are packed for a k-contiguous matrix: blocks of vectors, each [groups, vectors, lanes,
@@ -175,7 +179,9 @@ void multiply_vectors(const operand_t<T>* packed, int64_t rows, int64_t vectors,
   const int64_t parts =
       ceil_div(groups, min(kMaxGroups, kCacheBytes / static_cast<int64_t>(width * G * sizeof(U))));
   const int64_t part_groups = ceil_div(groups, parts);
-  const int64_t result_size = ceil_div(kColumns, L) * L * width;
+  // Whole tiles, which past the last column hold results that are never read.
+  static_assert(kColumns % L == 0);
+  const int64_t result_size = ceil_div(kColumns, tile_columns) * tile_columns * width;
   const int64_t stage_size = in_place ? 0 : Tile::kMaxRows * part_groups * G;
   A* result = static_cast<A*>(
       thread_scratch(Scratch::kKernel, result_size * sizeof(A) + stage_size * sizeof(U)));
@@ -305,7 +311,7 @@ void multiply_few_spread_rows(const operand_t<T>* packed, int64_t m, int64_t k,
   using Group = Groups<T>;
   using A = acc_t<T>;
   constexpr int L = kLanes<A>, G = Group::G;
-  constexpr int kRows = kRegisters == 32 ? 8 : 4, kGroups = kRows / G;
+  constexpr int kRows = kRowsTogether, kGroups = kRows / G;
   constexpr int64_t kAhead = 2 * kRows;
   const int64_t row_size = padded<T>(k);
   for (int64_t row = 0; row < k; row += kRows) {

@@ -9,8 +9,8 @@
 namespace moe::CPU_CAPABILITY {
 
 MOE_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-MOE_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-MOE_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+MOE_INLINE constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+MOE_INLINE constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
 constexpr int kPanelVectors = kRegisters == 32 ? 4 : 2;
 constexpr int kPanelRows = 6;  // rows of a tile over a whole panel

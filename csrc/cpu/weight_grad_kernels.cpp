@@ -73,7 +73,7 @@ void weight_grad(const T* const* a, const T* const* b, int64_t m, Range i_range,
         tile.row_step = ceil_div(height, L) * L * G;
         for_row_tiles(height, [&](int64_t r, int64_t count) {
           for (int64_t i = 0; i < count; ++i) tile.rows[i] = panel + (r + i) * G;
-          tile.out = wide + (q + r) * tile.out_stride + p;
+          tile.out = wide ? wide + (q + r) * tile.out_stride + p : nullptr;
           tile.narrow = narrow ? narrow + (q + r) * tile.narrow_stride + p : nullptr;
           panel_tile<T>(count, vectors)(tile);
         });
