@@ -11,7 +11,13 @@ from torch import Tensor
 
 import moe_kernels
 from moe_kernels import reference
-from moe_kernels.triton import _fused_experts_backward, _wgrad, fused_experts, permute
+from moe_kernels.triton import (
+    _fused_experts_backward,
+    _wgrad,
+    fused_experts,
+    permute,
+    sort_by_expert,
+)
 from moe_kernels.triton._configs import CONFIGS
 from moe_kernels.triton._math import exp, fast_sigmoid, sigmoid, softplus
 from moe_kernels.triton._tiles import build_tile_map, walk
@@ -139,6 +145,18 @@ def test_unknown_ids_are_dropped_unless_checked(
     monkeypatch.setenv("MOE_KERNELS_CHECK", "1")
     with pytest.raises(IndexError, match=r"\[-1, 4\]"):
         _run(impl, {**inputs, "topk_ids": huge}, upstream)
+
+
+@pytest.mark.parametrize("tokens", [20, 1400])
+def test_unknown_ids_are_sorted_as_dropped_ones(
+    impl: Implementation, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sort_by_expert, "SCAN_BLOCKS", 4)  # so that summing them takes several steps
+    ids = torch.randint(-3, 12, (tokens, 3))
+    known = torch.where((ids >= 0) & (ids < 7), ids, -1)
+    order = moe_kernels.sort_by_expert(ids.to(impl.device), 7)
+    for actual, expected in zip(order, reference.sort_by_expert(known, 7), strict=True):
+        assert torch.equal(actual.cpu(), expected)
 
 
 def test_rows_past_the_bound_are_dropped_unless_checked(

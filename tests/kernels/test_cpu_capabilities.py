@@ -1,0 +1,135 @@
+"""The C++ kernels of every instruction set this processor has: each is compiled from other code.
+
+Everywhere else tests run on the widest one.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import moe_kernels
+from moe_kernels import _C, reference
+from tests.conftest import Implementation
+from tests.kernels.accuracy import assert_accurate, gradients
+from tests.kernels.test_fused_experts import check, limit_between
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+CPU = Implementation("cpu", torch.device("cpu"))
+
+
+@pytest.fixture(params=_C.cpu_capabilities(), autouse=True)
+def _capability(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = _C.cpu_capability()
+    _C.set_cpu_capability(request.param)
+    yield
+    _C.set_cpu_capability(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+def test_fused_experts(transposed: bool, dtype: torch.dtype) -> None:
+    """Numbers of rows, of columns and of summands that fill no vector; one row and very many."""
+    hidden, inner, counts = 83, 55, (1, 75, 0, 7, 230, 3)
+    ids = torch.repeat_interleave(torch.arange(6), torch.tensor(counts))
+    inputs = {
+        "x": torch.randn(len(ids) // 2, hidden),
+        "gate_up": torch.randn(6, hidden, 2 * inner) / hidden**0.5,
+        "down": torch.randn(6, inner, hidden) / inner**0.5,
+        "gate_up_bias": torch.randn(6, 2 * inner),
+        "down_bias": torch.randn(6, hidden),
+    }
+    inputs = {name: value.to(dtype) for name, value in inputs.items()}
+    inputs["topk_ids"] = ids[torch.randperm(len(ids))].view(-1, 2)
+    inputs["topk_weights"] = torch.rand(inputs["topk_ids"].shape)
+
+    def layouts(name: str, value: Tensor) -> Tensor:
+        if transposed and name in ("gate_up", "down"):
+            return value.mT.contiguous().mT
+        return value
+
+    upstream = torch.randn(inputs["x"].shape).to(dtype)
+    options: dict[str, Any] = {"interleaved": transposed}
+    if dtype == torch.float64:
+        _compare_in_float64(inputs, upstream, layouts, **options)
+        return
+    if dtype == torch.float32:  # 16-bit roundings of so many values would meet any limit
+        options["limit"] = limit_between(inputs)
+    check(CPU, inputs, upstream, layouts=layouts, **options)
+
+
+def _compare_in_float64(
+    inputs: dict[str, Tensor],
+    upstream: Tensor,
+    layouts: Callable[[str, Tensor], Tensor],
+    **options: Any,
+) -> None:
+    """The definition is no closer to the truth than we are."""
+
+    def ours(**kwargs: Tensor) -> Tensor:
+        viewed = {name: layouts(name, value) for name, value in kwargs.items()}
+        return moe_kernels.fused_experts(**viewed, **options)
+
+    actual = gradients(ours, inputs, upstream)
+    truth = gradients(lambda **kw: reference.fused_experts(**kw, **options), inputs, upstream)
+    for name, value in truth.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inner", [1, 3, 9])
+def test_one_column_and_few_summands(inner: int, dtype: torch.dtype) -> None:
+    a = torch.randn(5, inner).to(dtype)
+    a[3:] = torch.nan  # rows of no expert; and nothing beyond a row may reach its sums
+    b = torch.randn(2, inner, 1).to(dtype)
+    offsets = torch.tensor([0, 1, 3], dtype=torch.int32)
+    for matrix in (b, b.mT.contiguous().mT, b.expand(2, inner, 4)):
+        truth = reference.grouped_gemm(a[:3].double(), matrix.double(), offsets)
+        chain = torch.cat([a[:1] @ matrix[0], a[1:3] @ matrix[1]])
+        out = moe_kernels.grouped_gemm(a, matrix, offsets)
+        if dtype == torch.float64:
+            torch.testing.assert_close(out[:3], truth, rtol=1e-13, atol=1e-13)
+        else:
+            assert_accurate("out", out[:3], truth, chain)
+        assert (out[3:] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows(dtype: torch.dtype) -> None:
+    ids = torch.randint(-1, 4, (21, 3))
+    order = moe_kernels.sort_by_expert(ids, 4)
+    inputs = {"rows": torch.randn(63, 37).to(dtype), "weights": torch.rand(21, 3)}
+    upstream = torch.randn(21, 37).to(dtype)
+    ours = gradients(
+        lambda rows, weights: moe_kernels.unpermute(rows, order, weights), inputs, upstream
+    )
+    wide = {name: value.double() for name, value in inputs.items()}
+    truth = gradients(
+        lambda rows, weights: reference.unpermute(rows, *order, weights), wide, upstream
+    )
+    for name, value in truth.items():
+        assert_accurate(name, ours[name], value, value.to(ours[name].dtype))
+
+
+@pytest.mark.parametrize("score_func", ["softmax", "sigmoid", "sqrtsoftplus"])
+def test_router(score_func: str) -> None:
+    logits = torch.randn(7, 37)
+    ours = gradients(
+        lambda x: (
+            moe_kernels.topk_router(x, 3, score_func=score_func, renormalize=True).topk_weights
+        ),
+        {"x": logits},
+        torch.ones(7, 3).cumsum(1),
+    )
+    truth, yardstick = (
+        gradients(
+            lambda x: reference.topk_router(x, 3, score_func=score_func, renormalize=True)[0],
+            {"x": logits.to(dtype)},
+            torch.ones(7, 3).cumsum(1),
+        )
+        for dtype in (torch.float64, torch.float32)
+    )
+    for name, value in truth.items():
+        assert_accurate(name, ours[name], value, yardstick[name])
