@@ -105,29 +105,37 @@ def _fused_experts(
     transposed: bool = True,
     interleaved: bool = False,
     biased: bool = False,
+    experts: int = E,
+    top_k: int = K,
 ) -> None:
     from moe_kernels.triton.fused_experts import fused_experts, fused_experts_backward
 
     def weight(rows: int, columns: int) -> Tensor:
         if transposed:
-            return torch.empty(E, columns, rows, dtype=dtype).mT
-        return torch.empty(E, rows, columns, dtype=dtype)
+            return torch.empty(experts, columns, rows, dtype=dtype).mT
+        return torch.empty(experts, rows, columns, dtype=dtype)
 
     gated = activation not in ("relu2", "silu", "gelu")
     width = 2 * INNER if gated else INNER
-    x, topk_weights = torch.empty(tokens, hidden, dtype=dtype), torch.empty(tokens, K)
+    x, topk_weights = torch.empty(tokens, hidden, dtype=dtype), torch.empty(tokens, 32)[:, :top_k]
     biases = (
-        torch.empty(E, width, dtype=dtype) if biased else None,
-        torch.empty(E, hidden, dtype=dtype) if biased else None,
+        torch.empty(experts, width, dtype=dtype) if biased else None,
+        torch.empty(experts, hidden, dtype=dtype) if biased else None,
     )
     gate_up, down = weight(hidden, width), weight(INNER, hidden)
-    ids = torch.empty(tokens, K, dtype=torch.int32)
+    ids = torch.empty(tokens, top_k, dtype=torch.int32)
     options = (activation, interleaved, 1.702, 7.0)
     y, h, *order = fused_experts(
-        x, gate_up, down, ids, topk_weights, *biases, *options, tokens * K, True
+        x, gate_up, down, ids, topk_weights, *biases, *options, tokens * top_k, True
     )
     needs = [True] * 4 + [biased] * 2
     fused_experts_backward(y, x, gate_up, down, topk_weights, h, *order, *biases, *options, needs)
+
+
+def _fused_experts_of(*counts: tuple[int, int, int]) -> None:
+    """On each number of tokens, experts and choices, which give the same tiles."""
+    for tokens, experts, top_k in counts:
+        _fused_experts("swiglu", tokens=tokens, biased=True, experts=experts, top_k=top_k)
 
 
 def _with_tf32(call: Callable[[], None]) -> None:
@@ -162,6 +170,8 @@ CASES: dict[str, Callable[[], None]] = {
     ),
     "experts_few": partial(_fused_experts, "swiglu", tokens=8),
     "experts_full": partial(_fused_experts, "swiglu", torch.float32),
+    "counts": partial(_fused_experts_of, (16, 9, 1)),
+    "other_counts": partial(_fused_experts_of, (8, 16, 2), (1, 10, 16)),
 }
 # the other configurations and layouts
 MORE_CASES: dict[str, Callable[[], None]] = {

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 FENCES_POINTER_LOADS = tuple(map(int, metadata.version("triton").split(".")[:2])) >= (3, 7)
 GEMMS = {"_grouped_gemm_kernel", "_up_kernel", "_down_backward_kernel", "_wgrad_kernel"}
 # calls whose tiles are too small, or whose type is too wide, for the asynchronous tensor cores
-WITHOUT_WGMMA = ("_few", "_full", "_tf32")
+WITHOUT_WGMMA = ("_few", "_full", "_tf32", "counts")
 
 Reports = list[dict[str, Any]]
 
@@ -62,6 +62,10 @@ def test_kernels_keep_their_values_in_registers_and_fit(
         if report["arch"] != 100 or not report["case"].endswith("_tf32"):
             assert report["spilled"] == 0, report
         assert report["fits"], report
+
+
+def test_counts_of_experts_and_choices_compile_nothing_new(reports: Reports) -> None:
+    assert not [report["kernel"] for report in reports if report["case"] == "other_counts"]
 
 
 def test_products_run_on_tensor_cores(reports: Reports) -> None:
