@@ -2,7 +2,7 @@
 
 Every test that takes ``impl`` runs on the C++ kernels and on the Triton ones: on the GPU where
 there is one, else in Triton's interpreter, put under the CPU key of the dispatcher so that public
-functions, autograd and checks are the same code.
+functions, autograd and checks are the same code. Fresh memory holds NaN meanwhile.
 """
 
 from __future__ import annotations
@@ -70,16 +70,29 @@ def triton_under_cpu() -> Iterator[None]:
         library._destroy()
 
 
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fill fresh tensors with NaN, or the largest integer, for a while."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
 @pytest.fixture(params=["cpu", GPU if HAS_GPU else "interpreter"])
 def impl(request: pytest.FixtureRequest) -> Iterator[Implementation]:
-    if request.param == "interpreter":
-        with triton_under_cpu():
-            yield Implementation("interpreter", torch.device("cpu"))
-    else:
-        yield Implementation(request.param, torch.device(request.param))
+    with poisoned_memory():
+        if request.param == "interpreter":
+            with triton_under_cpu():
+                yield Implementation("interpreter", torch.device("cpu"))
+        else:
+            yield Implementation(request.param, torch.device(request.param))
 
 
 @pytest.fixture(autouse=True)

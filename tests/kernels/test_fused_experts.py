@@ -226,6 +226,25 @@ def test_one_bad_token_stays_alone(impl: Implementation) -> None:
     assert bad.nonzero().flatten().tolist() == [5]
 
 
+def test_one_bad_expert_stays_alone(impl: Implementation) -> None:
+    """Nor is what lies behind an expert's matrix ever multiplied, be it with zero."""
+    inputs, _ = make_case("plain", torch.float32, hidden=33, inner=17)
+    for name in ("gate_up", "down"):
+        inputs[name][3] = float("nan")
+    y = moe_kernels.fused_experts(**{k: v.to(impl.device) for k, v in inputs.items()})
+    assert torch.equal(y.isnan().any(dim=1).cpu(), (inputs["topk_ids"] == 3).any(dim=1))
+
+
+def test_rows_of_no_expert_are_saved_as_zeros(impl: Implementation) -> None:
+    inputs, _ = make_case("dropped", torch.bfloat16)
+    ids = inputs["topk_ids"]
+    moved = [value.to(impl.device) for value in inputs.values()]
+    options = (None, None, "swiglu", False, 1.702, float("inf"), ids.numel() + 3, True)
+    _, h, _, _, offsets = torch.ops.moe_kernels.fused_experts(*moved, *options)
+    assert h.shape[0] == ids.numel() + 3
+    assert (h[int(offsets[-1]) :] == 0).all()
+
+
 @pytest.mark.parametrize("ids", [torch.int32, torch.int64])
 @pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32])
 def test_index_and_weight_dtypes(

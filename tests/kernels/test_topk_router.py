@@ -80,6 +80,12 @@ def test_lower_id_wins_a_tie(impl: Implementation) -> None:
     assert out.topk_ids.tolist() == [[0, 1, 2, 3], [7, 8, 9, 10], [0, 1, 2, 3]]
 
 
+def test_zeros_are_equal_and_nan_is_above_all(impl: Implementation) -> None:
+    logits = torch.tensor([[-0.0, 0.0, -0.0, 0.0, -1.0], [1.0, 2.0, torch.nan, 3.0, torch.inf]])
+    out = moe_kernels.topk_router(logits.to(impl.device), 3, softmax_before_topk=False)
+    assert out.topk_ids.tolist() == [[0, 1, 2], [2, 4, 3]]
+
+
 def test_given_ids_are_replayed_with_live_gradients(impl: Implementation) -> None:
     logits = torch.randn(9, 8).to(impl.device).requires_grad_()
     ids = torch.stack([torch.randperm(8)[:3] for _ in range(9)]).to(impl.device)
