@@ -240,7 +240,7 @@ def test_a_layer_compiles_whole() -> None:
         assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_an_auxiliary_loss_compiles_and_takes_the_scale_of_its_backward(
     monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
