@@ -5,8 +5,10 @@ Parallelism) and the rest sharded with FSDP2. One line starts it on the CPU's co
 
     torchrun --standalone --nproc-per-node=2 examples/train_lm.py
 
-Ctrl-C leaves a checkpoint; ``--resume`` goes on from it, with the same number of ranks bit for bit.
-The end of a run is in ``<out>``: summary.json, train_lm.png and checkpoints/.
+``--ep --dp-replicate --cp --pp`` say what the ranks share, ``--ac --accumulate`` how a step is
+computed; none of them changes what is learnt. Ctrl-C leaves a checkpoint; ``--resume`` goes on from
+it, with the same ranks bit for bit. The end of a run is in ``<out>``: summary.json, train_lm.png,
+and checkpoints/.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from lm import checkpoint, cluster, data, evaluation, model, report, training
+from lm import checkpoint, cluster, data, evaluation, model, network, report, training
 from lm.settings import Settings
 
 PROMPT = "The "
@@ -48,6 +50,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--save-every", type=int, default=250, help="steps between checkpoints")
     parser.add_argument("--compare-seconds", type=float, default=20.0, help="0 leaves it out")
     parser.add_argument("--sample", type=int, default=300, help="bytes to generate at the end")
+    ranks = parser.add_argument_group("the ranks, and how a step is computed on them")
+    ranks.add_argument(
+        "--ep", type=int, help="ranks that share the experts; default: most that fit"
+    )
+    ranks.add_argument("--dp-replicate", type=int, default=1, help="copies of the parameters")
+    ranks.add_argument("--cp", type=int, default=1, help="ranks that share sequences")
+    ranks.add_argument("--pp", type=int, default=1, help="pipeline stages that share the layers")
+    ranks.add_argument(
+        "--ac",
+        choices=("off", "full", "router", "selective"),
+        default="off",
+        help="activation checkpointing: of everything, all but the routing, or the cheap parts",
+    )
+    ranks.add_argument("--accumulate", type=int, default=1, help="parts of a batch, in turn")
     run = parser.add_argument_group("the run itself (from the checkpoint when it is resumed)")
     for field in fields(Settings):
         if field.name != "text":
@@ -87,12 +103,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     text = data.load(options.text)
     settings, progress, resumed = choose_settings(options, text)
-    ranks = cluster.start(settings.experts)
+    chosen = {field.name: getattr(options, field.name) for field in fields(cluster.Parallelism)}
+    parallelism = cluster.Parallelism(**chosen)
+    settings.check_layout(parallelism.cp, parallelism.pp, parallelism.accumulate)
+    ranks = cluster.start(settings.experts, parallelism)
     try:
-        if settings.batch < ranks.world:
-            raise ValueError(
-                f"--batch must be at least the number of ranks, {ranks.world}; got {settings.batch}"
-            )
+        settings.check_batch(ranks.data_ranks, ranks.stages, parallelism.accumulate)
         return run(options, text, settings, progress, resumed, ranks)
     finally:
         ranks.stop()
@@ -114,10 +130,11 @@ def run(
     begin = time.perf_counter()
     levels = data.entropies(text)
     say(
-        f"{ranks.world} ranks on {ranks.device.type}, experts over {ranks.expert_parallel}; "
-        f"{len(text.values):,} bytes of text, {sum(b - a for a, b in text.heldout):,} held out"
+        f"{ranks.world} ranks on {ranks.device.type}: {ranks.describe()}; activation "
+        f"checkpointing {options.ac}, {options.accumulate} parts a batch"
     )
-    net = model.make_model(settings).to(ranks.device)
+    say(f"{len(text.values):,} bytes of text, {sum(b - a for a, b in text.heldout):,} held out")
+    net = model.make_trained_model(settings).to(ranks.device)
     parameters = sum(parameter.numel() for parameter in net.parameters())
     probe = text.batch(text.starts(settings.length), 2, settings.length, settings.seed, 0)
     difference = model.replace_and_compare(net, settings, probe[:, :-1].to(ranks.device))
@@ -125,18 +142,19 @@ def run(
         f"Qwen3-MoE, {parameters / 1e6:.1f} M parameters; {len(model.moe_layers(net))} MoE layers "
         f"replaced: largest logit difference {difference:.1e}"
     )
-    model.shard(net, ranks)
-    optimizer = training.make_optimizer(net, settings)
+    sharded = network.Network(net, settings, ranks)
+    del net  # a pipeline stage keeps its own layers alone
+    optimizer = training.make_optimizer(sharded.module, settings)
     torch.manual_seed(settings.seed)
     first_step = progress.step
     if resumed is not None:
-        checkpoint.load(resumed, net, optimizer)
+        checkpoint.load(resumed, sharded.module, optimizer)
         say(f"resumed from {resumed}, after step {progress.step}")
 
     saved: Path | None = None
 
     def save() -> Path:
-        return checkpoint.save(options.out, net, optimizer, settings, progress, ranks)
+        return checkpoint.save(options.out, sharded.module, optimizer, settings, progress, ranks)
 
     bar = tqdm(total=options.steps, unit="step", disable=ranks.rank != 0, dynamic_ncols=True)
 
@@ -152,7 +170,7 @@ def run(
 
     with training.StopOnSignal() as stop:
         speed = training.train(
-            net,
+            sharded,
             optimizer,
             text,
             settings,
@@ -173,13 +191,13 @@ def run(
         say(f"stopped by signal {stop.signal} after step {progress.step}; go on with --resume")
         return 128 + stop.signal
 
-    heldout = evaluation.heldout_loss(net, text, settings, ranks)
+    heldout = evaluation.heldout_loss(sharded, text, settings, ranks)
     say(
         f"held out {heldout:.3f} nats per byte; bigram {levels['bigram']:.3f} "
         f"(counted on the training part {levels['bigram_counted']:.3f}), "
         f"unigram {levels['unigram']:.3f}"
     )
-    generated = evaluation.sample(net, settings, ranks, PROMPT, options.sample)
+    generated = evaluation.sample(sharded, settings, ranks, PROMPT, options.sample)
     say(f"--- sample\n{generated}\n---")
     compared: dict[str, float] = {}
     if options.compare_seconds > 0:
@@ -198,6 +216,8 @@ def run(
             "parameters": parameters,
             "ranks": ranks.world,
             "expert_parallel": ranks.expert_parallel,
+            "meshes": ranks.describe(),
+            "parallelism": asdict(ranks.parallelism),
             "device": ranks.device.type,
             "first_step": first_step,
             "first_loss": progress.losses[first_step],

@@ -138,6 +138,9 @@ def test_interrupt_leaves_a_checkpoint(tmp_path: Path) -> None:
                 os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode != 0
     assert "go on with --resume" in printed
+    assert (
+        "2 ranks on cpu: pp 1 x dp_replicate 1 x dp_shard 2 x cp 1 x tp 1, experts: ep_" in printed
+    )
     assert not list(out.rglob(f"*{checkpoint.PARTIAL}"))
     _, progress = checkpoint.read_about(checkpoint.find(out))
     assert f"after step {progress.step};" in printed

@@ -13,7 +13,11 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
 
 from lm.cluster import Cluster
 from lm.settings import Settings
@@ -22,6 +26,8 @@ FOLDER = "checkpoints"
 PROGRESS = "progress.json"
 PARTIAL = ".partial"
 KEEP = 2
+# By the names of parameters, so that pipeline stages have entries of their own.
+FLATTENED = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 @dataclass
@@ -101,12 +107,13 @@ def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
         optimizer,
         model_state_dict=state["model"],
         optim_state_dict=state["optimizer"],
+        options=FLATTENED,
     )
     torch.set_rng_state(state["rng"])
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    model_state, optimizer_state = get_state_dict(model, optimizer)
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=FLATTENED)
     return {"model": model_state, "optimizer": optimizer_state, "rng": torch.get_rng_state()}
 
 

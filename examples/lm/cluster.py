@@ -11,7 +11,30 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from moe_parallel.mesh import build_meshes, parallel_axis_names
+from moe_parallel.mesh import build_meshes, get_submesh, parallel_axis_names
+
+
+@dataclass(frozen=True)
+class Parallelism:
+    """How a run uses its ranks. A resumed run may do otherwise: nothing here changes the result.
+
+    Attributes:
+        ep: over how many ranks the experts are spread; None for as many as divide both their
+            number and that of the ranks.
+        dp_replicate: groups of ranks that hold a copy of the parameters each.
+        cp: ranks that share sequences.
+        pp: stages of a pipeline that share the layers.
+        ac: what to compute again in backward: "off", "full", "router" (all but the routing) or
+            "selective".
+        accumulate: parts in which a batch is computed, one after the other.
+    """
+
+    ep: int | None = None
+    dp_replicate: int = 1
+    cp: int = 1
+    pp: int = 1
+    ac: str = "off"
+    accumulate: int = 1
 
 
 @dataclass(frozen=True)
@@ -19,17 +42,53 @@ class Cluster:
     """The ranks of a run.
 
     Attributes:
-        world_mesh, moe_mesh: all ranks in two arrangements. Each has its own part of the batch;
-            moe_mesh, None if every rank has all experts, has the axes ep_shard and ep.
+        world_mesh, moe_mesh: all ranks in two arrangements; moe_mesh, None if every rank has all
+            experts, has the axes ep_shard and ep.
         own_group: whether :meth:`stop` has a process group to end.
     """
 
     rank: int
     world: int
     device: torch.device
+    parallelism: Parallelism
     world_mesh: DeviceMesh
     moe_mesh: DeviceMesh | None
     own_group: bool
+
+    @property
+    def data_rank(self) -> int:
+        """Which of the :attr:`data_ranks` parts of the batch this rank has, or shares."""
+        return get_submesh(self.world_mesh, "dp").get_local_rank()
+
+    @property
+    def data_ranks(self) -> int:
+        return get_submesh(self.world_mesh, "dp").size()
+
+    @property
+    def sharing(self) -> int:
+        """How many ranks share the dense parameters: those of a pipeline stage."""
+        return self.world // self.parallelism.pp
+
+    @property
+    def stage(self) -> int:
+        return self.world_mesh["pp"].get_local_rank()
+
+    @property
+    def stages(self) -> int:
+        return self.parallelism.pp
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.stage == self.stages - 1
+
+    def describe(self) -> str:
+        """The sizes of the meshes."""
+        meshes = []
+        for mesh in (self.world_mesh, self.moe_mesh):
+            if mesh is not None:
+                sizes = zip(mesh.mesh_dim_names or (), mesh.shape, strict=True)
+                meshes.append(" x ".join(f"{name} {size}" for name, size in sizes))
+        return ", experts: ".join(meshes)
 
     @property
     def expert_parallel(self) -> int:
@@ -60,11 +119,11 @@ class Cluster:
             dist.destroy_process_group()
 
 
-def start(experts: int) -> Cluster:
+def start(experts: int, parallelism: Parallelism) -> Cluster:
     """Join the ranks that torchrun started (or that the caller has joined), or be the only one.
 
-    Experts are spread over as many ranks as divide both their number and that of the ranks. Each
-    rank has a GPU of its own; where there are fewer of them than ranks, all compute on the CPU.
+    Each rank has a GPU of its own; where there are fewer of them than ranks, all compute on the
+    CPU.
     """
     own_group = not dist.is_initialized()
     device = _choose_device() if own_group else _device_of_group()
@@ -80,8 +139,15 @@ def start(experts: int) -> Cluster:
         store = dist.HashStore()
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
     world = dist.get_world_size()
-    world_mesh, moe_mesh = build_meshes(ep=math.gcd(world, experts), device_type=device.type)
-    return Cluster(dist.get_rank(), world, device, world_mesh, moe_mesh, own_group)
+    ep = parallelism.ep
+    world_mesh, moe_mesh = build_meshes(
+        ep=math.gcd(max(1, world // parallelism.pp), experts) if ep is None else ep,
+        dp_replicate=parallelism.dp_replicate,
+        cp=parallelism.cp,
+        pp=parallelism.pp,
+        device_type=device.type,
+    )
+    return Cluster(dist.get_rank(), world, device, parallelism, world_mesh, moe_mesh, own_group)
 
 
 def _choose_device() -> torch.device:

@@ -6,51 +6,53 @@ import statistics
 import time
 
 import torch
-from torch import nn
 
 import moe_kernels.integrations.transformers
 from lm.cluster import Cluster
 from lm.data import Text
 from lm.model import make_model
+from lm.network import IGNORED, Network, sum_of_losses, token_losses
 from lm.settings import Settings
-from lm.training import token_losses
 
 IMPLEMENTATIONS = ("moe_kernels", "eager", "grouped_mm")
 
 
 @torch.no_grad()
-def heldout_loss(model: nn.Module, text: Text, settings: Settings, cluster: Cluster) -> float:
+def heldout_loss(network: Network, text: Text, settings: Settings, cluster: Cluster) -> float:
     """Nats per byte of the held-out text."""
-    model.eval()
+    network.module.eval()
     windows, wanted = text.heldout_windows(settings.length)
     # The same number of calls on every rank: a call is a collective.
-    per_call = max(1, settings.batch // cluster.world)
+    per_call = max(1, settings.batch // cluster.data_ranks)
     total = torch.zeros(2, dtype=torch.float64, device=cluster.device)
-    for start in range(0, len(windows), per_call * cluster.world):
-        index = torch.arange(per_call) + start + cluster.rank * per_call
+    for start in range(0, len(windows), per_call * cluster.data_ranks):
+        index = torch.arange(per_call) + start + cluster.data_rank * per_call
         exists = index < len(windows)
         index = torch.where(exists, index, 0)
-        counted = (wanted[index] & exists[:, None]).to(cluster.device)
-        losses = token_losses(model, windows[index].to(cluster.device))
-        total[0] += losses[counted].double().sum()
+        own = windows[index].to(cluster.device)
+        logits = network.logits(own[:, :-1])
+        if logits is None:
+            continue
+        counted = network.part((wanted[index] & exists[:, None]).to(cluster.device))
+        targets = network.part(own[:, 1:])
+        total[0] += sum_of_losses(logits, targets.where(counted, IGNORED)).double()
         total[1] += counted.sum()
-    model.train()
+    network.module.train()
     nats, count = cluster.sum(total).tolist()
     return nats / count
 
 
 @torch.no_grad()
-def sample(model: nn.Module, settings: Settings, cluster: Cluster, prompt: str, size: int) -> str:
+def sample(network: Network, settings: Settings, cluster: Cluster, prompt: str, size: int) -> str:
     """Continue ``prompt`` by ``size`` bytes. Every rank takes part and gets the same."""
-    model.eval()
+    network.module.eval()
     tokens = torch.tensor([list(prompt.encode())], device=cluster.device)
     generator = torch.Generator().manual_seed(settings.seed)
     for _ in range(size):
-        logits = model(input_ids=tokens[:, -settings.length :], use_cache=False).logits[0, -1]
-        share = (logits.float().cpu() / 0.7).softmax(-1)
+        share = (network.next_logits(tokens[:, -settings.length :]).cpu() / 0.7).softmax(-1)
         chosen = torch.multinomial(share, 1, generator=generator).to(cluster.device)
         tokens = torch.cat([tokens, chosen[None]], dim=1)
-    model.train()
+    network.module.train()
     return bytes(tokens[0].tolist()).decode(errors="replace")
 
 
@@ -71,7 +73,7 @@ def compare_experts(
     deadline = time.perf_counter() + seconds
     for turn in range(1_000_000):
         batch = text.batch(starts, settings.batch, settings.length, settings.seed, turn)
-        own = batch.tensor_split(cluster.world)[cluster.rank].to(cluster.device)
+        own = batch.tensor_split(cluster.data_ranks)[cluster.data_rank].to(cluster.device)
         for place in range(len(IMPLEMENTATIONS)):
             name = IMPLEMENTATIONS[(turn + place) % len(IMPLEMENTATIONS)]
             model.set_experts_implementation(name)

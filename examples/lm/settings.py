@@ -55,6 +55,30 @@ class Settings:
         if self.top_k > self.experts:
             raise ValueError(f"--top-k must be at most experts = {self.experts}; got {self.top_k}")
 
+    def check_layout(self, cp: int, pp: int, accumulate: int) -> None:
+        """Raise ValueError unless sequences, layers and batch can be cut up like this."""
+        for name, value in {"cp": cp, "pp": pp, "accumulate": accumulate}.items():
+            if value < 1:
+                raise ValueError(f"--{name} must be at least 1; got {value}")
+        if cp > 1 and self.length % (2 * cp):
+            raise ValueError(f"--length must be a multiple of 2 * cp = {2 * cp}; got {self.length}")
+        if pp > self.layers:
+            raise ValueError(f"--pp must be at most layers = {self.layers}; got {pp}")
+
+    def check_batch(self, data_ranks: int, stages: int, accumulate: int) -> None:
+        """Raise ValueError unless each of the ranks that share the batch gets some of each part."""
+        parts = data_ranks * accumulate
+        if self.batch < parts:
+            raise ValueError(
+                f"--batch must be at least the parts of ranks that share it, {data_ranks} ranks * "
+                f"accumulate {accumulate} = {parts}; got {self.batch}"
+            )
+        if stages > 1 and self.batch % (parts * stages):
+            raise ValueError(
+                f"--batch must be a multiple of {data_ranks} ranks * accumulate {accumulate} * pp "
+                f"{stages} = {parts * stages} with --pp; got {self.batch}"
+            )
+
     def learning_rate(self, step: int) -> float:
         """Of the step that follows ``step`` earlier ones."""
         done = (step + 1) / self.warmup

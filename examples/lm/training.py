@@ -11,13 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from lm.checkpoint import Progress
 from lm.cluster import Cluster
 from lm.data import Text
-from lm.model import expert_load, finish_gradients, parameter_groups
+from lm.model import ExpertLoad, finish_gradients, parameter_groups
+from lm.network import Network
 from lm.settings import Settings
+from moe_parallel.training import (
+    MoEAuxLossAutoScaler,
+    prepare_for_final_backward,
+    prepare_for_grad_accumulation,
+)
 
 
 class StopOnSignal:
@@ -69,18 +74,8 @@ def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimize
     )
 
 
-def token_losses(model: nn.Module, sequences: Tensor) -> Tensor:
-    """[B, S] nats of each next byte of ``sequences`` [B, S + 1]."""
-    logits = model(input_ids=sequences[:, :-1], use_cache=False).logits
-    targets = sequences[:, 1:]
-    losses = functional.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), reduction="none"
-    )
-    return losses.view(targets.shape)
-
-
 def train(
-    model: nn.Module,
+    network: Network,
     optimizer: torch.optim.Optimizer,
     text: Text,
     settings: Settings,
@@ -99,31 +94,58 @@ def train(
     starts = text.starts(settings.length)
     tokens = settings.batch * settings.length
     speed = Speed(tokens)
+    load = ExpertLoad(network.module, settings, cluster)
+    _balance_every_token_alike(tokens, cluster)
     begin = time.perf_counter()
     for _ in range(steps):
         step_begin = time.perf_counter()
         everything = text.batch(
             starts, settings.batch, settings.length, settings.seed, progress.step
         )
-        own = everything.tensor_split(cluster.world)[cluster.rank].to(cluster.device)
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate(progress.step)
 
-        losses = token_losses(model, own)
-        # FSDP averages over the ranks; times their number it is the mean over all tokens.
-        (losses.sum() / tokens * cluster.world).backward()
-        norm = finish_gradients(model, cluster, settings.clip)
+        load.total.zero_()
+        losses = _forward_backward(network, everything, cluster)
+        norm = finish_gradients(network.module, cluster, settings.clip, tokens)
         optimizer.step()
         optimizer.zero_grad()
 
         late = time.perf_counter() - begin > seconds
-        told, wants_stop = _over_all_ranks(losses, expert_load(model), late or stop.signal, cluster)
+        told, wants_stop = _over_all_ranks(losses, load.total, late or stop.signal, cluster)
         speed.seconds.append(time.perf_counter() - step_begin)
         _record(progress, told[0] / tokens, norm, told[1:].view(settings.layers, -1))
         after_step(progress, speed)
         if wants_stop:
             break
     return speed
+
+
+def _forward_backward(network: Network, batch: Tensor, cluster: Cluster) -> Tensor:
+    """Gradients of a batch [B, S + 1], in parts; the sum of the losses that this rank has seen."""
+    pipelined = cluster.stages > 1
+    tokens = batch.shape[0] * (batch.shape[1] - 1)
+    total = torch.zeros((), dtype=torch.float64, device=cluster.device)
+    parts = batch.tensor_split(cluster.parallelism.accumulate)
+    for index, part in enumerate(parts):
+        if index == len(parts) - 1:
+            prepare_for_final_backward([network.module], pipelined)
+        elif index == 0:
+            prepare_for_grad_accumulation([network.module], pipelined)
+        own = part.tensor_split(cluster.data_ranks)[cluster.data_rank].to(cluster.device)
+        total += network.forward_backward(own, tokens)
+    return total
+
+
+def _balance_every_token_alike(tokens: int, cluster: Cluster) -> None:
+    """Make the balancing loss the mean over the parts of the batch that ranks compute alone.
+
+    It is scaled as the loss is: in a pipeline by the number of tokens, else by the ranks that FSDP
+    averages over; and context parallel ranks each add their share of one part's.
+    """
+    parts = cluster.data_ranks * cluster.parallelism.accumulate * cluster.stages
+    scale = tokens if cluster.stages > 1 else cluster.sharing
+    MoEAuxLossAutoScaler.main_loss_backward_scale = scale / parts
 
 
 def _over_all_ranks(
@@ -133,8 +155,8 @@ def _over_all_ranks(
     own = torch.cat(
         [
             torch.tensor([float(bool(stop))], dtype=torch.float64, device=cluster.device),
-            losses.detach().double().sum().reshape(1),
-            load.double().flatten(),
+            losses.reshape(1),
+            load.flatten(),
         ]
     )
     total = cluster.sum(own).cpu()
