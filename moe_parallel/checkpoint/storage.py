@@ -33,7 +33,7 @@ from moe_parallel.checkpoint.agreement import CheckpointError, describe, summary
 from moe_parallel.tensors import local_tensor
 from moe_parallel.torch_internals import local_region, storage_extents, stored_at
 
-PIECE_BYTES = 2**26
+PIECE_BYTES = 2**25
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # start and shape
 
 

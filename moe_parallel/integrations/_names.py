@@ -20,7 +20,7 @@ from moe_parallel.torch_internals import local_region
 if TYPE_CHECKING:
     from moe_parallel.integrations._layers import TransformersMoE
 
-PIECE_BYTES = 2**24  # of a tensor that is read, or on its way to a file
+PIECE_BYTES = 2**23  # of a tensor that is read, or on its way to a file
 FORMATS = ("checkpoint", "module")  # names on the hub, and names in the transformers module
 
 

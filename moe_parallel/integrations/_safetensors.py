@@ -155,19 +155,31 @@ class _Writer:
 
     def __init__(self) -> None:
         self.problem: str | None = None
+        self._buffers: dict[str, Tensor] = {}
         self._path = Path()
         self._descriptor: int | None = None
 
     def open(self, path: Path) -> None:
         self._path = path
 
+    def buffer(self, use: str, like: Tensor, shape: Sequence[int]) -> Tensor:
+        """Memory for one use at a time, kept for the next: what is freed is not always returned."""
+        size = math.prod(shape) * like.itemsize
+        found = self._buffers.get(use)
+        if found is None or found.numel() < size or found.device != like.device:
+            found = torch.empty(max(size, PIECE_BYTES), dtype=torch.uint8, device=like.device)
+            self._buffers[use] = found
+        return found[:size].view(like.dtype).view(*shape)
+
     def write(self, place: int, values: Tensor) -> None:
+        if not values.is_contiguous():
+            values = self.buffer("own", values, values.shape).copy_(values)
         if self.problem is not None:
             return
         try:
             if self._descriptor is None:
                 self._descriptor = os.open(self._path, os.O_WRONLY)
-            data = values.contiguous().cpu().flatten().view(torch.uint8).numpy().data
+            data = values.cpu().flatten().view(torch.uint8).numpy().data
             while data:
                 written = os.pwrite(self._descriptor, data, place)
                 data, place = data[written:], place + written
@@ -282,20 +294,23 @@ def _gather_rows(
     )
     for turn, (begin, size) in enumerate(slabs):
         cut = tuple(slice(b, b + n) for b, n in zip(begin, size, strict=True))
-        piece = view[cut].contiguous()
-        writes = turn % ranks == own
-        received = [torch.empty_like(piece) for _ in range(ranks)] if writes else None
-        # as bytes: whatever the dtype, every backend carries them
-        dist.gather(
-            piece.view(torch.uint8),
-            None if received is None else [other.view(torch.uint8) for other in received],
-            group=group,
-            group_dst=turn % ranks,
-        )
-        if received is not None:
-            at = [s.start + b for s, b in zip(slices, begin, strict=False)]
-            offset = _offset([*at, *[0] * (len(shape) - axis)], shape)
-            writer.write(place + offset * view.itemsize, torch.cat(received, axis))
+        size_of = [*size, *view.shape[axis:]]
+        piece = writer.buffer("own", view, size_of).copy_(view[cut])
+        target = turn % ranks
+        # As bytes: whatever the dtype, every backend carries them. Gathering would copy once more.
+        if own != target:
+            dist.send(piece.view(torch.uint8), group=group, group_dst=target)
+            continue
+        received = writer.buffer("received", view, [ranks, *size_of])
+        received[own].copy_(piece)
+        for source in range(ranks):
+            if source != own:
+                dist.recv(received[source].view(torch.uint8), group=group, group_src=source)
+        size_of[axis] *= ranks
+        rows = torch.cat(list(received), axis, out=writer.buffer("rows", view, size_of))
+        at = [s.start + b for s, b in zip(slices, begin, strict=False)]
+        offset = _offset([*at, *[0] * (len(shape) - axis)], shape)
+        writer.write(place + offset * view.itemsize, rows)
 
 
 def _offset(index: Sequence[int], shape: Sequence[int]) -> int:
