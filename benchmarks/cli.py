@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import environment, plots, results, tables
+from benchmarks import activation_checkpointing, environment, plots, results, tables
 from benchmarks.limits import Limits
 from benchmarks.ops import OPS
 from benchmarks.providers import OURS, PROVIDERS
@@ -65,6 +65,16 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--out", type=Path, help="a .json file (for one op) or a folder")
     run.set_defaults(command=_run)
 
+    memory = commands.add_parser(
+        "memory", help="peak memory of a training step by mode of activation checkpointing"
+    )
+    memory.add_argument("--device", choices=("cpu", "cuda"), default=_default_device())
+    memory.add_argument("--shape", default="", help="sizes such as L=4,T=1024 (others by default)")
+    memory.add_argument("--dtype", choices=list(DTYPES), default="bf16")
+    memory.add_argument("--threads", type=int, help="of PyTorch on the CPU")
+    memory.add_argument("--out", type=Path, help="a .json file or a folder")
+    memory.set_defaults(command=_memory)
+
     report = commands.add_parser("report", help="tables and plots from result files")
     report.add_argument(
         "files", nargs="*", type=Path, help="default: the committed results and those of last runs"
@@ -82,13 +92,18 @@ def _default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _run(options: argparse.Namespace) -> int:
+def _device(options: argparse.Namespace) -> torch.device:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device cuda: torch {torch.__version__} finds no CUDA device")
     if options.threads:
         torch.set_num_threads(options.threads)
+    return torch.device(options.device)
+
+
+def _run(options: argparse.Namespace) -> int:
+    device = _device(options)
     settings = Settings(
-        device=torch.device(options.device),
+        device=device,
         shapes=options.shape,
         dtypes=options.dtype,
         directions=options.direction,
@@ -134,6 +149,20 @@ def _run_one(op: Op, settings: Settings, out: Path | None) -> list[str]:
         for row in rows
         if row["provider"] == OURS and (row["void"] or row["note"])
     ]
+
+
+def _memory(options: argparse.Namespace) -> int:
+    device = _device(options)
+    shape = activation_checkpointing.SHAPES[options.device].replace(options.shape)
+    rows, held = activation_checkpointing.measure(device, options.dtype, shape)
+    described = environment.describe(device)
+    path = options.out or RUNS / environment.slug(described["device"])
+    if path.suffix != ".json":
+        path = path / f"{activation_checkpointing.NAME}.json"
+    found = {"op": activation_checkpointing.NAME, **described, "limits": {}, "providers": {}}
+    results.write(path, {**found, **held, "rows": rows})
+    print(f"{activation_checkpointing.table(rows, held)}\n\nwritten: {path}", flush=True)
+    return 0
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -258,3 +258,26 @@ def test_routing(routing: str) -> None:
         assert load.max() > 2.5 * load.float().mean()
     else:
         assert load.max() < 2.5 * load.float().mean()
+
+
+def test_memory_of_activation_checkpointing(tmp_path: Path) -> None:
+    """Modes that compute more again need less; nothing but the step decides the figures."""
+    shape = "L=3,B=1,T=200,H=64,I=48,E=4,K=2"
+    for name in ("a.json", "b.json"):
+        arguments = ["memory", "--device", "cpu", "--shape", shape, "--dtype", "fp32"]
+        assert main([*arguments, "--out", str(tmp_path / name)]) == 0
+    first, second = (results.read(tmp_path / name)["rows"] for name in ("a.json", "b.json"))
+    peaks = {row["provider"]: row["peak_bytes"] for row in first}
+    assert list(peaks) == ["off", "selective", "router-saving", "full"]
+    assert (
+        peaks["off"]
+        > 1.3 * peaks["selective"]
+        > 1.3 * peaks["router-saving"]
+        >= 1.3 * peaks["full"]
+    )
+    # at least the pre-activations, [T * K, 2I], of every layer
+    assert peaks["off"] > 3 * 200 * 2 * 2 * 48 * 4
+    for row in second:
+        assert row["peak_bytes"] == pytest.approx(peaks[row["provider"]], rel=0.01)
+    assert main(["report", str(tmp_path / "a.json"), "--out", str(tmp_path)]) == 0
+    assert "| full |" in (tmp_path / "report.md").read_text()
