@@ -154,6 +154,10 @@ def check_equal(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance
 def test_every_experts_class_equals_eager(family: families.Family) -> None:
     """In float64, with sentinel ids: eager gets an expert with weight zero in their place."""
     experts = family.build(torch.float64)
+    for name, value in (("alpha", 1.25), ("limit", 0.75)):  # not what they are by default
+        for own in (name, f"swiglu_{name}"):
+            if hasattr(experts, own):
+                setattr(experts, own, value)
     x, ids, weights = inputs(experts, torch.float64)
     dropped = torch.rand(ids.shape, generator=torch.Generator().manual_seed(6)) < 0.2
     dropped[4] = True  # a token without any expert of this rank
