@@ -24,7 +24,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
 
 CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
 
-.PHONY: demo test test-all lint format bench gpu-check build clean
+.PHONY: demo test test-all test-sanitizers lint format bench gpu-check build clean
 
 demo: build
 	OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc-per-node=2 \
@@ -35,6 +35,18 @@ test: build
 
 test-all: build
 	$(PYTEST) $(ARGS)
+
+# The C++ kernels under the address and the undefined behaviour sanitizer of GCC, in a build and a
+# copy of the packages of their own. Building takes many minutes on two cores.
+SANITIZED := build/sanitized
+test-sanitizers: export CXXFLAGS := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined \
+	-fno-sanitize-recover=undefined
+test-sanitizers: $(ENVIRONMENT)
+	$(PY) setup.py --quiet build --debug --build-base=build/sanitized-base --build-lib=$(SANITIZED)
+	@ln -sfn $(CURDIR)/tests $(CURDIR)/pyproject.toml $(SANITIZED)
+	cd $(SANITIZED) && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+		$(PYTEST) --capture=sys -k "cpu or gradcheck" -m "not slow" tests/kernels $(ARGS)
 
 lint: $(ENVIRONMENT)
 	$(PY) -m ruff check .

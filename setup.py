@@ -9,6 +9,7 @@ Environment:
                             without linking them, a check where torch has no CUDA.
     MOE_KERNELS_CUDA_ARCHS  in CMake's notation, "90a-real" or "80;90a-real" for example.
     CUDACXX, CUDA_HOME      where nvcc is, if it is not on PATH.
+    CXXFLAGS                more flags for the compiler; builds with others lie beside each other.
     MAX_JOBS                parallel compilations; all processors by default.
 """
 
@@ -139,6 +140,8 @@ class CMakeBuild(build_ext):
             sys.executable,
             cpp_extension.TORCH_LIB_PATH,
         ]
+        if flags := os.environ.get("CXXFLAGS"):  # which CMake reads once, when it makes the folder
+            parts += [flags, settings["CMAKE_BUILD_TYPE"]]
         digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:8]
         tag = f"{sys.implementation.cache_tag}-torch{torch.__version__}-{digest}"
         build = ROOT / "build" / "cmake" / tag
