@@ -79,21 +79,49 @@ def _compare_in_float64(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("inner", [1, 3, 9])
-def test_one_column_and_few_summands(inner: int, dtype: torch.dtype) -> None:
-    a = torch.randn(5, inner).to(dtype)
-    a[3:] = torch.nan  # rows of no expert; and nothing beyond a row may reach its sums
-    b = torch.randn(2, inner, 1).to(dtype)
-    offsets = torch.tensor([0, 1, 3], dtype=torch.int32)
-    for matrix in (b, b.mT.contiguous().mT, b.expand(2, inner, 4)):
-        truth = reference.grouped_gemm(a[:3].double(), matrix.double(), offsets)
-        chain = torch.cat([a[:1] @ matrix[0], a[1:3] @ matrix[1]])
+@pytest.mark.parametrize("inner", [0, 1, 3, 9, 1500])
+def test_numbers_of_summands(inner: int, dtype: torch.dtype) -> None:
+    """One column or few, few rows or many; nothing beyond a row may reach its sums."""
+    counts = (1, 2, 30)
+    offsets = torch.tensor([0, 1, 3, 33], dtype=torch.int32)
+    other = torch.randn(35, 8).to(dtype)
+    moe_kernels.grouped_gemm(
+        other, torch.randn(3, 8, 5).to(dtype), offsets
+    )  # leaves its sums about
+    a = torch.randn(35, inner).to(dtype)
+    a[33:] = torch.nan  # rows of no expert
+    b = torch.randn(3, inner, 1).to(dtype)
+    for matrix in (b, b.expand(3, inner, 4), torch.randn(3, 5, inner).to(dtype).mT):
+        truth = reference.grouped_gemm(a[:33].double(), matrix.double(), offsets)
+        rows = a[:33].split(counts)
+        chain = torch.cat([part @ one for part, one in zip(rows, matrix, strict=True)])
         out = moe_kernels.grouped_gemm(a, matrix, offsets)
         if dtype == torch.float64:
-            torch.testing.assert_close(out[:3], truth, rtol=1e-13, atol=1e-13)
+            torch.testing.assert_close(out[:33], truth, rtol=1e-11, atol=1e-11)
         else:
-            assert_accurate("out", out[:3], truth, chain)
-        assert (out[3:] == 0).all()
+            assert_accurate("out", out[:33], truth, chain)
+        assert (out[33:] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [37, 48])
+def test_weight_gradients_of_many_rows(columns: int, dtype: torch.dtype) -> None:
+    """More than are summed at a time: results in the dtype, in that of sums, and added to one."""
+    offsets = torch.tensor([0, 600, 605], dtype=torch.int32)
+    a, grad = torch.randn(605, 20).to(dtype), torch.randn(605, columns).to(dtype)
+    truth, narrow = (
+        torch.stack([a[:600].T.to(of) @ grad[:600].to(of), a[600:].T.to(of) @ grad[600:].to(of)])
+        for of in (torch.float64, dtype)
+    )
+    sums = torch.float64 if dtype == torch.float64 else torch.float32
+    start = torch.randn(truth.shape, dtype=sums)
+    wgrad = moe_kernels.grouped_gemm_wgrad
+    if dtype != torch.float64:
+        assert_accurate("narrow", wgrad(a, grad, offsets), truth, narrow)
+    wide = wgrad(a, grad, offsets, out_dtype=sums)
+    torch.testing.assert_close(wide.double(), truth, rtol=1e-5, atol=1e-4)
+    added = wgrad(a, grad, offsets, out=start.clone()) - start
+    torch.testing.assert_close(added.double(), truth, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
