@@ -104,7 +104,7 @@ def test_numbers_of_summands(inner: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("columns", [37, 48])
+@pytest.mark.parametrize("columns", [37, 48, 530])
 def test_weight_gradients_of_many_rows(columns: int, dtype: torch.dtype) -> None:
     """More than are summed at a time: results in the dtype, in that of sums, and added to one."""
     offsets = torch.tensor([0, 600, 605], dtype=torch.int32)
