@@ -266,6 +266,20 @@ def test_index_and_weight_dtypes(
         assert_accurate(name, ours[name], value, yardstick[name])
 
 
+def test_many_tokens_without_gradients() -> None:
+    """On a CPU they pass in parts, each with its own weights and order."""
+    tokens, experts = 40_000, 3
+    inputs = {
+        "x": torch.randn(tokens, 5),
+        "gate_up": torch.randn(experts, 5, 8),
+        "down": torch.randn(experts, 4, 5),
+        "topk_ids": torch.randint(-1, experts, (tokens, 2)),
+        "topk_weights": torch.rand(tokens, 2),
+    }
+    truth = reference.fused_experts(**inputs)
+    torch.testing.assert_close(moe_kernels.fused_experts(**inputs), truth, rtol=1e-4, atol=1e-4)
+
+
 def test_fused_moe_takes_the_layout_of_inference_engines(impl: Implementation) -> None:
     inputs, _ = make_case("plain", torch.float32)
     x, gate_up, down, ids, weights = (value.to(impl.device) for value in inputs.values())
