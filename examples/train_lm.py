@@ -154,7 +154,7 @@ def run(
     saved: Path | None = None
 
     def save() -> Path:
-        return checkpoint.save(options.out, sharded.module, optimizer, settings, progress, ranks)
+        return checkpoint.save(options.out, sharded.module, optimizer, settings, progress)
 
     bar = tqdm(total=options.steps, unit="step", disable=ranks.rank != 0, dynamic_ncols=True)
 

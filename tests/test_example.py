@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 import train_lm  # noqa: E402
 from lm import checkpoint, data  # noqa: E402
 from lm.settings import Settings  # noqa: E402
+from moe_parallel.checkpoint.folders import PARTIAL  # noqa: E402
 
 TINY = [
     *("--batch", "6", "--length", "32", "--hidden", "32", "--inner", "16"),
@@ -141,7 +142,7 @@ def test_interrupt_leaves_a_checkpoint(tmp_path: Path) -> None:
     assert (
         "2 ranks on cpu: pp 1 x dp_replicate 1 x dp_shard 2 x cp 1 x tp 1, experts: ep_" in printed
     )
-    assert not list(out.rglob(f"*{checkpoint.PARTIAL}"))
+    assert not list(out.rglob(f"*{PARTIAL}"))
     _, progress = checkpoint.read_about(checkpoint.find(out))
     assert f"after step {progress.step};" in printed
     run_example(1, [*QUICK, "--steps", "1", "--resume", "--out", str(out)])
@@ -163,9 +164,9 @@ def test_half_written_checkpoints_are_not_found(trained: Path, tmp_path: Path) -
     folder = tmp_path / checkpoint.FOLDER
     shutil.copytree(trained / "half" / checkpoint.FOLDER, folder)
     complete = checkpoint.find(tmp_path)
-    # killed while writing: the name says so; killed before progress.json: it is not there
-    shutil.copytree(complete, folder / f"step-000009{checkpoint.PARTIAL}")
-    (folder / "step-000010").mkdir()
+    # killed while writing: the name says so; killed before the end: checkpoint.json is not there
+    shutil.copytree(complete, folder / f"step-00000009{PARTIAL}")
+    (folder / "step-00000010").mkdir()
     assert checkpoint.find(tmp_path) == complete
     assert checkpoint.find(complete) == complete
     with pytest.raises(ValueError, match="--resume: no checkpoint in"):
