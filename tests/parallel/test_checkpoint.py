@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from moe_parallel.checkpoint import load_checkpoint, save_checkpoint
-from tests.parallel.checkpoint_cases import Case, Run, differences, together
+from moe_parallel.training import scale_grads_and_clip_grad_norm
+from tests.parallel.checkpoint_cases import Case, Run, differences, together, whole
 from tests.parallel.ranks import run_ranks
+from tests.parallel.tiny_lm import count_labels, loss_sum, make_shards
 
 SMALL_PIECES = 256  # bytes: most tensors are in several
 
@@ -100,3 +103,50 @@ def test_any_mesh_goes_on_from_any_other(source: str, targets: list[str], tmp_pa
 @pytest.mark.parametrize("source", MESHES)
 def test_all_pairs_of_meshes(source: str, tmp_path: Path) -> None:
     check(MESHES[source], list(MESHES.values()), tmp_path)
+
+
+def _train(rank: int, ranks: int, sizes: dict[str, int], folder: str, save: bool) -> dict[str, Any]:
+    """One step with data, saved or loaded, then another: its loss, gradients and parameters."""
+    run = Run(Case(sizes), seed=0 if save else 5)
+
+    def step(seed: int) -> float:
+        # every rank has its share of four sequences' worth of shards
+        shards = make_shards(4, 1, seed=seed)[0]
+        labels, total = count_labels([shards]), torch.zeros(())
+        for shard in shards[rank * 4 // ranks : (rank + 1) * 4 // ranks]:
+            part = loss_sum(run.parts[0], shard) / labels
+            (part * ranks).backward()
+            total += part.detach()
+        dist.all_reduce(total)
+        moe_mesh = run.meshes[1]
+        scale_grads_and_clip_grad_norm(
+            1.0,
+            run.parts,
+            moe_mesh=moe_mesh,
+            ep_axis_name=None if moe_mesh is None else "ep",
+            dp_group_size=ranks,
+        )
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        run.scheduler.step()
+        for gate in run.gates().values():
+            gate.update_bias()
+        return total.item()
+
+    if save:
+        step(1)
+        save_checkpoint(folder, 1, run.parts, run.optimizer, run.scheduler)
+    else:
+        load_checkpoint(f"{folder}/step-00000001", run.parts, run.optimizer, run.scheduler)
+    loss = torch.tensor(step(2))
+    return {"loss": loss, **{name: whole(parameter) for name, parameter in run.named()}}
+
+
+def test_training_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    expected = run_ranks(4, _train, {"ep": 2}, str(tmp_path), True)[0]
+    for ranks, sizes in ((4, {"ep": 4}), (2, {})):
+        found = run_ranks(ranks, _train, sizes, str(tmp_path), False)[0]
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            error = (found[name] - value).abs().max() / value.abs().max().clamp(min=1e-12)
+            assert error <= 1e-6, (ranks, name, error)
