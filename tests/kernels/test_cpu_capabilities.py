@@ -32,7 +32,7 @@ def _capability(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
 def test_fused_experts(transposed: bool, dtype: torch.dtype) -> None:
     """Numbers of rows, of columns and of summands that fill no vector; one row and very many."""
-    hidden, inner, counts = 83, 55, (1, 75, 0, 7, 230, 3)
+    hidden, inner, counts = 83, 131, (1, 75, 0, 7, 230, 3)
     ids = torch.repeat_interleave(torch.arange(6), torch.tensor(counts))
     inputs = {
         "x": torch.randn(len(ids) // 2, hidden),

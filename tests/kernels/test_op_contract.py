@@ -288,7 +288,8 @@ def test_split_backward_equals_one(impl: Implementation) -> None:
             strict=True,
         )
     )
-    for part in (["x", "topk_weights"], ["gate_up", "down"], ["gate_up_bias", "down_bias"]):
+    pairs = (["x", "topk_weights"], ["gate_up", "down"], ["gate_up_bias", "down_bias"])
+    for part in (*pairs, *([name] for name in names)):
         grads = torch.autograd.grad(y, [leaves[n] for n in part], up, retain_graph=True)
         for name, grad in zip(part, grads, strict=True):
             assert torch.equal(grad, whole[name]), name
