@@ -59,6 +59,7 @@ def test_equals_definition(
         return b
 
     def ours(a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
+        bias = bias.repeat_interleave(2, -1)[:, ::2] if layout == "strided" else bias
         return moe_kernels.grouped_gemm(a, view(b), offsets.to(a.device), bias=bias)
 
     def definition(a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
@@ -129,6 +130,21 @@ def test_wgrad_accumulates_into_a_buffer(
     added = wgrad_definition(a.double(), grad.double(), offsets, torch.float64, False)
     expected = start.double() + added
     torch.testing.assert_close(out.cpu().double(), expected, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gradients_of_no_rows(impl: Implementation, transposed: bool) -> None:
+    offsets = torch.zeros(3, dtype=torch.int32, device=impl.device)
+    a, grad = torch.empty(0, 5, device=impl.device), torch.empty(0, 7, device=impl.device)
+    ops = torch.ops.moe_kernels
+    new = ops.grouped_gemm_wgrad(a, grad, offsets, torch.float32, transposed)
+    assert torch.equal(new, torch.zeros_like(new))
+    out = torch.ones_like(new)
+    assert torch.equal(
+        moe_kernels.grouped_gemm_wgrad(a, grad, offsets, out=out), torch.ones_like(new)
+    )
+    bias = ops.grouped_gemm_dbias(grad, offsets, torch.float32)
+    assert torch.equal(bias, torch.zeros_like(bias))
 
 
 def test_refuses_what_does_not_fit() -> None:

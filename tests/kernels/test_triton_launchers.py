@@ -241,11 +241,11 @@ def test_strides_of_any_length(impl: Implementation) -> None:
         moe_kernels.grouped_gemm(a, b, offsets),
         moe_kernels.grouped_gemm(a.contiguous(), b, offsets),
     )
-    out = torch.zeros(3, 2, long, device=impl.device).permute(1, 2, 0)[:, :5]  # [2, 5, 3]
+    out = torch.ones(3, 2, long, device=impl.device).permute(1, 2, 0)[:, :5]  # [2, 5, 3]
     grad = torch.randn(17, 3, device=impl.device).bfloat16()
     moe_kernels.grouped_gemm_wgrad(a, grad, offsets, out=out)
     expected = moe_kernels.grouped_gemm_wgrad(a.contiguous(), grad, offsets)
-    torch.testing.assert_close(out, expected.float(), rtol=0.01, atol=0.05)
+    torch.testing.assert_close(out, 1 + expected.float(), rtol=0.01, atol=0.05)
 
 
 @pytest.mark.parametrize("block_m", [16, 128])
