@@ -6,12 +6,13 @@ import functools
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.utils import _create_file_view
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -344,3 +345,10 @@ def storage_extents(metadata: Any) -> dict[str, int]:
         end = info.offset + info.length
         sizes[info.relative_path] = max(sizes.get(info.relative_path, 0), end)
     return sizes
+
+
+def data_offset(file: BinaryIO, begin: int, length: int) -> int:
+    """Where in ``file`` the values of a tensor are that ``torch.save`` wrote to a part of it."""
+    view: Any = _create_file_view(cast(Any, file), begin, length)
+    reader: Any = torch._C.PyTorchFileReader(view)
+    return begin + int(reader.get_record_offset("data/0"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -103,6 +103,15 @@ def summary(problems: Mapping[int, str]) -> str:
     shown = [f"rank {ranks[0]}: {text}" for text, ranks in list(by_text.items())[:_SHOWN]]
     more = f" (and {len(by_text) - _SHOWN} others)" if len(by_text) > _SHOWN else ""
     return "; ".join(shown) + more
+
+
+def on_no_rank(wanted: Sequence[str], present: Container[str]) -> list[str]:
+    """Those of ``wanted``, the same on all ranks, that are not ``present`` on any. Collective."""
+    found = torch.tensor([name in present for name in wanted], dtype=torch.uint8)
+    if dist.is_initialized() and wanted:
+        found = found.to(collective_device())
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+    return [name for name, has in zip(wanted, found.tolist(), strict=True) if not has]
 
 
 def collective_device() -> torch.device:

@@ -6,10 +6,13 @@ the same step makes place as ``step-N.replaced``, which counts until the new one
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,15 +80,41 @@ def check_is_checkpoint(checkpoint: Path) -> None:
         )
 
 
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Keep other runs from writing checkpoints in ``folder``, which is made if it is missing, until
+    the end of this, or of the process. File systems that cannot lock let them.
+
+    Raises:
+        CheckpointError: another run is writing one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(
+                f"{folder} must have one run that writes checkpoints; another is writing one now. "
+                "Give each run a folder of its own."
+            ) from error
+        except OSError:
+            pass
+        yield
+    finally:
+        with suppress(OSError):  # not only closed: a process forked meanwhile has the lock too
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)
+
+
 def begin(folder: Path, step: int) -> Path:
     """Make the folder to write a checkpoint in, and clear what interrupted saves have left."""
-    folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(f"step-*{PARTIAL}"):
-        shutil.rmtree(left)
+        _remove(left)
     for left in folder.glob(f"step-*{REPLACED}"):
         final = left.with_name(left.name.removesuffix(REPLACED))
         if final.exists():
-            shutil.rmtree(left)
+            _remove(left)
         else:
             left.rename(final)
     path = step_path(folder, step)
@@ -107,21 +136,29 @@ def commit(partial: Path, about: dict[str, Any]) -> Path:
     sync_folder(partial)
     final = partial.with_name(partial.name.removesuffix(PARTIAL))
     replaced = final.with_name(final.name + REPLACED)
-    if final.exists():
+    if os.path.lexists(final):
         final.rename(replaced)
     partial.rename(final)
     sync_folder(folder)
-    if replaced.exists():
-        shutil.rmtree(replaced)
+    if os.path.lexists(replaced):
+        _remove(replaced)
     return final
 
 
 def prune(folder: Path, keep: int) -> None:
     """Remove all but the last ``keep`` checkpoints."""
     for old in checkpoints(folder)[:-keep]:
-        # first of all it stops to count as one
-        (old / ABOUT).unlink()
-        shutil.rmtree(old)
+        _remove(old)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder; of a link to one, or a file, no more than that."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+        return
+    # first of all it stops to count as a checkpoint
+    (path / ABOUT).unlink(missing_ok=True)
+    shutil.rmtree(path)
 
 
 def sync_folder(folder: Path) -> None:

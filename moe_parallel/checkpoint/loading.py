@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
 from moe_parallel.checkpoint import folders
 from moe_parallel.checkpoint.agreement import (
     CheckpointError,
-    collective_device,
     describe,
     on_all_ranks,
+    on_no_rank,
 )
 from moe_parallel.checkpoint.optimizers import (
     OptimizerState,
@@ -37,6 +36,7 @@ from moe_parallel.checkpoint.state import (
     set_gates,
 )
 from moe_parallel.checkpoint.storage import read, read_sizes
+from moe_parallel.tensors import local_tensor
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,12 @@ def _check_model(model: ModelState, sizes: Mapping[str, Any]) -> None:
                 f"{name} must be {list(tensor.shape)}, as in the model; the checkpoint has "
                 f"{list(size)}"
             )
+        local = local_tensor(tensor)
+        if any(n > 1 and s == 0 for n, s in zip(local.shape, local.stride(), strict=True)):
+            raise CheckpointError(
+                f"{name} must have memory for each of its elements; it is expanded, with strides "
+                f"{list(local.stride())}. Clone it."
+            )
 
 
 def _check_schedulers(
@@ -165,7 +171,7 @@ def _check_all_used(model: ModelState, sizes: Mapping[str, Any]) -> None:
     """All tensors of the checkpoint's model are somewhere in the model. Collective."""
     masters = f".{MASTER}"
     saved = sorted(key for key in sizes if key.startswith(MODEL) and not key.endswith(masters))
-    unused = _on_no_rank([key.removeprefix(MODEL) for key in saved], set(model.tensors))
+    unused = on_no_rank([key.removeprefix(MODEL) for key in saved], set(model.tensors))
     if unused:
         raise CheckpointError(
             f"the model must have all of the checkpoint; {_some(unused)} not in it"
@@ -174,20 +180,12 @@ def _check_all_used(model: ModelState, sizes: Mapping[str, Any]) -> None:
 
 def _check_all_optimized(names: set[str], info: CheckpointInfo) -> None:
     """All parameters with options in the checkpoint have an optimizer. Collective."""
-    unused = _on_no_rank(sorted(info.optimizer.options()), names)
+    unused = on_no_rank(sorted(info.optimizer.options()), names)
     if unused:
         raise CheckpointError(
             f"the optimizers must have all parameters of the checkpoint's; {_some(unused)} not in "
             "them"
         )
-
-
-def _on_no_rank(wanted: list[str], present: set[str]) -> list[str]:
-    found = torch.tensor([name in present for name in wanted], dtype=torch.uint8)
-    if dist.is_initialized() and wanted:
-        found = found.to(collective_device())
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-    return [name for name, has in zip(wanted, found.tolist(), strict=True) if not has]
 
 
 def _some(names: list[str]) -> str:

@@ -88,7 +88,7 @@ def optimizer_state(groups: Sequence[Group]) -> OptimizerState:
         state.groups.append((options, group.names))
         for name, parameter in group.parameters():
             for key, value in group.optimizer.state.get(parameter, {}).items():
-                if _follows(value, parameter):
+                if _follows(key, value, parameter):
                     state.tensors[f"{name}.{key}"] = value
                 elif isinstance(value, Tensor) and (
                     value.numel() != 1 or isinstance(value, DTensor)
@@ -103,10 +103,12 @@ def optimizer_state(groups: Sequence[Group]) -> OptimizerState:
     return state
 
 
-def _follows(value: Any, parameter: Tensor) -> bool:
+def _follows(key: str, value: Any, parameter: Tensor) -> bool:
+    """Whether state is shaped and sharded as its parameter. A step never is, as in PyTorch's own
+    ``load_state_dict``: that of a parameter without dimensions looks as if."""
     return (
         isinstance(value, Tensor)
-        and value.dim() > 0
+        and key != "step"
         and value.shape == parameter.shape
         and isinstance(value, DTensor) == isinstance(parameter, DTensor)
     )
@@ -199,7 +201,7 @@ def tensors_to_fill(groups: Sequence[Group], sizes: Mapping[str, Sizes]) -> dict
             state = group.optimizer.state[parameter]
             for key, (_, dtype) in sizes.get(name, {}).items():
                 value = state.get(key)
-                if not _follows(value, parameter) or value.dtype != dtype:
+                if not _follows(key, value, parameter) or value.dtype != dtype:
                     state[key] = torch.zeros_like(parameter, dtype=dtype)
                 tensors[f"{OPTIMIZER}{name}.{key}"] = state[key]
     return tensors

@@ -6,6 +6,7 @@ import io
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +29,7 @@ from moe_parallel.checkpoint.optimizers import (
     merge,
     optimizer_state,
 )
+from moe_parallel.checkpoint.pieces import PIECE_BYTES
 from moe_parallel.checkpoint.state import (
     MODEL,
     ModelState,
@@ -35,7 +37,7 @@ from moe_parallel.checkpoint.state import (
     gate_tensors,
     model_state,
 )
-from moe_parallel.checkpoint.storage import PIECE_BYTES, write
+from moe_parallel.checkpoint.storage import write
 
 TRAINING = "training.pt"
 T = TypeVar("T")
@@ -68,7 +70,8 @@ def save_checkpoint(
         extra: anything else, the same on every rank, that ``torch.load(weights_only=True)`` reads.
         keep: how many checkpoints to keep; the oldest are removed once this one is complete. None
             for all.
-        piece_bytes: no more than two pieces of this size are in memory beside the model.
+        piece_bytes: of the largest piece that is written at a time. Two are in memory beside the
+            model, and together less than its largest shard: pieces are at most a quarter of that.
 
     Returns:
         The checkpoint's folder.
@@ -88,17 +91,18 @@ def save_checkpoint(
     training = on_all_ranks(
         lambda: _pack(states, as_list(schedulers), extra) if is_coordinator() else b""
     )
-    partial = on_coordinator(lambda: folders.begin(folder, step))
-    try:
-        on_all_ranks(lambda: _check_shared(partial))
-        write(tensors, partial, piece_bytes)
-        final = on_coordinator(lambda: _finish(partial, step, training))
-    except CheckpointError:  # of all ranks: none is writing any more
-        if is_coordinator():
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if keep is not None:
-        on_coordinator(lambda: folders.prune(folder, keep))
+    with ExitStack() as lock:
+        partial = on_coordinator(lambda: _begin(folder, step, lock))
+        try:
+            on_all_ranks(lambda: _check_shared(partial))
+            write(tensors, partial, piece_bytes)
+            final = on_coordinator(lambda: _finish(partial, step, training))
+        except CheckpointError:  # of all ranks: none is writing any more
+            if is_coordinator():
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        if keep is not None:
+            on_coordinator(lambda: folders.prune(folder, keep))
     return final
 
 
@@ -149,6 +153,11 @@ def _pack(
             f"tensors and containers of them; torch.load(weights_only=True) says: {error}"
         ) from error
     return packed.getvalue()
+
+
+def _begin(folder: Path, step: int, lock: ExitStack) -> Path:
+    lock.enter_context(folders.writing(folder))
+    return folders.begin(folder, step)
 
 
 def _check_shared(partial: Path) -> None:

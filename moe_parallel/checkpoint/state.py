@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from moe_parallel.checkpoint.agreement import (
     gathered,
     on_coordinator,
 )
+from moe_parallel.checkpoint.pieces import boxes, piece_bytes, slices_of
 from moe_parallel.module_names import plain_name
 from moe_parallel.tensors import local_tensor
 from moe_parallel.torch_internals import local_region
@@ -176,8 +178,11 @@ def _mesh_ranks(tensor: Tensor) -> tuple[int, ...] | None:
 
 
 def _digest(tensor: Tensor) -> tuple[Any, Any]:
-    """The region that this rank has of a tensor, and numbers that other contents hardly share."""
+    """The region that this rank has of a tensor, and what no other contents share."""
     local = local_tensor(tensor).detach()
-    bits = int(torch.hash_tensor(local)) if local.numel() else 0
-    total = float(local.sum(dtype=torch.float64))
-    return local_region(tensor), (bits, "nan" if total != total else total)
+    found = hashlib.sha256(str(local.dtype).encode())
+    elements = piece_bytes([local]) // local.itemsize
+    for start, shape in boxes((0,) * local.dim(), local.shape, elements):
+        piece = local[slices_of(start, shape)].resolve_conj().resolve_neg()
+        found.update(piece.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return local_region(tensor), found.hexdigest()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
     SavePlan,
     SavePlanner,
     TensorWriteData,
@@ -30,25 +33,34 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from moe_parallel.checkpoint.agreement import CheckpointError, describe, summary
+from moe_parallel.checkpoint.pieces import (
+    StoredTensor,
+    boxes,
+    common_piece_bytes,
+    copy_box,
+    piece_bytes,
+    slices_of,
+)
 from moe_parallel.tensors import local_tensor
-from moe_parallel.torch_internals import local_region, storage_extents, stored_at
-
-PIECE_BYTES = 2**25
-Box = tuple[tuple[int, ...], tuple[int, ...]]  # start and shape
+from moe_parallel.torch_internals import data_offset, local_region, storage_extents, stored_at
 
 
-def write(tensors: Mapping[str, Tensor], folder: Path, piece_bytes: int) -> None:
+def write(tensors: Mapping[str, Tensor], folder: Path, most_bytes: int) -> None:
     """Write every rank's part of ``tensors``, and what all have once. Collective.
+
+    Args:
+        most_bytes: of a piece; where shards are small, pieces are smaller.
 
     Raises:
         CheckpointError: a rank could not write.
     """
+    size = common_piece_bytes(tensors.values(), most_bytes)
     _run(
         "written",
         lambda: dcp.save(
             dict(tensors),
             storage_writer=_PieceWriter(folder),
-            planner=_PiecePlanner(piece_bytes),
+            planner=_PiecePlanner(size),
             no_dist=not dist.is_initialized(),
         ),
     )
@@ -64,7 +76,7 @@ def read(tensors: Mapping[str, Tensor], folder: Path) -> None:
         "read",
         lambda: dcp.load(
             dict(tensors),
-            storage_reader=dcp.FileSystemReader(folder),
+            storage_reader=_PieceReader(folder, piece_bytes(tensors.values())),
             planner=dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
             no_dist=not dist.is_initialized(),
         ),
@@ -108,31 +120,11 @@ def _run(done: str, work: Any) -> None:
         raise CheckpointError(f"the checkpoint could not be {done}: {summary(found)}") from error
 
 
-def boxes(start: tuple[int, ...], shape: tuple[int, ...], elements: int) -> Iterator[Box]:
-    """Cut a box into boxes of at most ``elements``, along its first dimensions."""
-    for dim, size in enumerate(shape):
-        inner = 1
-        for other in shape[dim + 1 :]:
-            inner *= other
-        if size <= 1 and dim + 1 < len(shape):
-            continue
-        length = max(1, elements // max(inner, 1))
-        if length >= size:
-            break
-        for first in range(0, size, length):
-            count = min(length, size - first)
-            part_start = (*start[:dim], start[dim] + first, *start[dim + 1 :])
-            part = (*shape[:dim], count, *shape[dim + 1 :])
-            yield from boxes(part_start, part, elements)
-        return
-    yield start, shape
-
-
 class _PiecePlanner(SavePlanner):
     """Plans to write every tensor in pieces, so that neither writing nor reading holds more."""
 
-    def __init__(self, piece_bytes: int) -> None:
-        self._piece_bytes = piece_bytes
+    def __init__(self, size: int) -> None:
+        self._piece_bytes = size
         self._default = dcp.DefaultSavePlanner(
             flatten_state_dict=False, flatten_sharded_tensors=False
         )
@@ -175,11 +167,8 @@ class _PiecePlanner(SavePlanner):
         chunk = write_item.tensor_data.chunk
         start, _ = local_region(tensor)
         local = local_tensor(tensor).detach()
-        slices = [
-            slice(begin - first, begin - first + size)
-            for begin, first, size in zip(chunk.offsets, start, chunk.sizes, strict=True)
-        ]
-        return local[tuple(slices)]
+        inside = [begin - first for begin, first in zip(chunk.offsets, start, strict=True)]
+        return local[slices_of(inside, chunk.sizes)]
 
 
 class _PieceWriter(dcp.FileSystemWriter):
@@ -192,6 +181,7 @@ class _PieceWriter(dcp.FileSystemWriter):
             for item in plan.items:
                 piece = planner.resolve_data(item)
                 assert isinstance(piece, Tensor)
+                piece = piece.resolve_conj().resolve_neg()
                 # torch.save writes the whole storage: that of a view is larger
                 whole = piece.untyped_storage().nbytes() == piece.nbytes and piece.is_contiguous()
                 piece = (
@@ -207,4 +197,39 @@ class _PieceWriter(dcp.FileSystemWriter):
             os.fsync(file.fileno())
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
+        return done
+
+
+class _PieceReader(dcp.FileSystemReader):
+    """Reads no more than ``size`` bytes of a stored piece at a time, for the mesh that wrote it may
+    have had larger shards; the base class reads all of it."""
+
+    def __init__(self, folder: Path, size: int) -> None:
+        super().__init__(folder)
+        self._folder, self._size = folder, size
+        self._stored: dict[str, Any] = {}
+
+    def set_up_storage_reader(self, metadata: Metadata, *args: Any, **kwargs: Any) -> None:
+        super().set_up_storage_reader(metadata, *args, **kwargs)
+        self._stored = metadata.state_dict_metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        by_file: dict[str, list[ReadItem]] = {}
+        for item in plan.items:
+            by_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
+        for name, items in by_file.items():
+            path = self._folder / name
+            with open(path, "rb", buffering=0) as file:
+                for item in items:
+                    info = self.storage_data[item.storage_index]
+                    tensor: TensorStorageMetadata = self._stored[item.storage_index.fqn]
+                    chunk = tensor.chunks[item.storage_index.index or 0]
+                    begin = data_offset(file, info.offset, info.length)
+                    source = StoredTensor(
+                        file, path, begin, tuple(chunk.sizes), tensor.properties.dtype
+                    )
+                    target = planner.resolve_tensor(item).detach()
+                    copy_box(source, item.storage_offsets, target, self._size)
+        done: Future[None] = Future()
+        done.set_result(None)
         return done

@@ -3,32 +3,50 @@
 from __future__ import annotations
 
 import copy
-import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from moe_parallel.checkpoint.agreement import on_all_ranks, on_coordinator
+from moe_parallel.checkpoint.agreement import (
+    CheckpointError,
+    is_coordinator,
+    on_all_ranks,
+    on_no_rank,
+)
+from moe_parallel.checkpoint.pieces import StoredTensor, piece_bytes
+from moe_parallel.checkpoint.saving import as_list
+from moe_parallel.checkpoint.state import check_names
 from moe_parallel.integrations._names import FORMATS, Part, parts
 from moe_parallel.integrations._safetensors import Entry, stored_tensors, write_files
 from moe_parallel.module_names import plain_name
 
 
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    return {plain_name(name): tensor for name, tensor in model.state_dict().items()}
+def state_of(models: Sequence[nn.Module]) -> dict[str, Tensor]:
+    """The tensors of a model, or of stages of one, by their names in the whole."""
+    state: dict[str, Tensor] = {}
+    for model in models:
+        for name, tensor in model.state_dict().items():
+            if state.setdefault(plain_name(name), tensor) is not tensor:
+                raise CheckpointError(
+                    "stages of a model must name their tensors as the whole model does; two of "
+                    f"one rank have {plain_name(name)}"
+                )
+    return state
 
 
-def _layers(model: nn.Module) -> dict[str, Any]:
+def layers_of(models: Sequence[nn.Module]) -> dict[str, Any]:
     """The replaced layers by name."""
     from moe_parallel.integrations._layers import TransformersMoE
 
     return {
         plain_name(name): module
+        for model in models
         for name, module in model.named_modules()
         if isinstance(module, TransformersMoE)
     }
@@ -64,26 +82,32 @@ def to_hf_state_dict(model: nn.Module, names: str = "checkpoint") -> Iterator[tu
     """
     if names not in FORMATS:
         raise ValueError(f"to_hf_state_dict: names must be one of {FORMATS}; got {names!r}")
-    state = _state(model)
+    state = state_of([model])
     if names == "checkpoint":
-        for name in _tied(model):
+        for name in tied_names(model):
             state.pop(name, None)
-    yield from _renamed(state, _layers(model), names)
+    yield from renamed([model], state, names)
 
 
-def _renamed(
-    tensors: Mapping[str, Tensor], layers: Mapping[str, Any], names: str
+def renamed(
+    models: Sequence[nn.Module], tensors: Mapping[str, Tensor], names: str
 ) -> Iterator[tuple[str, Tensor]]:
-    """``tensors``, with those that go by our names of the replaced ``layers`` as transformers'."""
+    """``tensors``, with those that go by our names of the replaced layers as transformers'."""
+    layers = layers_of(models)
     for name, tensor in tensors.items():
-        owner = _owner(name, layers)
         whole = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
-        named = [] if owner is None else _named_parts(owner, layers[owner], names)
-        ours = [(other, part) for other, part in named if f"{owner}.{part.ours}" == name]
+        ours = _parts_of(name, layers, names)
         for published, part in ours:
             yield published, part.of(whole).contiguous()
         if not ours:
             yield name, whole.contiguous()
+
+
+def _parts_of(name: str, layers: Mapping[str, Any], names: str) -> list[tuple[str, Part]]:
+    """What the tensor called ``name`` is in a checkpoint, by name; [] if it is of no layer."""
+    owner = _owner(name, layers)
+    named = [] if owner is None else _named_parts(owner, layers[owner], names)
+    return [(other, part) for other, part in named if f"{owner}.{part.ours}" == name]
 
 
 def _owner(name: str, layers: Mapping[str, Any]) -> str | None:
@@ -93,7 +117,7 @@ def _owner(name: str, layers: Mapping[str, Any]) -> str | None:
     return owner if owner in layers else None
 
 
-def _tied(model: nn.Module) -> list[str]:
+def tied_names(model: nn.Module) -> list[str]:
     """Names of parameters that have another name too, but for the first."""
     first = {plain_name(name) for name, _ in model.named_parameters()}
     every = (plain_name(name) for name, _ in model.named_parameters(remove_duplicate=False))
@@ -122,17 +146,29 @@ def load_hf_state_dict(
             weights that were not given.
     """
     given = tensors.items() if isinstance(tensors, Mapping) else tensors
-    _fill(model, given, strict, "load_hf_state_dict")
+    targets = _Targets([model], "load_hf_state_dict")
+    written: Counter[str] = Counter()
+    for name, value in given:
+        if name in targets.by_name:
+            written[targets.check(name, value)] += value.numel()
+            targets.write(name, value)
+        elif strict:
+            raise KeyError(targets.no_place_for([name]))
+    if strict:
+        targets.check_complete(written)
 
 
-def load_hf_checkpoint(model: nn.Module, directory: str | Path, *, strict: bool = True) -> None:
+def load_hf_checkpoint(
+    model: nn.Module | Iterable[nn.Module], directory: str | Path, *, strict: bool = True
+) -> None:
     """Fill a model with replaced layers from the files of a checkpoint of transformers, in place.
 
     Each rank reads of each tensor what it has a part of, a piece at a time, and on a sharded model
     no more than that. Every rank calls it.
 
     Args:
-        model: a model whose layers :func:`replace_moe_layers` replaced, sharded or not.
+        model: a model whose layers :func:`replace_moe_layers` replaced, sharded or not; or this
+            rank's stages of one, with the names of the whole model.
         directory: with safetensors files, by either kind of names of :func:`to_hf_state_dict`.
         strict: insist that the model has a place for every tensor, and every weight is there.
 
@@ -141,54 +177,84 @@ def load_hf_checkpoint(model: nn.Module, directory: str | Path, *, strict: bool 
             Nothing has been written then, unless a file could not be read in its middle.
     """
     directory = Path(directory)
-    stored = on_all_ranks(lambda: stored_tensors(directory))
-    name = "load_hf_checkpoint"
-    on_all_ranks(lambda: _fill(model, stored.items(), strict, name, write=False))
-    on_all_ranks(lambda: _fill(model, stored.items(), strict, name))
+    with ExitStack() as files:
+        stored = on_all_ranks(lambda: stored_tensors(directory, files))
+        targets = on_all_ranks(lambda: _Targets(as_list(model, nn.Module), "load_hf_checkpoint"))
+        given = {name: value for name, value in stored.items() if name in targets.by_name}
 
-
-@torch.no_grad()
-def _fill(
-    model: nn.Module,
-    tensors: Iterable[tuple[str, Any]],
-    strict: bool,
-    caller: str,
-    write: bool = True,
-) -> None:
-    """Check that ``tensors``, anything of a shape that slices yield tensors of, fit; write them."""
-    state = _state(model)
-    targets = {name: (name, Part(name, name)) for name in state}
-    layers = _layers(model)
-    for owner, layer in layers.items():
-        for names in FORMATS:
-            for published, part in _named_parts(owner, layer, names):
-                targets[published] = (f"{owner}.{part.ours}", part)
-    written = dict.fromkeys(state, 0)
-    for name, value in tensors:
-        if name not in targets:
+        def check() -> None:
+            written: Counter[str] = Counter()
+            for name, value in given.items():
+                written[targets.check(name, value)] += value.numel()
             if strict:
-                raise KeyError(f"{caller}: the model has no place for {name}")
-            continue
-        ours, part = targets[name]
-        expected = part.shape(state[ours].shape)
+                targets.check_complete(written)
+
+        def fill() -> None:
+            for name, value in given.items():
+                targets.write(name, value)
+
+        on_all_ranks(check)
+        unknown = on_no_rank(list(stored), targets.by_name)
+        if strict and unknown:
+            raise CheckpointError(targets.no_place_for(unknown))
+        on_all_ranks(fill)
+
+
+class _Targets:
+    """Where in a model, or in stages of it, the tensors of a checkpoint belong.
+
+    Attributes:
+        by_name: the name of a tensor of the model, and which part of it, by every name that a
+            checkpoint may have.
+    """
+
+    def __init__(self, models: Sequence[nn.Module], caller: str) -> None:
+        self._caller = caller
+        self._state = state_of(models)
+        self._tied = {name for model in models for name in tied_names(model)}
+        self._piece_bytes = piece_bytes(self._state.values())
+        self.by_name = {name: (name, Part(name, name)) for name in self._state}
+        for owner, layer in layers_of(models).items():
+            for names in FORMATS:
+                for published, part in _named_parts(owner, layer, names):
+                    self.by_name[published] = (f"{owner}.{part.ours}", part)
+
+    def check(self, name: str, value: Tensor | StoredTensor) -> str:
+        """The model's tensor that ``value`` fits; a ValueError if it does not."""
+        ours, part = self.by_name[name]
+        expected = part.shape(self._state[ours].shape)
         if list(value.shape) != expected:
-            raise ValueError(f"{caller}: {name} must be {expected}; got {list(value.shape)}")
-        if write:
-            part.write(value, state[ours])
-        written[ours] += value.numel()
-    tied = _tied(model)
-    missing = [
-        name for name, count in written.items() if count < state[name].numel() and name not in tied
-    ]
-    if strict and missing:
-        raise ValueError(
-            f"{caller}: {len(missing)} weights were not given, or not in full, such as "
-            f"{', '.join(missing[:3])}"
-        )
+            raise ValueError(f"{self._caller}: {name} must be {expected}; got {list(value.shape)}")
+        return ours
+
+    @torch.no_grad()
+    def write(self, name: str, value: Tensor | StoredTensor) -> None:
+        ours, part = self.by_name[name]
+        part.write(value, self._state[ours], self._piece_bytes)
+
+    def check_complete(self, written: Mapping[str, int]) -> None:
+        """A ValueError if fewer elements of any tensor were ``written`` than it has."""
+        missing = [
+            name
+            for name, tensor in self._state.items()
+            if written[name] < tensor.numel() and name not in self._tied
+        ]
+        if missing:
+            raise ValueError(
+                f"{self._caller}: {len(missing)} weights were not given, or not in full, such as "
+                f"{', '.join(missing[:3])}"
+            )
+
+    def no_place_for(self, names: Sequence[str]) -> str:
+        more = f" and {len(names) - 1} others" if len(names) > 1 else ""
+        return f"{self._caller}: the model has no place for {names[0]}{more}"
 
 
 def save_hf_checkpoint(
-    model: nn.Module, directory: str | Path, *, max_shard_bytes: int = 5 * 10**9
+    model: nn.Module | Iterable[nn.Module],
+    directory: str | Path,
+    *,
+    max_shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Write a checkpoint that ``from_pretrained`` of plain transformers reads.
 
@@ -197,87 +263,63 @@ def save_hf_checkpoint(
     leaves ``*.partial`` and what was in the directory.
 
     Args:
-        model: a transformers model whose layers :func:`replace_moe_layers` replaced.
+        model: a transformers model whose layers :func:`replace_moe_layers` replaced; or this rank's
+            stages of one, with the names of the whole model, each with its ``config``.
         directory: on a file system that all ranks share; made if it is missing.
         max_shard_bytes: start another file before one exceeds this (a larger tensor has its own).
 
     Raises:
-        CheckpointError: a rank could not write; on all ranks alike.
+        CheckpointError: a rank could not write, or ranks have other values under one name; on all
+            ranks alike.
     """
-    directory = Path(directory)
-    state, layers = _state(model), _layers(model)
-    for name in _tied(model):
-        state.pop(name, None)
+    models = as_list(model, nn.Module)
+    state = on_all_ranks(lambda: state_of(models))
+    write_weights(models, state, Path(directory), "checkpoint", max_shard_bytes)
+
+
+def write_weights(
+    models: Sequence[Any],
+    state: Mapping[str, Tensor],
+    directory: Path,
+    names: str,
+    max_shard_bytes: int,
+    variant: str | None = None,
+) -> None:
+    """As :func:`save_hf_checkpoint`, of the tensors ``state`` of ``models``. Collective."""
+    on_all_ranks(lambda: _configured(models) if is_coordinator() else None)
+    layers = layers_of(models)
+    tied = {name for model in models for name in tied_names(model)}
+    state = {name: tensor for name, tensor in state.items() if name not in tied}
+    check_names(state)
     entries = []
     for name, tensor in state.items():
-        owner = _owner(name, layers)
-        named = [] if owner is None else _named_parts(owner, layers[owner], "checkpoint")
-        ours = [
-            Entry(other, tensor, part) for other, part in named if f"{owner}.{part.ours}" == name
-        ]
+        ours = [Entry(other, tensor, part) for other, part in _parts_of(name, layers, names)]
         entries += ours or [Entry(name, tensor, Part(name, name))]
-    write_files(entries, directory, max_shard_bytes)
-    on_coordinator(lambda: _save_configs(model, directory))
+    write_files(entries, directory, max_shard_bytes, variant)
+    on_all_ranks(lambda: _save_configs(models, directory) if is_coordinator() else None)
 
 
-def redirect_save_pretrained(model: nn.Module) -> None:
-    """Let ``save_pretrained`` of a model with replaced layers write what transformers reads.
-
-    On the model and on those of its parts that could be saved by themselves, such as the base model
-    of one with a head: on the object, for its class belongs to transformers.
-    """
-    for part in model.modules():
-        if callable(getattr(part, "save_pretrained", None)) and _layers(part):
-            # A partial of the model, not a method or closure: a deep copy gets its own.
-            part.save_pretrained = functools.partial(_save_pretrained, part)  # type: ignore[assignment]
-
-
-def _save_pretrained(
-    model: Any,
-    save_directory: str | Path,
-    is_main_process: bool = True,
-    state_dict: Mapping[str, Tensor] | None = None,
-    *args: Any,
-    **options: Any,
-) -> Any:
-    """``save_pretrained`` of transformers, given weights by the names it knows.
-
-    With all its options but ``distributed_checkpoint``, and with a ``state_dict`` by either kind of
-    names. On a sharded model every rank calls it; rank 0 writes, and holds the whole model in
-    memory: :func:`save_hf_checkpoint` holds pieces of tensors.
-
-    Raises:
-        ValueError: ``distributed_checkpoint=True``.
-    """
-    if options.get("distributed_checkpoint"):
-        raise ValueError(
-            "save_pretrained: distributed_checkpoint must be False once replace_moe_layers has "
-            "replaced layers, for it would write names that transformers does not know. Use "
-            "save_hf_checkpoint(model, directory), on every rank."
-        )
-    save = type(model).save_pretrained
-    if getattr(model, "_hf_peft_config_loaded", False):  # adapters alone are saved
-        return save(model, save_directory, is_main_process, state_dict, *args, **options)
-    source = _state(model) if state_dict is None else state_dict
-    is_sharded = any(isinstance(value, DTensor) for value in source.values())
-    writes = is_main_process and not (is_sharded and dist.get_rank() > 0)
-    tied = _tied(model)
-    kept: dict[str, Tensor] = {}
-    if writes or is_sharded:
-        for name, tensor in _renamed(source, _layers(model), "module"):
-            if writes and name not in tied:
-                kept[name] = tensor.cpu()
-    return save(model, save_directory, writes, kept, *args, **options)
+def _configured(models: Sequence[Any]) -> Any:
+    """The first of ``models`` with a configuration of transformers."""
+    for model in models:
+        if hasattr(model, "config"):
+            return model
+    raise CheckpointError(
+        "a model, or a stage of one, must have the config of transformers as its attribute "
+        f"config; rank 0 has {[type(model).__name__ for model in models]}"
+    )
 
 
-def _save_configs(model: Any, directory: Path) -> None:
+def _save_configs(models: Sequence[Any], directory: Path) -> None:
+    model = _configured(models)
     config = copy.deepcopy(model.config)
     # The class may have been renamed by FSDP; transformers knows the one it defines.
-    names = [
+    classes = [
         cls.__name__ for cls in type(model).__mro__ if cls.__module__.startswith("transformers")
     ]
-    config.architectures = names[:1]
-    config.dtype = next(model.parameters()).dtype
+    config.architectures = classes[:1] or config.architectures
+    dtypes = [parameter.dtype for parameter in model.parameters()]
+    config.dtype = dtypes[0] if dtypes else config.dtype
     config.save_pretrained(directory)
     generation = getattr(model, "generation_config", None)
     if generation is not None:

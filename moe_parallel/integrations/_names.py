@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from moe_parallel.checkpoint.storage import boxes
+from moe_parallel.checkpoint.pieces import Sliced, copy_box
 from moe_parallel.module_names import plain_name
 from moe_parallel.tensors import local_tensor
 from moe_parallel.torch_internals import local_region
@@ -20,7 +20,6 @@ from moe_parallel.torch_internals import local_region
 if TYPE_CHECKING:
     from moe_parallel.integrations._layers import TransformersMoE
 
-PIECE_BYTES = 2**23  # of a tensor that is read, or on its way to a file
 FORMATS = ("checkpoint", "module")  # names on the hub, and names in the transformers module
 
 
@@ -83,24 +82,16 @@ class Part:
         """For each dimension of the checkpoint's tensor, that of the layer's with ``dims`` ones."""
         return [d if isinstance(d, int) else None for d in self._turned(list(range(dims)))]
 
-    def write(self, value: Any, target: Tensor) -> None:
-        """Copy the checkpoint's ``value`` to where it belongs in ``target``, the layer's tensor.
+    def write(self, value: Sliced, target: Tensor, piece_bytes: int) -> None:
+        """Copy the checkpoint's ``value`` to where it belongs in ``target``, the layer's tensor, in
+        pieces of ``piece_bytes``.
 
-        Of a sharded target each rank writes its own shard; no rank talks to another. ``value`` may
-        be anything that slices yield tensors of; it is cut into pieces.
+        Of a sharded target each rank writes its own shard; no rank talks to another.
         """
         found = self.overlap(target)
-        if found is None:
-            return
-        view, slices = found
-        elements = PIECE_BYTES // target.itemsize
-        for start, shape in boxes((0,) * view.dim(), tuple(view.shape), elements):
-            inside = tuple(slice(b, b + n) for b, n in zip(start, shape, strict=True))
-            outside = tuple(
-                slice(whole.start + piece.start, whole.start + piece.stop)
-                for whole, piece in zip(slices, inside, strict=True)
-            )
-            view[inside].copy_(value[outside])
+        if found is not None:
+            view, slices = found
+            copy_box(value, [cut.start for cut in slices], view, piece_bytes)
 
     def _box(self, shape: Sequence[int]) -> list[tuple[int, int]]:
         """Begin and end in every dimension of a layer's tensor."""

@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -23,15 +25,20 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from moe_parallel.checkpoint.agreement import (
     CheckpointError,
     describe,
+    gathered,
+    is_coordinator,
     on_coordinator,
     raise_together,
     rank,
 )
-from moe_parallel.checkpoint.storage import boxes
-from moe_parallel.integrations._names import PIECE_BYTES, Part
+from moe_parallel.checkpoint.folders import sync_folder
+from moe_parallel.checkpoint.pieces import StoredTensor, boxes, common_piece_bytes, slices_of
+from moe_parallel.integrations._names import Part
 
 PARTIAL = ".partial"
+WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_OF_SEVERAL = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -40,6 +47,9 @@ _DTYPES = {
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
     torch.int64: "I64",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
     torch.int32: "I32",
     torch.int16: "I16",
     torch.int8: "I8",
@@ -60,100 +70,172 @@ class Entry:
     def shape(self) -> list[int]:
         return self.part.shape(self.tensor.shape)
 
+
+@dataclass(frozen=True)
+class _Slot:
+    """The place of a tensor in the files, and who fills it.
+
+    Attributes:
+        ranks: those that write it together: all that share one with shards, or one that has it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    ranks: tuple[int, ...]
+
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * self.tensor.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_files(entries: Sequence[Entry], directory: Path, max_bytes: int) -> None:
-    """Write all ``entries``, in files of at most ``max_bytes`` (a larger one has its own).
+def write_files(
+    entries: Sequence[Entry], directory: Path, max_bytes: int, variant: str | None = None
+) -> None:
+    """Write the ``entries`` of all ranks, in files of at most ``max_bytes`` (a larger one has its
+    own). Collective; ranks that have the same names must have equal tensors there.
 
-    Collective: with the same entries, in the same order, on every rank. The files have other names
-    until all are complete.
+    The files have other names until all are complete.
+
+    Args:
+        variant: as in ``from_pretrained``: a part of the names of the files.
 
     Raises:
         CheckpointError: a rank could not write; what was in the directory before is still there.
     """
-    files = _split(entries, max_bytes)
+    own = {entry.name: entry for entry in entries}
+    described = gathered([(e.name, tuple(e.shape), e.tensor.dtype, _mesh(e)) for e in entries])
+    files = on_coordinator(lambda: _split(_slots(described), max_bytes, variant))
     places = on_coordinator(lambda: _create(files, directory))
-    writer = _Writer()
-    for (name, members), place in zip(files.items(), places, strict=True):
+    writer = _Writer(common_piece_bytes(entry.tensor for entry in entries))
+    for (name, slots), place in zip(files.items(), places, strict=True):
         writer.open(directory / (name + PARTIAL))
-        for entry in members:
-            _write_entry(entry, place[entry.name], writer)
+        for slot in slots:
+            if rank() in slot.ranks:
+                _write_entry(own[slot.name], slot, place[slot.name], writer)
         writer.close()
-    raise_together(writer.problem)
-    on_coordinator(lambda: _publish(files, directory))
+    try:
+        raise_together(writer.problem)
+    except CheckpointError:
+        if is_coordinator():
+            _clear(directory)
+        raise
+    on_coordinator(lambda: _publish(files, directory, variant))
 
 
-def _split(entries: Sequence[Entry], max_bytes: int) -> dict[str, list[Entry]]:
-    """The entries of every file by its name, wider dtypes first, which aligns them."""
-    groups: list[list[Entry]] = [[]]
+def _mesh(entry: Entry) -> tuple[int, ...] | None:
+    """The ranks that share a tensor; None for those of a plain one."""
+    tensor = entry.tensor
+    return tuple(tensor.device_mesh.mesh.flatten().tolist()) if is_sharded(tensor) else None
+
+
+def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
+    return isinstance(tensor, DTensor)
+
+
+def _slots(described: Sequence[Sequence[tuple[Any, ...]]]) -> list[_Slot]:
+    """What to write of all that the ranks have, each once."""
+    holders: dict[str, list[int]] = {}
+    first: dict[str, tuple[Any, ...]] = {}
+    for number, entries in enumerate(described):
+        for name, *about in entries:
+            first.setdefault(name, tuple(about))
+            holders.setdefault(name, []).append(number)
+            if first[name][:2] != tuple(about[:2]):
+                raise CheckpointError(
+                    f"all ranks must have the same under the name {name}; ranks "
+                    f"{holders[name][0]} and {number} have {first[name][:2]} and {tuple(about[:2])}"
+                )
+    slots = []
+    for name, (shape, dtype, mesh) in first.items():
+        if dtype not in _DTYPES:
+            raise CheckpointError(f"{name} must have a dtype of safetensors; got {dtype}")
+        some = holders[name]
+        slots.append(_Slot(name, shape, dtype, mesh or (some[_turn(name, len(some))],)))
+    return slots
+
+
+def _split(slots: Sequence[_Slot], max_bytes: int, variant: str | None) -> dict[str, list[_Slot]]:
+    """The slots of every file by its name, wider dtypes first, which aligns them."""
+    groups: list[list[_Slot]] = [[]]
     size = 0
-    for entry in entries:
-        if entry.tensor.dtype not in _DTYPES:
-            raise CheckpointError(
-                f"{entry.name} must have a dtype of safetensors; got {entry.tensor.dtype}"
-            )
-        if groups[-1] and size + entry.nbytes > max_bytes:
+    for slot in slots:
+        if groups[-1] and size + slot.nbytes > max_bytes:
             groups.append([])
             size = 0
-        groups[-1].append(entry)
-        size += entry.nbytes
-    names = [f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
-    names = ["model.safetensors"] if len(groups) == 1 else names
-    ordered = [sorted(group, key=lambda entry: -entry.tensor.itemsize) for group in groups]
+        groups[-1].append(slot)
+        size += slot.nbytes
+    stem = _stem(variant)
+    names = [f"{stem}-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
+    names = [f"{stem}.safetensors"] if len(groups) == 1 else names
+    ordered = [sorted(group, key=lambda slot: -slot.dtype.itemsize) for group in groups]
     return dict(zip(names, ordered, strict=True))
 
 
-def _create(files: dict[str, list[Entry]], directory: Path) -> list[dict[str, int]]:
+def _stem(variant: str | None) -> str:
+    return "model" if variant is None else f"model.{variant}"
+
+
+def _create(files: Mapping[str, list[_Slot]], directory: Path) -> list[dict[str, int]]:
     """Make the files, with headers and in full length. Returns where each tensor begins."""
     directory.mkdir(parents=True, exist_ok=True)
+    _clear(directory)
     places = []
-    for name, entries in files.items():
+    for name, slots in files.items():
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
-        for entry in entries:
-            header[entry.name] = {
-                "dtype": _DTYPES[entry.tensor.dtype],
-                "shape": entry.shape,
-                "data_offsets": [offset, offset + entry.nbytes],
+        for slot in slots:
+            header[slot.name] = {
+                "dtype": _DTYPES[slot.dtype],
+                "shape": slot.shape,
+                "data_offsets": [offset, offset + slot.nbytes],
             }
-            offset += entry.nbytes
+            offset += slot.nbytes
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         begin = 8 + len(text)
         with (directory / (name + PARTIAL)).open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             file.truncate(begin + offset)
-        places.append({e.name: begin + header[e.name]["data_offsets"][0] for e in entries})
+        places.append({s.name: begin + header[s.name]["data_offsets"][0] for s in slots})
     return places
 
 
-def _publish(files: dict[str, list[Entry]], directory: Path) -> None:
+def _clear(directory: Path) -> None:
+    """Remove what an interrupted save has left."""
+    for path in directory.glob(f"model*{PARTIAL}"):
+        path.unlink()
+
+
+def _publish(files: Mapping[str, list[_Slot]], directory: Path, variant: str | None) -> None:
     """Give complete files their names, and leave no other model beside them."""
+    index = directory / INDEX
+    index = index if variant is None else index.with_suffix(f".{variant}.json")
+    # before files of one model stand beside those of another, nothing says that they are one
+    index.unlink(missing_ok=True)
     for name in files:
         os.replace(directory / (name + PARTIAL), directory / name)
-    index = directory / INDEX
     if len(files) > 1:
-        weight_map = {entry.name: name for name, entries in files.items() for entry in entries}
-        total = sum(entry.nbytes for entries in files.values() for entry in entries)
+        weight_map = {slot.name: name for name, slots in files.items() for slot in slots}
+        total = sum(slot.nbytes for slots in files.values() for slot in slots)
         text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
-        partial = directory / (INDEX + PARTIAL)
+        partial = index.with_name(index.name + PARTIAL)
         partial.write_text(text + "\n", encoding="utf-8")
         os.replace(partial, index)
-    else:
-        index.unlink(missing_ok=True)
-    for old in [*directory.glob("model-*-of-*.safetensors"), directory / "model.safetensors"]:
-        if old.name not in files:
+    stem = _stem(variant)
+    shards = re.compile(rf"{re.escape(stem)}(-\d{{5}}-of-\d{{5}})?\.safetensors")
+    for old in directory.iterdir():
+        if shards.fullmatch(old.name) and old.name not in files:
             old.unlink(missing_ok=True)
+    sync_folder(directory)
 
 
 class _Writer:
     """Writes to places in a file. After a failure it does nothing, so that the other ranks, which
     wait for this one's share of the communication, come to the end too."""
 
-    def __init__(self) -> None:
+    def __init__(self, piece_bytes: int) -> None:
+        self.piece_bytes = piece_bytes
         self.problem: str | None = None
         self._buffers: dict[str, Tensor] = {}
         self._path = Path()
@@ -167,7 +249,7 @@ class _Writer:
         size = math.prod(shape) * like.itemsize
         found = self._buffers.get(use)
         if found is None or found.numel() < size or found.device != like.device:
-            found = torch.empty(max(size, PIECE_BYTES), dtype=torch.uint8, device=like.device)
+            found = torch.empty(max(size, self.piece_bytes), dtype=torch.uint8, device=like.device)
             self._buffers[use] = found
         return found[:size].view(like.dtype).view(*shape)
 
@@ -197,35 +279,37 @@ class _Writer:
         self._descriptor = None
 
 
-def _write_entry(entry: Entry, place: int, writer: _Writer) -> None:
-    """Write this rank's part of a tensor whose file has it at ``place``; all ranks join in."""
-    tensor, part, shape = entry.tensor, entry.part, entry.shape
-    if not isinstance(tensor, DTensor):
-        if rank() == _turn(entry, dist.get_world_size() if dist.is_initialized() else 1):
-            _write_rows(*_required(part, tensor), shape, place, writer)
+def _write_entry(entry: Entry, slot: _Slot, place: int, writer: _Writer) -> None:
+    """Write this rank's part of a tensor whose file has it at ``place``; all of the slot's ranks
+    join in."""
+    tensor, part, shape = entry.tensor, entry.part, slot.shape
+    if not is_sharded(tensor):
+        _write_rows(*_required(part, tensor), shape, place, writer)
         return
-    gathered, supported = _gathered_mesh_dim(tensor, part)
+    spread, supported = _gathered_mesh_dim(tensor, part)
     if not supported:
-        _write_entry(Entry(entry.name, tensor.full_tensor(), part), place, writer)
+        whole = tensor.full_tensor()
+        if rank() == slot.ranks[_turn(slot.name, len(slot.ranks))]:
+            _write_rows(*_required(part, whole), shape, place, writer)
         return
     mesh = tensor.device_mesh
     for dim, placement in enumerate(tensor.placements):
         copies = mesh.size(dim)
-        if placement.is_replicate() and mesh.get_local_rank(dim) != _turn(entry, copies):
+        if placement.is_replicate() and mesh.get_local_rank(dim) != _turn(slot.name, copies):
             return  # another copy's turn
     found = part.overlap(tensor)
     if found is None:
         return
-    if gathered is None:
+    if spread is None:
         _write_rows(*found, shape, place, writer)
     else:
-        mesh_dim, axis = gathered
+        mesh_dim, axis = spread
         _gather_rows(*found, shape, axis, place, writer, mesh.get_group(mesh_dim))
 
 
-def _turn(entry: Entry, copies: int) -> int:
+def _turn(name: str, copies: int) -> int:
     """Which of several copies of a tensor is written: not always the same rank's."""
-    return sum(entry.name.encode()) % copies
+    return sum(name.encode()) % copies
 
 
 def _required(part: Part, tensor: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
@@ -270,8 +354,9 @@ def _write_rows(
     if view.numel() == 0:
         return
     start = tuple(cut.start for cut in slices)
-    for begin, size in boxes((0,) * view.dim(), tuple(view.shape), PIECE_BYTES // view.itemsize):
-        piece = view[tuple(slice(b, b + n) for b, n in zip(begin, size, strict=True))]
+    elements = writer.piece_bytes // view.itemsize
+    for begin, size in boxes((0,) * view.dim(), view.shape, elements):
+        piece = view[slices_of(begin, size)]
         at = [s + b for s, b in zip(start, begin, strict=True)]
         writer.write(place + _offset(at, shape) * view.itemsize, piece)
 
@@ -289,11 +374,9 @@ def _gather_rows(
     receive a slab of rows, whole along ``axis``, and write it."""
     ranks, own = dist.get_world_size(group), dist.get_rank(group)
     inner = math.prod(shape[axis:])
-    slabs = boxes(
-        (0,) * axis, tuple(view.shape[:axis]), max(1, PIECE_BYTES // view.itemsize // inner)
-    )
-    for turn, (begin, size) in enumerate(slabs):
-        cut = tuple(slice(b, b + n) for b, n in zip(begin, size, strict=True))
+    rows = max(1, writer.piece_bytes // view.itemsize // inner)
+    for turn, (begin, size) in enumerate(boxes((0,) * axis, view.shape[:axis], rows)):
+        cut = slices_of(begin, size)
         size_of = [*size, *view.shape[axis:]]
         piece = writer.buffer("own", view, size_of).copy_(view[cut])
         target = turn % ranks
@@ -307,10 +390,10 @@ def _gather_rows(
             if source != own:
                 dist.recv(received[source].view(torch.uint8), group=group, group_src=source)
         size_of[axis] *= ranks
-        rows = torch.cat(list(received), axis, out=writer.buffer("rows", view, size_of))
+        slab = torch.cat(list(received), axis, out=writer.buffer("rows", view, size_of))
         at = [s.start + b for s, b in zip(slices, begin, strict=False)]
         offset = _offset([*at, *[0] * (len(shape) - axis)], shape)
-        writer.write(place + offset * view.itemsize, rows)
+        writer.write(place + offset * view.itemsize, slab)
 
 
 def _offset(index: Sequence[int], shape: Sequence[int]) -> int:
@@ -321,53 +404,67 @@ def _offset(index: Sequence[int], shape: Sequence[int]) -> int:
     return position
 
 
-class StoredTensor:
-    """A tensor in a safetensors file, of which slices are read when they are asked for."""
-
-    def __init__(self, file: Path, name: str, shape: Sequence[int]) -> None:
-        self._file, self._name = file, name
-        self.shape = tuple(shape)
-
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    def __getitem__(self, slices: tuple[slice, ...]) -> Tensor:
-        from safetensors import safe_open
-
-        # opened anew, or what was read before would stay mapped
-        with safe_open(self._file, "pt") as file:
-            if not self.shape:
-                return file.get_tensor(self._name)
-            return file.get_slice(self._name)[slices].clone()
-
-
-def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
+def stored_tensors(directory: Path, files: ExitStack) -> dict[str, StoredTensor]:
     """The tensors of a checkpoint in the format of transformers, by name.
+
+    Args:
+        files: what closes the files in the end.
 
     Raises:
         CheckpointError: there is none, or a file of it is missing or damaged.
     """
-    from safetensors import SafetensorError, safe_open
-
-    if (directory / INDEX).exists():
+    if (directory / WEIGHTS).exists():  # first, as in transformers
+        paths = [directory / WEIGHTS]
+    elif (directory / INDEX).exists():
         try:
             weight_map = json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"]
         except (ValueError, KeyError) as error:
             raise CheckpointError(f"{directory / INDEX} is damaged: {describe(error)}") from error
-        files = sorted({directory / name for name in weight_map.values()})
+        paths = sorted({directory / name for name in weight_map.values()})
     else:
-        files = sorted(directory.glob("*.safetensors"))
-    if not files:
+        paths = sorted(directory.glob("*.safetensors"))
+        several = [path.name for path in paths if _OF_SEVERAL.search(path.name)]
+        if several:
+            raise CheckpointError(
+                f"{directory} must have {INDEX} beside {several[0]}; it has not: writing it was "
+                "interrupted. Save again, or load another checkpoint."
+            )
+    if not paths:
         raise CheckpointError(
             f"{directory} must have safetensors files, or {INDEX}; it has neither. "
             "save_hf_checkpoint and save_pretrained write them."
         )
+    found: dict[str, StoredTensor] = {}
+    for path in paths:
+        found |= _stored_in(path, files)
+    return found
+
+
+def _stored_in(path: Path, files: ExitStack) -> dict[str, StoredTensor]:
+    try:
+        file = files.enter_context(path.open("rb", buffering=0))
+        length = int.from_bytes(file.read(8), "little")
+        size = path.stat().st_size
+        if not 0 < length <= size - 8:
+            raise CheckpointError(f"{path} is damaged: its header must be in its {size} bytes")
+        header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {describe(error)}") from error
+    dtypes = {name: dtype for dtype, name in _DTYPES.items()}
     found = {}
-    for path in files:
-        try:
-            with safe_open(path, "pt") as file:
-                for name in file.keys():  # noqa: SIM118 - not a mapping
-                    found[name] = StoredTensor(path, name, file.get_slice(name).get_shape())
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} cannot be read: {describe(error)}") from error
+    for name, about in header.items():
+        if about["dtype"] not in dtypes:
+            raise CheckpointError(
+                f"{name} in {path} must have one of the dtypes {', '.join(dtypes)}; got "
+                f"{about['dtype']}"
+            )
+        begin, end = (8 + length + offset for offset in about["data_offsets"])
+        stored = StoredTensor(file, path, begin, tuple(about["shape"]), dtypes[about["dtype"]])
+        if end - begin != stored.numel() * stored.dtype.itemsize or end > size:
+            raise CheckpointError(
+                f"{path} is damaged: {name} {list(stored.shape)}, from byte {begin} to {end}, must "
+                f"be in its {size} bytes. Load another checkpoint, or copy this one again."
+            )
+        found[name] = stored
     return found

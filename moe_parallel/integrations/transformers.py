@@ -26,11 +26,11 @@ from moe_parallel.config import BackendConfig, MoEConfig
 from moe_parallel.integrations._checkpoint import (
     load_hf_checkpoint,
     load_hf_state_dict,
-    redirect_save_pretrained,
     save_hf_checkpoint,
     to_hf_state_dict,
 )
 from moe_parallel.integrations._families import Family, family_of
+from moe_parallel.integrations._pretrained import redirect_save_pretrained
 from moe_parallel.layers import MoE
 
 __all__ = [

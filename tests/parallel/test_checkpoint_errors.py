@@ -85,8 +85,10 @@ def _go_on(rank: int, ranks: int, folder: str) -> list[bool]:
 
 @pytest.mark.parametrize("where", ["writing", "before the end", "between two names"])
 def test_a_killed_rank_leaves_the_last_checkpoint(where: str, tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="died with exit code -9"):
+    with pytest.raises(AssertionError, match="died with exit code -9") as caught:
         run_ranks(2, _killed, str(tmp_path), where)
+    assert "Traceback" in str(caught.value), "the other rank must raise"
+    assert "still running" not in str(caught.value)
     before = "step-00000001" + (".replaced" if where == "between two names" else "")
     assert len(names(tmp_path)) == 2
     assert before in names(tmp_path)

@@ -1,0 +1,116 @@
+"""``save_pretrained`` of Hugging Face models whose MoE layers have been replaced."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from moe_parallel.checkpoint.agreement import all_gathered, from_coordinator, is_coordinator
+from moe_parallel.integrations._checkpoint import (
+    layers_of,
+    renamed,
+    state_of,
+    tied_names,
+    write_weights,
+)
+
+
+def redirect_save_pretrained(model: nn.Module) -> None:
+    """Let ``save_pretrained`` of a model with replaced layers write what transformers reads.
+
+    On the model and on those of its parts that could be saved by themselves, such as the base model
+    of one with a head: on the object, for its class belongs to transformers.
+    """
+    for part in model.modules():
+        if callable(getattr(part, "save_pretrained", None)) and layers_of([part]):
+            # A partial of the model, not a method or closure: a deep copy gets its own.
+            part.save_pretrained = functools.partial(_save_pretrained, part)  # type: ignore[assignment]
+
+
+def _save_pretrained(
+    model: Any,
+    save_directory: str | Path,
+    is_main_process: bool = True,
+    state_dict: Mapping[str, Tensor] | None = None,
+    *args: Any,
+    **options: Any,
+) -> Any:
+    """``save_pretrained`` of transformers, given weights by the names it knows.
+
+    With all its options but ``distributed_checkpoint``, and with a ``state_dict`` by either kind of
+    names. On a sharded model every rank calls it, and all write together, each what it holds, to
+    the directory that rank 0 was given.
+
+    Raises:
+        ValueError: ``distributed_checkpoint=True``.
+        CheckpointError: of a sharded model, what :func:`save_hf_checkpoint` raises.
+    """
+    if options.get("distributed_checkpoint"):
+        raise ValueError(
+            "save_pretrained: distributed_checkpoint must be False once replace_moe_layers has "
+            "replaced layers, for it would write names that transformers does not know. Without it "
+            "the ranks of a sharded model write together too."
+        )
+    save = type(model).save_pretrained
+    if getattr(model, "_hf_peft_config_loaded", False):  # adapters alone are saved
+        return save(model, save_directory, is_main_process, state_dict, *args, **options)
+    source = state_of([model]) if state_dict is None else dict(state_dict)
+    if any(isinstance(value, DTensor) for value in source.values()):
+        if any(all_gathered(is_main_process)):
+            directory = Path(from_coordinator(str(save_directory)))
+            _save_sharded(model, directory, source, *args, **options)
+        return None
+    kept: dict[str, Tensor] = {}
+    if is_main_process:
+        tied = tied_names(model)
+        named = renamed([model], source, "module")
+        kept = {name: tensor.cpu() for name, tensor in named if name not in tied}
+    return save(model, save_directory, is_main_process, kept, *args, **options)
+
+
+def _save_sharded(
+    model: Any,
+    directory: Path,
+    state: Mapping[str, Tensor],
+    push_to_hub: bool = False,
+    max_shard_size: int | str = "50GB",
+    variant: str | None = None,
+    token: str | bool | None = None,
+    save_peft_format: bool = True,
+    save_original_format: bool = True,
+    distributed_checkpoint: bool = False,
+    **hub: Any,
+) -> None:
+    """With the options of transformers, of which those about adapters do not matter here."""
+    from transformers.utils.hub import convert_file_size_to_int
+
+    names = "checkpoint" if save_original_format else "module"
+    size = convert_file_size_to_int(max_shard_size)
+    write_weights([model], state, directory, names, size, variant)
+    if push_to_hub and is_coordinator():
+        _push(directory, token, **hub)
+
+
+def _push(
+    directory: Path,
+    token: str | bool | None,
+    repo_id: str | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+    **repository: Any,
+) -> None:
+    import huggingface_hub
+
+    api = huggingface_hub.HfApi(token=token)
+    created = api.create_repo(repo_id or directory.name, exist_ok=True, **repository)
+    api.upload_folder(
+        repo_id=created.repo_id,
+        folder_path=directory,
+        commit_message=commit_message,
+        create_pr=create_pr,
+    )
