@@ -22,9 +22,9 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 # Tests start processes by fork, which needs a parent without OpenMP threads.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
 
-CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/native/*.cpp')
 
-.PHONY: demo test test-all test-sanitizers lint format bench gpu-check build clean
+.PHONY: demo test test-all test-sanitizers test-stress lint format bench gpu-check build clean
 
 demo: build
 	OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc-per-node=2 \
@@ -47,6 +47,18 @@ test-sanitizers: $(ENVIRONMENT)
 	cd $(SANITIZED) && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 		$(PYTEST) --capture=sys -k "cpu or gradcheck" -m "not slow" tests/kernels $(ARGS)
+
+# The ranks of the shared memory transport as threads of one process, under the thread sanitizer and
+# under the address and undefined behaviour sanitizers. Seconds.
+STRESS_SOURCES := tests/native/dispatch_stress.cpp \
+	$(addprefix csrc/dispatch/shared_memory/,communicator.cpp heap.cpp system.cpp)
+test-stress:
+	@mkdir -p build
+	@for sanitizers in thread address,undefined; do \
+		$${CXX:-g++} -std=c++20 -O1 -g -Wall -Wextra -fsanitize=$$sanitizers -Icsrc -pthread \
+			$(STRESS_SOURCES) -o build/dispatch_stress && \
+		for seed in 1 2 3; do build/dispatch_stress 8 150 $$seed || exit 1; done || exit 1; \
+	done
 
 lint: $(ENVIRONMENT)
 	$(PY) -m ruff check .

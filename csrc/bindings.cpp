@@ -5,7 +5,7 @@
 #include "build_info.h"
 #include "cpu/capability.h"
 #include "cpu/large_pages.h"
-#include "dispatch/rows.h"
+#include "dispatch/bindings.h"
 
 namespace py = pybind11;
 
@@ -39,6 +39,5 @@ PYBIND11_MODULE(_C, m) {
         "Use another one from now on. For tests: kernels that run meanwhile may use either.");
   m.def("use_large_pages", &moe::use_large_pages, py::arg("tensor"),
         "Move a tensor's memory to large pages; returns how many bytes are on such pages now.");
-  m.def("set_dispatch_native", &moe::ep::set_native, py::arg("native"),
-        "False: exchange CPU tensors by the steps meant for GPUs. For tests.");
+  moe::ep::bind(m);
 }

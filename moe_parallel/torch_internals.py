@@ -6,6 +6,7 @@ import functools
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, BinaryIO, cast
 
 import torch
@@ -303,6 +304,26 @@ def stream_of_key(key: str) -> torch.cuda.Stream | None:
     return torch.cuda.Stream(
         stream_id=stream_id, device_index=device_index, device_type=device_type
     )
+
+
+def store_of(group: Any) -> Any:
+    """The store by which the ranks of a process group found each other."""
+    return dist.distributed_c10d._get_process_group_store(group)
+
+
+def cpu_backend_of(group: Any) -> str | None:
+    """The name of the backend that carries a group's CPU tensors, or None."""
+    try:
+        return str(group._get_backend(torch.device("cpu")).name())
+    except RuntimeError:
+        return None
+
+
+def timeout_of(group: Any) -> timedelta:
+    """How long the operations of a group on CPU tensors wait."""
+    options = group._get_backend(torch.device("cpu")).options
+    timeout: timedelta = getattr(options, "_timeout", dist.constants.default_pg_timeout)
+    return timeout
 
 
 def group_of_name(name: str) -> Any:

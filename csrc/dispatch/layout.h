@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <span>
 #include <vector>
 
 namespace moe::ep {
@@ -19,20 +20,45 @@ struct Counts {
   int64_t slots = 0;  // (token, expert) pairs there
 };
 
+// Where the experts are.
+class Placement {
+ public:
+  Placement(int64_t experts, int64_t ranks) : owner_(experts), local_(experts) {
+    for (int64_t e = 0; e < experts; ++e) {
+      owner_[e] = static_cast<int32_t>(e / (experts / ranks));
+      local_[e] = static_cast<int32_t>(e % (experts / ranks));
+    }
+  }
+
+  int64_t experts() const { return static_cast<int64_t>(owner_.size()); }
+  // The rank of an expert, and its number there.
+  int32_t owner(int64_t expert) const { return owner_[expert]; }
+  int32_t local(int64_t expert) const { return local_[expert]; }
+
+ private:
+  std::vector<int32_t> owner_, local_;
+};
+
+// [P + 1]: the first row of each rank, and the number of rows.
+inline std::vector<int64_t> first_rows(std::span<const int64_t> rows_by_rank) {
+  std::vector<int64_t> first{0};
+  for (const int64_t rows : rows_by_rank) first.push_back(first.back() + rows);
+  return first;
+}
+
 // Fills slot_rows and counts [P]. Returns the first slot whose id is outside [-1, E], or -1.
 template <typename Id>
-int64_t make_layout(const Id* ids, int64_t tokens, int64_t top_k, int64_t experts,
+int64_t make_layout(const Id* ids, int64_t tokens, int64_t top_k, const Placement& placement,
                     std::vector<Counts>& counts, int32_t* slot_rows) {
-  const int64_t ranks = static_cast<int64_t>(counts.size());
-  const int64_t experts_per_rank = experts / ranks;
-  std::vector<int64_t> last_token(ranks, -1);
+  const int64_t experts = placement.experts();
+  std::vector<int64_t> last_token(counts.size(), -1);
   for (int64_t t = 0; t < tokens; ++t) {
     for (int64_t slot = t * top_k; slot < (t + 1) * top_k; ++slot) {
       const int64_t id = ids[slot];
       slot_rows[slot] = -1;
       if (id == -1 || id == experts) continue;
       if (id < 0 || id > experts) return slot;
-      const int64_t rank = id / experts_per_rank;
+      const int32_t rank = placement.owner(id);
       counts[rank].rows += last_token[rank] != t;
       counts[rank].slots += 1;
       last_token[rank] = t;
@@ -40,117 +66,146 @@ int64_t make_layout(const Id* ids, int64_t tokens, int64_t top_k, int64_t expert
     }
   }
   // Until here rows are numbered within their rank.
-  std::vector<int32_t> first(ranks, 0);
-  for (int64_t rank = 1; rank < ranks; ++rank) {
+  std::vector<int32_t> first(counts.size(), 0);
+  for (size_t rank = 1; rank < counts.size(); ++rank) {
     first[rank] = first[rank - 1] + static_cast<int32_t>(counts[rank - 1].rows);
   }
   for (int64_t slot = 0; slot < tokens * top_k; ++slot) {
-    if (slot_rows[slot] >= 0) slot_rows[slot] += first[ids[slot] / experts_per_rank];
+    if (slot_rows[slot] >= 0) slot_rows[slot] += first[placement.owner(ids[slot])];
   }
   return -1;
 }
 
+// A row, and the rank it is exchanged with.
+struct RankRow {
+  int32_t rank, row;
+};
+
 // The distinct rows of a token, ascending. One object serves many tokens, in turn.
 class TokenRows {
  public:
-  explicit TokenRows(int64_t top_k) : rows_(top_k) {}
+  // `first` [P + 1] is that of first_rows, and must outlive this.
+  TokenRows(int64_t top_k, std::span<const int64_t> first) : first_(first), rows_(top_k) {}
 
-  const TokenRows& of(const int32_t* slot_rows) {
-    std::copy_n(slot_rows, rows_.size(), rows_.begin());
-    std::sort(rows_.begin(), rows_.end());
-    end_ = std::unique(rows_.begin(), rows_.end());
-    begin_ = std::find_if(rows_.begin(), end_, [](int32_t row) { return row >= 0; });
-    return *this;
+  std::span<const RankRow> of(const int32_t* slot_rows) {
+    // They are few: insertion into what is sorted beats sorting.
+    size_t count = 0;
+    for (size_t k = 0; k < rows_.size(); ++k) {
+      const int32_t row = slot_rows[k];
+      if (row < 0) continue;
+      size_t at = count;
+      while (at > 0 && rows_[at - 1].row > row) --at;
+      if (at > 0 && rows_[at - 1].row == row) continue;
+      for (size_t i = count++; i > at; --i) rows_[i] = rows_[i - 1];
+      rows_[at].row = row;
+    }
+    auto rank = first_.begin() + 1;
+    for (size_t i = 0; i < count; ++i) {
+      rank = std::upper_bound(rank, first_.end(), int64_t{rows_[i].row});
+      rows_[i].rank = static_cast<int32_t>(rank - first_.begin()) - 1;
+    }
+    return {rows_.data(), count};
   }
 
-  std::vector<int32_t>::const_iterator begin() const { return begin_; }
-  std::vector<int32_t>::const_iterator end() const { return end_; }
-
  private:
-  std::vector<int32_t> rows_;
-  std::vector<int32_t>::iterator begin_, end_;
+  std::span<const int64_t> first_;
+  std::vector<RankRow> rows_;
 };
 
-// rows[row] = x[t] for each of the rows of tokens [begin, end).
+// Rows in several pieces of memory: those exchanged with rank p are at parts[p], one after another.
+template <typename Byte>
+struct RowParts {
+  std::vector<Byte*> parts;    // [P]
+  std::vector<int64_t> first;  // [P + 1], of first_rows
+
+  // All of them in one piece.
+  static RowParts in_one_piece(Byte* rows, int64_t row_bytes, std::vector<int64_t> first) {
+    RowParts result;
+    for (size_t p = 0; p + 1 < first.size(); ++p) {
+      result.parts.push_back(rows + first[p] * row_bytes);
+    }
+    result.first = std::move(first);
+    return result;
+  }
+  Byte* at(RankRow row, int64_t row_bytes) const {
+    return parts[row.rank] + (row.row - first[row.rank]) * row_bytes;
+  }
+};
+
+// Copies x[t], of tokens [begin, end), to each of their rows.
 inline void pack_rows(const char* x, int64_t x_stride, const int32_t* slot_rows, int64_t top_k,
-                      int64_t begin, int64_t end, int64_t row_bytes, char* rows) {
-  TokenRows token_rows(top_k);
+                      int64_t begin, int64_t end, int64_t row_bytes, const RowParts<char>& out,
+                      void (*copy)(void* to, const void* from, int64_t bytes)) {
+  TokenRows token_rows(top_k, out.first);
   for (int64_t t = begin; t < end; ++t) {
-    for (const int64_t row : token_rows.of(slot_rows + t * top_k)) {
-      std::memcpy(rows + row * row_bytes, x + t * x_stride, row_bytes);
+    for (const RankRow row : token_rows.of(slot_rows + t * top_k)) {
+      copy(out.at(row, row_bytes), x + t * x_stride, row_bytes);
     }
   }
 }
 
-// What travels beside a row: K weights, then K ids of the receiver's experts; 0 and -1 in slots
-// that are another rank's. Each part is padded to a multiple of 8 bytes.
-struct Routing {
-  int64_t top_k, weight_bytes;
-
-  static int64_t padded(int64_t bytes) { return (bytes + 7) / 8 * 8; }
-  int64_t ids_at() const { return padded(top_k * weight_bytes); }
-  int64_t bytes() const { return ids_at() + padded(top_k * static_cast<int64_t>(sizeof(int32_t))); }
-};
-
+// What travels beside a row: K weights, and K ids of the receiver's experts; 0 and -1 in slots that
+// are another rank's. The rows of each have their own size, and may lie in one piece or in two.
 template <typename Id>
-void pack_routing(Routing layout, const Id* ids, int64_t experts_per_rank, const char* weights,
-                  const int32_t* slot_rows, int64_t begin, int64_t end, char* routing) {
-  const int64_t top_k = layout.top_k, weight_bytes = layout.weight_bytes;
-  TokenRows token_rows(top_k);
+void pack_routing(const Id* ids, const Placement& placement, const char* weights,
+                  int64_t weight_bytes, const int32_t* slot_rows, int64_t top_k, int64_t begin,
+                  int64_t end, const RowParts<char>& out_weights, int64_t weights_row_bytes,
+                  const RowParts<char>& out_ids, int64_t ids_row_bytes) {
+  TokenRows token_rows(top_k, out_ids.first);
   for (int64_t t = begin; t < end; ++t) {
-    for (const int32_t row : token_rows.of(slot_rows + t * top_k)) {
-      char* const out = routing + row * layout.bytes();
-      std::memset(out, 0, layout.bytes());
+    for (const RankRow row : token_rows.of(slot_rows + t * top_k)) {
+      char* const to_weights = out_weights.at(row, weights_row_bytes);
+      char* const to_ids = out_ids.at(row, ids_row_bytes);
+      std::memset(to_weights, 0, top_k * weight_bytes);
       for (int64_t k = 0; k < top_k; ++k) {
         const int64_t slot = t * top_k + k;
         int32_t id = -1;
-        if (slot_rows[slot] == row) {
-          id = static_cast<int32_t>(ids[slot] % experts_per_rank);
-          std::memcpy(out + k * weight_bytes, weights + slot * weight_bytes, weight_bytes);
+        if (slot_rows[slot] == row.row) {
+          id = placement.local(ids[slot]);
+          std::memcpy(to_weights + k * weight_bytes, weights + slot * weight_bytes, weight_bytes);
         }
-        std::memcpy(out + layout.ids_at() + k * sizeof(id), &id, sizeof(id));
+        std::memcpy(to_ids + k * sizeof(id), &id, sizeof(id));
       }
     }
   }
 }
 
-// out[t] = the sum of the rows of tokens [begin, end), added in Sum in the order of their ranks.
-template <typename Value, typename Sum>
-void sum_rows(const Value* rows, const int32_t* slot_rows, int64_t top_k, int64_t begin,
-              int64_t end, int64_t hidden, Value* out) {
-  constexpr int64_t kBlock = 256;
-  Sum sums[kBlock];
-  TokenRows token_rows(top_k);
+// out[t] = the sum of the rows of tokens [begin, end), in the order of their ranks. `add` adds
+// `count` rows of n elements.
+template <typename Value>
+void sum_rows(const RowParts<const char>& rows, const int32_t* slot_rows, int64_t top_k,
+              int64_t begin, int64_t end, int64_t n, Value* out,
+              void (*add)(Value* out, const Value* const* rows, int64_t count, int64_t n)) {
+  const int64_t row_bytes = n * static_cast<int64_t>(sizeof(Value));
+  TokenRows token_rows(top_k, rows.first);
+  std::vector<const Value*> addends(top_k);
   for (int64_t t = begin; t < end; ++t) {
-    const TokenRows& mine = token_rows.of(slot_rows + t * top_k);
-    Value* const target = out + t * hidden;
-    if (mine.end() - mine.begin() == 1) {
-      std::memcpy(target, rows + *mine.begin() * hidden, hidden * sizeof(Value));
-      continue;
+    int64_t count = 0;
+    for (const RankRow row : token_rows.of(slot_rows + t * top_k)) {
+      addends[count++] = reinterpret_cast<const Value*>(rows.at(row, row_bytes));
     }
-    for (int64_t from = 0; from < hidden; from += kBlock) {
-      const int64_t width = std::min(kBlock, hidden - from);
-      std::fill_n(sums, width, Sum(0));
-      for (const int64_t row : mine) {
-        const Value* const source = rows + row * hidden + from;
-        for (int64_t i = 0; i < width; ++i) sums[i] += static_cast<Sum>(source[i]);
-      }
-      for (int64_t i = 0; i < width; ++i) target[from + i] = static_cast<Value>(sums[i]);
+    if (count == 1) {
+      std::memcpy(out + t * n, addends[0], row_bytes);
+    } else {
+      add(out + t * n, addends.data(), count, n);
     }
   }
 }
 
 // out[t, k] = rows[slot_rows[t, k], k], zero for slots without an expert.
-inline void gather_slots(const char* rows, int64_t value_bytes, const int32_t* slot_rows,
-                         int64_t top_k, int64_t tokens, char* out) {
+inline void gather_slots(const RowParts<const char>& rows, int64_t value_bytes,
+                         const int32_t* slot_rows, int64_t top_k, int64_t tokens, char* out) {
   for (int64_t slot = 0; slot < tokens * top_k; ++slot) {
     char* const target = out + slot * value_bytes;
-    if (slot_rows[slot] < 0) {
+    const int32_t row = slot_rows[slot];
+    if (row < 0) {
       std::memset(target, 0, value_bytes);
-    } else {
-      const int64_t source = slot_rows[slot] * top_k + slot % top_k;
-      std::memcpy(target, rows + source * value_bytes, value_bytes);
+      continue;
     }
+    const auto after = std::upper_bound(rows.first.begin() + 1, rows.first.end(), int64_t{row});
+    const auto rank = static_cast<int32_t>(after - rows.first.begin()) - 1;
+    const char* const source = rows.at({rank, row}, top_k * value_bytes);
+    std::memcpy(target, source + slot % top_k * value_bytes, value_bytes);
   }
 }
 

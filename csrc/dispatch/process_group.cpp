@@ -1,85 +1,26 @@
-#include "dispatch/process_group.h"
-
+// The transport `process_group`: all-to-all through c10d, on any of its backends.
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
 #include <torch/version.h>
 
-#include <algorithm>
-#include <atomic>
+#include <chrono>
 #include <cmath>
+#include <cstring>
+#include <exception>
+#include <optional>
 #include <sstream>
 #include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+#include <torch/csrc/distributed/c10d/Work.hpp>
 #include <utility>
+
+#include "dispatch/dispatcher.h"
+#include "dispatch/rows.h"
 
 namespace moe::ep {
 namespace {
 
 using at::Tensor;
-
-constexpr int64_t kMagic = 0x4d6f45413242;
-
-// Numbers dispatches, so that ranks can tell handles apart. A Lamport clock: a rank proposes its
-// next tick, the headers carry every proposal to every rank, the largest is the number, and all
-// clocks go past it. So the ranks of a group agree without a further exchange, no group sees a
-// number twice, and a call that failed on some ranks leaves nothing behind to set right.
-std::atomic<int64_t> next_dispatch{0};
-
-void advance_past(int64_t dispatch) {
-  int64_t next = next_dispatch.load();
-  while (next <= dispatch && !next_dispatch.compare_exchange_weak(next, dispatch + 1)) {
-  }
-}
-
-// The columns of a header.
-enum Field : int64_t {
-  kMagicField,
-  kPhaseField,
-  kRefusedField,
-  kDispatchField,
-  kExpertsField,
-  kHiddenField,
-  kTopKField,
-  kXDtypeField,
-  kWeightDtypeField,
-  kTermFields,  // the above are equal on all ranks; what follows is for the receiver
-  kRowsField = kTermFields,
-  kSlotsField,
-  kFields,
-};
-
-const char* name_of(int64_t field) {
-  switch (field) {
-    case kMagicField:
-      return "the version of its headers";
-    case kPhaseField:
-      return "the phase";
-    case kDispatchField:
-      return "the dispatch whose handle they use";
-    case kExpertsField:
-      return "num_experts";
-    case kHiddenField:
-      return "H (the columns of x)";
-    case kTopKField:
-      return "K (the columns of topk_ids)";
-    case kXDtypeField:
-      return "x's dtype";
-    default:
-      return "topk_weights' dtype";
-  }
-}
-
-std::string value_of(int64_t field, int64_t value) {
-  if (value < 0) return "none";
-  if (field == kPhaseField && value <= static_cast<int64_t>(Phase::kCombineBackward)) {
-    return to_string(static_cast<Phase>(value));
-  }
-  if (field == kDispatchField) return "dispatch " + std::to_string(value);
-  const bool is_dtype = field == kXDtypeField || field == kWeightDtypeField;
-  if (is_dtype && value < static_cast<int64_t>(at::ScalarType::NumOptions)) {
-    return c10::toString(static_cast<at::ScalarType>(value));
-  }
-  return std::to_string(value);
-}
 
 // Without the stack of c10's errors, which Python shows for the error that is raised.
 std::string reason(const std::exception& error) {
@@ -87,127 +28,264 @@ std::string reason(const std::exception& error) {
   return known ? known->what_without_backtrace() : error.what();
 }
 
+// One call of an op.
+class Exchange {
+ public:
+  Exchange(Phase phase, const Dispatcher& dispatcher)
+      : phase_(phase),
+        dispatcher_(dispatcher),
+        group_(c10d::resolve_process_group(dispatcher.group)),
+        timeout_(static_cast<int64_t>(std::ceil(dispatcher.timeout * 1000))) {}
+
+  // An exchange under way. It keeps its tensors; the group does too, should it be dropped.
+  class Pending {
+   public:
+    // Blocks the CPU, or the current CUDA stream. DistBackendError where the exchange fails.
+    void wait() {
+      // Where work runs on a stream, waiting with a time limit would block the host: there the
+      // watchdog of the backend applies the limit given to the call.
+      const bool limited = output.is_cpu() && exchange->timeout_.count() > 0;
+      try {
+        TORCH_CHECK(limited ? work->wait(exchange->timeout_) : work->wait(),
+                    "the work was aborted");
+      } catch (const std::exception& error) {
+        exchange->fail(what, reason(error));
+      }
+    }
+
+   private:
+    friend class Exchange;
+    const Exchange* exchange;
+    const char* what;
+    c10::intrusive_ptr<c10d::Work> work;
+    Tensor input, output;
+  };
+
+  // Fills `output` with the rows that the ranks send, `received` of them, and sends `input`'s.
+  // Both are contiguous and may hold any dtype: bytes travel.
+  Pending start(const char* what, const Tensor& output, const Tensor& input,
+                std::vector<int64_t> received, std::vector<int64_t> sent) const {
+    Pending pending;
+    pending.exchange = this;
+    pending.what = what;
+    pending.output = output.view(at::kByte);
+    pending.input = input.view(at::kByte);
+    c10d::AllToAllOptions options;
+    if (timeout_.count() > 0) options.timeout = timeout_;
+    try {
+#if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 13
+      pending.work =
+          group_->all_to_all_single(pending.output, pending.input, received, sent, options);
+#else
+      pending.work = group_->alltoall_base(pending.output, pending.input, received, sent, options);
+#endif
+    } catch (const std::exception& error) {
+      fail(what, reason(error));
+    }
+    return pending;
+  }
+
+  struct Headers {
+    Tensor mine, theirs;
+    Pending pending;
+  };
+  // counts [P, 2] int64: rows and slots for each rank. refused: int64 scalar, 1 for an error in
+  // this rank's arguments.
+  Headers send_headers(const Terms& terms, const Tensor& counts, const Tensor& refused) const {
+    const Header header = make_header(phase_, terms, false);
+    Headers headers;
+    headers.mine = at::tensor(at::ArrayRef<int64_t>(header.data(), header.size()), at::kLong)
+                       .to(counts.device())
+                       .repeat({dispatcher_.ranks, 1});
+    headers.mine.select(1, kRefusedField).copy_(refused);
+    headers.mine.narrow(1, kRowsField, 2).copy_(counts);
+    headers.theirs = at::empty_like(headers.mine);
+    const std::vector<int64_t> one(dispatcher_.ranks, 1);
+    headers.pending = start("token counts", headers.theirs, headers.mine, one, one);
+    return headers;
+  }
+
+  // Waits for the headers, copies them to the host at once, and raises unless all ranks agree.
+  Tally read_headers(Headers headers) const {
+    headers.pending.wait();
+    const Tensor both = at::stack({headers.mine, headers.theirs}).cpu().contiguous();
+    std::vector<Header> mine(dispatcher_.ranks), theirs(dispatcher_.ranks);
+    const size_t bytes = sizeof(Header) * mine.size();
+    const auto* const data = both.const_data_ptr<int64_t>();
+    std::memcpy(mine.data(), data, bytes);
+    std::memcpy(theirs.data(), data + kFields * dispatcher_.ranks, bytes);
+    return agree(phase_, dispatcher_.group, dispatcher_.rank, mine, theirs);
+  }
+
+  // Headers of the phases whose sizes the dispatch has settled: ranks that name the same dispatch
+  // of their group have its plan. `check` reads the plan and raises for wrong arguments. On CUDA
+  // there are no headers: reading them would make the host wait for the device.
+  template <typename Check>
+  void agree_on(Terms terms, bool with_headers, const Plan& plan, const Check& check) const {
+    if (!with_headers) return check();
+    std::exception_ptr refusal;
+    try {
+      check();
+    } catch (...) {
+      refusal = std::current_exception();
+    }
+    terms.dispatch = plan.dispatch;
+    const Tensor refused = at::tensor(static_cast<int64_t>(refusal != nullptr), at::kLong);
+    auto headers = send_headers(terms, at::zeros({dispatcher_.ranks, 2}, at::kLong), refused);
+    if (refusal) {
+      headers.pending.wait();
+      std::rethrow_exception(refusal);
+    }
+    read_headers(std::move(headers));
+  }
+
+ private:
+  [[noreturn]] void fail(const char* what, const std::string& reason) const {
+    std::ostringstream text;
+    text << to_string(phase_) << ": the exchange of " << what << " failed on rank "
+         << dispatcher_.rank << " of " << dispatcher_.ranks << " in group '" << dispatcher_.group
+         << "'. A rank has died, is stuck, or has not made this call: every rank of the group must "
+         << "make the same calls in the same order. The backend says: " << reason;
+    TORCH_CHECK_WITH(DistBackendError, false, text.str());
+  }
+
+  Phase phase_;
+  const Dispatcher& dispatcher_;
+  c10::intrusive_ptr<c10d::ProcessGroup> group_;
+  std::chrono::milliseconds timeout_;
+};
+
+Arrived dispatch(const Dispatcher& dispatcher, const Tensor& x, const Tensor& topk_ids,
+                 const Tensor& topk_weights) {
+  const Exchange exchange(Phase::kDispatch, dispatcher);
+  const int64_t ranks = dispatcher.ranks;
+
+  std::exception_ptr refusal;
+  Layout layout;
+  try {
+    check_dispatch(x, topk_ids, topk_weights);
+    layout = make_layout(topk_ids, dispatcher.placement, ranks);
+  } catch (...) {
+    refusal = std::current_exception();
+    layout.counts = at::zeros({ranks, 2}, x.options().dtype(at::kLong));
+    layout.bad = at::ones({}, layout.counts.options());
+  }
+  Terms terms = terms_of(dispatcher);
+  terms.experts = dispatcher.experts();
+  if (!refusal) {
+    terms.hidden = x.size(1), terms.x_dtype = dtype_number(x);
+    terms.top_k = topk_ids.size(1), terms.weight_dtype = dtype_number(topk_weights);
+  }
+  auto headers = exchange.send_headers(terms, layout.counts, layout.bad);
+  if (refusal) {
+    headers.pending.wait();
+    std::rethrow_exception(refusal);
+  }
+  Tensor rows, routing;
+  const auto pack = [&](const std::vector<int64_t>& rows_by_rank) {
+    const auto first = first_rows(rows_by_rank);
+    rows = pack_rows(x, layout.slot_rows, first);
+    routing = pack_routing(topk_ids, topk_weights, layout.slot_rows, first, dispatcher.placement);
+  };
+  // On the CPU while the headers travel. On CUDA the sizes come with them: reading them is the one
+  // time that the host waits for the device.
+  if (is_native(x)) {
+    const Tensor counts = layout.counts.select(1, 0).contiguous();
+    pack({counts.const_data_ptr<int64_t>(), counts.const_data_ptr<int64_t>() + ranks});
+  }
+  const auto tally = exchange.read_headers(std::move(headers));
+  TORCH_CHECK_INDEX(!tally.refused,
+                    "dispatch: topk_ids must be in [-1, E] with E = ", dispatcher.experts());
+  if (!is_native(x)) pack(tally.sent);
+
+  const Plan plan{tally.sent, tally.received, tally.dispatch};
+  const int64_t num_received = sum(tally.received);
+  const Tensor out = at::empty({num_received, x.size(1)}, x.options());
+  const Tensor out_routing = empty_routing(topk_weights, num_received);
+  auto tokens = exchange.start("tokens", out, rows, tally.received, tally.sent);
+  exchange.start("routing weights", out_routing, routing, tally.received, tally.sent).wait();
+  const auto [ids, weights] =
+      unpack_routing(out_routing, topk_ids.size(1), topk_weights.scalar_type());
+  const Tensor out_ids = ids.contiguous(), out_weights = weights.contiguous();
+  tokens.wait();
+  return {out,
+          out_ids,
+          out_weights,
+          layout.slot_rows,
+          plan.write(dispatcher),
+          at::empty({tally.slots_received, 0}, x.options().dtype(at::kByte))};
+}
+
+// A row for each received one goes back to where it came from.
+struct Returning {
+  Tensor rows;  // [S, ...]
+  Exchange::Pending pending;
+
+  Returning(const Exchange& exchange, const Plan& plan, const char* what, const Tensor& values)
+      : rows(at::empty({sum(plan.sent), values.size(1)}, values.options())),
+        pending(exchange.start(what, rows, values.contiguous(), plan.sent, plan.received)) {}
+};
+
+Tensor combine(const Dispatcher& dispatcher, const Tensor& y, const Tensor& slot_rows,
+               const Tensor& plan_numbers) {
+  const Exchange exchange(Phase::kCombine, dispatcher);
+  Plan plan;
+  Terms terms = terms_of(dispatcher);
+  if (y.dim() == 2) terms.hidden = y.size(1), terms.x_dtype = dtype_number(y);
+  exchange.agree_on(terms, is_native(y), plan, [&] {
+    plan = Plan::read(Phase::kCombine, dispatcher, plan_numbers);
+    check_rows(Phase::kCombine, "y", y, sum(plan.received));
+    check_floating(Phase::kCombine, "y", y);
+  });
+  Returning returning(exchange, plan, "results", y);
+  returning.pending.wait();
+  return sum_rows(returning.rows, slot_rows, first_rows(plan.sent));
+}
+
+Tensor combine_backward(const Dispatcher& dispatcher, const Tensor& grad, const Tensor& slot_rows,
+                        const Tensor& plan_numbers, int64_t num_received) {
+  const Exchange exchange(Phase::kCombineBackward, dispatcher);
+  Plan plan;
+  Terms terms = terms_of(dispatcher);
+  terms.hidden = grad.size(1), terms.x_dtype = dtype_number(grad);
+  exchange.agree_on(terms, is_native(grad), plan,
+                    [&] { plan = Plan::read(Phase::kCombineBackward, dispatcher, plan_numbers); });
+  const Tensor rows = pack_rows(grad, slot_rows, first_rows(plan.sent));
+  const Tensor out = at::empty({num_received, grad.size(1)}, grad.options());
+  exchange.start("result gradients", out, rows, plan.received, plan.sent).wait();
+  return out;
+}
+
+std::tuple<Tensor, Tensor> dispatch_backward(const Dispatcher& dispatcher,
+                                             const std::optional<Tensor>& grad_x,
+                                             const std::optional<Tensor>& grad_weights,
+                                             const Tensor& slot_rows, const Tensor& plan_numbers) {
+  const Exchange exchange(Phase::kDispatchBackward, dispatcher);
+  Plan plan;
+  Terms terms = terms_of(dispatcher);
+  if (grad_x) terms.hidden = grad_x->size(1), terms.x_dtype = dtype_number(*grad_x);
+  if (grad_weights)
+    terms.top_k = grad_weights->size(1), terms.weight_dtype = dtype_number(*grad_weights);
+  exchange.agree_on(terms, is_native(slot_rows), plan,
+                    [&] { plan = Plan::read(Phase::kDispatchBackward, dispatcher, plan_numbers); });
+  std::optional<Returning> rows, slots;
+  if (grad_x) rows.emplace(exchange, plan, "token gradients", *grad_x);
+  if (grad_weights) slots.emplace(exchange, plan, "routing weight gradients", *grad_weights);
+  Tensor out_weights = at::empty({0}, slot_rows.options()), out_x = at::empty_like(out_weights);
+  const auto first = first_rows(plan.sent);
+  if (slots) {
+    slots->pending.wait();
+    out_weights = gather_slots(slots->rows, slot_rows, first);
+  }
+  if (rows) {
+    rows->pending.wait();
+    out_x = sum_rows(rows->rows, slot_rows, first);
+  }
+  return {out_x, out_weights};
+}
+
 }  // namespace
 
-const char* to_string(Phase phase) {
-  switch (phase) {
-    case Phase::kDispatch:
-      return "dispatch";
-    case Phase::kCombine:
-      return "combine";
-    case Phase::kDispatchBackward:
-      return "dispatch_backward";
-    case Phase::kCombineBackward:
-      return "combine_backward";
-  }
-  return "unknown";
-}
-
-Exchange::Exchange(Phase phase, const std::string& group, double timeout)
-    : phase_(phase),
-      group_name_(group),
-      group_(c10d::resolve_process_group(group)),
-      timeout_(static_cast<int64_t>(std::ceil(timeout * 1000))),
-      rank_(group_->getRank()),
-      size_(group_->getSize()) {}
-
-void Exchange::fail(const char* what, const std::string& reason) const {
-  std::ostringstream text;
-  text << to_string(phase_) << ": the exchange of " << what << " failed on rank " << rank_ << " of "
-       << size_ << " in group '" << group_name_ << "'. A rank has died, is stuck, or has not made "
-       << "this call: every rank of the group must make the same calls in the same order. The "
-       << "backend says: " << reason;
-  TORCH_CHECK_WITH(DistBackendError, false, text.str());
-}
-
-Exchange::Pending Exchange::start(const char* what, const Tensor& output, const Tensor& input,
-                                  std::vector<int64_t> received, std::vector<int64_t> sent) const {
-  Pending pending;
-  pending.exchange = this;
-  pending.what = what;
-  pending.output = output.view(at::kByte);
-  pending.input = input.view(at::kByte);
-  c10d::AllToAllOptions options;
-  if (timeout_.count() > 0) options.timeout = timeout_;
-  try {
-#if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 13
-    pending.work =
-        group_->all_to_all_single(pending.output, pending.input, received, sent, options);
-#else
-    pending.work = group_->alltoall_base(pending.output, pending.input, received, sent, options);
-#endif
-  } catch (const std::exception& error) {
-    fail(what, reason(error));
-  }
-  return pending;
-}
-
-void Exchange::Pending::wait() {
-  // Where work runs on a stream, waiting with a time limit would block the host: there the watchdog
-  // of the backend applies the limit given to the call.
-  const bool limited = output.is_cpu() && exchange->timeout_.count() > 0;
-  try {
-    TORCH_CHECK(limited ? work->wait(exchange->timeout_) : work->wait(), "the work was aborted");
-  } catch (const std::exception& error) {
-    exchange->fail(what, reason(error));
-  }
-}
-
-Exchange::Headers Exchange::send_headers(const Terms& terms, const Tensor& counts,
-                                         const Tensor& refused) const {
-  const int64_t dispatch = phase_ == Phase::kDispatch ? next_dispatch++ : terms.dispatch;
-  const std::vector<int64_t> fields = {kMagic,
-                                       static_cast<int64_t>(phase_),
-                                       /*refused=*/0,
-                                       dispatch,
-                                       terms.experts,
-                                       terms.hidden,
-                                       terms.top_k,
-                                       terms.x_dtype,
-                                       terms.weight_dtype,
-                                       /*rows=*/0,
-                                       /*slots=*/0};
-  Headers headers;
-  headers.mine = at::tensor(fields, at::kLong).to(counts.device()).repeat({size_, 1});
-  headers.mine.select(1, kRefusedField).copy_(refused);
-  headers.mine.narrow(1, kRowsField, 2).copy_(counts);
-  headers.theirs = at::empty_like(headers.mine);
-  const std::vector<int64_t> one(size_, 1);
-  headers.pending = start("token counts", headers.theirs, headers.mine, one, one);
-  return headers;
-}
-
-Exchange::Tally Exchange::read_headers(Headers headers) const {
-  headers.pending.wait();
-  const Tensor both = at::stack({headers.mine, headers.theirs}).cpu();
-  const auto table = both.accessor<int64_t, 3>();
-  const auto mine = table[0], theirs = table[1];
-  const char* const op = to_string(phase_);
-  for (int64_t peer = 0; peer < size_; ++peer) {
-    const bool ours = theirs[peer][kMagicField] == kMagic;
-    TORCH_CHECK(peer == rank_ || !ours || !theirs[peer][kRefusedField], op, ": rank ", peer,
-                " of group '", group_name_,
-                "' found an error in its own arguments, so no rank has exchanged anything; its "
-                "message says which");
-    for (int64_t field = 0; field < kTermFields; ++field) {
-      const int64_t here = mine[peer][field], there = theirs[peer][field];
-      const bool may_differ =
-          field == kRefusedField || (field == kDispatchField && phase_ == Phase::kDispatch);
-      TORCH_CHECK_VALUE(may_differ || here == there, op, ": the ranks of group '", group_name_,
-                        "' must agree on ", name_of(field), "; rank ", rank_, " has ",
-                        value_of(field, here), " and rank ", peer, " has ", value_of(field, there),
-                        ". Make the same calls in the same order on every rank.");
-    }
-  }
-  Tally tally{{}, {}, 0, -1, mine[0][kRefusedField] != 0};
-  for (int64_t peer = 0; peer < size_; ++peer) {
-    tally.dispatch = std::max(tally.dispatch, theirs[peer][kDispatchField]);
-    tally.sent.push_back(mine[peer][kRowsField]);
-    tally.received.push_back(theirs[peer][kRowsField]);
-    tally.slots_received += theirs[peer][kSlotsField];
-  }
-  advance_past(tally.dispatch);
-  return tally;
-}
+const Transport process_group_transport{dispatch, combine, combine_backward, dispatch_backward};
 
 }  // namespace moe::ep

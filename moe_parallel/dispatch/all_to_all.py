@@ -5,15 +5,17 @@ T tokens, H hidden size, K experts a token, E experts, P ranks, U tokens receive
 
 from __future__ import annotations
 
-import importlib.util
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from moe_kernels.ops._checks import refuse_tangent
 from moe_parallel.dispatch import ops
+from moe_parallel.dispatch.joining import Joined, join
+from moe_parallel.dispatch.native import extension
 from moe_parallel.dispatch.protocol import TRANSPORTS, Dispatched
+from moe_parallel.torch_internals import timeout_of
 
 
 class Handle(NamedTuple):
@@ -50,14 +52,22 @@ class AllToAllDispatcher:
     Args:
         group: the ranks; of any c10d backend that can exchange tensors on the device of the tokens.
         num_experts: E, a multiple of P.
-        transport: "process_group", c10d's all-to-all: the counts first, then the tokens. "auto"
-            chooses the fastest that fits.
+        transport: "process_group", c10d's all-to-all: the counts first, then the tokens.
+            "shared_memory", for CPU ranks on one Linux machine: rows are written where the receiver
+            needs them. "auto" takes shared memory where the ranks can share it, see
+            :meth:`explain`, and the process group elsewhere and for the tensors of GPUs. But for
+            "process_group", every rank of the group must make its first dispatcher together.
         timeout: seconds a rank waits for the others in each exchange; None for the group's own
             timeout. On CUDA the backend's watchdog applies it.
 
+    Attributes:
+        transport: what carries tensors of the CPU, "process_group" or "shared_memory".
+
     Raises:
-        ValueError: an unknown transport, a timeout that is not positive, E not a multiple of P.
+        ValueError: an unknown transport, a timeout that is not positive, E not a multiple of P,
+            "shared_memory" of ranks that cannot share it.
         ImportError: moe_kernels was built without its extension.
+        torch.distributed.DistBackendError: a rank did not come to share its memory; it is named.
     """
 
     def __init__(
@@ -80,23 +90,48 @@ class AllToAllDispatcher:
             )
         if timeout is not None and not timeout > 0:
             raise ValueError(f"{op}: timeout must be positive, in seconds; got {timeout}")
-        if importlib.util.find_spec("moe_kernels._C") is None:
-            raise ImportError(
-                f"{op}: the compiled extension of moe_kernels is missing. Build it in this "
-                "environment: pip install --no-build-isolation ."
-            )
-        # The name alone: modules that hold a dispatcher stay copyable, and the group may end first.
+        native = extension()
+        # The name alone: the group may end first.
         self.group_name: str = group.group_name
         self.num_experts = num_experts
         self.num_ranks: int = group.size()
-        self.transport = "process_group"
         self.timeout = timeout
+        joined = Joined(None, "it was asked for")
+        if transport != "process_group":
+            joined = join(group, timeout)
+        if transport == "shared_memory" and joined.shared_memory is None:
+            raise ValueError(
+                f"{op}: transport 'shared_memory' needs ranks that share a machine: "
+                f"{joined.reason}. Use 'process_group' or 'auto'."
+            )
+        self.transport = "process_group" if joined.shared_memory is None else "shared_memory"
+        self._reason = joined.reason
+        seconds = timeout or 0.0  # for c10d, 0 is the group's own
+        if joined.shared_memory is not None and timeout is None:
+            seconds = timeout_of(group).total_seconds()
+        self._native = native.Dispatcher(
+            group.group_name,
+            group.rank(),
+            group.size(),
+            num_experts,
+            seconds,
+            joined.shared_memory,
+        )
+        self._name: str = self._native.name
 
     def __repr__(self) -> str:
         return (
             f"AllToAllDispatcher(group={self.group_name!r}, num_ranks={self.num_ranks}, "
             f"num_experts={self.num_experts}, transport={self.transport!r}, timeout={self.timeout})"
         )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AllToAllDispatcher:
+        return self  # it has no state of its own, and copies of a module take turns in one group
+
+    def explain(self) -> str:
+        """Which transport carries what, and why."""
+        others = "" if self.transport == "process_group" else ", process_group of the GPUs'"
+        return f"{self.transport} carries tensors of the CPU{others}: {self._reason}"
 
     def dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Dispatched:
         """Send tokens to their experts.
@@ -117,7 +152,7 @@ class AllToAllDispatcher:
         refuse_tangent("dispatch", "x", x)
         refuse_tangent("dispatch", "topk_weights", topk_weights)
         received, ids, weights, slot_rows, plan, num_slots = ops.dispatch(
-            x, topk_ids, topk_weights, self.num_experts, self.group_name, self.timeout or 0.0
+            x, topk_ids, topk_weights, self._name
         )
         # The number of slots is the size of a tensor without elements: under torch.compile a size
         # may be unknown and yet an integer, and reading a value would break the graph.
@@ -141,5 +176,5 @@ class AllToAllDispatcher:
             torch.distributed.DistBackendError: a rank is missing; it names the exchange.
         """
         refuse_tangent("combine", "y", y)
-        out: Tensor = ops.combine(y, *handle, self.group_name, self.timeout or 0.0)
+        out: Tensor = ops.combine(y, *handle, self._name)
         return out

@@ -1,7 +1,8 @@
 """The exchange as ops: ``moe_kernels::dispatch`` and ``combine``, and their backwards.
 
 Functional, so that autograd, torch.compile and selective activation checkpointing know them: the
-name of a process group and tensors go in, tensors come out. The kernels are C++ (csrc/dispatch).
+name of a dispatcher (``moe_kernels._C.Dispatcher``) and tensors go in, tensors come out. The
+kernels are C++ (csrc/dispatch).
 
 T tokens, H hidden size, K experts a token, E experts, P ranks, U tokens received.
 ``slot_rows [T, K]`` int32 is the row that each slot travelled in, -1 if in none; ``plan [2 P + 2]``
@@ -18,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_parallel.dispatch.native import extension
+
 NAMESPACE = "moe_kernels"
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -31,13 +34,12 @@ def _define(schema: str, fake: Callable[..., Any]) -> Any:
 
 
 def _dispatch_fake(
-    x: Tensor, topk_ids: Tensor, topk_weights: Tensor, num_experts: int, group: str, timeout: float
+    x: Tensor, topk_ids: Tensor, topk_weights: Tensor, dispatcher: str
 ) -> tuple[Tensor, ...]:
     context = torch.library.get_ctx()
     received, slots = context.new_dynamic_size(), context.new_dynamic_size()
     top_k = topk_ids.shape[1]
-    resolve = torch._C._distributed_c10d._resolve_process_group
-    ranks = resolve(group).size()  # type: ignore[arg-type]
+    ranks = extension().find_dispatcher(dispatcher).ranks
     return (
         x.new_empty(received, x.shape[1]),
         topk_ids.new_empty(received, top_k, dtype=torch.int32),
@@ -53,8 +55,7 @@ def _dispatch_backward_fake(
     grad_weights: Tensor | None,
     slot_rows: Tensor,
     plan: Tensor,
-    group: str,
-    timeout: float,
+    dispatcher: str,
 ) -> tuple[Tensor, Tensor]:
     empty = slot_rows.new_empty(0)
     return (
@@ -65,34 +66,34 @@ def _dispatch_backward_fake(
     )
 
 
-def _combine_fake(y: Tensor, slot_rows: Tensor, plan: Tensor, group: str, timeout: float) -> Tensor:
+def _combine_fake(y: Tensor, slot_rows: Tensor, plan: Tensor, dispatcher: str) -> Tensor:
     return y.new_empty(slot_rows.shape[0], y.shape[1])
 
 
 def _combine_backward_fake(
-    grad: Tensor, slot_rows: Tensor, plan: Tensor, received: Any, group: str, timeout: float
+    grad: Tensor, slot_rows: Tensor, plan: Tensor, received: Any, dispatcher: str
 ) -> Tensor:
     return grad.new_empty(received, grad.shape[1])
 
 
 dispatch = _define(
-    "dispatch(Tensor x, Tensor topk_ids, Tensor topk_weights, int num_experts, str group,"
-    " float timeout) -> (Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor slot_rows,"
-    " Tensor plan, Tensor num_slots)",
+    "dispatch(Tensor x, Tensor topk_ids, Tensor topk_weights, str dispatcher)"
+    " -> (Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor slot_rows, Tensor plan,"
+    " Tensor num_slots)",
     _dispatch_fake,
 )
 _dispatch_backward_op = _define(
     "dispatch_backward(Tensor? grad_x, Tensor? grad_weights, Tensor slot_rows, Tensor plan,"
-    " str group, float timeout) -> (Tensor, Tensor)",
+    " str dispatcher) -> (Tensor, Tensor)",
     _dispatch_backward_fake,
 )
 combine = _define(
-    "combine(Tensor y, Tensor slot_rows, Tensor plan, str group, float timeout) -> Tensor",
+    "combine(Tensor y, Tensor slot_rows, Tensor plan, str dispatcher) -> Tensor",
     _combine_fake,
 )
 _combine_backward_op = _define(
-    "combine_backward(Tensor grad, Tensor slot_rows, Tensor plan, SymInt received, str group,"
-    " float timeout) -> Tensor",
+    "combine_backward(Tensor grad, Tensor slot_rows, Tensor plan, SymInt received,"
+    " str dispatcher) -> Tensor",
     _combine_backward_fake,
 )
 
@@ -100,7 +101,7 @@ _combine_backward_op = _define(
 def _dispatch_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, ids, _, slot_rows, plan, num_slots = output
     ctx.mark_non_differentiable(ids, slot_rows, plan, num_slots)
-    ctx.group = inputs[4:]
+    ctx.dispatcher = inputs[3]
     ctx.save_for_backward(slot_rows, plan)
 
 
@@ -119,20 +120,20 @@ def _dispatch_backward(
         grad_weights if with_weights else None,
         slot_rows,
         plan,
-        *ctx.group,
+        ctx.dispatcher,
     )
-    return dx if with_x else None, None, dweights if with_weights else None, None, None, None
+    return dx if with_x else None, None, dweights if with_weights else None, None
 
 
 def _combine_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    y, slot_rows, plan, *ctx.group = inputs
+    y, slot_rows, plan, ctx.dispatcher = inputs
     ctx.received = y.shape[0]
     ctx.save_for_backward(slot_rows, plan)
 
 
 def _combine_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grad_y = _combine_backward_op(grad, *ctx.saved_tensors, ctx.received, *ctx.group)
-    return grad_y, None, None, None, None
+    grad_y = _combine_backward_op(grad, *ctx.saved_tensors, ctx.received, ctx.dispatcher)
+    return grad_y, None, None, None
 
 
 def _refuse(name: str) -> Callable[..., None]:

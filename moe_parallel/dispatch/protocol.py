@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-TRANSPORTS = ("process_group",)  # of AllToAllDispatcher
+TRANSPORTS = ("process_group", "shared_memory")  # of AllToAllDispatcher
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,10 @@ def test_moe_config_warns_of_a_bias_that_nothing_reads() -> None:
 @pytest.mark.parametrize(
     ("settings", "found"),
     [
-        ({"dispatcher": "pigeon"}, "dispatcher must be one of auto, process_group.*'pigeon'"),
+        (
+            {"dispatcher": "pigeon"},
+            "dispatcher must be one of auto, process_group, shared_memory.*'pigeon'",
+        ),
         ({"experts": "loop"}, "experts must be one of auto, reference; got 'loop'"),
         ({"dispatcher_timeout": 0}, "dispatcher_timeout must be positive; got 0"),
         ({"fake_gate_noise": 2.0}, r"fake_gate_noise must be in \[0, 1\]; got 2.0"),

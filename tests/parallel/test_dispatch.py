@@ -115,8 +115,18 @@ def round_trip(
     return tokens, y.detach(), dx, dweights
 
 
-def _random_cases(rank: int, ranks: int, seeds: list[int], native: bool) -> None:
-    _C.set_dispatch_native(native)
+# "aten" is process_group by the steps meant for GPUs.
+WAYS = ("process_group", "shared_memory", "aten")
+
+
+def dispatcher_of(way: str, experts: int, **options: Any) -> AllToAllDispatcher:
+    """A dispatcher among all ranks."""
+    _C.set_dispatch_native(way != "aten")
+    transport = "process_group" if way == "aten" else way
+    return AllToAllDispatcher(dist.group.WORLD, experts, transport=transport, **options)
+
+
+def _random_cases(rank: int, ranks: int, seeds: list[int], way: str) -> None:
     for seed in seeds:
         draw = random.Random(seed)
         tokens = [draw.choice([0, 1, 2, 17, 40]) for _ in range(ranks)]
@@ -131,7 +141,7 @@ def _random_cases(rank: int, ranks: int, seeds: list[int], native: bool) -> None
         }
         cases = [make_case(seed, r, tokens[r], **settings) for r in range(ranks)]
         mine = cases[rank]
-        dispatcher = AllToAllDispatcher(dist.group.WORLD, experts)
+        dispatcher = dispatcher_of(way, experts)
         got, y, dx, dweights = round_trip(dispatcher, mine, rank)
 
         x, ids, weights = expected_tokens(cases, rank, experts // ranks)
@@ -148,22 +158,21 @@ def _random_cases(rank: int, ranks: int, seeds: list[int], native: bool) -> None
         assert_close(dweights, (rank + 1) * factor * mine.x.sum(1, keepdim=True))
 
 
-@pytest.mark.parametrize("native", [True, False], ids=["native", "aten"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_exchange_is_the_definition(ranks: int, native: bool) -> None:
+def test_exchange_is_the_definition(ranks: int, way: str) -> None:
     """Bit for bit on the way there; sums within rounding on the way back; any sizes and skew."""
-    run_ranks(ranks, _random_cases, list(range(12)), native)
+    run_ranks(ranks, _random_cases, list(range(12)), way)
 
 
-def _narrow_dtypes(rank: int, ranks: int, native: bool) -> None:
-    _C.set_dispatch_native(native)
+def _narrow_dtypes(rank: int, ranks: int, way: str) -> None:
     for dtype, weight_dtype in (
         (torch.bfloat16, torch.float32),
         (torch.float16, torch.float16),
         (torch.float32, torch.bfloat16),
     ):
         case = make_case(3, rank, 50, 70, 3, 8, dtype=dtype, weight_dtype=weight_dtype)
-        dispatcher = AllToAllDispatcher(dist.group.WORLD, 8)
+        dispatcher = dispatcher_of(way, 8)
         tokens, y, dx, dweights = round_trip(dispatcher, case, rank)
         assert tokens.topk_weights.dtype == dweights.dtype == weight_dtype
         assert y.dtype == dx.dtype == dtype
@@ -181,9 +190,9 @@ def _narrow_dtypes(rank: int, ranks: int, native: bool) -> None:
             assert all(torch.equal(a, b) for a, b in zip(again[1:], (y, dx, dweights), strict=True))
 
 
-@pytest.mark.parametrize("native", [True, False], ids=["native", "aten"])
-def test_rows_are_added_in_float32_in_rank_order_and_repeat_bit_for_bit(native: bool) -> None:
-    run_ranks(4, _narrow_dtypes, native)
+@pytest.mark.parametrize("way", WAYS)
+def test_rows_are_added_in_float32_in_rank_order_and_repeat_bit_for_bit(way: str) -> None:
+    run_ranks(4, _narrow_dtypes, way)
 
 
 def _on_gpu(rank: int, ranks: int) -> None:
@@ -269,7 +278,7 @@ def raised(function: Callable[..., Any], *args: Any) -> tuple[str, str]:
 
 
 def _missing_rank(rank: int, ranks: int, how: str) -> tuple[str, str, float]:
-    dispatcher = AllToAllDispatcher(dist.group.WORLD, 3, timeout=1.0)
+    dispatcher = dispatcher_of("process_group", 3, timeout=1.0)
     case = make_case(1, rank, 9, 6, 2, 3)
     tokens = dispatcher.dispatch(case.x, case.ids, case.weights)
     begin = time.monotonic()
@@ -295,7 +304,7 @@ def test_a_dead_rank_is_an_error() -> None:
         run_ranks(3, _missing_rank, "killed")
 
 
-def _threads_run_on(rank: int, ranks: int) -> int:
+def _threads_run_on(rank: int, ranks: int, way: str) -> int:
     ticks, stop = 0, threading.Event()
 
     def tick() -> None:
@@ -303,7 +312,7 @@ def _threads_run_on(rank: int, ranks: int) -> int:
         while not stop.wait(0.005):
             ticks += 1
 
-    dispatcher = AllToAllDispatcher(dist.group.WORLD, 2)
+    dispatcher = dispatcher_of(way, 2)
     thread = threading.Thread(target=tick)
     thread.start()
     if rank == 1:
@@ -315,32 +324,33 @@ def _threads_run_on(rank: int, ranks: int) -> int:
     return seen
 
 
-def test_waiting_leaves_the_interpreter_free() -> None:
-    assert min(run_ranks(2, _threads_run_on)) > 20
+@pytest.mark.parametrize("way", WAYS[:2])
+def test_waiting_leaves_the_interpreter_free(way: str) -> None:
+    assert min(run_ranks(2, _threads_run_on, way)) > 20
 
 
-def _op_contract(rank: int, ranks: int) -> None:
+def _op_contract(rank: int, ranks: int, way: str) -> None:
     case = make_case(1, 0, 7, 5, 2, 4)
     x, weights = case.x.requires_grad_(), case.weights.requires_grad_()
-    group = dist.group.WORLD.group_name
-    received = ops.dispatch(x, case.ids, weights, 4, group, 0.0)
+    dispatcher = dispatcher_of(way, 4)
+    name = dispatcher._name
+    received = ops.dispatch(x, case.ids, weights, name)
     torch.library.opcheck(
         torch.ops.moe_kernels.dispatch,
-        (x, case.ids, weights, 4, group, 0.0),
+        (x, case.ids, weights, name),
         # Not that a second run gives equal outputs: each dispatch has a number of its own.
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
     y = received[0].detach().requires_grad_()
     handle = received[3:5]
-    torch.library.opcheck(torch.ops.moe_kernels.combine, (y, *handle, group, 0.0))
+    torch.library.opcheck(torch.ops.moe_kernels.combine, (y, *handle, name))
     grads = (received[0].detach(), received[2].detach())
-    torch.library.opcheck(torch.ops.moe_kernels.dispatch_backward, (*grads, *handle, group, 0.0))
+    torch.library.opcheck(torch.ops.moe_kernels.dispatch_backward, (*grads, *handle, name))
     rows = received[0].shape[0]
     torch.library.opcheck(
-        torch.ops.moe_kernels.combine_backward, (case.x.detach(), *handle, rows, group, 0.0)
+        torch.ops.moe_kernels.combine_backward, (case.x.detach(), *handle, rows, name)
     )
 
-    dispatcher = AllToAllDispatcher(dist.group.WORLD, 4)
     tokens = dispatcher.dispatch(x, case.ids, weights)
     out = dispatcher.combine(tokens.x.square(), tokens.handle)
     (dx,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
@@ -357,16 +367,21 @@ def _op_contract(rank: int, ranks: int) -> None:
         dispatcher.combine(forward_ad.make_dual(y.detach(), y.detach()), tokens.handle)
 
 
-def test_ops_keep_the_contract_of_custom_ops() -> None:
-    run_ranks(1, _op_contract)
+@pytest.mark.parametrize("way", WAYS[:2])
+def test_ops_keep_the_contract_of_custom_ops(way: str) -> None:
+    run_ranks(1, _op_contract, way)
 
 
 def _constructor(rank: int, ranks: int) -> list[tuple[str, str]]:
     group = dist.group.WORLD
     twin = copy.deepcopy(AllToAllDispatcher(group, 4, timeout=5))
-    assert twin.transport == "process_group"
+    assert twin.transport == "shared_memory"
     assert twin.timeout == 5
     assert "num_experts=4" in repr(twin)
+    assert "all 2 ranks are processes of one machine" in twin.explain()
+    plain = AllToAllDispatcher(group, 4, transport="process_group")
+    assert plain.transport == "process_group"
+    assert plain.explain() == "process_group carries tensors of the CPU: it was asked for"
     return [
         raised(lambda: AllToAllDispatcher(group, 4, transport="carrier_pigeon")),
         raised(lambda: AllToAllDispatcher(group, 5)),
@@ -377,7 +392,10 @@ def _constructor(rank: int, ranks: int) -> list[tuple[str, str]]:
 def test_constructor_names_what_does_not_fit() -> None:
     results = run_ranks(2, _constructor)[0]
     assert [kind for kind, _ in results] == ["ValueError"] * 3
-    assert "transport must be one of auto, process_group; got 'carrier_pigeon'" in results[0][1]
+    assert (
+        "transport must be one of auto, process_group, shared_memory; got 'carrier_pigeon'"
+        in results[0][1]
+    )
     assert "num_experts must be a positive multiple of the group's size 2; got 5" in results[1][1]
     assert "timeout must be positive, in seconds; got 0" in results[2][1]
 

@@ -1,0 +1,163 @@
+#include "dispatch/dispatcher.h"
+
+#include <ATen/ATen.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <limits>
+#include <mutex>
+#include <numeric>
+#include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+#include <unordered_map>
+#include <utility>
+
+namespace moe::ep {
+namespace {
+
+using at::Tensor;
+
+// Of the process, as c10d's registry of groups is: ops get names.
+struct Registry {
+  std::mutex mutex;
+  std::unordered_map<std::string, std::weak_ptr<Dispatcher>> dispatchers;
+  std::unordered_map<std::string, int64_t> made;  // in each group
+  std::unordered_map<std::string, std::pair<c10::weak_intrusive_ptr<c10d::ProcessGroup>, Joined>>
+      joined;
+
+  static Registry& get() {
+    static auto* const registry = new Registry;  // for ever: tensors may outlive static objects
+    return *registry;
+  }
+};
+
+}  // namespace
+
+std::shared_ptr<Dispatcher> make_dispatcher(const std::string& group, int64_t rank, int64_t ranks,
+                                            int64_t experts, double timeout,
+                                            std::shared_ptr<shm::Communicator> shared_memory) {
+  Registry& registry = Registry::get();
+  const std::lock_guard lock(registry.mutex);
+  const int64_t number = registry.made[group]++;
+  const std::string name = group + "/" + std::to_string(number);
+  const auto forget = [](Dispatcher* dispatcher) {
+    Registry& registry = Registry::get();
+    {
+      const std::lock_guard lock(registry.mutex);
+      registry.dispatchers.erase(dispatcher->name);
+    }
+    delete dispatcher;
+  };
+  std::shared_ptr<Dispatcher> dispatcher(
+      new Dispatcher{name, group, number, rank, ranks, timeout, Placement(experts, ranks),
+                     std::move(shared_memory)},
+      forget);
+  registry.dispatchers[name] = dispatcher;
+  return dispatcher;
+}
+
+std::shared_ptr<Dispatcher> find_dispatcher(const std::string& name) {
+  Registry& registry = Registry::get();
+  const std::lock_guard lock(registry.mutex);
+  const auto found = registry.dispatchers.find(name);
+  auto dispatcher = found == registry.dispatchers.end() ? nullptr : found->second.lock();
+  TORCH_CHECK(dispatcher, "dispatcher '", name,
+              "' is gone: keep it as long as its handles and gradients are in use");
+  return dispatcher;
+}
+
+void remember_joined(const std::string& group, Joined joined) {
+  Registry& registry = Registry::get();
+  const auto process_group = c10d::resolve_process_group(group);
+  const std::lock_guard lock(registry.mutex);
+  registry.joined.erase(group);
+  registry.joined.emplace(
+      group,
+      std::pair(c10::weak_intrusive_ptr<c10d::ProcessGroup>(process_group), std::move(joined)));
+}
+
+std::optional<Joined> recall_joined(const std::string& group) {
+  Registry& registry = Registry::get();
+  const auto process_group = c10d::resolve_process_group(group);
+  const std::lock_guard lock(registry.mutex);
+  const auto found = registry.joined.find(group);
+  // A group may have the name of an earlier one.
+  if (found == registry.joined.end() || found->second.first.lock() != process_group) return {};
+  return found->second.second;
+}
+
+void forget_joined(const std::string& group) {
+  Registry& registry = Registry::get();
+  std::optional<Joined> joined;
+  {
+    const std::lock_guard lock(registry.mutex);
+    const auto found = registry.joined.find(group);
+    // Unless it is that of a later group with the name.
+    if (found == registry.joined.end() || found->second.first.lock()) return;
+    joined = std::move(found->second.second);
+    registry.joined.erase(found);
+  }
+  if (joined->shared_memory) joined->shared_memory->close();
+}
+
+Plan Plan::read(Phase phase, const Dispatcher& dispatcher, const Tensor& plan) {
+  const int64_t ranks = dispatcher.ranks;
+  TORCH_CHECK_VALUE(plan.is_cpu() && plan.scalar_type() == at::kLong && plan.is_contiguous() &&
+                        plan.dim() == 1 && plan.size(0) == 2 * ranks + 2 &&
+                        plan.const_data_ptr<int64_t>()[2 * ranks + 1] == dispatcher.group_tag(),
+                    to_string(phase), ": the handle must be that of a dispatch in group '",
+                    dispatcher.group, "'; use the dispatcher that made it");
+  const int64_t* const begin = plan.const_data_ptr<int64_t>();
+  return {{begin, begin + ranks}, {begin + ranks, begin + 2 * ranks}, begin[2 * ranks]};
+}
+
+Tensor Plan::write(const Dispatcher& dispatcher) const {
+  const Tensor plan = at::empty({2 * dispatcher.ranks + 2}, at::kLong);
+  auto* out = plan.mutable_data_ptr<int64_t>();
+  out = std::copy(sent.begin(), sent.end(), out);
+  out = std::copy(received.begin(), received.end(), out);
+  out[0] = dispatch;
+  out[1] = dispatcher.group_tag();
+  return plan;
+}
+
+void check_floating(Phase phase, const char* name, const Tensor& tensor) {
+  const at::ScalarType dtype = tensor.scalar_type();
+  TORCH_CHECK_TYPE(
+      dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf || dtype == at::kBFloat16,
+      to_string(phase), ": ", name, " must be one of bfloat16, float16, float32, float64; got ",
+      dtype);
+}
+
+void check_dispatch(const Tensor& x, const Tensor& ids, const Tensor& weights) {
+  TORCH_CHECK_VALUE(x.dim() == 2, "dispatch: x must be [T, H]; got ", x.sizes());
+  check_floating(Phase::kDispatch, "x", x);
+  TORCH_CHECK_VALUE(ids.dim() == 2 && ids.size(0) == x.size(0) && ids.size(1) > 0,
+                    "dispatch: topk_ids must be [T, K] with T = ", x.size(0),
+                    " (x.shape[0]) and K at least 1; got ", ids.sizes());
+  TORCH_CHECK_TYPE(ids.scalar_type() == at::kInt || ids.scalar_type() == at::kLong,
+                   "dispatch: topk_ids must be int32 or int64; got ", ids.scalar_type());
+  TORCH_CHECK_VALUE(weights.sizes() == ids.sizes(), "dispatch: topk_weights must be ", ids.sizes(),
+                    " as topk_ids; got ", weights.sizes());
+  check_floating(Phase::kDispatch, "topk_weights", weights);
+  TORCH_CHECK_VALUE(ids.device() == x.device() && weights.device() == x.device(),
+                    "dispatch: topk_ids and topk_weights must be on x's device ", x.device(),
+                    "; got ", ids.device(), " and ", weights.device());
+  TORCH_CHECK_VALUE(ids.numel() <= std::numeric_limits<int32_t>::max(),
+                    "dispatch: T * K must be below 2**31; got ", ids.numel());
+}
+
+void check_rows(Phase phase, const char* name, const Tensor& rows, int64_t num_rows) {
+  TORCH_CHECK_VALUE(rows.dim() == 2 && rows.size(0) == num_rows, to_string(phase), ": ", name,
+                    " must have the ", num_rows, " rows of its dispatch; got ", rows.sizes());
+}
+
+Terms terms_of(const Dispatcher& dispatcher) { return {.dispatcher = dispatcher.number}; }
+
+int64_t dtype_number(const Tensor& tensor) { return static_cast<int64_t>(tensor.scalar_type()); }
+
+int64_t sum(const std::vector<int64_t>& values) {
+  return std::accumulate(values.begin(), values.end(), int64_t{0});
+}
+
+}  // namespace moe::ep

@@ -1,0 +1,355 @@
+#include "dispatch/shared_memory/communicator.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <thread>
+#include <utility>
+
+namespace moe::ep::shm {
+namespace {
+
+constexpr uint64_t kMagic = 0x4d6f4553484d3031;
+constexpr auto kSlice = std::chrono::milliseconds(20);  // between looks at the peers
+
+// What ranks tell each other first, with the descriptor of their control memory.
+struct Hello {
+  uint64_t magic = kMagic;
+  int64_t rank = -1, size = -1, control_bytes = -1;
+};
+
+// What announces a segment of a heap, with its descriptor.
+struct SegmentNotice {
+  int64_t segment = -1, bytes = -1;
+};
+
+std::string random_name() {
+  std::random_device device;
+  char name[80];
+  std::snprintf(name, sizeof(name), "moe_kernels.%d.%08x%08x%08x%08x", static_cast<int>(::getpid()),
+                device(), device(), device(), device());
+  return name;
+}
+
+std::string seconds_text(double seconds) {
+  char text[32];
+  std::snprintf(text, sizeof(text), "%g", seconds);
+  return text;
+}
+
+Deadline deadline_in(double seconds) {
+  // So that no timeout overflows the clock.
+  const double bounded = std::clamp(seconds, 0.0, 1e9);
+  return Clock::now() +
+         std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(bounded));
+}
+
+const char* name_of(Stage stage) {
+  switch (stage) {
+    case Stage::kHeader:
+      return "header";
+    case Stage::kGrant:
+      return "memory";
+    case Stage::kDone:
+      return "rows";
+  }
+  return "message";
+}
+
+inline void pause() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+}  // namespace
+
+Communicator::Communicator(int rank, int size, std::string group)
+    : rank_(rank),
+      size_(size),
+      group_(std::move(group)),
+      process_(::getpid()),
+      address_(random_name()),
+      peers_(size) {
+  control_memory_ = Mapping::create(Control::bytes(size), &control_fd_);
+  listener_ = listen_at(address_, size);
+  heap_ = std::make_shared<Heap>([this](int64_t segment, size_t bytes, const Fd& fd) {
+    const SegmentNotice notice{segment, static_cast<int64_t>(bytes)};
+    // Whoever is gone is found, and named, where it is waited for.
+    for (const PeerLink& link : peers_) {
+      if (link.socket.valid()) send_message(link.socket, &notice, sizeof(notice), fd.get());
+    }
+  });
+  // Where threads share processors, a thread that spins keeps the one it waits for from running.
+  spin_ = std::chrono::microseconds(size > usable_processors() ? 0 : 100);
+}
+
+Communicator::~Communicator() {
+  heap_->retire();
+  close();
+}
+
+void Communicator::close() {
+  if (::getpid() != process_) return;  // a fork of the rank is not the rank
+  {
+    const std::lock_guard lock(failure_mutex_);
+    if (failure_.empty()) failure_ = "group '" + group_ + "' has been destroyed";
+  }
+  uint32_t open = static_cast<uint32_t>(State::kOpen);
+  own_control().state.compare_exchange_strong(open, static_cast<uint32_t>(State::kClosed));
+  for (int peer = 0; peer < size_; ++peer) ring(peer);
+}
+
+std::string Communicator::name_of(int peer) const {
+  std::string name = "rank " + std::to_string(peer);
+  if (peers_[peer].pid >= 0) name += " (process " + std::to_string(peers_[peer].pid) + ")";
+  return name + " of group '" + group_ + "'";
+}
+
+void Communicator::welcome(PeerLink& link, const Fd& control_fd) {
+  link.control_memory = Mapping::of(control_fd, Control::bytes(size_));
+  link.control = reinterpret_cast<Control*>(link.control_memory.data());
+  link.pid = peer_of(link.socket).pid;
+  link.watch = watch_process(link.pid);
+}
+
+// Exchanges hellos over a new connection, to a rank that is known or not (-1) yet.
+void Communicator::greet(Fd socket, int expected_rank, Deadline deadline) {
+  const std::string who =
+      expected_rank < 0 ? "a rank of group '" + group_ + "'" : name_of(expected_rank);
+  if (peer_of(socket).uid != ::geteuid()) {
+    throw Error("shared_memory: a process of another user has connected in the place of " + who);
+  }
+  const Hello mine{kMagic, rank_, size_, static_cast<int64_t>(Control::bytes(size_))};
+  if (!send_message(socket, &mine, sizeof(mine), control_fd_.get())) {
+    throw Error("shared_memory: " + who + " has closed the connection");
+  }
+  Hello theirs;
+  Fd control_fd;
+  if (!receive_message(socket, &theirs, sizeof(theirs), &control_fd, deadline)) {
+    throw Error("shared_memory: " + who + " has connected and said nothing within the timeout");
+  }
+  const bool known = theirs.magic == kMagic && theirs.size == size_ &&
+                     theirs.control_bytes == mine.control_bytes && theirs.rank >= 0 &&
+                     theirs.rank < size_ && theirs.rank != rank_ && control_fd.valid() &&
+                     (expected_rank < 0 || theirs.rank == expected_rank) &&
+                     !peers_[theirs.rank].socket.valid();
+  if (!known) {
+    throw Error("shared_memory: " + who +
+                " speaks another protocol. Use one version of moe_kernels on all ranks.");
+  }
+  PeerLink& link = peers_[theirs.rank];
+  link.socket = std::move(socket);
+  welcome(link, control_fd);
+}
+
+void Communicator::connect(const std::vector<std::string>& addresses, double timeout) {
+  if (static_cast<int>(addresses.size()) != size_) {
+    throw Error("shared_memory: connect needs an address of each of the " + std::to_string(size_) +
+                " ranks; got " + std::to_string(addresses.size()));
+  }
+  const Deadline deadline = deadline_in(timeout);
+  for (int peer = 0; peer < rank_; ++peer) {
+    try {
+      greet(connect_to(addresses[peer]), peer, deadline);
+    } catch (const Error& error) {
+      throw Error("shared_memory: rank " + std::to_string(rank_) + " could not join " +
+                  name_of(peer) + ", which may have exited: " + error.what());
+    }
+  }
+  for (int missing = size_ - 1 - rank_; missing > 0; --missing) {
+    Fd socket = accept_from(listener_, deadline);
+    if (!socket.valid()) {
+      std::string names;
+      for (int peer = rank_ + 1; peer < size_; ++peer) {
+        if (!peers_[peer].socket.valid())
+          names += (names.empty() ? "" : ", ") + std::to_string(peer);
+      }
+      throw Error("shared_memory: rank " + std::to_string(rank_) + " of group '" + group_ +
+                  "' has waited " + seconds_text(timeout) + " s for these ranks to join: " + names);
+    }
+    greet(std::move(socket), -1, deadline);
+  }
+  listener_.reset(-1);
+  control_fd_.reset(-1);
+}
+
+std::string Communicator::failure() const {
+  const std::lock_guard lock(failure_mutex_);
+  return failure_;
+}
+
+void Communicator::fail(const std::string& reason) {
+  {
+    const std::lock_guard lock(failure_mutex_);
+    if (!failure_.empty()) return;
+    failure_ = reason;
+  }
+  Control& control = own_control();
+  std::snprintf(control.reason, kReasonBytes, "%s", reason.c_str());
+  control.state.store(static_cast<uint32_t>(State::kFailed), std::memory_order_release);
+  for (int peer = 0; peer < size_; ++peer) ring(peer);
+}
+
+void Communicator::fail_and_throw(const std::string& reason) {
+  fail(reason);
+  throw Error(reason);
+}
+
+void Communicator::check_usable(const char* phase) const {
+  const std::string op(phase);
+  if (::getpid() != process_) {
+    throw Error(op + ": this process is a fork of rank " + std::to_string(rank_) + " of group '" +
+                group_ + "', which alone can use its dispatchers. Make a process group here.");
+  }
+  const std::string cause = failure();
+  if (!cause.empty()) {
+    throw Error(
+        op + ": the dispatchers of group '" + group_ +
+        "' are of no use after an error; start the ranks again. The first error was: " + cause);
+  }
+}
+
+void Communicator::ring(int peer) {
+  Control* const control = peers_[peer].control;
+  if (!control) return;
+  control->bell.fetch_add(1);
+  if (control->sleepers.load() > 0) futex_wake_all(&control->bell);
+}
+
+bool Communicator::arrived(int peer, Stage stage, uint64_t call) const {
+  return own_control().mailbox(stage, call, peer, size_).call.load(std::memory_order_acquire) ==
+         call;
+}
+
+const Message& Communicator::wait_for(int peer, Stage stage, uint64_t call, const char* phase,
+                                      double timeout) {
+  Control& mine = own_control();
+  const Message& message = mine.mailbox(stage, call, peer, size_).message;
+  if (arrived(peer, stage, call)) return message;
+  const Deadline begin = Clock::now();
+  for (int round = 0; spin_.count() > 0; ++round) {
+    pause();
+    if (arrived(peer, stage, call)) return message;
+    if (round % 64 == 63 && Clock::now() - begin > spin_) break;
+  }
+  const Deadline deadline = deadline_in(timeout);
+  while (true) {
+    // Whoever rings after this look finds a sleeper, or has changed the bell by then.
+    mine.sleepers.fetch_add(1);
+    const uint32_t bell = mine.bell.load();
+    const bool there = arrived(peer, stage, call);
+    if (!there) futex_wait(&mine.bell, bell, kSlice);
+    mine.sleepers.fetch_sub(1);
+    if (there || arrived(peer, stage, call)) return message;
+    check_peers(stage, call, phase, deadline, timeout);
+    if (interrupt_) interrupt_();
+  }
+}
+
+// Throws if a rank whose message is missing will not send it.
+void Communicator::check_peers(Stage stage, uint64_t call, const char* phase, Deadline deadline,
+                               double timeout) {
+  const std::string op(phase);
+  const bool late = Clock::now() >= deadline;
+  std::string missing;
+  for (int peer = 0; peer < size_; ++peer) {
+    PeerLink& link = peers_[peer];
+    if (peer == rank_ || arrived(peer, stage, call)) continue;
+    const auto state = static_cast<State>(link.control->state.load(std::memory_order_acquire));
+    const bool exited = has_exited(link.watch);
+    if (arrived(peer, stage, call)) continue;  // the last thing it did
+    const std::string where = " while rank " + std::to_string(rank_) + " waited for its " +
+                              shm::name_of(stage) + " in " + op;
+    if (state == State::kFailed) {
+      char reason[kReasonBytes];
+      std::memcpy(reason, link.control->reason, kReasonBytes);
+      reason[kReasonBytes - 1] = 0;
+      fail_and_throw(op + ": " + name_of(peer) + " has failed" + where + ": " + reason);
+    }
+    if (exited) fail_and_throw(op + ": " + name_of(peer) + " has exited" + where);
+    if (state == State::kClosed) {
+      fail_and_throw(op + ": " + name_of(peer) + " has destroyed the group" + where);
+    }
+    if (!late) continue;
+    const uint64_t entered = link.control->call.load(std::memory_order_acquire);
+    missing += (missing.empty() ? "" : "; ") + name_of(peer) + " " +
+               describe_process(link.pid, link.watch) +
+               (entered < call ? ", has made " + std::to_string(entered) +
+                                     " calls of the dispatchers and not this one, the next"
+                               : ", has made this call and not got so far");
+  }
+  if (late && !missing.empty()) {
+    fail_and_throw(op + ": rank " + std::to_string(rank_) + " has waited the timeout of " +
+                   seconds_text(timeout) + " s for the " + shm::name_of(stage) + " of others. " +
+                   missing + ". Every rank must make the same calls in the same order.");
+  }
+}
+
+Communicator::Call::Call(std::shared_ptr<Communicator> communicator, const char* phase,
+                         double timeout)
+    : communicator_(std::move(communicator)),
+      lock_(communicator_->call_mutex_),
+      phase_(phase),
+      timeout_(timeout) {
+  communicator_->check_usable(phase);
+  number_ = ++communicator_->calls_;
+  communicator_->own_control().call.store(number_, std::memory_order_release);
+  auto& before = communicator_->published_before_;
+  auto& published = communicator_->published_;
+  before.insert(before.end(), published.begin(), published.end());
+  published.clear();
+}
+
+Communicator::Call::~Call() {
+  if (!finished_) abandon("it gave up in " + std::string(phase_));
+}
+
+void Communicator::Call::abandon(const std::string& reason) {
+  if (finished_) return;
+  communicator_->fail(reason);
+  finished_ = true;
+}
+
+void Communicator::Call::send(int peer, Stage stage, const Message& message) {
+  Communicator& c = *communicator_;
+  Control* const control = peer == c.rank_ ? &c.own_control() : c.peers_[peer].control;
+  Mailbox& box = control->mailbox(stage, number_, c.rank_, c.size_);
+  box.message = message;
+  box.call.store(number_, std::memory_order_release);
+  c.ring(peer);
+}
+
+const Message& Communicator::Call::receive(int peer, Stage stage) {
+  return communicator_->wait_for(peer, stage, number_, phase_, timeout_);
+}
+
+char* Communicator::Call::at(int peer, Place place) {
+  Communicator& c = *communicator_;
+  PeerLink& link = c.peers_[peer];
+  while (place.segment >= static_cast<int64_t>(link.segments.size())) {
+    // It was announced before the place was named.
+    SegmentNotice notice;
+    Fd fd;
+    if (!receive_message(link.socket, &notice, sizeof(notice), &fd, deadline_in(timeout_)) ||
+        notice.segment != static_cast<int64_t>(link.segments.size()) || !fd.valid()) {
+      c.fail_and_throw(std::string(phase_) + ": " + c.name_of(peer) +
+                       " has named memory that it has not announced");
+    }
+    link.segments.push_back(Mapping::of(fd, static_cast<size_t>(notice.bytes)));
+  }
+  return link.segments[place.segment].data() + place.offset;
+}
+
+void Communicator::Call::publish(std::shared_ptr<Heap::Block> block) {
+  communicator_->published_.push_back(std::move(block));
+}
+
+void Communicator::Call::release_published() { communicator_->published_before_.clear(); }
+
+}  // namespace moe::ep::shm

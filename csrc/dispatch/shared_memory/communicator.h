@@ -1,0 +1,116 @@
+// The ranks of one machine, joined by memory that they share.
+//
+// A rank that dies, stops, leaves, fails or does not come is an Error on every rank that waits for
+// it, which names it; what it had written stays readable. After an Error of an exchange a
+// communicator refuses further calls: nobody knows any more what the others have seen.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "dispatch/shared_memory/control.h"
+#include "dispatch/shared_memory/heap.h"
+#include "dispatch/shared_memory/system.h"
+
+namespace moe::ep::shm {
+
+class Communicator {
+ public:
+  // `group` names the ranks in messages.
+  Communicator(int rank, int size, std::string group);
+  ~Communicator();
+  Communicator(const Communicator&) = delete;
+  Communicator& operator=(const Communicator&) = delete;
+
+  int rank() const { return rank_; }
+  int size() const { return size_; }
+  const std::string& group() const { return group_; }
+
+  // Where the peers find this rank, until connect() returns.
+  const std::string& address() const { return address_; }
+  // Joins the ranks at `addresses`, in their order, within `timeout` seconds; all of them call it.
+  void connect(const std::vector<std::string>& addresses, double timeout);
+  // The group is gone: who waits for this rank learns it, and there are no further calls.
+  void close();
+
+  Heap& heap() { return *heap_; }
+  // Why there can be no further calls; empty while there can.
+  std::string failure() const;
+  // Called now and then by a thread that waits, and may throw.
+  void set_interrupt(std::function<void()> interrupt) { interrupt_ = std::move(interrupt); }
+
+  // One call of all ranks, in the order that they share. One exists at a time, others wait for it.
+  class Call {
+   public:
+    // `timeout` in seconds bounds each receive().
+    Call(std::shared_ptr<Communicator> communicator, const char* phase, double timeout);
+    ~Call();  // unless finish() was called, the communicator has failed
+    Call(const Call&) = delete;
+    Call& operator=(const Call&) = delete;
+
+    void send(int peer, Stage stage, const Message& message);
+    const Message& receive(int peer, Stage stage);
+    // The memory at a place that `peer` has named.
+    char* at(int peer, Place place);
+    // Memory that peers read in this call: it is kept until all of them have entered the next one.
+    void publish(std::shared_ptr<Heap::Block> block);
+    // Every header of this call was received: the peers are done with the calls before.
+    void release_published();
+    // The ranks agree on how this call ended, be it an error.
+    void finish() { finished_ = true; }
+    // Tells the peers why it will not end, unless it has.
+    void abandon(const std::string& reason);
+
+   private:
+    std::shared_ptr<Communicator> communicator_;
+    std::unique_lock<std::mutex> lock_;
+    const char* phase_;
+    double timeout_;
+    uint64_t number_;
+    bool finished_ = false;
+  };
+
+ private:
+  struct PeerLink {
+    Fd socket, watch;
+    pid_t pid = -1;
+    Mapping control_memory;
+    std::vector<Mapping> segments;
+    Control* control = nullptr;
+  };
+
+  Control& own_control() const { return *reinterpret_cast<Control*>(control_memory_.data()); }
+  void check_usable(const char* phase) const;
+  void welcome(PeerLink& link, const Fd& control_fd);
+  void greet(Fd socket, int expected_rank, Deadline deadline);
+  void ring(int peer);
+  void fail(const std::string& reason);
+  [[noreturn]] void fail_and_throw(const std::string& reason);
+  const Message& wait_for(int peer, Stage stage, uint64_t call, const char* phase, double timeout);
+  bool arrived(int peer, Stage stage, uint64_t call) const;
+  void check_peers(Stage stage, uint64_t call, const char* phase, Deadline deadline,
+                   double timeout);
+  std::string name_of(int peer) const;
+
+  const int rank_, size_;
+  const std::string group_;
+  const pid_t process_;
+  std::string address_;
+  Fd listener_, control_fd_;
+  Mapping control_memory_;
+  std::vector<PeerLink> peers_;
+  std::shared_ptr<Heap> heap_;
+  std::vector<std::shared_ptr<Heap::Block>> published_, published_before_;
+  std::function<void()> interrupt_;
+  std::chrono::microseconds spin_;
+
+  std::mutex call_mutex_;
+  uint64_t calls_ = 0;
+  mutable std::mutex failure_mutex_;
+  std::string failure_;
+};
+
+}  // namespace moe::ep::shm

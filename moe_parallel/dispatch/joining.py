@@ -1,0 +1,129 @@
+"""How the ranks of a group are joined: which transports they can use together, and why.
+
+Decided once for a group, by what every rank publishes in the group's store, so that all ranks
+decide alike.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import weakref
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from moe_parallel.dispatch.native import extension
+from moe_parallel.torch_internals import cpu_backend_of, store_of, timeout_of
+
+logger = logging.getLogger(__name__)
+
+# Backends whose ranks are processes that a store joins; others imitate them in one process.
+_BACKENDS_OF_PROCESSES = ("gloo", "mpi", "ucc")
+
+
+class Joined(NamedTuple):
+    """What the ranks of a group have in common.
+
+    Attributes:
+        shared_memory: a ``moe_kernels._C.SharedMemory`` that joins them, or None.
+        reason: why there is one, or none.
+    """
+
+    shared_memory: Any
+    reason: str
+
+
+def _host() -> str:
+    """A name that processes share if and only if they can reach each other's memory."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    namespaces = [os.readlink(f"/proc/self/ns/{kind}") for kind in ("pid", "net")]
+    return " ".join([boot, *namespaces, f"uid:{os.geteuid()}"])
+
+
+def _offer(group: ProcessGroup) -> tuple[Any, dict[str, Any]]:
+    """What this rank brings: its memory, or None, and what it tells the others of it."""
+    try:
+        host = _host()
+        memory = extension().SharedMemory(group.rank(), group.size(), group.group_name)
+    except (OSError, RuntimeError) as error:
+        return None, {"obstacle": str(error)}
+    return memory, {"host": host, "process": os.getpid(), "address": memory.address}
+
+
+def _read_offers(group: ProcessGroup, store: Any, timeout: timedelta) -> list[dict[str, Any]]:
+    keys = [f"moe_kernels/offer/{rank}" for rank in range(group.size())]
+    try:
+        store.wait(keys, timeout)
+    except RuntimeError as error:
+        missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+        raise dist.DistBackendError(
+            f"AllToAllDispatcher: rank {group.rank()} of group '{group.group_name}' has waited "
+            f"{timeout.total_seconds():g} s for these ranks to make their first dispatcher: "
+            f"{missing}. Every rank of the group must make it."
+        ) from error
+    return [json.loads(store.get(key)) for key in keys]
+
+
+def _obstacle(offers: list[dict[str, Any]]) -> str | None:
+    """Why the ranks cannot share memory, the same on every rank; None if they can."""
+    for rank, offer in enumerate(offers):
+        if "obstacle" in offer:
+            return f"rank {rank} cannot share memory: {offer['obstacle']}"
+        if offer["host"] != offers[0]["host"]:
+            return (
+                f"ranks 0 and {rank} are on different machines, in different containers or of "
+                "different users"
+            )
+    if len({offer["process"] for offer in offers}) < len(offers):
+        return "several ranks are threads of one process"
+    return None
+
+
+def _join(group: ProcessGroup, seconds: float | None) -> Joined:
+    backend = cpu_backend_of(group)
+    if backend not in _BACKENDS_OF_PROCESSES:
+        return Joined(None, f"the group's backend on the CPU is {backend}")
+    timeout = timeout_of(group) if seconds is None else timedelta(seconds=seconds)
+    memory, offer = _offer(group)
+    store = store_of(group)
+    store.set(f"moe_kernels/offer/{group.rank()}", json.dumps(offer))
+    offers = _read_offers(group, store, timeout)
+    obstacle = _obstacle(offers)
+    if obstacle is not None:
+        return Joined(None, obstacle)
+    try:
+        memory.connect([offer["address"] for offer in offers], timeout.total_seconds())
+    except RuntimeError as error:
+        raise dist.DistBackendError(f"AllToAllDispatcher: {error}") from error
+    return Joined(memory, f"all {group.size()} ranks are processes of one machine")
+
+
+def join(group: ProcessGroup, timeout: float | None) -> Joined:
+    """Join the ranks of ``group``, the first time; later the same again.
+
+    Args:
+        group: every rank of it makes this call.
+        timeout: seconds to wait for the others; None for the group's own timeout.
+
+    Raises:
+        torch.distributed.DistBackendError: a rank did not come in time, or has died; it is named.
+    """
+    native = extension()
+    known = native.recall_joined(group.group_name)
+    if known is not None:
+        return Joined(*known)
+    joined = _join(group, timeout)
+    native.remember_joined(group.group_name, *joined)
+    weakref.finalize(group, native.forget_joined, group.group_name)
+    logger.info(
+        "dispatch in group '%s': %s, for %s",
+        group.group_name,
+        "process_group" if joined.shared_memory is None else "shared_memory",
+        joined.reason,
+    )
+    return joined
