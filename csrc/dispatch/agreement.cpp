@@ -9,7 +9,7 @@
 namespace moe::ep {
 namespace {
 
-constexpr int64_t kMagic = 0x4d6f45413243;
+constexpr int64_t kMagic = 0x4d6f45413244;
 
 // Numbers dispatches, so that ranks can tell handles apart. A Lamport clock: a rank proposes its
 // next tick, the headers carry every proposal to every rank, the largest is the number, and all
@@ -35,6 +35,8 @@ const char* name_of(int64_t field) {
       return "the dispatch whose handle they use";
     case kExpertsField:
       return "num_experts";
+    case kPlacementField:
+      return "the placement of the experts";
     case kHiddenField:
       return "H (the columns of x)";
     case kTopKField:
@@ -53,6 +55,7 @@ std::string value_of(int64_t field, int64_t value) {
   }
   if (field == kDispatchField) return "dispatch " + std::to_string(value);
   if (field == kDispatcherField) return "dispatcher " + std::to_string(value);
+  if (field == kPlacementField) return "placement " + std::to_string(value);
   const bool is_dtype = field == kXDtypeField || field == kWeightDtypeField;
   if (is_dtype && value < static_cast<int64_t>(c10::ScalarType::NumOptions)) {
     return c10::toString(static_cast<c10::ScalarType>(value));
@@ -84,6 +87,7 @@ Header make_header(Phase phase, const Terms& terms, bool refused) {
   header[kDispatcherField] = terms.dispatcher;
   header[kDispatchField] = phase == Phase::kDispatch ? next_dispatch++ : terms.dispatch;
   header[kExpertsField] = terms.experts;
+  header[kPlacementField] = terms.placement;
   header[kHiddenField] = terms.hidden;
   header[kTopKField] = terms.top_k;
   header[kXDtypeField] = terms.x_dtype;

@@ -20,7 +20,7 @@ const char* to_string(Phase phase);
 struct Terms {
   int64_t dispatcher = -1;  // its number in the group
   int64_t dispatch = -1;    // the number of the dispatch that the handle is of
-  int64_t experts = -1, hidden = -1, top_k = -1;
+  int64_t experts = -1, placement = -1, hidden = -1, top_k = -1;
   int64_t x_dtype = -1, weight_dtype = -1;  // at::ScalarType
 };
 
@@ -32,6 +32,7 @@ enum Field : int64_t {
   kDispatcherField,
   kDispatchField,
   kExpertsField,
+  kPlacementField,
   kHiddenField,
   kTopKField,
   kXDtypeField,

@@ -4,7 +4,9 @@
 #include <torch/extension.h>
 
 #include <memory>
+#include <optional>
 #include <utility>
+#include <vector>
 
 #include "dispatch/dispatcher.h"
 #include "dispatch/rows.h"
@@ -24,6 +26,15 @@ std::shared_ptr<Communicator> make_communicator(int rank, int size, std::string 
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
   });
   return communicator;
+}
+
+std::shared_ptr<Dispatcher> new_dispatcher(
+    const std::string& group, int64_t rank, int64_t ranks, int64_t experts, double timeout,
+    std::shared_ptr<Communicator> shared_memory,
+    const std::optional<std::vector<std::vector<int32_t>>>& owners) {
+  return make_dispatcher(group, rank, ranks,
+                         owners ? Placement(*owners, ranks, rank) : Placement(experts, ranks),
+                         timeout, std::move(shared_memory));
 }
 
 }  // namespace
@@ -48,8 +59,8 @@ void bind(py::module_& m) {
 
   py::class_<Dispatcher, std::shared_ptr<Dispatcher>>(
       m, "Dispatcher", "A dispatcher as the ops find it: by its name, while this object lives.")
-      .def(py::init(&make_dispatcher), "group"_a, "rank"_a, "ranks"_a, "experts"_a, "timeout"_a,
-           "shared_memory"_a = nullptr)
+      .def(py::init(&new_dispatcher), "group"_a, "rank"_a, "ranks"_a, "experts"_a, "timeout"_a,
+           "shared_memory"_a, "owners"_a)
       .def_readonly("name", &Dispatcher::name)
       .def_readonly("ranks", &Dispatcher::ranks);
   m.def("find_dispatcher", &find_dispatcher, "name"_a);

@@ -34,7 +34,7 @@ struct Registry {
 }  // namespace
 
 std::shared_ptr<Dispatcher> make_dispatcher(const std::string& group, int64_t rank, int64_t ranks,
-                                            int64_t experts, double timeout,
+                                            Placement placement, double timeout,
                                             std::shared_ptr<shm::Communicator> shared_memory) {
   Registry& registry = Registry::get();
   const std::lock_guard lock(registry.mutex);
@@ -49,7 +49,7 @@ std::shared_ptr<Dispatcher> make_dispatcher(const std::string& group, int64_t ra
     delete dispatcher;
   };
   std::shared_ptr<Dispatcher> dispatcher(
-      new Dispatcher{name, group, number, rank, ranks, timeout, Placement(experts, ranks),
+      new Dispatcher{name, group, number, rank, ranks, timeout, std::move(placement),
                      std::move(shared_memory)},
       forget);
   registry.dispatchers[name] = dispatcher;
@@ -152,7 +152,11 @@ void check_rows(Phase phase, const char* name, const Tensor& rows, int64_t num_r
                     " must have the ", num_rows, " rows of its dispatch; got ", rows.sizes());
 }
 
-Terms terms_of(const Dispatcher& dispatcher) { return {.dispatcher = dispatcher.number}; }
+Terms terms_of(const Dispatcher& dispatcher) {
+  return {.dispatcher = dispatcher.number,
+          .experts = dispatcher.experts(),
+          .placement = dispatcher.placement.digest()};
+}
 
 int64_t dtype_number(const Tensor& tensor) { return static_cast<int64_t>(tensor.scalar_type()); }
 

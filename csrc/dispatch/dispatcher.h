@@ -36,7 +36,7 @@ struct Dispatcher {
 // The dispatchers of this process, by name; they live as long as somebody else holds them. Ranks
 // make those of a group in the same order: so they get the same numbers.
 std::shared_ptr<Dispatcher> make_dispatcher(const std::string& group, int64_t rank, int64_t ranks,
-                                            int64_t experts, double timeout,
+                                            Placement placement, double timeout,
                                             std::shared_ptr<shm::Communicator> shared_memory);
 std::shared_ptr<Dispatcher> find_dispatcher(const std::string& name);
 

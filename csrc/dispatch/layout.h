@@ -20,23 +20,75 @@ struct Counts {
   int64_t slots = 0;  // (token, expert) pairs there
 };
 
-// Where the experts are.
+// Where the experts are: each on one rank, or copies of it on several, of which a token takes one.
 class Placement {
  public:
-  Placement(int64_t experts, int64_t ranks) : owner_(experts), local_(experts) {
-    for (int64_t e = 0; e < experts; ++e) {
-      owner_[e] = static_cast<int32_t>(e / (experts / ranks));
-      local_[e] = static_cast<int32_t>(e % (experts / ranks));
-    }
+  // Equal numbers of consecutive experts on each rank.
+  Placement(int64_t experts, int64_t ranks) : Placement(in_order(experts, ranks), ranks, 0) {
+    experts_per_rank_ = experts / ranks;
   }
 
-  int64_t experts() const { return static_cast<int64_t>(owner_.size()); }
-  // The rank of an expert, and its number there.
-  int32_t owner(int64_t expert) const { return owner_[expert]; }
-  int32_t local(int64_t expert) const { return local_[expert]; }
+  // owners[e]: the ranks that have expert e, ascending. Tokens of `own` prefer that rank, and take
+  // turns elsewhere.
+  Placement(const std::vector<std::vector<int32_t>>& owners, int64_t ranks, int64_t own) {
+    std::vector<int32_t> count(ranks, 0);
+    for (const auto& mine : owners) {
+      const auto here = std::find(mine.begin(), mine.end(), static_cast<int32_t>(own));
+      preferred_.push_back(here == mine.end() ? -1 : static_cast<int32_t>(here - mine.begin()));
+      begin_.push_back(static_cast<int32_t>(homes_.size()));
+      for (const int32_t rank : mine) homes_.push_back({rank, count[rank]++});
+      most_copies_ = std::max(most_copies_, static_cast<int64_t>(mine.size()));
+    }
+    begin_.push_back(static_cast<int32_t>(homes_.size()));
+  }
+
+  // A rank, and the number of an expert among its.
+  struct Home {
+    int32_t rank, local;
+  };
+
+  int64_t experts() const { return static_cast<int64_t>(preferred_.size()); }
+  int64_t most_copies() const { return most_copies_; }
+  // Of the first kind; 0 for others.
+  int64_t experts_per_rank() const { return experts_per_rank_; }
+  // Of an expert's copies.
+  std::span<const Home> homes(int64_t expert) const {
+    return {homes_.data() + begin_[expert], homes_.data() + begin_[expert + 1]};
+  }
+  // That of homes() which tokens of this rank use; -1 where they take turns.
+  int32_t preferred(int64_t expert) const { return preferred_[expert]; }
+
+  Home home(int64_t expert, int64_t token) const {
+    const int32_t begin = begin_[expert];
+    if (most_copies_ == 1) return homes_[begin];
+    const int32_t turn = static_cast<int32_t>(token % (begin_[expert + 1] - begin));
+    return homes_[begin + (preferred_[expert] < 0 ? turn : preferred_[expert])];
+  }
+
+  // Equal for equal placements, whichever rank's; positive.
+  int64_t digest() const {
+    uint64_t hash = 0xcbf29ce484222325;
+    const auto mix = [&](int32_t value) {
+      hash = (hash ^ static_cast<uint32_t>(value)) * 0x100000001b3;
+    };
+    for (const int32_t begin : begin_) mix(begin);
+    for (const Home& home : homes_) mix(home.rank);
+    return static_cast<int64_t>(hash >> 1);
+  }
 
  private:
-  std::vector<int32_t> owner_, local_;
+  static std::vector<std::vector<int32_t>> in_order(int64_t experts, int64_t ranks) {
+    std::vector<std::vector<int32_t>> owners;
+    for (int64_t e = 0; e < experts; ++e) {
+      owners.push_back({static_cast<int32_t>(e / (experts / ranks))});
+    }
+    return owners;
+  }
+
+  std::vector<int32_t> begin_;  // [E + 1], in homes_
+  std::vector<Home> homes_;
+  std::vector<int32_t> preferred_;  // [E]
+  int64_t most_copies_ = 0, experts_per_rank_ = 0;
 };
 
 // [P + 1]: the first row of each rank, and the number of rows.
@@ -58,7 +110,7 @@ int64_t make_layout(const Id* ids, int64_t tokens, int64_t top_k, const Placemen
       slot_rows[slot] = -1;
       if (id == -1 || id == experts) continue;
       if (id < 0 || id > experts) return slot;
-      const int32_t rank = placement.owner(id);
+      const int32_t rank = placement.home(id, t).rank;
       counts[rank].rows += last_token[rank] != t;
       counts[rank].slots += 1;
       last_token[rank] = t;
@@ -70,8 +122,10 @@ int64_t make_layout(const Id* ids, int64_t tokens, int64_t top_k, const Placemen
   for (size_t rank = 1; rank < counts.size(); ++rank) {
     first[rank] = first[rank - 1] + static_cast<int32_t>(counts[rank - 1].rows);
   }
-  for (int64_t slot = 0; slot < tokens * top_k; ++slot) {
-    if (slot_rows[slot] >= 0) slot_rows[slot] += first[placement.owner(ids[slot])];
+  for (int64_t t = 0; t < tokens; ++t) {
+    for (int64_t slot = t * top_k; slot < (t + 1) * top_k; ++slot) {
+      if (slot_rows[slot] >= 0) slot_rows[slot] += first[placement.home(ids[slot], t).rank];
+    }
   }
   return -1;
 }
@@ -99,10 +153,10 @@ class TokenRows {
       for (size_t i = count++; i > at; --i) rows_[i] = rows_[i - 1];
       rows_[at].row = row;
     }
-    auto rank = first_.begin() + 1;
+    int32_t rank = 0;
     for (size_t i = 0; i < count; ++i) {
-      rank = std::upper_bound(rank, first_.end(), int64_t{rows_[i].row});
-      rows_[i].rank = static_cast<int32_t>(rank - first_.begin()) - 1;
+      while (first_[rank + 1] <= rows_[i].row) ++rank;
+      rows_[i].rank = rank;
     }
     return {rows_.data(), count};
   }
@@ -161,7 +215,7 @@ void pack_routing(const Id* ids, const Placement& placement, const char* weights
         const int64_t slot = t * top_k + k;
         int32_t id = -1;
         if (slot_rows[slot] == row.row) {
-          id = placement.local(ids[slot]);
+          id = placement.home(ids[slot], t).local;
           std::memcpy(to_weights + k * weight_bytes, weights + slot * weight_bytes, weight_bytes);
         }
         std::memcpy(to_ids + k * sizeof(id), &id, sizeof(id));

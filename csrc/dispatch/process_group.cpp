@@ -171,7 +171,6 @@ Arrived dispatch(const Dispatcher& dispatcher, const Tensor& x, const Tensor& to
     layout.bad = at::ones({}, layout.counts.options());
   }
   Terms terms = terms_of(dispatcher);
-  terms.experts = dispatcher.experts();
   if (!refusal) {
     terms.hidden = x.size(1), terms.x_dtype = dtype_number(x);
     terms.top_k = topk_ids.size(1), terms.weight_dtype = dtype_number(topk_weights);

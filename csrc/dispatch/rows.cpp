@@ -68,7 +68,7 @@ bool is_native(const Tensor& tensor) {
 void set_native(bool native) { native_on_cpu.store(native, std::memory_order_relaxed); }
 
 Layout make_layout(const Tensor& ids, const Placement& placement, int64_t ranks) {
-  if (!is_native(ids)) return by_aten::make_layout(ids, placement.experts(), ranks);
+  if (!is_native(ids)) return by_aten::make_layout(ids, placement, ranks);
   const Tensor dense = ids.contiguous();
   const int64_t tokens = ids.size(0), top_k = ids.size(1);
   const Tensor slot_rows = at::empty({tokens, top_k}, ids.options().dtype(at::kInt));
@@ -108,8 +108,7 @@ Tensor empty_routing(const Tensor& weights, int64_t num_rows) {
 Tensor pack_routing(const Tensor& ids, const Tensor& weights, const Tensor& slot_rows,
                     const std::vector<int64_t>& first, const Placement& placement) {
   if (!is_native(ids)) {
-    const int64_t experts_per_rank = placement.experts() / static_cast<int64_t>(first.size() - 1);
-    return by_aten::pack_routing(ids, weights, slot_rows, first.back(), experts_per_rank);
+    return by_aten::pack_routing(ids, weights, slot_rows, first.back(), placement);
   }
   const Tensor out = empty_routing(weights, first.back()).zero_();
   const RoutingBytes layout{weights.size(1), static_cast<int64_t>(weights.element_size())};

@@ -71,10 +71,10 @@ struct RoutingBytes {
 
 namespace by_aten {
 
-Layout make_layout(const at::Tensor& ids, int64_t experts, int64_t ranks);
+Layout make_layout(const at::Tensor& ids, const Placement& placement, int64_t ranks);
 at::Tensor pack_rows(const at::Tensor& x, const at::Tensor& slot_rows, int64_t num_rows);
 at::Tensor pack_routing(const at::Tensor& ids, const at::Tensor& weights,
-                        const at::Tensor& slot_rows, int64_t num_rows, int64_t experts_per_rank);
+                        const at::Tensor& slot_rows, int64_t num_rows, const Placement& placement);
 at::Tensor sum_rows(const at::Tensor& rows, const at::Tensor& slot_rows, int64_t ranks);
 at::Tensor gather_slots(const at::Tensor& rows, const at::Tensor& slot_rows);
 

@@ -30,14 +30,48 @@ Tensor token_of_row(const Tensor& slot_rows, int64_t num_rows) {
       .narrow(0, 0, num_rows);
 }
 
+// [T, K, 2]: the rank of each slot's expert, and its number there; anything where `invalid`.
+Tensor homes_of(const Tensor& ids, const Tensor& invalid, const Placement& placement) {
+  const int64_t experts = placement.experts(), copies = placement.most_copies();
+  const Tensor expert = ids.to(at::kLong).masked_fill(invalid, 0);
+  if (const int64_t each = placement.experts_per_rank(); each > 0) {
+    return at::stack({expert.floor_divide(each), expert.remainder(each)}, 2);
+  }
+  // From memory that the device reads by itself: the host need not wait.
+  const auto on_device = [&](const Tensor& tensor) {
+    return ids.is_cpu() ? tensor : tensor.pin_memory().to(ids.device(), /*non_blocking=*/true);
+  };
+  // Expert by copy; of one that has a preferred copy, every column is that.
+  const Tensor table = at::empty({experts, copies, 2}, at::kLong);
+  const Tensor counts = at::empty({experts}, at::kLong);
+  for (int64_t e = 0; e < experts; ++e) {
+    const auto homes = placement.homes(e);
+    counts.mutable_data_ptr<int64_t>()[e] = static_cast<int64_t>(homes.size());
+    for (int64_t c = 0; c < copies; ++c) {
+      const auto choice = placement.preferred(e) < 0 ? c % static_cast<int64_t>(homes.size())
+                                                     : int64_t{placement.preferred(e)};
+      int64_t* const entry = table.mutable_data_ptr<int64_t>() + (e * copies + c) * 2;
+      entry[0] = homes[choice].rank;
+      entry[1] = homes[choice].local;
+    }
+  }
+  const Tensor token = at::arange(ids.size(0), expert.options()).unsqueeze(1);
+  const Tensor copy = token.remainder(on_device(counts).take(expert));
+  return on_device(table)
+      .view({experts * copies, 2})
+      .index_select(0, expert.mul(copies).add_(copy).flatten())
+      .view({ids.size(0), ids.size(1), 2});
+}
+
 }  // namespace
 
-Layout make_layout(const Tensor& ids, int64_t experts, int64_t ranks) {
-  const int64_t tokens = ids.size(0);
+Layout make_layout(const Tensor& ids, const Placement& placement, int64_t ranks) {
+  const int64_t tokens = ids.size(0), experts = placement.experts();
   const Tensor wide = ids.to(at::kLong);
   const Tensor invalid = wide.lt(0).logical_or_(wide.ge(experts));
   // Slots without an expert go to a rank that does not exist.
-  const Tensor owner = wide.floor_divide(experts / ranks).masked_fill_(invalid, ranks);
+  const Tensor owner =
+      homes_of(ids, invalid, placement).select(2, 0).masked_fill(invalid, ranks).contiguous();
   const Tensor goes = at::zeros({tokens, ranks + 1}, ids.options().dtype(at::kBool))
                           .scatter_(1, owner, true)
                           .narrow(1, 0, ranks)
@@ -59,13 +93,14 @@ Tensor pack_rows(const Tensor& x, const Tensor& slot_rows, int64_t num_rows) {
 }
 
 Tensor pack_routing(const Tensor& ids, const Tensor& weights, const Tensor& slot_rows,
-                    int64_t num_rows, int64_t experts_per_rank) {
+                    int64_t num_rows, const Placement& placement) {
   const Tensor out = empty_routing(weights, num_rows).zero_();
   const Tensor token = token_of_row(slot_rows, num_rows);
   const Tensor row = at::arange(num_rows, token.options()).unsqueeze(1);
   const Tensor elsewhere = slot_rows.index_select(0, token).ne(row);
   const auto [out_ids, out_weights] = unpack_routing(out, ids.size(1), weights.scalar_type());
-  out_ids.copy_(ids.index_select(0, token).remainder(experts_per_rank).masked_fill_(elsewhere, -1));
+  const Tensor local = homes_of(ids, slot_rows.lt(0), placement).select(2, 1);
+  out_ids.copy_(local.index_select(0, token).masked_fill_(elsewhere, -1));
   out_weights.copy_(weights.index_select(0, token).masked_fill_(elsewhere, 0));
   return out;
 }

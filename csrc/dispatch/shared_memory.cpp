@@ -170,7 +170,6 @@ Arrived dispatch_in(Call& call, const Dispatcher& dispatcher, const Tensor& x,
     layout = make_layout(topk_ids, dispatcher.placement, ranks);
   });
   Terms terms = terms_of(dispatcher);
-  terms.experts = dispatcher.experts();
   if (!refusal) {
     terms.hidden = x.size(1), terms.x_dtype = dtype_number(x);
     terms.top_k = topk_ids.size(1), terms.weight_dtype = dtype_number(topk_weights);

@@ -5,8 +5,10 @@ T tokens, H hidden size, K experts a token, E experts, P ranks, U tokens receive
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -31,13 +33,37 @@ class Handle(NamedTuple):
     plan: Tensor
 
 
+def _owners(
+    experts: int, ranks: int, placement: Sequence[int | Sequence[int]] | None
+) -> list[list[int]]:
+    """The ranks of each expert, ascending."""
+    if placement is None:
+        return [[e * ranks // experts] for e in range(experts)]
+    if len(placement) != experts:
+        raise ValueError(
+            f"AllToAllDispatcher: placement must have an entry for each of the {experts} experts; "
+            f"got {len(placement)}"
+        )
+    owners = []
+    for expert, entry in enumerate(placement):
+        mine = sorted([entry] if isinstance(entry, int) else entry)
+        if not mine or len(set(mine)) < len(mine) or mine[0] < 0 or mine[-1] >= ranks:
+            raise ValueError(
+                f"AllToAllDispatcher: placement must give expert {expert} one or more different "
+                f"ranks in [0, {ranks}); got {entry}"
+            )
+        owners.append(mine)
+    return owners
+
+
 class AllToAllDispatcher:
     """Sends each token once to every rank that owns one of its experts, and adds what they return.
 
-    Rank r of the group owns the experts ``[r * E / P, (r + 1) * E / P)``. Received tokens are in
-    the order of their ranks, then of their positions there. What the ranks return is added in the
-    order of the ranks in float32 (float64 for float64), so that results repeat bit for bit; a row
-    is rounded to its dtype once on the wire. Differentiable in x and topk_weights, not twice and
+    Rank r of the group owns the experts ``[r * E / P, (r + 1) * E / P)``, or those that
+    ``placement`` gives it; it numbers them from 0 in ascending order. Received tokens are in the
+    order of their ranks, then of their positions there. What the ranks return is added in the order
+    of the ranks in float32 (float64 for float64), so that results repeat bit for bit; a row is
+    rounded to its dtype once on the wire. Differentiable in x and topk_weights, not twice and
     not in forward mode.
 
     Every rank of the group must make the same calls in the same order, with any number of tokens,
@@ -51,7 +77,7 @@ class AllToAllDispatcher:
 
     Args:
         group: the ranks; of any c10d backend that can exchange tensors on the device of the tokens.
-        num_experts: E, a multiple of P.
+        num_experts: E, a multiple of P unless there is a ``placement``.
         transport: "process_group", c10d's all-to-all: the counts first, then the tokens.
             "shared_memory", for CPU ranks on one Linux machine: rows are written where the receiver
             needs them. "auto" takes shared memory where the ranks can share it, see
@@ -59,13 +85,18 @@ class AllToAllDispatcher:
             "process_group", every rank of the group must make its first dispatcher together.
         timeout: seconds a rank waits for the others in each exchange; None for the group's own
             timeout. On CUDA the backend's watchdog applies it.
+        placement: the rank of every expert, or the ranks that hold copies of it, of which a token
+            takes its own rank's, or else each in turn; the same on all ranks. Copies are for
+            inference: in training they would drift apart.
 
     Attributes:
+        local_experts: the experts of this rank, in the order of their numbers here.
         transport: what carries tensors of the CPU, "process_group" or "shared_memory".
 
     Raises:
-        ValueError: an unknown transport, a timeout that is not positive, E not a multiple of P,
-            "shared_memory" of ranks that cannot share it.
+        ValueError: an unknown transport, a timeout that is not positive, E not a multiple of P, a
+            placement that has not a rank of the group for every expert, "shared_memory" of ranks
+            that cannot share it.
         ImportError: moe_kernels was built without its extension.
         torch.distributed.DistBackendError: a rank did not come to share its memory; it is named.
     """
@@ -77,19 +108,22 @@ class AllToAllDispatcher:
         *,
         transport: str = "auto",
         timeout: float | None = None,
+        placement: Sequence[int | Sequence[int]] | None = None,
     ) -> None:
         op = "AllToAllDispatcher"
         if transport not in ("auto", *TRANSPORTS):
             raise ValueError(
                 f"{op}: transport must be one of auto, {', '.join(TRANSPORTS)}; got {transport!r}"
             )
-        if num_experts < 1 or num_experts % group.size():
+        if num_experts < 1 or (placement is None and num_experts % group.size()):
             raise ValueError(
                 f"{op}: num_experts must be a positive multiple of the group's size "
-                f"{group.size()}; got {num_experts}. Choose another Expert Parallel size."
+                f"{group.size()}; got {num_experts}. Choose another Expert Parallel size, or give "
+                "a placement."
             )
         if timeout is not None and not timeout > 0:
             raise ValueError(f"{op}: timeout must be positive, in seconds; got {timeout}")
+        owners = _owners(num_experts, group.size(), placement)
         native = extension()
         # The name alone: the group may end first.
         self.group_name: str = group.group_name
@@ -116,7 +150,11 @@ class AllToAllDispatcher:
             num_experts,
             seconds,
             joined.shared_memory,
+            None if placement is None else owners,
         )
+        rank = group.rank()
+        self.local_experts = tuple(e for e, ranks in enumerate(owners) if rank in ranks)
+        self._has_copies = any(len(ranks) > 1 for ranks in owners)
         self._name: str = self._native.name
 
     def __repr__(self) -> str:
@@ -151,6 +189,13 @@ class AllToAllDispatcher:
         """
         refuse_tangent("dispatch", "x", x)
         refuse_tangent("dispatch", "topk_weights", topk_weights)
+        trained = torch.is_grad_enabled() and (x.requires_grad or topk_weights.requires_grad)
+        if self._has_copies and trained:
+            raise ValueError(
+                "dispatch: copies of experts are for inference, but x or topk_weights requires a "
+                "gradient, and the copies would be trained apart. Place each expert on one rank, "
+                "or use torch.no_grad()."
+            )
         received, ids, weights, slot_rows, plan, num_slots = ops.dispatch(
             x, topk_ids, topk_weights, self._name
         )

@@ -131,6 +131,7 @@ def _missing(rank: int, ranks: int, how: str, phase: str) -> tuple[str, ...]:
         return raised(dispatcher.dispatch, *arguments(case))
     kind, message, seconds = timed(call)
     if how == "stopped" and rank == 0:
+        time.sleep(0.5)  # until the others have looked
         os.kill(pids[1], signal.SIGCONT)
     assert kind == "DistBackendError", message
     assert f"rank 1 (process {pids[1]}) of group '0'" in message
