@@ -98,10 +98,16 @@ _combine_backward_op = _define(
 )
 
 
+def _keep_dispatcher(ctx: Any, name: str) -> None:
+    """Backward finds it by its name, though its module may be gone by then."""
+    ctx.dispatcher = name
+    ctx.owner = extension().find_dispatcher(name)
+
+
 def _dispatch_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, ids, _, slot_rows, plan, num_slots = output
     ctx.mark_non_differentiable(ids, slot_rows, plan, num_slots)
-    ctx.dispatcher = inputs[3]
+    _keep_dispatcher(ctx, inputs[3])
     ctx.save_for_backward(slot_rows, plan)
 
 
@@ -126,7 +132,8 @@ def _dispatch_backward(
 
 
 def _combine_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    y, slot_rows, plan, ctx.dispatcher = inputs
+    y, slot_rows, plan, dispatcher = inputs
+    _keep_dispatcher(ctx, dispatcher)
     ctx.received = y.shape[0]
     ctx.save_for_backward(slot_rows, plan)
 

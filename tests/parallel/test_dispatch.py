@@ -238,6 +238,26 @@ def test_sub_groups_with_several_handles_in_flight() -> None:
     run_ranks(4, _sub_groups_and_handles_in_flight)
 
 
+def _dropped(rank: int, ranks: int, way: str) -> None:
+    case = make_case(5, rank, 6, 4, 2, 4)
+    x = case.x.clone().requires_grad_()
+    dispatcher = dispatcher_of(way, 4)
+    tokens = dispatcher.dispatch(x, case.ids, case.weights)
+    y = dispatcher.combine(apply_experts(tokens, 2 * rank), tokens.handle)
+    name = dispatcher._name
+    del dispatcher, tokens
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    assert_close(dx, ((case.ids + 1) * case.weights).sum(1, keepdim=True).expand_as(dx))
+    del y
+    with pytest.raises(RuntimeError, match=f"dispatcher '{name}' is gone"):
+        ops.dispatch(x, case.ids, case.weights, name)
+
+
+@pytest.mark.parametrize("way", WAYS[:2])
+def test_backward_outlives_the_dispatcher(way: str) -> None:
+    run_ranks(2, _dropped, way)
+
+
 def _frozen_inputs(rank: int, ranks: int) -> None:
     """Only what needs a gradient travels in backward; what the loss does not use is zero."""
     case = make_case(5, rank, 6, 4, 2, 4)
