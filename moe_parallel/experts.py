@@ -6,6 +6,7 @@ W = 2 * I columns for gated activations, else I.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -88,7 +89,19 @@ class GroupedExperts(nn.Module):
             timeout=self.backend.dispatcher_timeout,
         )
 
-    def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+    @property
+    def overlaps(self) -> bool:
+        """Whether forward has something to do for the caller while tokens travel."""
+        return hasattr(self.token_dispatcher, "dispatch_async")
+
+    def forward(
+        self,
+        x: Tensor,
+        token_mask: Tensor,
+        weights: Tensor,
+        indices: Tensor,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> Tensor:
         """The weighted sum of each token's experts.
 
         Args:
@@ -96,12 +109,21 @@ class GroupedExperts(nn.Module):
             token_mask: [T] bool; the experts see nothing of tokens that are False.
             weights: [T, K] routing weights, any float dtype.
             indices: [T, K] expert ids, int32 or int64; -1 and E mean "no expert".
+            meanwhile: called once, while the tokens travel if :attr:`overlaps`.
 
         Returns:
             [T, D] in x.dtype; zero for masked tokens.
         """
         ids = torch.where(token_mask[:, None], indices, -1)
-        dispatched = self.token_dispatcher.dispatch(x, ids, weights)
+        start: Any = getattr(self.token_dispatcher, "dispatch_async", None)
+        if meanwhile is not None and start is not None:
+            pending = start(x, ids, weights)
+            meanwhile()
+            dispatched = pending.wait()
+        else:
+            dispatched = self.token_dispatcher.dispatch(x, ids, weights)
+            if meanwhile is not None:
+                meanwhile()
         y = self._compute(dispatched)
         return self.token_dispatcher.combine(y.to(x.dtype), dispatched.handle)
 

@@ -151,9 +151,18 @@ class MoE(nn.Module):
             token_mask = ~padding_mask.reshape(-1).to(torch.bool)
 
         weights, indices, _ = self.gate(tokens, token_mask, cp_mesh)
-        shared = self._shared(tokens)
         latent = tokens if self.fc1_latent_proj is None else self.fc1_latent_proj(tokens)
-        y = self.experts(latent, token_mask, weights, indices)
+        shared: Tensor | None = None
+        if self.shared_experts is not None and getattr(self.experts, "overlaps", False) is True:
+
+            def compute_shared() -> None:
+                nonlocal shared
+                shared = self._shared(tokens)
+
+            y = self.experts(latent, token_mask, weights, indices, meanwhile=compute_shared)
+        else:
+            shared = self._shared(tokens)
+            y = self.experts(latent, token_mask, weights, indices)
         if self.fc2_latent_proj is not None:
             y = self.fc2_latent_proj(y)
         if shared is not None:

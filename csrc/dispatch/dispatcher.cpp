@@ -48,10 +48,17 @@ std::shared_ptr<Dispatcher> make_dispatcher(const std::string& group, int64_t ra
     }
     delete dispatcher;
   };
-  std::shared_ptr<Dispatcher> dispatcher(
-      new Dispatcher{name, group, number, rank, ranks, timeout, std::move(placement),
-                     std::move(shared_memory)},
-      forget);
+  std::shared_ptr<Dispatcher> dispatcher(new Dispatcher{.name = name,
+                                                        .group = group,
+                                                        .number = number,
+                                                        .rank = rank,
+                                                        .ranks = ranks,
+                                                        .timeout = timeout,
+                                                        .placement = std::move(placement),
+                                                        .shared_memory = std::move(shared_memory),
+                                                        .dispatches = {},
+                                                        .combines = {}},
+                                         forget);
   registry.dispatchers[name] = dispatcher;
   return dispatcher;
 }
@@ -150,6 +157,17 @@ void check_dispatch(const Tensor& x, const Tensor& ids, const Tensor& weights) {
 void check_rows(Phase phase, const char* name, const Tensor& rows, int64_t num_rows) {
   TORCH_CHECK_VALUE(rows.dim() == 2 && rows.size(0) == num_rows, to_string(phase), ": ", name,
                     " must have the ", num_rows, " rows of its dispatch; got ", rows.sizes());
+}
+
+void check_slot_rows(Phase phase, const Tensor& slot_rows, const Plan& plan) {
+  bool fits = slot_rows.is_cpu() && slot_rows.dim() == 2 && slot_rows.scalar_type() == at::kInt &&
+              slot_rows.is_contiguous();
+  if (fits && slot_rows.numel() > 0) {
+    const auto* const rows = slot_rows.const_data_ptr<int32_t>();
+    fits = *std::max_element(rows, rows + slot_rows.numel()) < sum(plan.sent);
+  }
+  TORCH_CHECK_VALUE(fits, to_string(phase), ": the handle's slot_rows are not those of its plan; ",
+                    "use a handle as dispatch made it");
 }
 
 Terms terms_of(const Dispatcher& dispatcher) {

@@ -7,9 +7,12 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <tuple>
+#include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "dispatch/agreement.h"
@@ -17,6 +20,37 @@
 #include "dispatch/shared_memory/communicator.h"
 
 namespace moe::ep {
+
+// S rows sent and U received.
+struct Arrived {
+  at::Tensor x, ids, weights, slot_rows, plan, num_slots;
+};
+
+// What a transport has begun: calling it, once, ends it.
+template <typename Result>
+using Ending = std::function<Result()>;
+
+// Calls that have begun and not ended, by their tickets.
+template <typename Result>
+class Begun {
+ public:
+  int64_t keep(Ending<Result> ending) {
+    const std::lock_guard lock(mutex_);
+    endings_.emplace(++last_, std::move(ending));
+    return last_;
+  }
+  // Empty for a ticket that was used.
+  Ending<Result> take(int64_t ticket) {
+    const std::lock_guard lock(mutex_);
+    const auto found = endings_.extract(ticket);
+    return found.empty() ? Ending<Result>() : std::move(found.mapped());
+  }
+
+ private:
+  std::mutex mutex_;
+  std::unordered_map<int64_t, Ending<Result>> endings_;
+  int64_t last_ = 0;
+};
 
 // All that a transport knows of one.
 struct Dispatcher {
@@ -27,6 +61,9 @@ struct Dispatcher {
   Placement placement;
   // Carries tensors of the CPU; null for c10d's all-to-all, which carries all others.
   std::shared_ptr<shm::Communicator> shared_memory;
+
+  Begun<Arrived> dispatches;
+  Begun<at::Tensor> combines;
 
   int64_t experts() const { return placement.experts(); }
   // A number for the group, the same within this process.
@@ -61,22 +98,20 @@ struct Plan {
   at::Tensor write(const Dispatcher& dispatcher) const;
 };
 
-// S rows sent and U received.
-struct Arrived {
-  at::Tensor x, ids, weights, slot_rows, plan, num_slots;
-};
+using DispatcherRef = std::shared_ptr<const Dispatcher>;
 
-// The phases over one kind of transport. Tensors are checked; every rank calls alike.
+// The phases over one kind of transport; every rank calls alike. What has begun keeps what it
+// needs.
 struct Transport {
-  Arrived (*dispatch)(const Dispatcher&, const at::Tensor& x, const at::Tensor& ids,
-                      const at::Tensor& weights);
-  at::Tensor (*combine)(const Dispatcher&, const at::Tensor& y, const at::Tensor& slot_rows,
-                        const at::Tensor& plan);
-  at::Tensor (*combine_backward)(const Dispatcher&, const at::Tensor& grad,
+  Ending<Arrived> (*dispatch)(const DispatcherRef&, const at::Tensor& x, const at::Tensor& ids,
+                              const at::Tensor& weights);
+  Ending<at::Tensor> (*combine)(const DispatcherRef&, const at::Tensor& y,
+                                const at::Tensor& slot_rows, const at::Tensor& plan);
+  at::Tensor (*combine_backward)(const DispatcherRef&, const at::Tensor& grad,
                                  const at::Tensor& slot_rows, const at::Tensor& plan,
                                  int64_t num_received);
   std::tuple<at::Tensor, at::Tensor> (*dispatch_backward)(
-      const Dispatcher&, const std::optional<at::Tensor>& grad_x,
+      const DispatcherRef&, const std::optional<at::Tensor>& grad_x,
       const std::optional<at::Tensor>& grad_weights, const at::Tensor& slot_rows,
       const at::Tensor& plan);
 };
@@ -87,6 +122,8 @@ extern const Transport shared_memory_transport;
 // Arguments of the ops, for the transports: raise before anything is exchanged.
 void check_dispatch(const at::Tensor& x, const at::Tensor& ids, const at::Tensor& weights);
 void check_rows(Phase phase, const char* name, const at::Tensor& rows, int64_t num_rows);
+// Of a handle: every row is one of the plan's, so that nothing beyond them is read. CPU alone.
+void check_slot_rows(Phase phase, const at::Tensor& slot_rows, const Plan& plan);
 void check_floating(Phase phase, const char* name, const at::Tensor& tensor);
 
 Terms terms_of(const Dispatcher& dispatcher);

@@ -20,26 +20,61 @@ const Transport& transport_of(const Dispatcher& dispatcher, const Tensor& tensor
                                                        : process_group_transport;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dispatch(const Tensor& x,
-                                                                    const Tensor& topk_ids,
-                                                                    const Tensor& topk_weights,
-                                                                    std::string name) {
-  const auto dispatcher = find_dispatcher(name);
-  Arrived arrived = transport_of(*dispatcher, x).dispatch(*dispatcher, x, topk_ids, topk_weights);
+using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Outputs outputs_of(Arrived arrived) {
   return {arrived.x,         arrived.ids,  arrived.weights,
           arrived.slot_rows, arrived.plan, arrived.num_slots};
 }
 
+// A ticket travels as a tensor: it is what orders the end of a call after its beginning in a graph.
+Tensor write_ticket(int64_t ticket) { return at::scalar_tensor(ticket, at::kLong); }
+
+template <typename Result>
+Result end_of(Begun<Result>& begun, const char* op, const Tensor& ticket) {
+  const auto ending = begun.take(ticket.item<int64_t>());
+  TORCH_CHECK(ending, op, ": this call has ended already; wait for it once");
+  return ending();
+}
+
+Outputs dispatch(const Tensor& x, const Tensor& ids, const Tensor& weights, std::string name) {
+  const auto dispatcher = find_dispatcher(name);
+  return outputs_of(transport_of(*dispatcher, x).dispatch(dispatcher, x, ids, weights)());
+}
+
+Tensor dispatch_start(const Tensor& x, const Tensor& ids, const Tensor& weights, std::string name) {
+  const auto dispatcher = find_dispatcher(name);
+  return write_ticket(dispatcher->dispatches.keep(
+      transport_of(*dispatcher, x).dispatch(dispatcher, x, ids, weights)));
+}
+
+Outputs dispatch_finish(const Tensor&, const Tensor&, const Tensor&, const Tensor& ticket,
+                        std::string name) {
+  return outputs_of(end_of(find_dispatcher(name)->dispatches, "dispatch", ticket));
+}
+
 Tensor combine(const Tensor& y, const Tensor& slot_rows, const Tensor& plan, std::string name) {
   const auto dispatcher = find_dispatcher(name);
-  return transport_of(*dispatcher, y).combine(*dispatcher, y, slot_rows, plan);
+  return transport_of(*dispatcher, y).combine(dispatcher, y, slot_rows, plan)();
+}
+
+Tensor combine_start(const Tensor& y, const Tensor& slot_rows, const Tensor& plan,
+                     std::string name) {
+  const auto dispatcher = find_dispatcher(name);
+  return write_ticket(dispatcher->combines.keep(
+      transport_of(*dispatcher, y).combine(dispatcher, y, slot_rows, plan)));
+}
+
+Tensor combine_finish(const Tensor&, const Tensor&, const Tensor&, const Tensor& ticket,
+                      std::string name) {
+  return end_of(find_dispatcher(name)->combines, "combine", ticket);
 }
 
 Tensor combine_backward(const Tensor& grad, const Tensor& slot_rows, const Tensor& plan,
                         int64_t num_received, std::string name) {
   const auto dispatcher = find_dispatcher(name);
   return transport_of(*dispatcher, grad)
-      .combine_backward(*dispatcher, grad, slot_rows, plan, num_received);
+      .combine_backward(dispatcher, grad, slot_rows, plan, num_received);
 }
 
 std::tuple<Tensor, Tensor> dispatch_backward(const std::optional<Tensor>& grad_x,
@@ -48,22 +83,23 @@ std::tuple<Tensor, Tensor> dispatch_backward(const std::optional<Tensor>& grad_x
                                              std::string name) {
   const auto dispatcher = find_dispatcher(name);
   return transport_of(*dispatcher, slot_rows)
-      .dispatch_backward(*dispatcher, grad_x, grad_weights, slot_rows, plan);
+      .dispatch_backward(dispatcher, grad_x, grad_weights, slot_rows, plan);
 }
 
-TORCH_LIBRARY_IMPL(moe_kernels, CPU, m) {
+void implement(torch::Library& m) {
   m.impl("dispatch", dispatch);
+  m.impl("dispatch_start", dispatch_start);
+  m.impl("dispatch_finish", dispatch_finish);
   m.impl("dispatch_backward", dispatch_backward);
   m.impl("combine", combine);
+  m.impl("combine_start", combine_start);
+  m.impl("combine_finish", combine_finish);
   m.impl("combine_backward", combine_backward);
 }
 
-TORCH_LIBRARY_IMPL(moe_kernels, CUDA, m) {
-  m.impl("dispatch", dispatch);
-  m.impl("dispatch_backward", dispatch_backward);
-  m.impl("combine", combine);
-  m.impl("combine_backward", combine_backward);
-}
+TORCH_LIBRARY_IMPL(moe_kernels, CPU, m) { implement(m); }
+
+TORCH_LIBRARY_IMPL(moe_kernels, CUDA, m) { implement(m); }
 
 }  // namespace
 }  // namespace moe::ep

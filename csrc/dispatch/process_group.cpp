@@ -31,17 +31,18 @@ std::string reason(const std::exception& error) {
 // One call of an op.
 class Exchange {
  public:
-  Exchange(Phase phase, const Dispatcher& dispatcher)
+  Exchange(Phase phase, DispatcherRef dispatcher)
       : phase_(phase),
-        dispatcher_(dispatcher),
-        group_(c10d::resolve_process_group(dispatcher.group)),
-        timeout_(static_cast<int64_t>(std::ceil(dispatcher.timeout * 1000))) {}
+        owner_(std::move(dispatcher)),
+        dispatcher_(*owner_),
+        group_(c10d::resolve_process_group(dispatcher_.group)),
+        timeout_(static_cast<int64_t>(std::ceil(dispatcher_.timeout * 1000))) {}
 
   // An exchange under way. It keeps its tensors; the group does too, should it be dropped.
   class Pending {
    public:
     // Blocks the CPU, or the current CUDA stream. DistBackendError where the exchange fails.
-    void wait() {
+    void wait() const {
       // Where work runs on a stream, waiting with a time limit would block the host: there the
       // watchdog of the backend applies the limit given to the call.
       const bool limited = output.is_cpu() && exchange->timeout_.count() > 0;
@@ -150,14 +151,17 @@ class Exchange {
   }
 
   Phase phase_;
+  DispatcherRef owner_;
   const Dispatcher& dispatcher_;
   c10::intrusive_ptr<c10d::ProcessGroup> group_;
   std::chrono::milliseconds timeout_;
 };
 
-Arrived dispatch(const Dispatcher& dispatcher, const Tensor& x, const Tensor& topk_ids,
-                 const Tensor& topk_weights) {
-  const Exchange exchange(Phase::kDispatch, dispatcher);
+Ending<Arrived> dispatch(const DispatcherRef& owner, const Tensor& x, const Tensor& topk_ids,
+                         const Tensor& topk_weights) {
+  const Dispatcher& dispatcher = *owner;
+  const auto shared = std::make_shared<const Exchange>(Phase::kDispatch, owner);
+  const Exchange& exchange = *shared;
   const int64_t ranks = dispatcher.ranks;
 
   std::exception_ptr refusal;
@@ -201,18 +205,19 @@ Arrived dispatch(const Dispatcher& dispatcher, const Tensor& x, const Tensor& to
   const int64_t num_received = sum(tally.received);
   const Tensor out = at::empty({num_received, x.size(1)}, x.options());
   const Tensor out_routing = empty_routing(topk_weights, num_received);
-  auto tokens = exchange.start("tokens", out, rows, tally.received, tally.sent);
-  exchange.start("routing weights", out_routing, routing, tally.received, tally.sent).wait();
-  const auto [ids, weights] =
-      unpack_routing(out_routing, topk_ids.size(1), topk_weights.scalar_type());
-  const Tensor out_ids = ids.contiguous(), out_weights = weights.contiguous();
-  tokens.wait();
-  return {out,
-          out_ids,
-          out_weights,
-          layout.slot_rows,
-          plan.write(dispatcher),
-          at::empty({tally.slots_received, 0}, x.options().dtype(at::kByte))};
+  const auto tokens = exchange.start("tokens", out, rows, tally.received, tally.sent);
+  const auto routed =
+      exchange.start("routing weights", out_routing, routing, tally.received, tally.sent);
+  const Tensor slots = at::empty({tally.slots_received, 0}, x.options().dtype(at::kByte));
+  return [=, slot_rows = layout.slot_rows, plan_numbers = plan.write(dispatcher),
+          top_k = topk_ids.size(1), dtype = topk_weights.scalar_type()]() -> Arrived {
+    const auto keep = shared;
+    routed.wait();
+    const auto [ids, weights] = unpack_routing(out_routing, top_k, dtype);
+    const Tensor out_ids = ids.contiguous(), out_weights = weights.contiguous();
+    tokens.wait();
+    return {out, out_ids, out_weights, slot_rows, plan_numbers, slots};
+  };
 }
 
 // A row for each received one goes back to where it came from.
@@ -225,25 +230,31 @@ struct Returning {
         pending(exchange.start(what, rows, values.contiguous(), plan.sent, plan.received)) {}
 };
 
-Tensor combine(const Dispatcher& dispatcher, const Tensor& y, const Tensor& slot_rows,
-               const Tensor& plan_numbers) {
-  const Exchange exchange(Phase::kCombine, dispatcher);
+Ending<Tensor> combine(const DispatcherRef& owner, const Tensor& y, const Tensor& slot_rows,
+                       const Tensor& plan_numbers) {
+  const Dispatcher& dispatcher = *owner;
+  const auto shared = std::make_shared<const Exchange>(Phase::kCombine, owner);
+  const Exchange& exchange = *shared;
   Plan plan;
   Terms terms = terms_of(dispatcher);
   if (y.dim() == 2) terms.hidden = y.size(1), terms.x_dtype = dtype_number(y);
   exchange.agree_on(terms, is_native(y), plan, [&] {
     plan = Plan::read(Phase::kCombine, dispatcher, plan_numbers);
+    if (is_native(y)) check_slot_rows(Phase::kCombine, slot_rows, plan);
     check_rows(Phase::kCombine, "y", y, sum(plan.received));
     check_floating(Phase::kCombine, "y", y);
   });
-  Returning returning(exchange, plan, "results", y);
-  returning.pending.wait();
-  return sum_rows(returning.rows, slot_rows, first_rows(plan.sent));
+  const Returning returning(exchange, plan, "results", y);
+  return [shared, returning, slot_rows, first = first_rows(plan.sent)] {
+    returning.pending.wait();
+    return sum_rows(returning.rows, slot_rows, first);
+  };
 }
 
-Tensor combine_backward(const Dispatcher& dispatcher, const Tensor& grad, const Tensor& slot_rows,
+Tensor combine_backward(const DispatcherRef& owner, const Tensor& grad, const Tensor& slot_rows,
                         const Tensor& plan_numbers, int64_t num_received) {
-  const Exchange exchange(Phase::kCombineBackward, dispatcher);
+  const Dispatcher& dispatcher = *owner;
+  const Exchange exchange(Phase::kCombineBackward, owner);
   Plan plan;
   Terms terms = terms_of(dispatcher);
   terms.hidden = grad.size(1), terms.x_dtype = dtype_number(grad);
@@ -255,11 +266,12 @@ Tensor combine_backward(const Dispatcher& dispatcher, const Tensor& grad, const 
   return out;
 }
 
-std::tuple<Tensor, Tensor> dispatch_backward(const Dispatcher& dispatcher,
+std::tuple<Tensor, Tensor> dispatch_backward(const DispatcherRef& owner,
                                              const std::optional<Tensor>& grad_x,
                                              const std::optional<Tensor>& grad_weights,
                                              const Tensor& slot_rows, const Tensor& plan_numbers) {
-  const Exchange exchange(Phase::kDispatchBackward, dispatcher);
+  const Dispatcher& dispatcher = *owner;
+  const Exchange exchange(Phase::kDispatchBackward, owner);
   Plan plan;
   Terms terms = terms_of(dispatcher);
   if (grad_x) terms.hidden = grad_x->size(1), terms.x_dtype = dtype_number(*grad_x);

@@ -11,6 +11,8 @@
 #include <algorithm>
 #include <exception>
 #include <memory>
+#include <mutex>
+#include <optional>
 #include <utility>
 
 #include "common/dtypes.h"
@@ -29,24 +31,85 @@ using shm::Stage;
 using Block = std::shared_ptr<shm::Heap::Block>;
 using Call = shm::Communicator::Call;
 
-// Runs f(call) as one call of all ranks. What it raises before the call is finished ends the use of
-// the communicator, for the other ranks wait for what will not come.
-template <typename F>
-auto run(Phase phase, const Dispatcher& dispatcher, const F& f) {
-  try {
-    Call call(dispatcher.shared_memory, to_string(phase), dispatcher.timeout);
+// A call that has begun. It ends when its result is asked for, or when another call of the ranks
+// begins, whichever comes first: so ranks that begin and end alike exchange alike.
+template <typename Result>
+class InFlight {
+ public:
+  InFlight(std::shared_ptr<Call> call, Ending<Result> rest)
+      : call_(std::move(call)), rest_(std::move(rest)) {}
+
+  void complete() {
+    const std::lock_guard lock(mutex_);
+    if (!call_) return;
     try {
-      auto result = f(call);
-      call.finish();
-      return result;
-    } catch (const std::exception& error) {
-      const auto* const known = dynamic_cast<const c10::Error*>(&error);
-      call.abandon(known ? known->what_without_backtrace() : error.what());
-      throw;
+      result_ = rest_();
+      call_->finish();
+    } catch (...) {
+      error_ = std::current_exception();
     }
+    rest_ = nullptr;
+    call_ = nullptr;
+  }
+
+  Result take() {
+    complete();
+    if (error_) std::rethrow_exception(error_);
+    return std::move(*result_);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::shared_ptr<Call> call_;
+  Ending<Result> rest_;
+  std::optional<Result> result_;
+  std::exception_ptr error_;
+};
+
+// f(), whose errors end the use of the communicator unless the ranks have agreed on them: the
+// others wait for what will not come.
+template <typename F>
+auto guarded(Call& call, const F& f) {
+  try {
+    return f();
+  } catch (const shm::Error& error) {
+    call.abandon(error.what());
+    TORCH_CHECK_WITH(DistBackendError, false, error.what());
+  } catch (const std::exception& error) {
+    const auto* const known = dynamic_cast<const c10::Error*>(&error);
+    call.abandon(known ? known->what_without_backtrace() : error.what());
+    throw;
+  }
+}
+
+std::shared_ptr<Call> new_call(Phase phase, const Dispatcher& dispatcher) {
+  try {
+    return std::make_shared<Call>(dispatcher.shared_memory, to_string(phase), dispatcher.timeout);
   } catch (const shm::Error& error) {
     TORCH_CHECK_WITH(DistBackendError, false, error.what());
   }
+}
+
+// Begins a call of all ranks with f(call), which returns its other half.
+template <typename Result, typename F>
+Ending<Result> begin(Phase phase, const DispatcherRef& dispatcher, const F& f) {
+  const auto call = new_call(phase, *dispatcher);
+  Ending<Result> rest = guarded(*call, [&] { return Ending<Result>(f(*call)); });
+  const auto in_flight =
+      std::make_shared<InFlight<Result>>(call, [call, rest] { return guarded(*call, rest); });
+  dispatcher->shared_memory->set_settle([weak = std::weak_ptr(in_flight)] {
+    if (const auto open = weak.lock()) open->complete();
+  });
+  return [in_flight] { return in_flight->take(); };
+}
+
+// Runs f(call) as one call of all ranks.
+template <typename F>
+auto run(Phase phase, const Dispatcher& dispatcher, const F& f) {
+  const auto call = new_call(phase, dispatcher);
+  auto result = guarded(*call, [&] { return f(*call); });
+  call->finish();
+  return result;
 }
 
 // Where the memory is that a header or a grant names; each as two words.
@@ -78,12 +141,9 @@ struct Agreement {
   std::vector<Places> places;  // by rank, as its header names them
 };
 
-// Sends the headers [P] with what goes with each, and reads theirs. Errors in arguments, `refusal`
-// or another rank's, are raised alike on all ranks, after which the communicator is as good as
-// before.
-Agreement exchange_headers(Call& call, Phase phase, const Dispatcher& dispatcher,
-                           const std::vector<Header>& mine, const std::vector<Places>& places,
-                           const std::exception_ptr& refusal) {
+// Sends a header [P] to each rank, with what goes with it.
+void send_headers(Call& call, const Dispatcher& dispatcher, const std::vector<Header>& mine,
+                  const std::vector<Places>& places) {
   const int64_t ranks = dispatcher.ranks, rank = dispatcher.rank;
   for (int64_t i = 1; i < ranks; ++i) {
     const int64_t peer = (rank + i) % ranks;
@@ -92,6 +152,13 @@ Agreement exchange_headers(Call& call, Phase phase, const Dispatcher& dispatcher
     places[peer].write(message, kFields);
     call.send(static_cast<int>(peer), Stage::kHeader, message);
   }
+}
+
+// Reads theirs. Errors in arguments, `refusal` or another rank's, are raised alike on all ranks,
+// after which the communicator is as good as before.
+Agreement read_headers(Call& call, Phase phase, const Dispatcher& dispatcher,
+                       const std::vector<Header>& mine, const std::exception_ptr& refusal) {
+  const int64_t ranks = dispatcher.ranks, rank = dispatcher.rank;
   Agreement agreement;
   std::vector<Header> theirs = mine;
   agreement.places.resize(ranks);
@@ -112,7 +179,7 @@ Agreement exchange_headers(Call& call, Phase phase, const Dispatcher& dispatcher
   return agreement;
 }
 
-// What f raises, for exchange_headers.
+// What f raises, for read_headers.
 template <typename F>
 std::exception_ptr caught(const F& f) {
   try {
@@ -161,9 +228,17 @@ RowParts<Byte> parts_at(Call& call, const Dispatcher& dispatcher,
 
 int64_t bytes_per_row(const Tensor& rows) { return rows.size(1) * rows.element_size(); }
 
-Arrived dispatch_in(Call& call, const Dispatcher& dispatcher, const Tensor& x,
-                    const Tensor& topk_ids, const Tensor& topk_weights) {
-  const int64_t ranks = dispatcher.ranks, rank = dispatcher.rank;
+// What a rank brings to a dispatch.
+struct Outgoing {
+  Tensor x, ids, weights;
+  Layout layout;
+  std::vector<Header> headers;
+  std::exception_ptr refusal;
+};
+
+Outgoing announce(Call& call, const Dispatcher& dispatcher, const Tensor& x, const Tensor& topk_ids,
+                  const Tensor& topk_weights) {
+  const int64_t ranks = dispatcher.ranks;
   Layout layout;
   const auto refusal = caught([&] {
     check_dispatch(x, topk_ids, topk_weights);
@@ -180,8 +255,14 @@ Arrived dispatch_in(Call& call, const Dispatcher& dispatcher, const Tensor& x,
     headers[peer][kRowsField] = counts[0];
     headers[peer][kSlotsField] = counts[1];
   }
-  const auto [tally, unused] = exchange_headers(call, Phase::kDispatch, dispatcher, headers,
-                                                std::vector<Places>(ranks), refusal);
+  send_headers(call, dispatcher, headers, std::vector<Places>(ranks));
+  return {x, topk_ids, topk_weights, layout, headers, refusal};
+}
+
+Arrived deliver(Call& call, const Dispatcher& dispatcher, const Outgoing& outgoing) {
+  const int64_t ranks = dispatcher.ranks, rank = dispatcher.rank;
+  const auto& [x, topk_ids, topk_weights, layout, headers, refusal] = outgoing;
+  const Tally tally = read_headers(call, Phase::kDispatch, dispatcher, headers, refusal).tally;
 
   // x' [U, H]; weights [U, K] and ids [U, K].
   const int64_t received = sum(tally.received), top_k = topk_ids.size(1);
@@ -270,11 +351,20 @@ std::vector<Header> equal_headers(Phase phase, const Dispatcher& dispatcher, Ter
   return std::vector<Header>(dispatcher.ranks, make_header(phase, terms, refusal != nullptr));
 }
 
-Tensor combine_in(Call& call, const Dispatcher& dispatcher, const Tensor& y,
-                  const Tensor& slot_rows, const Tensor& plan_numbers) {
+// What a rank leaves for the others in a combine.
+struct Left {
+  std::optional<Readable> rows;
+  Plan plan;
+  std::vector<Header> headers;
+  std::exception_ptr refusal;
+};
+
+Left leave(Call& call, const Dispatcher& dispatcher, const Tensor& y, const Tensor& slot_rows,
+           const Tensor& plan_numbers) {
   Plan plan;
   const auto refusal = caught([&] {
     plan = Plan::read(Phase::kCombine, dispatcher, plan_numbers);
+    check_slot_rows(Phase::kCombine, slot_rows, plan);
     check_rows(Phase::kCombine, "y", y, sum(plan.received));
     check_floating(Phase::kCombine, "y", y);
   });
@@ -287,10 +377,17 @@ Tensor combine_in(Call& call, const Dispatcher& dispatcher, const Tensor& y,
     for (int64_t peer = 0; peer < dispatcher.ranks; ++peer) places[peer].add(rows->place(peer));
   }
   const auto headers = equal_headers(Phase::kCombine, dispatcher, terms, plan, refusal);
+  send_headers(call, dispatcher, headers, places);
+  return {std::move(rows), plan, headers, refusal};
+}
+
+Tensor collect(Call& call, const Dispatcher& dispatcher, const Left& left,
+               const Tensor& slot_rows) {
   const auto agreement =
-      exchange_headers(call, Phase::kCombine, dispatcher, headers, places, refusal);
-  const auto parts = parts_at<const char>(call, dispatcher, plan.sent, agreement.places, 0,
-                                          rows->own(dispatcher, plan));
+      read_headers(call, Phase::kCombine, dispatcher, left.headers, left.refusal);
+  const Tensor& y = left.rows->dense;
+  const auto parts = parts_at<const char>(call, dispatcher, left.plan.sent, agreement.places, 0,
+                                          left.rows->own(dispatcher, left.plan));
   return sum_rows(parts, slot_rows, y.size(1), y.scalar_type());
 }
 
@@ -298,8 +395,13 @@ Tensor combine_backward_in(Call& call, const Dispatcher& dispatcher, const Tenso
                            const Tensor& slot_rows, const Tensor& plan_numbers,
                            int64_t num_received) {
   Plan plan;
-  const auto refusal =
-      caught([&] { plan = Plan::read(Phase::kCombineBackward, dispatcher, plan_numbers); });
+  const auto refusal = caught([&] {
+    plan = Plan::read(Phase::kCombineBackward, dispatcher, plan_numbers);
+    check_slot_rows(Phase::kCombineBackward, slot_rows, plan);
+    check_rows(Phase::kCombineBackward, "grad", grad, slot_rows.size(0));
+    TORCH_CHECK_VALUE(num_received == sum(plan.received), "combine_backward: received must be the ",
+                      sum(plan.received), " rows of the dispatch; got ", num_received);
+  });
   Terms terms = terms_of(dispatcher);
   terms.hidden = grad.size(1), terms.x_dtype = dtype_number(grad);
   const int64_t row_bytes = bytes_per_row(grad);
@@ -310,8 +412,8 @@ Tensor combine_backward_in(Call& call, const Dispatcher& dispatcher, const Tenso
     places[peer].add(shifted(out->place(), first[peer] * row_bytes));
   }
   const auto headers = equal_headers(Phase::kCombineBackward, dispatcher, terms, plan, refusal);
-  const auto agreement =
-      exchange_headers(call, Phase::kCombineBackward, dispatcher, headers, places, refusal);
+  send_headers(call, dispatcher, headers, places);
+  const auto agreement = read_headers(call, Phase::kCombineBackward, dispatcher, headers, refusal);
   push_rows(grad, slot_rows,
             parts_at<char>(call, dispatcher, plan.sent, agreement.places, 0,
                            out->data() + first[dispatcher.rank] * row_bytes));
@@ -325,8 +427,13 @@ std::tuple<Tensor, Tensor> dispatch_backward_in(Call& call, const Dispatcher& di
                                                 const Tensor& slot_rows,
                                                 const Tensor& plan_numbers) {
   Plan plan;
-  const auto refusal =
-      caught([&] { plan = Plan::read(Phase::kDispatchBackward, dispatcher, plan_numbers); });
+  const auto refusal = caught([&] {
+    plan = Plan::read(Phase::kDispatchBackward, dispatcher, plan_numbers);
+    check_slot_rows(Phase::kDispatchBackward, slot_rows, plan);
+    for (const auto* grad : {&grad_x, &grad_weights}) {
+      if (*grad) check_rows(Phase::kDispatchBackward, "grad", **grad, sum(plan.received));
+    }
+  });
   Terms terms = terms_of(dispatcher);
   if (grad_x) terms.hidden = grad_x->size(1), terms.x_dtype = dtype_number(*grad_x);
   if (grad_weights)
@@ -339,8 +446,8 @@ std::tuple<Tensor, Tensor> dispatch_backward_in(Call& call, const Dispatcher& di
     for (int64_t peer = 0; peer < dispatcher.ranks; ++peer) places[peer].add(rows.place(peer));
   }
   const auto headers = equal_headers(Phase::kDispatchBackward, dispatcher, terms, plan, refusal);
-  const auto agreement =
-      exchange_headers(call, Phase::kDispatchBackward, dispatcher, headers, places, refusal);
+  send_headers(call, dispatcher, headers, places);
+  const auto agreement = read_headers(call, Phase::kDispatchBackward, dispatcher, headers, refusal);
   const auto parts = [&](int64_t index) {
     return parts_at<const char>(call, dispatcher, plan.sent, agreement.places, index,
                                 readable[index].own(dispatcher, plan));
@@ -353,31 +460,39 @@ std::tuple<Tensor, Tensor> dispatch_backward_in(Call& call, const Dispatcher& di
   return {out_x, out_weights};
 }
 
-Arrived dispatch(const Dispatcher& dispatcher, const Tensor& x, const Tensor& ids,
-                 const Tensor& weights) {
-  return run(Phase::kDispatch, dispatcher,
-             [&](Call& call) { return dispatch_in(call, dispatcher, x, ids, weights); });
-}
-
-Tensor combine(const Dispatcher& dispatcher, const Tensor& y, const Tensor& slot_rows,
-               const Tensor& plan) {
-  return run(Phase::kCombine, dispatcher,
-             [&](Call& call) { return combine_in(call, dispatcher, y, slot_rows, plan); });
-}
-
-Tensor combine_backward(const Dispatcher& dispatcher, const Tensor& grad, const Tensor& slot_rows,
-                        const Tensor& plan, int64_t num_received) {
-  return run(Phase::kCombineBackward, dispatcher, [&](Call& call) {
-    return combine_backward_in(call, dispatcher, grad, slot_rows, plan, num_received);
+Ending<Arrived> dispatch(const DispatcherRef& dispatcher, const Tensor& x, const Tensor& ids,
+                         const Tensor& weights) {
+  return begin<Arrived>(Phase::kDispatch, dispatcher, [&](Call& call) {
+    return [&call, dispatcher, outgoing = announce(call, *dispatcher, x, ids, weights)] {
+      return deliver(call, *dispatcher, outgoing);
+    };
   });
 }
 
-std::tuple<Tensor, Tensor> dispatch_backward(const Dispatcher& dispatcher,
+Ending<Tensor> combine(const DispatcherRef& dispatcher, const Tensor& y, const Tensor& slot_rows,
+                       const Tensor& plan) {
+  return begin<Tensor>(Phase::kCombine, dispatcher, [&](Call& call) {
+    // std::function copies what it holds, and the rows are not to be copied.
+    const auto left = std::make_shared<Left>(leave(call, *dispatcher, y, slot_rows, plan));
+    return [&call, dispatcher, left, slot_rows] {
+      return collect(call, *dispatcher, *left, slot_rows);
+    };
+  });
+}
+
+Tensor combine_backward(const DispatcherRef& dispatcher, const Tensor& grad,
+                        const Tensor& slot_rows, const Tensor& plan, int64_t num_received) {
+  return run(Phase::kCombineBackward, *dispatcher, [&](Call& call) {
+    return combine_backward_in(call, *dispatcher, grad, slot_rows, plan, num_received);
+  });
+}
+
+std::tuple<Tensor, Tensor> dispatch_backward(const DispatcherRef& dispatcher,
                                              const std::optional<Tensor>& grad_x,
                                              const std::optional<Tensor>& grad_weights,
                                              const Tensor& slot_rows, const Tensor& plan) {
-  return run(Phase::kDispatchBackward, dispatcher, [&](Call& call) {
-    return dispatch_backward_in(call, dispatcher, grad_x, grad_weights, slot_rows, plan);
+  return run(Phase::kDispatchBackward, *dispatcher, [&](Call& call) {
+    return dispatch_backward_in(call, *dispatcher, grad_x, grad_weights, slot_rows, plan);
   });
 }
 

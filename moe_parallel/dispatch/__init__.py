@@ -5,6 +5,7 @@ from moe_parallel.dispatch.protocol import (
     TRANSPORTS,
     Dispatched,
     LocalDispatcher,
+    Pending,
     TokenDispatcher,
 )
 
@@ -14,5 +15,6 @@ __all__ = [
     "Dispatched",
     "Handle",
     "LocalDispatcher",
+    "Pending",
     "TokenDispatcher",
 ]

@@ -16,7 +16,7 @@ from moe_kernels.ops._checks import refuse_tangent
 from moe_parallel.dispatch import ops
 from moe_parallel.dispatch.joining import Joined, join
 from moe_parallel.dispatch.native import extension
-from moe_parallel.dispatch.protocol import TRANSPORTS, Dispatched
+from moe_parallel.dispatch.protocol import TRANSPORTS, Dispatched, Pending
 from moe_parallel.torch_internals import timeout_of
 
 
@@ -54,6 +54,13 @@ def _owners(
             )
         owners.append(mine)
     return owners
+
+
+def _dispatched(outputs: tuple[Tensor, ...]) -> Dispatched:
+    x, ids, weights, slot_rows, plan, num_slots = outputs
+    # The number of slots is the size of a tensor without elements: under torch.compile a size may
+    # be unknown and yet an integer, and reading a value would break the graph.
+    return Dispatched(x, ids, weights, Handle(slot_rows, plan), num_slots.shape[0])
 
 
 class AllToAllDispatcher:
@@ -187,6 +194,26 @@ class AllToAllDispatcher:
                 ranks. Ranks whose own arguments are right raise a RuntimeError that names the rank.
             torch.distributed.DistBackendError: a rank is missing; it names the exchange.
         """
+        self._check_differentiable(x, topk_weights)
+        return _dispatched(ops.dispatch(x, topk_ids, topk_weights, self._name))
+
+    def dispatch_async(
+        self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor
+    ) -> Pending[Dispatched]:
+        """Begin :meth:`dispatch`, so that something else can be computed while tokens travel.
+
+        ``wait()`` returns what ``dispatch`` does, with its gradients. Every rank begins and waits
+        in the same order; another exchange that begins meanwhile may end this one first. Through a
+        process group the tokens travel meanwhile; in shared memory the ranks learn how many rows
+        each brings, and nobody waits for the last to come.
+        """
+        self._check_differentiable(x, topk_weights)
+        ticket = ops.dispatch_start(x.detach(), topk_ids, topk_weights.detach(), self._name)
+        return Pending(
+            lambda: _dispatched(ops.dispatch_finish(x, topk_ids, topk_weights, ticket, self._name))
+        )
+
+    def _check_differentiable(self, x: Tensor, topk_weights: Tensor) -> None:
         refuse_tangent("dispatch", "x", x)
         refuse_tangent("dispatch", "topk_weights", topk_weights)
         trained = torch.is_grad_enabled() and (x.requires_grad or topk_weights.requires_grad)
@@ -196,12 +223,6 @@ class AllToAllDispatcher:
                 "gradient, and the copies would be trained apart. Place each expert on one rank, "
                 "or use torch.no_grad()."
             )
-        received, ids, weights, slot_rows, plan, num_slots = ops.dispatch(
-            x, topk_ids, topk_weights, self._name
-        )
-        # The number of slots is the size of a tensor without elements: under torch.compile a size
-        # may be unknown and yet an integer, and reading a value would break the graph.
-        return Dispatched(received, ids, weights, Handle(slot_rows, plan), num_slots.shape[0])
 
     def combine(self, y: Tensor, handle: Handle) -> Tensor:
         """Send results back and add them.
@@ -223,3 +244,9 @@ class AllToAllDispatcher:
         refuse_tangent("combine", "y", y)
         out: Tensor = ops.combine(y, *handle, self._name)
         return out
+
+    def combine_async(self, y: Tensor, handle: Handle) -> Pending[Tensor]:
+        """Begin :meth:`combine`, as :meth:`dispatch_async` does dispatch."""
+        refuse_tangent("combine", "y", y)
+        ticket = ops.combine_start(y.detach(), *handle, self._name)
+        return Pending(lambda: ops.combine_finish(y, *handle, ticket, self._name))

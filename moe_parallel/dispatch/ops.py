@@ -8,7 +8,8 @@ T tokens, H hidden size, K experts a token, E experts, P ranks, U tokens receive
 ``slot_rows [T, K]`` int32 is the row that each slot travelled in, -1 if in none; ``plan [2 P + 2]``
 int64, on the CPU, the number of rows sent to each rank, of those received from each, the number of
 the dispatch, which the ranks agree on and no other dispatch of their group has, and a tag of the
-group.
+group. ``..._start`` and ``..._finish`` are the halves of an exchange, joined by a ``ticket []``
+int64; gradients go through the latter.
 """
 
 from __future__ import annotations
@@ -50,6 +51,16 @@ def _dispatch_fake(
     )
 
 
+def _start_fake(*arguments: Any) -> Tensor:
+    return torch.empty((), dtype=torch.int64, device="cpu")
+
+
+def _dispatch_finish_fake(
+    x: Tensor, topk_ids: Tensor, topk_weights: Tensor, ticket: Tensor, dispatcher: str
+) -> tuple[Tensor, ...]:
+    return _dispatch_fake(x, topk_ids, topk_weights, dispatcher)
+
+
 def _dispatch_backward_fake(
     grad_x: Tensor | None,
     grad_weights: Tensor | None,
@@ -70,6 +81,12 @@ def _combine_fake(y: Tensor, slot_rows: Tensor, plan: Tensor, dispatcher: str) -
     return y.new_empty(slot_rows.shape[0], y.shape[1])
 
 
+def _combine_finish_fake(
+    y: Tensor, slot_rows: Tensor, plan: Tensor, ticket: Tensor, dispatcher: str
+) -> Tensor:
+    return _combine_fake(y, slot_rows, plan, dispatcher)
+
+
 def _combine_backward_fake(
     grad: Tensor, slot_rows: Tensor, plan: Tensor, received: Any, dispatcher: str
 ) -> Tensor:
@@ -82,6 +99,16 @@ dispatch = _define(
     " Tensor num_slots)",
     _dispatch_fake,
 )
+dispatch_start = _define(
+    "dispatch_start(Tensor x, Tensor topk_ids, Tensor topk_weights, str dispatcher) -> Tensor",
+    _start_fake,
+)
+dispatch_finish = _define(
+    "dispatch_finish(Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor ticket,"
+    " str dispatcher) -> (Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor slot_rows,"
+    " Tensor plan, Tensor num_slots)",
+    _dispatch_finish_fake,
+)
 _dispatch_backward_op = _define(
     "dispatch_backward(Tensor? grad_x, Tensor? grad_weights, Tensor slot_rows, Tensor plan,"
     " str dispatcher) -> (Tensor, Tensor)",
@@ -90,6 +117,14 @@ _dispatch_backward_op = _define(
 combine = _define(
     "combine(Tensor y, Tensor slot_rows, Tensor plan, str dispatcher) -> Tensor",
     _combine_fake,
+)
+combine_start = _define(
+    "combine_start(Tensor y, Tensor slot_rows, Tensor plan, str dispatcher) -> Tensor", _start_fake
+)
+combine_finish = _define(
+    "combine_finish(Tensor y, Tensor slot_rows, Tensor plan, Tensor ticket, str dispatcher)"
+    " -> Tensor",
+    _combine_finish_fake,
 )
 _combine_backward_op = _define(
     "combine_backward(Tensor grad, Tensor slot_rows, Tensor plan, SymInt received,"
@@ -107,7 +142,7 @@ def _keep_dispatcher(ctx: Any, name: str) -> None:
 def _dispatch_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, ids, _, slot_rows, plan, num_slots = output
     ctx.mark_non_differentiable(ids, slot_rows, plan, num_slots)
-    _keep_dispatcher(ctx, inputs[3])
+    _keep_dispatcher(ctx, inputs[-1])
     ctx.save_for_backward(slot_rows, plan)
 
 
@@ -128,11 +163,12 @@ def _dispatch_backward(
         plan,
         ctx.dispatcher,
     )
-    return dx if with_x else None, None, dweights if with_weights else None, None
+    rest = [None] * (len(ctx.needs_input_grad) - 3)
+    return dx if with_x else None, None, dweights if with_weights else None, *rest
 
 
 def _combine_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    y, slot_rows, plan, dispatcher = inputs
+    y, slot_rows, plan, *_, dispatcher = inputs
     _keep_dispatcher(ctx, dispatcher)
     ctx.received = y.shape[0]
     ctx.save_for_backward(slot_rows, plan)
@@ -140,7 +176,7 @@ def _combine_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _combine_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_y = _combine_backward_op(grad, *ctx.saved_tensors, ctx.received, ctx.dispatcher)
-    return grad_y, None, None, None
+    return grad_y, *[None] * (len(ctx.needs_input_grad) - 1)
 
 
 def _refuse(name: str) -> Callable[..., None]:
@@ -152,7 +188,9 @@ def _refuse(name: str) -> Callable[..., None]:
 
 for _name, _backward, _setup in (
     ("dispatch", _dispatch_backward, _dispatch_setup),
+    ("dispatch_finish", _dispatch_backward, _dispatch_setup),
     ("combine", _combine_backward, _combine_setup),
+    ("combine_finish", _combine_backward, _combine_setup),
     ("dispatch_backward", _refuse("dispatch_backward"), None),
     ("combine_backward", _refuse("combine_backward"), None),
 ):

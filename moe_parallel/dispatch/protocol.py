@@ -5,10 +5,13 @@ T tokens, H hidden size, K experts a token, E experts, U tokens received.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 from torch import Tensor
+
+T_co = TypeVar("T_co", covariant=True)
 
 TRANSPORTS = ("process_group", "shared_memory")  # of AllToAllDispatcher
 
@@ -31,6 +34,21 @@ class Dispatched:
     topk_weights: Tensor
     handle: Any
     num_rows: int | None
+
+
+@dataclass(frozen=True)
+class Pending(Generic[T_co]):
+    """An exchange that has begun.
+
+    Attributes:
+        finish: ends it.
+    """
+
+    finish: Callable[[], T_co]
+
+    def wait(self) -> T_co:
+        """What the exchange brings; once."""
+        return self.finish()
 
 
 class TokenDispatcher(Protocol):

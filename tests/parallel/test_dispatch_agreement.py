@@ -184,7 +184,13 @@ def _no_handle(rank: int, ranks: int, way: str) -> list[tuple[str, str]]:
     slot_rows, plan = tokens.handle
     twin = AllToAllDispatcher(dist.new_group([0, 1]), 6)
     of_twin = twin.dispatch(case.x, case.ids, case.weights).handle
-    handles = [of_twin, Handle(slot_rows, plan[:-1]), Handle(slot_rows, plan.float())]
+    handles = [
+        of_twin,
+        Handle(slot_rows, plan[:-1]),
+        Handle(slot_rows, plan.float()),
+        Handle(slot_rows + 1000, plan),
+        Handle(slot_rows.long(), plan),
+    ]
     return [
         raised(dispatcher.combine, tokens.x, handle if rank == 1 else tokens.handle)
         for handle in handles
@@ -194,9 +200,11 @@ def _no_handle(rank: int, ranks: int, way: str) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("way", WAYS[:2])
 def test_what_is_no_handle_of_the_group_leaves_nobody_waiting(way: str) -> None:
     good, bad = run_ranks(2, _no_handle, way)
-    assert [kind for kind, _ in bad] == ["ValueError"] * 3
-    assert [kind for kind, _ in good] == ["RuntimeError"] * 3
-    for _, message in bad:
+    assert [kind for kind, _ in bad] == ["ValueError"] * 5
+    assert [kind for kind, _ in good] == ["RuntimeError"] * 5
+    for _, message in bad[3:]:
+        assert message.startswith("combine: the handle's slot_rows are not those of its plan;")
+    for _, message in bad[:3]:
         assert message.startswith("combine: the handle must be that of a dispatch in group '0';")
 
 

@@ -291,13 +291,31 @@ void Communicator::check_peers(Stage stage, uint64_t call, const char* phase, De
   }
 }
 
+void Communicator::set_settle(std::function<void()> settle) {
+  const std::lock_guard lock(settle_mutex_);
+  settle_ = std::move(settle);
+}
+
+void Communicator::settle() {
+  std::function<void()> open;
+  {
+    const std::lock_guard lock(settle_mutex_);
+    open.swap(settle_);
+  }
+  if (open) open();
+}
+
 Communicator::Call::Call(std::shared_ptr<Communicator> communicator, const char* phase,
                          double timeout)
-    : communicator_(std::move(communicator)),
-      lock_(communicator_->call_mutex_),
-      phase_(phase),
-      timeout_(timeout) {
-  communicator_->check_usable(phase);
+    : communicator_(std::move(communicator)), phase_(phase), timeout_(timeout) {
+  communicator_->settle();
+  communicator_->turn_.acquire();
+  try {
+    communicator_->check_usable(phase);
+  } catch (...) {
+    communicator_->turn_.release();
+    throw;
+  }
   number_ = ++communicator_->calls_;
   communicator_->own_control().call.store(number_, std::memory_order_release);
   auto& before = communicator_->published_before_;
@@ -307,7 +325,8 @@ Communicator::Call::Call(std::shared_ptr<Communicator> communicator, const char*
 }
 
 Communicator::Call::~Call() {
-  if (!finished_) abandon("it gave up in " + std::string(phase_));
+  abandon("it gave up in " + std::string(phase_));
+  communicator_->turn_.release();
 }
 
 void Communicator::Call::abandon(const std::string& reason) {

@@ -8,6 +8,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <semaphore>
 #include <string>
 #include <vector>
 
@@ -42,7 +43,11 @@ class Communicator {
   // Called now and then by a thread that waits, and may throw.
   void set_interrupt(std::function<void()> interrupt) { interrupt_ = std::move(interrupt); }
 
+  // Called before the next call begins: it ends one that was left open meanwhile.
+  void set_settle(std::function<void()> settle);
+
   // One call of all ranks, in the order that they share. One exists at a time, others wait for it.
+  // It may end in another thread than it began in.
   class Call {
    public:
     // `timeout` in seconds bounds each receive().
@@ -66,7 +71,6 @@ class Communicator {
 
    private:
     std::shared_ptr<Communicator> communicator_;
-    std::unique_lock<std::mutex> lock_;
     const char* phase_;
     double timeout_;
     uint64_t number_;
@@ -83,6 +87,7 @@ class Communicator {
   };
 
   Control& own_control() const { return *reinterpret_cast<Control*>(control_memory_.data()); }
+  void settle();
   void check_usable(const char* phase) const;
   void welcome(PeerLink& link, const Fd& control_fd);
   void greet(Fd socket, int expected_rank, Deadline deadline);
@@ -107,7 +112,9 @@ class Communicator {
   std::function<void()> interrupt_;
   std::chrono::microseconds spin_;
 
-  std::mutex call_mutex_;
+  std::binary_semaphore turn_{1};
+  std::mutex settle_mutex_;
+  std::function<void()> settle_;
   uint64_t calls_ = 0;
   mutable std::mutex failure_mutex_;
   std::string failure_;

@@ -1,0 +1,188 @@
+"""Exchanges that begin and end apart: the same bits, whatever happens in between.
+
+T tokens, H hidden size, K experts a token, E experts, P ranks.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+from moe_parallel import MoE
+from moe_parallel.dispatch import AllToAllDispatcher, Dispatched
+from moe_parallel.experts import GroupedExperts
+from moe_parallel.parallelizer import ExpertParallel
+from moe_parallel.torch_internals import store_of
+from tests.parallel.definitions import make_config, randomize
+from tests.parallel.ranks import run_ranks
+from tests.parallel.test_dispatch import WAYS, Case, apply_experts, dispatcher_of, make_case, raised
+
+EXPERTS = 12
+
+
+def begin(dispatcher: AllToAllDispatcher, case: Case) -> tuple[Any, Tensor, Tensor]:
+    x, weights = case.x.clone().requires_grad_(), case.weights.clone().requires_grad_()
+    return dispatcher.dispatch_async(x, case.ids, weights), x, weights
+
+
+def same(a: Dispatched, b: Dispatched) -> bool:
+    names = ("x", "topk_ids", "topk_weights")
+    return a.num_rows == b.num_rows and all(
+        torch.equal(getattr(a, name), getattr(b, name)) for name in names
+    )
+
+
+def _equal(rank: int, ranks: int, way: str) -> None:
+    dispatcher = dispatcher_of(way, EXPERTS)
+    for seed, dtype in enumerate((torch.bfloat16, torch.float32)):
+        case = make_case(seed, rank, 30 + rank, 40, 3, EXPERTS, dtype=dtype, weight_dtype=dtype)
+        results = []
+        for separately in (False, True):
+            x, weights = case.x.clone().requires_grad_(), case.weights.clone().requires_grad_()
+            if separately:
+                tokens = dispatcher.dispatch_async(x, case.ids, weights).wait()
+                rows = apply_experts(tokens, rank * EXPERTS // ranks)
+                y = dispatcher.combine_async(rows, tokens.handle).wait()
+            else:
+                tokens = dispatcher.dispatch(x, case.ids, weights)
+                rows = apply_experts(tokens, rank * EXPERTS // ranks)
+                y = dispatcher.combine(rows, tokens.handle)
+            y.square().sum().backward()
+            results.append((tokens, y, x.grad, weights.grad))
+        assert same(results[0][0], results[1][0])
+        for a, b in zip(results[0][1:], results[1][1:], strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_the_same_bits_and_gradients(ranks: int, way: str) -> None:
+    run_ranks(ranks, _equal, way)
+
+
+def _in_flight(rank: int, ranks: int, way: str) -> None:
+    """Several begun before the first is waited for, in any order that the ranks share."""
+    dispatcher, other = dispatcher_of(way, EXPERTS), dispatcher_of(way, EXPERTS)
+    cases = [make_case(seed, rank, 20 + seed, 16, 2, EXPERTS) for seed in range(3)]
+    expected = [dispatcher.dispatch(case.x, case.ids, case.weights) for case in cases]
+    for order in ((0, 1, 2), (2, 0, 1)):
+        begun = [begin(d, c) for d, c in zip((dispatcher, other, dispatcher), cases, strict=True)]
+        tokens = {seed: begun[seed][0].wait() for seed in order}
+        for seed in order:
+            assert same(tokens[seed], expected[seed])
+        returning = {s: dispatcher.combine_async(tokens[s].x, tokens[s].handle) for s in order}
+        dispatcher.dispatch(cases[0].x, cases[0].ids, cases[0].weights)
+        for seed in reversed(order):
+            y = returning[seed].wait()
+            (dx,) = torch.autograd.grad(y.sum(), begun[seed][1])
+            assert torch.equal(y, dispatcher.combine(expected[seed].x, expected[seed].handle))
+            rows = (cases[seed].ids * ranks // EXPERTS).sort(1).values
+            copies = 1 + (rows[:, 1:] != rows[:, :-1]).sum(1, keepdim=True)
+            assert torch.equal(dx, copies.double().expand_as(dx))
+    pending, *_ = begin(dispatcher, cases[0])
+    pending.wait()
+    kind, message = raised(pending.wait)
+    assert kind == "RuntimeError"
+    assert "dispatch: this call has ended already; wait for it once" in message
+    # What nobody waits for ends by itself.
+    begin(dispatcher, cases[1])
+    assert same(dispatcher.dispatch(cases[2].x, cases[2].ids, cases[2].weights), expected[2])
+
+
+@pytest.mark.parametrize("way", WAYS[:2])
+def test_any_number_in_flight(way: str) -> None:
+    run_ranks(2, _in_flight, way)
+
+
+def _late(rank: int, ranks: int) -> None:
+    """Rank 1 begins only when rank 0 says that it has begun."""
+    dispatcher = dispatcher_of("shared_memory", EXPERTS)
+    store = store_of(dist.group.WORLD)
+    case = make_case(1, rank, 9, 6, 2, EXPERTS)
+    for turn in range(3):
+        if rank == 0:
+            pending, *_ = begin(dispatcher, case)
+            store.set(f"begun {turn}", "")
+        else:
+            store.get(f"begun {turn}")
+            pending, *_ = begin(dispatcher, case)
+        tokens = pending.wait()
+        if rank == 0:
+            returning = dispatcher.combine_async(tokens.x, tokens.handle)
+            store.set(f"returned {turn}", "")
+        else:
+            store.get(f"returned {turn}")
+            returning = dispatcher.combine_async(tokens.x, tokens.handle)
+        returning.wait()
+
+
+def test_shared_memory_waits_for_nobody_to_begin() -> None:
+    run_ranks(2, _late, timeout=20)
+
+
+def _errors(rank: int, ranks: int, way: str) -> list[tuple[str, str]]:
+    dispatcher = dispatcher_of(way, EXPERTS)
+    case = make_case(1, rank, 9, 6 + rank, 2, EXPERTS)
+    good = make_case(1, rank, 9, 6, 2, EXPERTS)
+    tokens = dispatcher.dispatch(good.x, good.ids, good.weights)
+    wrong = tokens.x[1:] if rank == 1 else tokens.x
+    return [
+        raised(lambda: dispatcher.dispatch_async(case.x, case.ids, case.weights).wait()),
+        raised(lambda: dispatcher.combine_async(wrong, tokens.handle).wait()),
+        raised(lambda: dispatcher.dispatch_async(good.x, good.ids, good.weights).wait()),
+    ]
+
+
+@pytest.mark.parametrize("way", WAYS[:2])
+def test_calls_that_do_not_match_are_an_error_on_every_rank(way: str) -> None:
+    for rank, (sizes, rows, fine) in enumerate(run_ranks(2, _errors, way)):
+        assert sizes[0] == "ValueError"
+        assert "must agree on H (the columns of x)" in sizes[1]
+        assert rows[0] == ("ValueError" if rank == 1 else "RuntimeError")
+        assert fine[0] == "nothing"
+
+
+def _layer(rank: int, ranks: int) -> None:
+    """Shared experts computed while the tokens travel, or before: the same bits."""
+    config = make_config(n_shared_experts=1, shared_expert_gate=True, moe_latent_size=6)
+    torch.manual_seed(0)
+    layers = [MoE(config) for _ in range(2)]
+    randomize(layers[0])
+    layers[1].load_state_dict(layers[0].state_dict())
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("ep",))
+    for layer in layers:
+        ExpertParallel()._apply(layer.experts, mesh)
+    assert layers[0].experts.overlaps
+    calls = []
+
+    class Before(GroupedExperts):
+        overlaps = False  # type: ignore[assignment]
+
+    layers[1].experts.__class__ = Before
+    for name, layer in zip(("while", "before"), layers, strict=True):
+        layer.shared_experts.register_forward_hook(lambda *_, name=name: calls.append(name))
+    torch.manual_seed(rank)
+    x = torch.randn(11, 13, dtype=torch.float64)
+    outputs = []
+    for layer in layers:
+        mine = x.clone().requires_grad_()
+        y = layer(mine)
+        y.square().sum().backward()
+        outputs.append((y, mine.grad, [p.grad for p in layer.parameters()]))
+    assert calls == ["while", "before"]
+    (y, dx, grads), (other_y, other_dx, other_grads) = outputs
+    assert torch.equal(y, other_y)
+    assert torch.equal(dx, other_dx)
+    for a, b in zip(grads, other_grads, strict=True):
+        assert torch.equal(*(t.to_local() if hasattr(t, "to_local") else t for t in (a, b)))
+    copy.deepcopy(layers[0])
+
+
+def test_a_layer_computes_its_shared_experts_while_tokens_travel() -> None:
+    run_ranks(2, _layer)
