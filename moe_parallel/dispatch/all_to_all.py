@@ -90,8 +90,8 @@ class AllToAllDispatcher:
             needs them. "auto" takes shared memory where the ranks can share it, see
             :meth:`explain`, and the process group elsewhere and for the tensors of GPUs. But for
             "process_group", every rank of the group must make its first dispatcher together.
-        timeout: seconds a rank waits for the others in each exchange; None for the group's own
-            timeout. On CUDA the backend's watchdog applies it.
+        timeout: seconds a rank waits for the others in each exchange, and for their first
+            dispatcher; None for the group's own timeout. On CUDA the backend's watchdog applies it.
         placement: the rank of every expert, or the ranks that hold copies of it, of which a token
             takes its own rank's, or else each in turn; the same on all ranks. Copies are for
             inference: in training they would drift apart.
