@@ -9,7 +9,7 @@
 namespace moe::ep {
 namespace {
 
-constexpr int64_t kMagic = 0x4d6f45413244;
+constexpr int64_t kMagic = 0x4d6f45413245;
 
 // Numbers dispatches, so that ranks can tell handles apart. A Lamport clock: a rank proposes its
 // next tick, the headers carry every proposal to every rank, the largest is the number, and all
@@ -43,6 +43,10 @@ const char* name_of(int64_t field) {
       return "K (the columns of topk_ids)";
     case kXDtypeField:
       return "x's dtype";
+    case kExtraDtypeField:
+      return "extra's dtype";
+    case kExtraBytesField:
+      return "the bytes of extra for a token";
     default:
       return "topk_weights' dtype";
   }
@@ -56,7 +60,8 @@ std::string value_of(int64_t field, int64_t value) {
   if (field == kDispatchField) return "dispatch " + std::to_string(value);
   if (field == kDispatcherField) return "dispatcher " + std::to_string(value);
   if (field == kPlacementField) return "placement " + std::to_string(value);
-  const bool is_dtype = field == kXDtypeField || field == kWeightDtypeField;
+  const bool is_dtype =
+      field == kXDtypeField || field == kWeightDtypeField || field == kExtraDtypeField;
   if (is_dtype && value < static_cast<int64_t>(c10::ScalarType::NumOptions)) {
     return c10::toString(static_cast<c10::ScalarType>(value));
   }
@@ -92,6 +97,8 @@ Header make_header(Phase phase, const Terms& terms, bool refused) {
   header[kTopKField] = terms.top_k;
   header[kXDtypeField] = terms.x_dtype;
   header[kWeightDtypeField] = terms.weight_dtype;
+  header[kExtraDtypeField] = terms.extra_dtype;
+  header[kExtraBytesField] = terms.extra_bytes;
   return header;
 }
 

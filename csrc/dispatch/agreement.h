@@ -21,7 +21,8 @@ struct Terms {
   int64_t dispatcher = -1;  // its number in the group
   int64_t dispatch = -1;    // the number of the dispatch that the handle is of
   int64_t experts = -1, placement = -1, hidden = -1, top_k = -1;
-  int64_t x_dtype = -1, weight_dtype = -1;  // at::ScalarType
+  int64_t x_dtype = -1, weight_dtype = -1, extra_dtype = -1;  // at::ScalarType
+  int64_t extra_bytes = -1;                                   // a token
 };
 
 // The columns of a header.
@@ -37,6 +38,8 @@ enum Field : int64_t {
   kTopKField,
   kXDtypeField,
   kWeightDtypeField,
+  kExtraDtypeField,
+  kExtraBytesField,
   kTermFields,  // the above are equal on all ranks; what follows is for the receiver
   kRowsField = kTermFields,
   kSlotsField,

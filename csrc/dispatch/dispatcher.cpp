@@ -136,9 +136,19 @@ void check_floating(Phase phase, const char* name, const Tensor& tensor) {
       dtype);
 }
 
-void check_dispatch(const Tensor& x, const Tensor& ids, const Tensor& weights) {
+void check_dispatch(const Tokens& tokens) {
+  const auto& [x, ids, weights, extra] = tokens;
   TORCH_CHECK_VALUE(x.dim() == 2, "dispatch: x must be [T, H]; got ", x.sizes());
-  check_floating(Phase::kDispatch, "x", x);
+  TORCH_CHECK_TYPE(at::isFloatingType(x.scalar_type()) || at::isFloat8Type(x.scalar_type()),
+                   "dispatch: x must be floating point; got ", x.scalar_type(),
+                   ". Integers travel as extra.");
+  if (extra) {
+    TORCH_CHECK_VALUE(extra->dim() > 0 && extra->size(0) == x.size(0),
+                      "dispatch: extra must be [T, ...] with T = ", x.size(0),
+                      " (x.shape[0]); got ", extra->sizes());
+    TORCH_CHECK_VALUE(extra->device() == x.device(), "dispatch: extra must be on x's device ",
+                      x.device(), "; got ", extra->device());
+  }
   TORCH_CHECK_VALUE(ids.dim() == 2 && ids.size(0) == x.size(0) && ids.size(1) > 0,
                     "dispatch: topk_ids must be [T, K] with T = ", x.size(0),
                     " (x.shape[0]) and K at least 1; got ", ids.sizes());
@@ -174,6 +184,35 @@ Terms terms_of(const Dispatcher& dispatcher) {
   return {.dispatcher = dispatcher.number,
           .experts = dispatcher.experts(),
           .placement = dispatcher.placement.digest()};
+}
+
+Terms terms_of(const Dispatcher& dispatcher, const Tokens& tokens) {
+  Terms terms = terms_of(dispatcher);
+  terms.hidden = tokens.x.size(1), terms.x_dtype = dtype_number(tokens.x);
+  terms.top_k = tokens.ids.size(1), terms.weight_dtype = dtype_number(tokens.weights);
+  if (tokens.extra) {
+    terms.extra_dtype = dtype_number(*tokens.extra);
+    terms.extra_bytes = tokens.extra->element_size();
+    for (const int64_t size : tokens.extra->sizes().slice(1)) terms.extra_bytes *= size;
+  }
+  return terms;
+}
+
+Tensor as_bytes(const Tensor& extra) {
+  const int64_t tokens = extra.size(0);
+  int64_t bytes = extra.element_size();
+  for (const int64_t size : extra.sizes().slice(1)) bytes *= size;
+  // Zero bytes cannot be viewed as such.
+  if (tokens == 0 || bytes == 0)
+    return at::empty({tokens, bytes}, extra.options().dtype(at::kByte));
+  return extra.contiguous().view({tokens, -1}).view(at::kByte);
+}
+
+Tensor from_bytes(const Tensor& bytes, const Tensor& extra) {
+  std::vector<int64_t> sizes = extra.sizes().vec();
+  sizes[0] = bytes.size(0);
+  if (bytes.numel() == 0) return at::empty(sizes, extra.options());
+  return bytes.view(extra.scalar_type()).view(sizes);
 }
 
 int64_t dtype_number(const Tensor& tensor) { return static_cast<int64_t>(tensor.scalar_type()); }

@@ -24,6 +24,13 @@ namespace moe::ep {
 // S rows sent and U received.
 struct Arrived {
   at::Tensor x, ids, weights, slot_rows, plan, num_slots;
+  at::Tensor extra;  // empty where there was none
+};
+
+// What a rank brings to a dispatch.
+struct Tokens {
+  at::Tensor x, ids, weights;
+  std::optional<at::Tensor> extra;  // [T, ...] of any dtype: travels with x, without gradient
 };
 
 // What a transport has begun: calling it, once, ends it.
@@ -103,8 +110,7 @@ using DispatcherRef = std::shared_ptr<const Dispatcher>;
 // The phases over one kind of transport; every rank calls alike. What has begun keeps what it
 // needs.
 struct Transport {
-  Ending<Arrived> (*dispatch)(const DispatcherRef&, const at::Tensor& x, const at::Tensor& ids,
-                              const at::Tensor& weights);
+  Ending<Arrived> (*dispatch)(const DispatcherRef&, const Tokens& tokens);
   Ending<at::Tensor> (*combine)(const DispatcherRef&, const at::Tensor& y,
                                 const at::Tensor& slot_rows, const at::Tensor& plan);
   at::Tensor (*combine_backward)(const DispatcherRef&, const at::Tensor& grad,
@@ -120,7 +126,12 @@ extern const Transport process_group_transport;
 extern const Transport shared_memory_transport;
 
 // Arguments of the ops, for the transports: raise before anything is exchanged.
-void check_dispatch(const at::Tensor& x, const at::Tensor& ids, const at::Tensor& weights);
+void check_dispatch(const Tokens& tokens);
+// What the ranks must agree on in it.
+Terms terms_of(const Dispatcher& dispatcher, const Tokens& tokens);
+// The rows of `extra` as bytes [T, bytes], and [U, bytes] as the rows they are.
+at::Tensor as_bytes(const at::Tensor& extra);
+at::Tensor from_bytes(const at::Tensor& bytes, const at::Tensor& extra);
 void check_rows(Phase phase, const char* name, const at::Tensor& rows, int64_t num_rows);
 // Of a handle: every row is one of the plan's, so that nothing beyond them is read. CPU alone.
 void check_slot_rows(Phase phase, const at::Tensor& slot_rows, const Plan& plan);

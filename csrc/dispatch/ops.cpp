@@ -20,11 +20,11 @@ const Transport& transport_of(const Dispatcher& dispatcher, const Tensor& tensor
                                                        : process_group_transport;
 }
 
-using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Outputs outputs_of(Arrived arrived) {
-  return {arrived.x,         arrived.ids,  arrived.weights,
-          arrived.slot_rows, arrived.plan, arrived.num_slots};
+  return {arrived.x,    arrived.ids,       arrived.weights, arrived.slot_rows,
+          arrived.plan, arrived.num_slots, arrived.extra};
 }
 
 // A ticket travels as a tensor: it is what orders the end of a call after its beginning in a graph.
@@ -37,19 +37,21 @@ Result end_of(Begun<Result>& begun, const char* op, const Tensor& ticket) {
   return ending();
 }
 
-Outputs dispatch(const Tensor& x, const Tensor& ids, const Tensor& weights, std::string name) {
+Outputs dispatch(const Tensor& x, const Tensor& ids, const Tensor& weights,
+                 const std::optional<Tensor>& extra, std::string name) {
   const auto dispatcher = find_dispatcher(name);
-  return outputs_of(transport_of(*dispatcher, x).dispatch(dispatcher, x, ids, weights)());
+  return outputs_of(transport_of(*dispatcher, x).dispatch(dispatcher, {x, ids, weights, extra})());
 }
 
-Tensor dispatch_start(const Tensor& x, const Tensor& ids, const Tensor& weights, std::string name) {
+Tensor dispatch_start(const Tensor& x, const Tensor& ids, const Tensor& weights,
+                      const std::optional<Tensor>& extra, std::string name) {
   const auto dispatcher = find_dispatcher(name);
   return write_ticket(dispatcher->dispatches.keep(
-      transport_of(*dispatcher, x).dispatch(dispatcher, x, ids, weights)));
+      transport_of(*dispatcher, x).dispatch(dispatcher, {x, ids, weights, extra})));
 }
 
-Outputs dispatch_finish(const Tensor&, const Tensor&, const Tensor&, const Tensor& ticket,
-                        std::string name) {
+Outputs dispatch_finish(const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&,
+                        const Tensor& ticket, std::string name) {
   return outputs_of(end_of(find_dispatcher(name)->dispatches, "dispatch", ticket));
 }
 

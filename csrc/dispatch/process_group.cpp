@@ -157,8 +157,8 @@ class Exchange {
   std::chrono::milliseconds timeout_;
 };
 
-Ending<Arrived> dispatch(const DispatcherRef& owner, const Tensor& x, const Tensor& topk_ids,
-                         const Tensor& topk_weights) {
+Ending<Arrived> dispatch(const DispatcherRef& owner, const Tokens& brought) {
+  const auto& [x, topk_ids, topk_weights, extra] = brought;
   const Dispatcher& dispatcher = *owner;
   const auto shared = std::make_shared<const Exchange>(Phase::kDispatch, owner);
   const Exchange& exchange = *shared;
@@ -167,28 +167,26 @@ Ending<Arrived> dispatch(const DispatcherRef& owner, const Tensor& x, const Tens
   std::exception_ptr refusal;
   Layout layout;
   try {
-    check_dispatch(x, topk_ids, topk_weights);
+    check_dispatch(brought);
     layout = make_layout(topk_ids, dispatcher.placement, ranks);
   } catch (...) {
     refusal = std::current_exception();
     layout.counts = at::zeros({ranks, 2}, x.options().dtype(at::kLong));
     layout.bad = at::ones({}, layout.counts.options());
   }
-  Terms terms = terms_of(dispatcher);
-  if (!refusal) {
-    terms.hidden = x.size(1), terms.x_dtype = dtype_number(x);
-    terms.top_k = topk_ids.size(1), terms.weight_dtype = dtype_number(topk_weights);
-  }
+  const Terms terms = refusal ? terms_of(dispatcher) : terms_of(dispatcher, brought);
   auto headers = exchange.send_headers(terms, layout.counts, layout.bad);
   if (refusal) {
     headers.pending.wait();
     std::rethrow_exception(refusal);
   }
-  Tensor rows, routing;
+  Tensor rows, routing, extra_rows;
   const auto pack = [&](const std::vector<int64_t>& rows_by_rank) {
     const auto first = first_rows(rows_by_rank);
-    rows = pack_rows(x, layout.slot_rows, first);
-    routing = pack_routing(topk_ids, topk_weights, layout.slot_rows, first, dispatcher.placement);
+    rows = pack_rows(brought.x, layout.slot_rows, first);
+    if (brought.extra) extra_rows = pack_rows(as_bytes(*brought.extra), layout.slot_rows, first);
+    routing =
+        pack_routing(brought.ids, brought.weights, layout.slot_rows, first, dispatcher.placement);
   };
   // On the CPU while the headers travel. On CUDA the sizes come with them: reading them is the one
   // time that the host waits for the device.
@@ -208,6 +206,13 @@ Ending<Arrived> dispatch(const DispatcherRef& owner, const Tensor& x, const Tens
   const auto tokens = exchange.start("tokens", out, rows, tally.received, tally.sent);
   const auto routed =
       exchange.start("routing weights", out_routing, routing, tally.received, tally.sent);
+  Tensor out_extra = at::empty({0}, x.options());
+  std::optional<Exchange::Pending> extras;
+  if (extra) {
+    const Tensor bytes = at::empty({num_received, extra_rows.size(1)}, extra_rows.options());
+    extras = exchange.start("extra rows", bytes, extra_rows, tally.received, tally.sent);
+    out_extra = from_bytes(bytes, *extra);
+  }
   const Tensor slots = at::empty({tally.slots_received, 0}, x.options().dtype(at::kByte));
   return [=, slot_rows = layout.slot_rows, plan_numbers = plan.write(dispatcher),
           top_k = topk_ids.size(1), dtype = topk_weights.scalar_type()]() -> Arrived {
@@ -215,8 +220,9 @@ Ending<Arrived> dispatch(const DispatcherRef& owner, const Tensor& x, const Tens
     routed.wait();
     const auto [ids, weights] = unpack_routing(out_routing, top_k, dtype);
     const Tensor out_ids = ids.contiguous(), out_weights = weights.contiguous();
+    if (extras) extras->wait();
     tokens.wait();
-    return {out, out_ids, out_weights, slot_rows, plan_numbers, slots};
+    return {out, out_ids, out_weights, slot_rows, plan_numbers, slots, out_extra};
   };
 }
 

@@ -89,6 +89,10 @@ Layout make_layout(const Tensor& ids, const Placement& placement, int64_t ranks)
 }
 
 Tensor pack_rows(const Tensor& x, const Tensor& slot_rows, int64_t num_rows) {
+  if (at::isFloat8Type(x.scalar_type())) {  // which not every device can index
+    const Tensor bytes = x.contiguous().view(at::kByte);
+    return pack_rows(bytes, slot_rows, num_rows).view(x.scalar_type());
+  }
   return x.index_select(0, token_of_row(slot_rows, num_rows));
 }
 

@@ -230,25 +230,20 @@ int64_t bytes_per_row(const Tensor& rows) { return rows.size(1) * rows.element_s
 
 // What a rank brings to a dispatch.
 struct Outgoing {
-  Tensor x, ids, weights;
+  Tokens tokens;
   Layout layout;
   std::vector<Header> headers;
   std::exception_ptr refusal;
 };
 
-Outgoing announce(Call& call, const Dispatcher& dispatcher, const Tensor& x, const Tensor& topk_ids,
-                  const Tensor& topk_weights) {
+Outgoing announce(Call& call, const Dispatcher& dispatcher, const Tokens& tokens) {
   const int64_t ranks = dispatcher.ranks;
   Layout layout;
   const auto refusal = caught([&] {
-    check_dispatch(x, topk_ids, topk_weights);
-    layout = make_layout(topk_ids, dispatcher.placement, ranks);
+    check_dispatch(tokens);
+    layout = make_layout(tokens.ids, dispatcher.placement, ranks);
   });
-  Terms terms = terms_of(dispatcher);
-  if (!refusal) {
-    terms.hidden = x.size(1), terms.x_dtype = dtype_number(x);
-    terms.top_k = topk_ids.size(1), terms.weight_dtype = dtype_number(topk_weights);
-  }
+  const Terms terms = refusal ? terms_of(dispatcher) : terms_of(dispatcher, tokens);
   std::vector<Header> headers(ranks, make_header(Phase::kDispatch, terms, refusal != nullptr));
   for (int64_t peer = 0; !refusal && peer < ranks; ++peer) {
     const int64_t* const counts = layout.counts.const_data_ptr<int64_t>() + 2 * peer;
@@ -256,12 +251,13 @@ Outgoing announce(Call& call, const Dispatcher& dispatcher, const Tensor& x, con
     headers[peer][kSlotsField] = counts[1];
   }
   send_headers(call, dispatcher, headers, std::vector<Places>(ranks));
-  return {x, topk_ids, topk_weights, layout, headers, refusal};
+  return {tokens, layout, headers, refusal};
 }
 
 Arrived deliver(Call& call, const Dispatcher& dispatcher, const Outgoing& outgoing) {
   const int64_t ranks = dispatcher.ranks, rank = dispatcher.rank;
-  const auto& [x, topk_ids, topk_weights, layout, headers, refusal] = outgoing;
+  const auto& [tokens, layout, headers, refusal] = outgoing;
+  const auto& [x, topk_ids, topk_weights, extra] = tokens;
   const Tally tally = read_headers(call, Phase::kDispatch, dispatcher, headers, refusal).tally;
 
   // x' [U, H]; weights [U, K] and ids [U, K].
@@ -272,6 +268,9 @@ Arrived deliver(Call& call, const Dispatcher& dispatcher, const Outgoing& outgoi
   shm::Heap& heap = dispatcher.shared_memory->heap();
   const Block rows = heap.allocate(received * row_bytes);
   const Block routing = heap.allocate(ids_at + received * id_bytes);
+  const Tensor extra_rows = extra ? as_bytes(*extra) : at::empty({0, 0}, at::kByte);
+  const int64_t extra_bytes = extra_rows.size(1);
+  const Block extras = extra ? heap.allocate(received * extra_bytes) : nullptr;
   const auto first = first_rows(tally.received);
   for (int64_t i = 1; i < ranks; ++i) {
     const int64_t peer = (rank + i) % ranks;
@@ -279,6 +278,7 @@ Arrived deliver(Call& call, const Dispatcher& dispatcher, const Outgoing& outgoi
     grant.add(shifted(rows->place(), first[peer] * row_bytes));
     grant.add(shifted(routing->place(), first[peer] * weight_bytes));
     grant.add(shifted(routing->place(), ids_at + first[peer] * id_bytes));
+    if (extra) grant.add(shifted(extras->place(), first[peer] * extra_bytes));
     Message message;
     grant.write(message, 0);
     call.send(static_cast<int>(peer), Stage::kGrant, message);
@@ -295,16 +295,22 @@ Arrived deliver(Call& call, const Dispatcher& dispatcher, const Outgoing& outgoi
   push_routing(topk_ids, topk_weights, layout.slot_rows, dispatcher.placement,
                parts(1, routing->data() + mine * weight_bytes),
                parts(2, routing->data() + ids_at + mine * id_bytes));
+  if (extra) push_rows(extra_rows, layout.slot_rows, parts(3, extras->data() + mine * extra_bytes));
   push_rows(x, layout.slot_rows, parts(0, rows->data() + mine * row_bytes));
   exchange_done(call, dispatcher);
 
+  Tensor out_extra = at::empty({0}, x.options());
+  if (extra) {
+    out_extra = from_bytes(tensor_in(extras, 0, {received, extra_bytes}, at::kByte), *extra);
+  }
   const Plan plan{tally.sent, tally.received, tally.dispatch};
   return {tensor_in(rows, 0, {received, x.size(1)}, x.scalar_type()),
           tensor_in(routing, ids_at, {received, top_k}, at::kInt),
           tensor_in(routing, 0, {received, top_k}, topk_weights.scalar_type()),
           layout.slot_rows,
           plan.write(dispatcher),
-          at::empty({tally.slots_received, 0}, x.options().dtype(at::kByte))};
+          at::empty({tally.slots_received, 0}, x.options().dtype(at::kByte)),
+          out_extra};
 }
 
 // Rows of this rank that others read.
@@ -460,10 +466,9 @@ std::tuple<Tensor, Tensor> dispatch_backward_in(Call& call, const Dispatcher& di
   return {out_x, out_weights};
 }
 
-Ending<Arrived> dispatch(const DispatcherRef& dispatcher, const Tensor& x, const Tensor& ids,
-                         const Tensor& weights) {
+Ending<Arrived> dispatch(const DispatcherRef& dispatcher, const Tokens& tokens) {
   return begin<Arrived>(Phase::kDispatch, dispatcher, [&](Call& call) {
-    return [&call, dispatcher, outgoing = announce(call, *dispatcher, x, ids, weights)] {
+    return [&call, dispatcher, outgoing = announce(call, *dispatcher, tokens)] {
       return deliver(call, *dispatcher, outgoing);
     };
   });

@@ -56,11 +56,13 @@ def _owners(
     return owners
 
 
-def _dispatched(outputs: tuple[Tensor, ...]) -> Dispatched:
-    x, ids, weights, slot_rows, plan, num_slots = outputs
+def _dispatched(outputs: tuple[Tensor, ...], sent: Tensor | None) -> Dispatched:
+    x, ids, weights, slot_rows, plan, num_slots, extra = outputs
     # The number of slots is the size of a tensor without elements: under torch.compile a size may
     # be unknown and yet an integer, and reading a value would break the graph.
-    return Dispatched(x, ids, weights, Handle(slot_rows, plan), num_slots.shape[0])
+    number = num_slots.shape[0]
+    handle = Handle(slot_rows, plan)
+    return Dispatched(x, ids, weights, handle, number, None if sent is None else extra)
 
 
 class AllToAllDispatcher:
@@ -178,13 +180,17 @@ class AllToAllDispatcher:
         others = "" if self.transport == "process_group" else ", process_group of the GPUs'"
         return f"{self.transport} carries tensors of the CPU{others}: {self._reason}"
 
-    def dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Dispatched:
+    def dispatch(
+        self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, *, extra: Tensor | None = None
+    ) -> Dispatched:
         """Send tokens to their experts.
 
         Args:
-            x: [T, H] in bf16, fp16, fp32 or fp64, any strides.
+            x: [T, H] in bf16, fp16, fp32 or fp64, any strides; float8 without a gradient.
             topk_ids: [T, K] int32 or int64, in [0, E); -1 and E mean "no expert".
-            topk_weights: [T, K], any of x's dtypes.
+            topk_weights: [T, K] in bf16, fp16, fp32 or fp64.
+            extra: [T, ...] of any dtype, which travels with the tokens, without gradient: the
+                scales of a float8 x, or numbers that describe tokens.
 
         Returns:
             :class:`Dispatched` with int32 ids; weights of other ranks' slots are 0.
@@ -195,10 +201,10 @@ class AllToAllDispatcher:
             torch.distributed.DistBackendError: a rank is missing; it names the exchange.
         """
         self._check_differentiable(x, topk_weights)
-        return _dispatched(ops.dispatch(x, topk_ids, topk_weights, self._name))
+        return _dispatched(ops.dispatch(x, topk_ids, topk_weights, extra, self._name), extra)
 
     def dispatch_async(
-        self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor
+        self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, *, extra: Tensor | None = None
     ) -> Pending[Dispatched]:
         """Begin :meth:`dispatch`, so that something else can be computed while tokens travel.
 
@@ -208,14 +214,17 @@ class AllToAllDispatcher:
         each brings, and nobody waits for the last to come.
         """
         self._check_differentiable(x, topk_weights)
-        ticket = ops.dispatch_start(x.detach(), topk_ids, topk_weights.detach(), self._name)
+        tokens = (topk_ids, topk_weights, extra)
+        ticket = ops.dispatch_start(x.detach(), topk_ids, topk_weights.detach(), extra, self._name)
         return Pending(
-            lambda: _dispatched(ops.dispatch_finish(x, topk_ids, topk_weights, ticket, self._name))
+            lambda: _dispatched(ops.dispatch_finish(x, *tokens, ticket, self._name), extra)
         )
 
     def _check_differentiable(self, x: Tensor, topk_weights: Tensor) -> None:
         refuse_tangent("dispatch", "x", x)
         refuse_tangent("dispatch", "topk_weights", topk_weights)
+        if x.requires_grad and x.element_size() == 1:
+            raise ValueError(f"dispatch: x of dtype {x.dtype} has no gradient; detach it")
         trained = torch.is_grad_enabled() and (x.requires_grad or topk_weights.requires_grad)
         if self._has_copies and trained:
             raise ValueError(

@@ -35,7 +35,7 @@ def _define(schema: str, fake: Callable[..., Any]) -> Any:
 
 
 def _dispatch_fake(
-    x: Tensor, topk_ids: Tensor, topk_weights: Tensor, dispatcher: str
+    x: Tensor, topk_ids: Tensor, topk_weights: Tensor, extra: Tensor | None, dispatcher: str
 ) -> tuple[Tensor, ...]:
     context = torch.library.get_ctx()
     received, slots = context.new_dynamic_size(), context.new_dynamic_size()
@@ -48,6 +48,7 @@ def _dispatch_fake(
         topk_ids.new_empty(topk_ids.shape, dtype=torch.int32),
         torch.empty(2 * ranks + 2, dtype=torch.int64, device="cpu"),
         x.new_empty(slots, 0, dtype=torch.uint8),
+        x.new_empty(0) if extra is None else extra.new_empty(received, *extra.shape[1:]),
     )
 
 
@@ -56,9 +57,14 @@ def _start_fake(*arguments: Any) -> Tensor:
 
 
 def _dispatch_finish_fake(
-    x: Tensor, topk_ids: Tensor, topk_weights: Tensor, ticket: Tensor, dispatcher: str
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    extra: Tensor | None,
+    ticket: Tensor,
+    dispatcher: str,
 ) -> tuple[Tensor, ...]:
-    return _dispatch_fake(x, topk_ids, topk_weights, dispatcher)
+    return _dispatch_fake(x, topk_ids, topk_weights, extra, dispatcher)
 
 
 def _dispatch_backward_fake(
@@ -93,20 +99,15 @@ def _combine_backward_fake(
     return grad.new_empty(received, grad.shape[1])
 
 
-dispatch = _define(
-    "dispatch(Tensor x, Tensor topk_ids, Tensor topk_weights, str dispatcher)"
-    " -> (Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor slot_rows, Tensor plan,"
-    " Tensor num_slots)",
-    _dispatch_fake,
+_TOKENS = "Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor? extra"
+_ARRIVED = (
+    "(Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor slot_rows, Tensor plan,"
+    " Tensor num_slots, Tensor extra)"
 )
-dispatch_start = _define(
-    "dispatch_start(Tensor x, Tensor topk_ids, Tensor topk_weights, str dispatcher) -> Tensor",
-    _start_fake,
-)
+dispatch = _define(f"dispatch({_TOKENS}, str dispatcher) -> {_ARRIVED}", _dispatch_fake)
+dispatch_start = _define(f"dispatch_start({_TOKENS}, str dispatcher) -> Tensor", _start_fake)
 dispatch_finish = _define(
-    "dispatch_finish(Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor ticket,"
-    " str dispatcher) -> (Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor slot_rows,"
-    " Tensor plan, Tensor num_slots)",
+    f"dispatch_finish({_TOKENS}, Tensor ticket, str dispatcher) -> {_ARRIVED}",
     _dispatch_finish_fake,
 )
 _dispatch_backward_op = _define(
@@ -140,8 +141,8 @@ def _keep_dispatcher(ctx: Any, name: str) -> None:
 
 
 def _dispatch_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, ids, _, slot_rows, plan, num_slots = output
-    ctx.mark_non_differentiable(ids, slot_rows, plan, num_slots)
+    _, ids, _, slot_rows, plan, num_slots, extra = output
+    ctx.mark_non_differentiable(ids, slot_rows, plan, num_slots, extra)
     _keep_dispatcher(ctx, inputs[-1])
     ctx.save_for_backward(slot_rows, plan)
 

@@ -27,6 +27,7 @@ class Dispatched:
         topk_weights: [U, K], routing weights of those slots.
         handle: to be given to ``combine``; a plain value, so any number may be in flight.
         num_rows: an upper bound, known on the host, of the ids that are not -1; None if unknown.
+        extra: [U, ...], what travelled with each token, if anything did.
     """
 
     x: Tensor
@@ -34,6 +35,7 @@ class Dispatched:
     topk_weights: Tensor
     handle: Any
     num_rows: int | None
+    extra: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -195,6 +195,51 @@ def test_rows_are_added_in_float32_in_rank_order_and_repeat_bit_for_bit(way: str
     run_ranks(4, _narrow_dtypes, way)
 
 
+def _payloads(rank: int, ranks: int, way: str) -> None:
+    """float8 tokens with their scales, and rows of numbers."""
+    dispatcher = dispatcher_of(way, 6)
+    for seed, skew in enumerate(("even", "dropped", "one_expert")):
+        cases = [make_case(seed, r, 8 + r, 32, 3, 6, skew=skew) for r in range(ranks)]
+        float8 = [case.x.float().to(torch.float8_e4m3fn) for case in cases]
+
+        def expected(rows: list[Tensor], cases: list[Case] = cases) -> tuple[Tensor, Tensor]:
+            flat = [row.reshape(len(row), row[:1].numel() or 0) for row in rows]
+            sent = [Case(x, c.ids, c.weights) for x, c in zip(flat, cases, strict=True)]
+            return expected_tokens(sent, rank, 6 // ranks)[:2]
+
+        for extras in (
+            [case.x[:, :4].float() for case in cases],
+            [torch.randint(9, (len(case.x), 2, 3)).short() for case in cases],
+            [torch.full((len(case.x),), r) for r, case in enumerate(cases)],
+            [torch.empty(len(case.x), 0) for case in cases],
+            [case.x.to(torch.complex64).T.contiguous().T for case in cases],
+        ):
+            dist.broadcast_object_list(extras)  # the random ones
+            mine = cases[rank]
+            arguments = (float8[rank], mine.ids, mine.weights)
+            x, ids = expected([row.view(torch.uint8) for row in float8])
+            extra, _ = expected(extras)
+            for tokens in (
+                dispatcher.dispatch(*arguments, extra=extras[rank]),
+                dispatcher.dispatch_async(*arguments, extra=extras[rank]).wait(),
+            ):
+                assert tokens.x.dtype == torch.float8_e4m3fn
+                assert torch.equal(tokens.x.view(torch.uint8), x)
+                assert torch.equal(tokens.topk_ids, ids)
+                assert tokens.extra is not None
+                assert tokens.extra.dtype == extras[rank].dtype
+                assert torch.equal(tokens.extra, extra.view(len(x), *extras[rank].shape[1:]))
+            assert dispatcher.dispatch(*arguments).extra is None
+    x = torch.ones(1, 2).to(torch.float8_e4m3fn).requires_grad_()
+    assert raised(dispatcher.dispatch, x, ids, ids)[0] == "ValueError"
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_any_rows_travel_with_the_tokens(ranks: int, way: str) -> None:
+    run_ranks(ranks, _payloads, way)
+
+
 def _on_gpu(rank: int, ranks: int) -> None:
     """All ranks on one device: gloo carries CUDA tensors through the host."""
     for seed, skew in enumerate(("even", "one_expert", "dropped")):
@@ -250,7 +295,7 @@ def _dropped(rank: int, ranks: int, way: str) -> None:
     assert_close(dx, ((case.ids + 1) * case.weights).sum(1, keepdim=True).expand_as(dx))
     del y
     with pytest.raises(RuntimeError, match=f"dispatcher '{name}' is gone"):
-        ops.dispatch(x, case.ids, case.weights, name)
+        ops.dispatch(x, case.ids, case.weights, None, name)
 
 
 @pytest.mark.parametrize("way", WAYS[:2])
@@ -354,10 +399,10 @@ def _op_contract(rank: int, ranks: int, way: str) -> None:
     x, weights = case.x.requires_grad_(), case.weights.requires_grad_()
     dispatcher = dispatcher_of(way, 4)
     name = dispatcher._name
-    received = ops.dispatch(x, case.ids, weights, name)
+    received = ops.dispatch(x, case.ids, weights, None, name)
     torch.library.opcheck(
         torch.ops.moe_kernels.dispatch,
-        (x, case.ids, weights, name),
+        (x, case.ids, weights, None, name),
         # Not that a second run gives equal outputs: each dispatch has a number of its own.
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )

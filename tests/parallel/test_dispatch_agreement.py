@@ -5,6 +5,7 @@ T tokens, H hidden size, K experts a token, E experts, P ranks.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -221,6 +222,15 @@ def _wrong_arguments(rank: int, ranks: int, way: str) -> list[tuple[str, str]]:
         (x.int(), ids, weights),
         (x, ids.float(), weights),
     ]
+    refused = [
+        raised(partial(dispatcher.dispatch, x, ids, weights, extra=extra))
+        for extra in (x.double() if rank == 1 else x, x[:, rank:], x[rank:])
+    ]
+    assert [kind for kind, _ in refused[:2]] == ["ValueError"] * 2
+    assert "must agree on extra's dtype" in refused[0][1]
+    assert "must agree on the bytes of extra for a token" in refused[1][1]
+    assert refused[2][0] == ("ValueError" if rank == 1 else "RuntimeError")
+    assert rank == 0 or "extra must be [T, ...] with T = 3" in refused[2][1]
     return [
         raised(dispatcher.dispatch, *(arguments if rank == 1 else (x, ids, weights)))
         for arguments in wrong
@@ -247,7 +257,7 @@ def test_one_rank_with_wrong_arguments_leaves_nobody_waiting(way: str) -> None:
             "x must be [T, H]; got [5]",
             "topk_ids must be [T, K] with T = 3",
             "topk_weights must be [3, 2] as topk_ids; got [3, 1]",
-            "x must be one of bfloat16, float16, float32, float64; got Int",
+            "x must be floating point; got Int. Integers travel as extra.",
             "topk_ids must be int32 or int64; got Float",
         ],
         strict=True,
