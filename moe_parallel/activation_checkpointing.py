@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+from moe_parallel.text_module import get_text_module, inner_model
 from moe_parallel.torch_internals import tolerate_unrecorded_ops
 
 ContextFn = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
@@ -189,12 +190,15 @@ def router_sizes(model: Any, hidden_size: int | None, num_experts: int | None) -
             "config of the model has it"
         )
     if num_experts is None:
-        inner = getattr(model, "model", None)
-        moe_config = getattr(model if inner is None else inner, "moe_config", None)
-        num_experts = getattr(moe_config, "n_routed_experts", None)
+        inner = inner_model(model)
+        num_experts = getattr(getattr(inner, "moe_config", None), "n_routed_experts", None)
     if num_experts is None:
         names = ("num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts")
         counts = (getattr(c, name, None) for c in configs for name in names)
+        num_experts = next((count for count in counts if count is not None), None)
+    if num_experts is None:
+        owners = (getattr(owner, "moe_config", None) for owner in (get_text_module(inner), model))
+        counts = (getattr(owner, "n_routed_experts", None) for owner in owners)
         num_experts = next((count for count in counts if count is not None), None)
     if num_experts is None:
         raise ValueError(

@@ -179,7 +179,7 @@ def tolerate_unrecorded_ops(contexts: Any) -> Any:
     forward: parameters may have been gathered already, or freed since.
     """
     recompute = getattr(checkpoint, "_RECOMPUTE", None)
-    if recompute is None:
+    if recompute is None or not isinstance(contexts, (tuple, list)):
         return contexts
 
     class Entries(dict[int, Any]):

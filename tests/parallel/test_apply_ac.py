@@ -15,6 +15,7 @@ from moe_parallel import parallelizer
 from moe_parallel.activation_checkpointing import (
     SELECTIVE_AC_WRAPPER_FLAG,
     make_selective_checkpoint_context_fn,
+    router_sizes,
 )
 from tests.parallel.stand_ins import Container, StandInMoE, make_model
 
@@ -94,11 +95,34 @@ def test_apply_ac_needs_sizes(wrapped: list[dict[str, Any]]) -> None:
     assert len(wrapped) == 2
 
 
+def test_apply_ac_finds_sizes_of_a_model_within_a_model(wrapped: list[dict[str, Any]]) -> None:
+    text = nn.Module()
+    text.layers, text.moe_config = nn.ModuleList(), SimpleNamespace(n_routed_experts=3)
+    config = SimpleNamespace(text_config=SimpleNamespace(hidden_size=4))
+    model = SimpleNamespace(model=SimpleNamespace(language_model=text), config=config)
+    assert router_sizes(model, None, None) == (4, 3)
+    config.num_experts = 5
+    assert router_sizes(model, None, None) == (4, 5)
+    model.model.moe_config = SimpleNamespace(n_routed_experts=6)
+    assert router_sizes(model, None, None) == (4, 6)
+
+
 def test_apply_ac_selective(wrapped: list[dict[str, Any]]) -> None:
     model = make_model()
     parallelizer.apply_ac(model, ignore_router=False, selective=True)
     assert wrapped[0]["context_fn"] is wrapped[1]["context_fn"]
     assert all(getattr(b, SELECTIVE_AC_WRAPPER_FLAG) for b in model.model.layers.children())
+
+
+def test_apply_ac_takes_the_contexts_it_is_given(
+    wrapped: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contexts = object()
+    monkeypatch.setattr(
+        parallelizer, "create_selective_checkpoint_contexts", lambda policy: contexts
+    )
+    parallelizer.apply_ac(make_model(), hidden_size=4)
+    assert wrapped[0]["context_fn"]() is contexts
 
 
 @pytest.mark.parametrize("selective", [False, True])
