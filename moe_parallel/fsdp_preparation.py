@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
+from torch.nn import functional
 
-from moe_parallel.mesh import MeshError, get_submesh
-from moe_parallel.tensors import local_tensor
+from moe_parallel.mesh import MeshError, get_submesh, groups_of, is_mesh
 
 
 def replicate_correction_bias(gate: Any, mesh: Any) -> None:
@@ -23,31 +22,32 @@ def replicate_correction_bias(gate: Any, mesh: Any) -> None:
     """
     buffers = getattr(gate, "_buffers", None) or {}
     bias = buffers.get("e_score_correction_bias")
-    if not isinstance(bias, Tensor) or isinstance(bias, DTensor) or not _is_mesh(mesh):
+    if not isinstance(bias, Tensor) or isinstance(bias, DTensor) or not is_mesh(mesh):
         return
     buffers["e_score_correction_bias"] = DTensor.from_local(
         bias.to(mesh.device_type), mesh, [Replicate()] * mesh.ndim, run_check=False
     )
 
 
-def check_expert_widths(experts: Any, mesh: Any) -> None:
-    """Every width of the experts, in dimension 1, must divide evenly over ``mesh``.
+def check_expert_widths(moe_layers: Iterable[Any], mesh: Any) -> None:
+    """Every width of the layers' experts, in dimension 1, must divide evenly over ``mesh``.
 
-    Dimension 0 would not do: there may be more shards than experts.
+    Dimension 0 would not do: there may be more shards than experts. Some layers may be None.
 
     Raises:
         MeshError: one does not; before any communication.
     """
-    if not _is_mesh(mesh) or not isinstance(experts, nn.Module):
-        return
-    size = mesh.size()
-    for name, parameter in experts.named_parameters():
-        if parameter.ndim > 1 and parameter.shape[1] % size:
-            raise MeshError(
-                f"apply_fsdp: dimension 1 of the experts' {name} must be a multiple of the "
-                f"ep_shard size {size}; got {list(parameter.shape)}. Use a larger ep, which makes "
-                "ep_shard smaller, or other widths."
-            )
+    for moe in moe_layers:
+        experts = getattr(moe, "experts", None)
+        if not is_mesh(mesh) or not isinstance(experts, nn.Module):
+            continue
+        for name, parameter in experts.named_parameters():
+            if parameter.ndim > 1 and parameter.shape[1] % mesh.size():
+                raise MeshError(
+                    f"apply_fsdp: dimension 1 of the experts' {name} must be a multiple of the "
+                    f"ep_shard size {mesh.size()}; got {list(parameter.shape)}. Use a larger ep, "
+                    "which makes ep_shard smaller, or other widths."
+                )
 
 
 def fp32_only_modules(module: Any, keep_in_fp32: tuple[str, ...]) -> Iterator[nn.Module]:
@@ -122,24 +122,30 @@ def check_expert_counts(moe_layers: list[tuple[str, Any]], ep_size: int) -> None
 def check_equal_experts(experts: list[Any], moe_mesh: Any, ep_axis_name: str) -> None:
     """The groups of ``ep_shard`` must hold the same experts: FSDP shards what each has.
 
-    Collective over ``moe_mesh``: two reductions of two numbers.
+    What counts is what the first rank of a group holds, before it is distributed. Collective over
+    ``moe_mesh``: a reduction of two numbers, or one along each axis of a mesh of other making than
+    :func:`build_meshes`.
 
     Raises:
         MeshError: they do not; on every rank.
     """
-    if not _is_mesh(moe_mesh) or moe_mesh.size() == get_submesh(moe_mesh, ep_axis_name).size():
+    if not is_mesh(moe_mesh):
         return
-    tensors = [local_tensor(p) for module in experts for p in module.parameters()]
-    if not tensors or any(tensor.is_meta for tensor in tensors):
+    if "pp" in moe_mesh.mesh_dim_names:  # other stages have other layers
+        moe_mesh = moe_mesh[tuple(name for name in moe_mesh.mesh_dim_names if name != "pp")]
+    if moe_mesh.size() == get_submesh(moe_mesh, ep_axis_name).size():
         return
-    digest = sum((_digest(tensor, i) for i, tensor in enumerate(tensors)), start=0) % 2**62
-    extremes = torch.tensor([digest, -digest], device=moe_mesh.device_type)
-    for axis in moe_mesh.mesh_dim_names:
-        if axis != ep_axis_name:
-            dist.all_reduce(extremes, dist.ReduceOp.MAX, moe_mesh[axis].get_group())
-    differs = (extremes.sum() != 0).to(torch.int64)
-    dist.all_reduce(differs, dist.ReduceOp.MAX, moe_mesh[ep_axis_name].get_group())
-    if differs:
+    tensors = [parameter for module in experts for parameter in module.parameters()]
+    if not tensors or any(t.is_meta or isinstance(t, DTensor) for t in tensors):
+        return
+    least = -(2**62)
+    extremes = torch.tensor([least, least], device=moe_mesh.device_type)
+    if moe_mesh.get_local_rank(ep_axis_name) == 0:
+        digest = sum((_digest(tensor, i) for i, tensor in enumerate(tensors)), start=0) % 2**62
+        extremes = torch.tensor([digest, -digest], device=moe_mesh.device_type)
+    for group in groups_of(moe_mesh):
+        dist.all_reduce(extremes, dist.ReduceOp.MAX, group)
+    if extremes.sum() != 0:
         raise MeshError(
             "apply_ep: the groups of ep_shard must hold equal weights of the experts; they differ. "
             "Initialise or load every rank alike (the same seed or the same checkpoint) first."
@@ -147,15 +153,13 @@ def check_equal_experts(experts: list[Any], moe_mesh: Any, ep_axis_name: str) ->
 
 
 def _digest(tensor: Tensor, seed: int) -> int:
-    """A number that tensors of other bits hardly share: the bits, summed with changing factors."""
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = tensor.contiguous().view(integers[tensor.element_size()]).flatten()
-    total = 0
-    for chunk in bits.split(2**22):
-        factors = torch.arange(1, chunk.numel() + 1, device=bits.device) * 2654435761 + seed
-        total = (total * 31 + int((chunk.to(torch.int64) * (factors % 65521 + 1)).sum())) % 2**62
-    return total * (seed + 1)
-
-
-def _is_mesh(mesh: Any) -> bool:
-    return isinstance(mesh, DeviceMesh)
+    """A number that tensors of other bits hardly share: the bits, summed with random factors."""
+    data = tensor.contiguous().flatten().view(torch.uint8)
+    words = functional.pad(data, (0, -data.numel() % 8)).view(torch.int64)
+    generator = torch.Generator().manual_seed(seed)
+    factors = torch.randint(-(2**63), 2**63 - 1, (2**20,), generator=generator) | 1  # invertible
+    factors = factors.to(words.device)
+    total = seed + 1
+    for chunk in words.split(factors.numel()):
+        total = (total * 31 + int((chunk * factors[: chunk.numel()]).sum())) % 2**64
+    return total

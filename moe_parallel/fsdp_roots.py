@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 from moe_parallel.mesh import MeshError
+from moe_parallel.text_module import _module_weights_are_tied
 
 Precision = Literal["given", "float32", "float32_output"]
 
@@ -49,8 +50,7 @@ class Unit:
 
 
 def find_ends(model: Any, backbone: Any) -> Ends:
-    """The model's ends, tied again if its configuration says so."""
-    retie_embeddings(model)
+    """The model's ends."""
     inner_head = getattr(backbone, "lm_head", None)
     outer = inner_head is None
     lm_head = getattr(model, "lm_head", None) if outer else inner_head
@@ -72,13 +72,7 @@ def units_around_blocks(
     Raises:
         MeshError: tied ends on both sides of the outer model's root, which is not to be.
     """
-    across = tied and ends.head_is_outer and backbone is not model
-    if across and not wrap_outer_model:
-        raise MeshError(
-            "apply_fsdp: lm_head, of the outer model, is tied to embed_tokens, of the inner one. "
-            "With wrap_outer_model=False they would be sharded apart and the embedding's gradient "
-            "would lose the head's part. Use wrap_outer_model=True, or untie them."
-        )
+    across = _check_boundary(model, backbone, ends, tied, wrap_outer_model)
     units = []
     head_is_fp32 = False
     if tied:
@@ -107,6 +101,33 @@ def units_around_blocks(
     return units
 
 
+def check_ends(model: Any, backbone: Any, wrap_outer_model: bool) -> None:
+    """Refuse what :func:`units_around_blocks` would, before anything is changed.
+
+    Raises:
+        MeshError: see there.
+    """
+    ends = find_ends(model, backbone)
+    tied = _module_weights_are_tied(ends.embed_tokens, ends.lm_head)
+    output, source = _ends_to_tie(model)
+    tied = tied or (source is ends.embed_tokens is not None and output is ends.lm_head)
+    _check_boundary(model, backbone, ends, tied, wrap_outer_model)
+
+
+def _check_boundary(
+    model: Any, backbone: Any, ends: Ends, tied: bool, wrap_outer_model: bool
+) -> bool:
+    """Whether one weight is on both sides of the outer model's root."""
+    across = tied and ends.head_is_outer and backbone is not model
+    if across and not wrap_outer_model:
+        raise MeshError(
+            "apply_fsdp: lm_head, of the outer model, is tied to embed_tokens, of the inner one. "
+            "With wrap_outer_model=False they would be sharded apart and the embedding's gradient "
+            "would lose the head's part. Use wrap_outer_model=True, or untie them."
+        )
+    return across
+
+
 def _towers(model: Any) -> Iterator[Unit]:
     for name, label in (("audio_tower", "audio"), ("visual", "visual")):
         tower = getattr(model, name, None)
@@ -121,11 +142,19 @@ def retie_embeddings(model: Any) -> None:
 
     Moving a model to another dtype or device may have copied them.
     """
+    output, source = _ends_to_tie(model)
+    if output is not None:
+        output.weight = source.weight
+
+
+def _ends_to_tie(model: Any) -> tuple[Any, Any]:
+    """``(output projection, embedding)`` that the configuration wants tied, or two None."""
     if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
-        return
+        return None, None
     getters = [getattr(model, f"get_{end}_embeddings", None) for end in ("output", "input")]
     if not all(map(callable, getters)):
-        return
+        return None, None
     output, source = (getter() for getter in getters)  # type: ignore[misc]
-    if getattr(output, "weight", None) is not None and getattr(source, "weight", None) is not None:
-        output.weight = source.weight
+    if getattr(output, "weight", None) is None or getattr(source, "weight", None) is None:
+        return None, None
+    return output, source

@@ -140,6 +140,11 @@ def parallel_axis_names(world_mesh: DeviceMesh, moe_mesh: DeviceMesh | None) -> 
     }
 
 
+def is_mesh(mesh: Any) -> bool:
+    """Whether ``mesh`` is PyTorch's own, not something that stands in for one."""
+    return issubclass(type(mesh), DeviceMesh)
+
+
 def get_submesh(mesh: Any, names: str | Sequence[str]) -> Any:
     """The part of a mesh along some of its axes.
 
@@ -153,8 +158,8 @@ def get_submesh(mesh: Any, names: str | Sequence[str]) -> Any:
     Raises:
         KeyError: there is no such axis, or no such combination.
     """
-    if not isinstance(mesh, DeviceMesh):
-        return mesh[names]
+    if not is_mesh(mesh):
+        return mesh[names if isinstance(names, str) else tuple(names)]
     names = (names,) if isinstance(names, str) else tuple(names)
     native = mesh.mesh_dim_names or ()
     if all(name in native for name in names):
@@ -179,6 +184,14 @@ def get_submesh(mesh: Any, names: str | Sequence[str]) -> Any:
     )
 
 
+def groups_of(mesh: DeviceMesh) -> list[Any]:
+    """Process groups over which one reduction after the other covers the mesh: one, if there is."""
+    for flat in flattened_meshes(mesh).values():
+        if torch.equal(flat.mesh, mesh.mesh.flatten()):
+            return [flat.get_group()]
+    return [mesh.get_group(axis) for axis in mesh.mesh_dim_names or ()]
+
+
 def _axes_match(parent: DeviceMesh, axes: list[DeviceMesh], sizes: tuple[int, ...]) -> bool:
     """Whether ``parent``, cut into ``sizes``, has the groups of ``axes`` along them."""
     grid = parent.mesh.reshape(sizes)
@@ -200,15 +213,14 @@ def check_ep_shard_axes(
     """
     if ep_shard_axis_names is not None:
         return
-    axes = getattr(moe_mesh, "mesh_dim_names", None)
-    left_out = {}
-    for axis in axes if isinstance(axes, (tuple, list)) else ("ep_shard",):
-        if axis == ep_axis_name:
-            continue
-        try:
-            left_out[axis] = get_submesh(moe_mesh, axis).size()
-        except KeyError:  # a mesh of another framework, which has no such axis
-            continue
+    names = getattr(moe_mesh, "mesh_dim_names", None)
+    known = isinstance(names, (tuple, list))
+    axes: Sequence[str] = names if known else ("ep_shard",)  # type: ignore[assignment]
+    # A mesh of another framework may answer every name alike: then it has no such axis.
+    if not known and _axis(moe_mesh, "ep_shard") is _axis(moe_mesh, ep_axis_name):
+        return
+    sizes = {axis: _size(_axis(moe_mesh, axis)) for axis in axes}
+    left_out = {axis: sizes[axis] for axis in axes if axis not in (ep_axis_name, "pp")}
     if any(size > 1 for size in left_out.values()):
         raise MeshError(
             f"parallelize_model: moe_mesh has the axes {left_out} beside {ep_axis_name!r}, over "
@@ -217,13 +229,32 @@ def check_ep_shard_axes(
         )
 
 
+_NOT_THERE = (LookupError, AttributeError, TypeError, ValueError, RuntimeError)
+
+
+def _axis(mesh: Any, name: str | None) -> Any:
+    try:
+        return mesh[name]
+    except _NOT_THERE:
+        return None
+
+
+def _size(mesh: Any) -> int:
+    """The ranks of a mesh; 1 where one of another framework does not tell."""
+    try:
+        size = mesh.size()
+    except _NOT_THERE:
+        return 1
+    return size if isinstance(size, int) else 1
+
+
 def check_fsdp_axes(world_mesh: Any, dp_axis_names: Any, fsdp_mesh: Any) -> None:
     """FSDP must cover every axis along which ranks share the dense parameters.
 
     Raises:
         MeshError: replicas, or context parallel ranks, would train apart.
     """
-    if not isinstance(world_mesh, DeviceMesh) or fsdp_mesh is None:
+    if not is_mesh(world_mesh) or fsdp_mesh is None:
         return
     sizes = dict(zip(world_mesh.mesh_dim_names or (), world_mesh.shape, strict=True))
     sharing = {axis: sizes[axis] for axis in ("dp_replicate", "dp_shard", "cp") if axis in sizes}

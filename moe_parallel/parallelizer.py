@@ -44,7 +44,7 @@ from moe_parallel.fsdp_preparation import (
     reduce_unused_parameters,
     replicate_correction_bias,
 )
-from moe_parallel.fsdp_roots import find_ends, units_around_blocks
+from moe_parallel.fsdp_roots import check_ends, find_ends, retie_embeddings, units_around_blocks
 from moe_parallel.layers import MoE
 from moe_parallel.mesh import check_ep_shard_axes, check_fsdp_axes, get_submesh
 from moe_parallel.text_module import (
@@ -84,6 +84,15 @@ def _get_moe_module(block: Any) -> Any | None:
         if isinstance(module, MoE):
             return module
     return None
+
+
+def _moe_layers(model: Any) -> list[tuple[str, Any]]:
+    """The model's MoE layers, with the names of their blocks."""
+    return [
+        (name, moe)
+        for _, name, block in _iter_transformer_and_mtp_blocks(model)
+        if (moe := _get_moe_module(block)) is not None
+    ]
 
 
 def _get_model_moe_config(model: Any) -> Any:
@@ -179,24 +188,21 @@ def apply_ep(model: nn.Module, ep_mesh: DeviceMesh, moe_mesh: DeviceMesh | None 
 
     Raises:
         AssertionError: ``ep_mesh`` has one rank.
-        ValueError: an MoE's experts cannot be spread evenly.
+        ValueError: an MoE's experts cannot be spread evenly, or, a MeshError, the groups of ranks
+            that are to hold the same experts hold others. The model is as it was.
         RuntimeError: the experts are sharded already.
     """
     size = ep_mesh.size()
     assert size > 1, f"apply_ep: ep_mesh must have more than one rank; got {size}"
-    blocks = [
-        (name, moe)
-        for _, name, block in _iter_transformer_and_mtp_blocks(model)
-        if (moe := _get_moe_module(block)) is not None
-    ]
-    check_expert_counts(blocks, size)
-    for _, moe in blocks:
+    layers = _moe_layers(model)
+    check_expert_counts(layers, size)
+    names = getattr(ep_mesh, "mesh_dim_names", None)
+    if moe_mesh is not None and names:
+        check_equal_experts([moe.experts for _, moe in layers], moe_mesh, names[0])
+    for _, moe in layers:
         parallelize_module(
             module=moe.experts, device_mesh=ep_mesh, parallelize_plan=ExpertParallel()
         )
-    names = getattr(ep_mesh, "mesh_dim_names", None)
-    if moe_mesh is not None and names:
-        check_equal_experts([moe.experts for _, moe in blocks], moe_mesh, names[0])
 
 
 def apply_ac(
@@ -321,10 +327,10 @@ def apply_fsdp(
     backbone = get_text_module(inner_model(model))
     blocks = list(_iter_moe_blocks(model, backbone))
     if ep_shard_enabled:
-        for block in blocks:
-            if (moe := _get_moe_module(block)) is not None:
-                check_expert_widths(moe.experts, ep_shard_mesh)
+        check_expert_widths(map(_get_moe_module, blocks), ep_shard_mesh)
+    check_ends(model, backbone, wrap_outer_model)
 
+    retie_embeddings(model)
     ends = find_ends(model, backbone)
     units = units_around_blocks(
         model,
@@ -448,7 +454,7 @@ def parallelize_model(
     Raises:
         AssertionError: tensor parallelism; or experts that Expert Parallelism cannot spread evenly.
         MeshError: axes that leave parameters without a reduction of their gradients, and all that
-            :func:`apply_fsdp` and :func:`apply_ep` refuse.
+            :func:`apply_fsdp` and :func:`apply_ep` refuse. The model is as it was.
     """
     if tp_axis_name is not None:
         tp = get_submesh(world_mesh, tp_axis_name).size()
@@ -468,26 +474,39 @@ def parallelize_model(
         check_ep_shard_axes(moe_mesh, ep_axis_name, ep_shard_axis_names)
     fsdp_mesh = None if dp_axis_names is None else get_submesh(world_mesh, dp_axis_names)
     check_fsdp_axes(world_mesh, dp_axis_names, fsdp_mesh)
+    if fsdp_mesh is not None and fsdp_mesh.size() == 1:
+        fsdp_mesh = None
+    ep_shard_mesh = None
+    if fsdp_mesh is not None and moe_mesh is not None and ep_shard_axis_names is not None:
+        ep_shard_mesh = get_submesh(moe_mesh, ep_shard_axis_names)
+    ep_shard_enabled = ep_shard_mesh is not None and ep_shard_mesh.size() > 1
+    selective = _is_selective_ac(activation_checkpointing)
+
+    # What the steps below would refuse half-way. A stand-in for a model may have no such parts.
+    backbone = get_text_module(inner_model(model))
+    if all(hasattr(container, "named_children") for container in block_containers(model, backbone)):
+        layers = _moe_layers(model)
+        if ep_mesh is not None:
+            check_expert_counts(layers, ep_mesh.size())
+        if ep_shard_enabled:
+            check_expert_widths((moe for _, moe in layers), ep_shard_mesh)
+        if layers and activation_checkpointing and ignore_router_for_ac and not selective:
+            router_sizes(model, None, None)
+    if fsdp_mesh is not None:
+        check_ends(model, backbone, wrap_outer_model)
 
     if cp_mesh is not None and cp_mesh.size() > 1:
         apply_cp(model, cp_mesh)
     if ep_mesh is not None:
         apply_ep(model, ep_mesh, moe_mesh=moe_mesh)
     if activation_checkpointing:
-        apply_ac(
-            model,
-            ignore_router=ignore_router_for_ac,
-            selective=_is_selective_ac(activation_checkpointing),
-        )
-    if fsdp_mesh is not None and fsdp_mesh.size() > 1:
-        ep_shard_mesh = None
-        if moe_mesh is not None and ep_shard_axis_names is not None:
-            ep_shard_mesh = get_submesh(moe_mesh, ep_shard_axis_names)
+        apply_ac(model, ignore_router=ignore_router_for_ac, selective=selective)
+    if fsdp_mesh is not None:
         apply_fsdp(
             model,
             fsdp_mesh,
             ep_enabled=ep_mesh is not None,
-            ep_shard_enabled=ep_shard_mesh is not None and ep_shard_mesh.size() > 1,
+            ep_shard_enabled=ep_shard_enabled,
             ep_shard_mesh=ep_shard_mesh,
             mp_policy=mp_policy,
             reshard_after_forward=reshard_after_forward,

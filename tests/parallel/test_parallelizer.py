@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -301,6 +302,28 @@ def test_parallelize_model_applies_what_has_ranks(steps: list[Any]) -> None:
         make_model(), world, experts, dp_axis_names=None, ep_axis_name="ep"
     )
     assert [step[0] for step in steps] == ["apply_ep"]
+
+
+def test_parallelize_model_takes_meshes_of_other_making(steps: list[Any]) -> None:
+    """One that answers every name alike, and one that looks tuples of names up."""
+    axis = MagicMock(axis="all")
+    axis.size.return_value = 2
+    experts = MagicMock()
+    experts.__getitem__.return_value = axis
+    options: dict[str, Any] = {"dp_axis_names": None, "ep_axis_name": "ep"}
+    parallelize_model = parallelizer.parallelize_model
+    parallelize_model(make_model(), StandInMesh({}), experts, **options)
+    assert [step[0] for step in steps] == ["apply_ep"]
+    steps.clear()
+    options |= {"dp_axis_names": ["dp"], "ep_shard_axis_names": ["ep_shard"]}
+    world, experts = StandInMesh({("dp",): 2}), StandInMesh({"ep": 2, ("ep_shard",): 1})
+    parallelize_model(make_model(layers=None), world, experts, **options)
+    assert [step[0] for step in steps] == ["apply_ep", "apply_fsdp"]
+    steps.clear()
+    model = make_model()
+    model.model.layers = [object()]  # blocks that only what is replaced here would look at
+    parallelize_model(model, world, experts, **options)
+    assert [step[0] for step in steps] == ["apply_ep", "apply_fsdp"]
 
 
 def test_parallelize_model_refuses(steps: list[Any]) -> None:

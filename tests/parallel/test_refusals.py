@@ -1,0 +1,140 @@
+"""A mesh or a model that does not fit: one error, on every rank, before anything is changed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moe_parallel.mesh import MeshError, build_meshes, parallel_axis_names
+from moe_parallel.parallelizer import apply_ep, parallelize_model
+from tests.parallel.ranks import run_ranks
+from tests.parallel.tiny_lm import ModelOptions, TinyLM
+
+
+class Collectives(TorchDispatchMode):
+    """Counts what is communicated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def state(model: nn.Module) -> list[Any]:
+    """What every step of parallelize_model changes something of."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return [
+        [(name, type(module)) for name, module in model.named_modules()],
+        [(name, type(tensor), tensor.data_ptr()) for name, tensor in tensors],
+        [vars(module).get("cp_mesh") for module in model.modules()],
+        hasattr(model, "_cp_enabled"),
+    ]
+
+
+def _refused(rank: int, ranks: int) -> list[str]:
+    found = []
+
+    def refuse(sizes: dict[str, int], kind: type[Exception], model: TinyLM, **changes: Any) -> None:
+        meshes = build_meshes(**sizes)
+        axes = {**parallel_axis_names(*meshes), **changes}
+        before = state(model)
+        with Collectives() as communication, pytest.raises(kind) as error:
+            parallelize_model(model, *meshes, **axes)
+        assert error.type is kind
+        assert state(model) == before, error.value
+        found.append(f"{error.value} {dict(communication.counts)}")
+
+    cp = {"cp": 2, "ep": 2}
+    refuse(cp, MeshError, TinyLM(ModelOptions(moe={"moe_inter_dim": 7})))
+    refuse(cp, MeshError, TinyLM(ModelOptions(tied=True)), wrap_outer_model=False)
+    apart = TinyLM()
+    apart.config.tie_word_embeddings = True  # apply_fsdp would tie them again
+    refuse(cp, MeshError, apart, wrap_outer_model=False)
+    refuse(cp, MeshError, TinyLM(), ep_shard_axis_names=None)
+    mixed = TinyLM()
+    mixed.model.layers["2"] = TinyLM(ModelOptions(moe={"n_routed_experts": 6})).model.layers["2"]
+    refuse({"cp": 2, "ep": 4}, ValueError, mixed)
+    unsized = TinyLM()
+    del unsized.config.hidden_size
+    refuse(cp, ValueError, unsized, activation_checkpointing=True)
+    unnamed = TinyLM()
+    unnamed.model.moe_config = None
+    refuse(cp, AttributeError, unnamed)
+    return found
+
+
+def test_a_refused_model_is_untouched_and_nothing_was_communicated() -> None:
+    first, *others = run_ranks(4, _refused)
+    assert all(other == first for other in others)
+    assert all(line.endswith("{}") for line in first)
+    for line, part in zip(
+        first,
+        (
+            "down_projs must be a multiple of the ep_shard size 2; got [4, 7, 16]",
+            "Use wrap_outer_model=True, or untie them",
+            "Use wrap_outer_model=True, or untie them",
+            "Pass ep_shard_axis_names=('ep_shard',)",
+            "multiple of the EP size 4; block 2 has 6",
+            "hidden_size must be provided",
+            "has no moe_config",
+        ),
+        strict=True,
+    ):
+        assert part in line
+
+
+def _unequal(rank: int, ranks: int) -> None:
+    _, moe_mesh = build_meshes(ep=2)
+    assert moe_mesh is not None
+    for changed, refused in ((3, False), (2, True)):
+        model = TinyLM()
+        if rank == changed:  # of the group (2, 3), whose first rank distributes what it has
+            with torch.no_grad():
+                weight = model.moes()[1].experts.down_projs[3, 1]
+                weight[1] = torch.nextafter(weight[1], torch.tensor(torch.inf))
+        before = state(model)
+        with Collectives() as communication:
+            if refused:
+                with pytest.raises(MeshError, match="groups of ep_shard must hold equal weights"):
+                    apply_ep(model, moe_mesh["ep"], moe_mesh=moe_mesh)
+                assert state(model) == before
+                assert communication.counts == {"c10d.allreduce_.default": 1}
+            else:
+                apply_ep(model, moe_mesh["ep"], moe_mesh=moe_mesh)
+                assert communication.counts["c10d.allreduce_.default"] == 1
+    meshes, model = build_meshes(ep=2), TinyLM()
+    axes = parallel_axis_names(*meshes)
+    parallelize_model(model, *meshes, **axes)
+    with pytest.raises(RuntimeError, match="once"):  # though the shards of the groups differ
+        parallelize_model(model, *meshes, **axes)
+
+
+def test_unequal_experts_are_found_before_they_are_distributed() -> None:
+    run_ranks(4, _unequal)
+
+
+def _stages(rank: int, ranks: int) -> None:
+    """The stages of a pipeline hold other experts, whatever axes the mesh of a framework has."""
+    mesh = init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("pp", "ep_shard", "ep"))
+    model = TinyLM()
+    with torch.no_grad():
+        model.moes()[0].experts.down_projs[0] += rank // 4 + (rank == 6)
+    if rank < 4:
+        apply_ep(model, mesh["ep"], moe_mesh=mesh)
+    else:
+        with pytest.raises(MeshError, match="groups of ep_shard must hold equal weights"):
+            apply_ep(model, mesh["ep"], moe_mesh=mesh)
+
+
+def test_unequal_experts_are_looked_for_in_each_stage() -> None:
+    run_ranks(8, _stages)
