@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 from torch.nn import functional
 
@@ -50,25 +51,34 @@ def check_expert_widths(moe_layers: Iterable[Any], mesh: Any) -> None:
                 )
 
 
-def fp32_only_modules(module: Any, keep_in_fp32: tuple[str, ...]) -> Iterator[nn.Module]:
+def fp32_only_modules(
+    module: Any, keep_in_fp32: tuple[str, ...], ignored: set[Any] | None = None
+) -> Iterator[nn.Module]:
     """The largest sub-modules of ``module`` that must be FSDP units of their own, in float32.
 
     They are those named in ``keep_in_fp32``, and those whose parameters are all float32, if
-    ``module`` has others too: a unit has parameters of one dtype.
+    ``module`` has others too: a unit has parameters of one dtype. Not those that are units
+    already, nor parameters that are not to be in one.
     """
     if not isinstance(module, nn.Module):
         return
-    mixed = len({p.dtype for p in module.parameters() if p.is_floating_point()}) > 1
-    stack = [(name, child) for name, child in module.named_children()][::-1]
+
+    def dtypes(part: nn.Module) -> set[torch.dtype]:
+        parameters = (p for p in part.parameters() if p not in (ignored or ()))
+        return {p.dtype for p in parameters if p.is_floating_point()}
+
+    mixed = len(dtypes(module)) > 1
+    stack = list(module.named_children())[::-1]
     while stack:
         name, child = stack.pop()
-        dtypes = {p.dtype for p in child.parameters() if p.is_floating_point()}
+        if isinstance(child, FSDPModule):
+            continue
         callable_module = type(child).forward is not nn.Module.forward
-        named = name in keep_in_fp32
-        if dtypes and callable_module and (named or (mixed and dtypes == {torch.float32})):
+        fp32 = name in keep_in_fp32 or (mixed and dtypes(child) == {torch.float32})
+        if dtypes(child) and callable_module and fp32:
             yield child
         else:
-            stack += [(name, grandchild) for name, grandchild in child.named_children()][::-1]
+            stack += list(child.named_children())[::-1]
 
 
 def reduce_unused_parameters(unit: Any) -> None:

@@ -119,12 +119,8 @@ def _get_cp_stream() -> torch.cuda.Stream:
 
 
 def _fp32_policy(**options: Any) -> Any:
-    return MixedPrecisionPolicy(
-        param_dtype=torch.float32,
-        reduce_dtype=torch.float32,
-        output_dtype=torch.float32,
-        **options,
-    )
+    fields = dict.fromkeys(("param_dtype", "reduce_dtype", "output_dtype"), torch.float32)
+    return MixedPrecisionPolicy(**(fields | options))
 
 
 def _shard_fp32_param_holders(
@@ -319,9 +315,10 @@ def apply_fsdp(
         if fp32_names is not None:
             if isinstance(module, FSDPModule):
                 return
-            for child in fp32_only_modules(module, fp32_names):
-                if not isinstance(child, FSDPModule):
-                    fully_shard(child, mp_policy=_fp32_policy(cast_forward_inputs=False), **common)
+            # What such a module returns stays as it is: it goes on in the dtype of its input.
+            fp32 = _fp32_policy(output_dtype=None, cast_forward_inputs=False)
+            for child in fp32_only_modules(module, fp32_names, options.get("ignored_params")):
+                fully_shard(child, mp_policy=fp32, **common)
         fully_shard(module, mp_policy=policy, **common, **options)
 
     backbone = get_text_module(inner_model(model))
