@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from moe_parallel.mesh import MeshError
-from moe_parallel.text_module import _module_weights_are_tied
+from moe_parallel.text_module import _module_weights_are_tied, mtp_layers
 
 Precision = Literal["given", "float32", "float32_output"]
 
@@ -98,7 +99,23 @@ def units_around_blocks(
         units.append(Unit(backbone, above_head if owns_head else "given"))
     if wrap_outer_model and backbone is not model:
         units.append(Unit(model, above_head))
+    elif backbone is not model:
+        parts = [backbone, mtp_layers(model), *(unit.module for unit in units)]
+        if rest := _trainable_outside(model, parts):
+            logger.warning(
+                "apply_fsdp: with wrap_outer_model=False no unit owns %s: nothing reduces their "
+                "gradients over the ranks. Use wrap_outer_model=True, or reduce them.",
+                ", ".join(rest),
+            )
     return units
+
+
+def _trainable_outside(model: Any, parts: list[Any]) -> list[str]:
+    if not isinstance(model, nn.Module):
+        return []
+    modules = (part for part in parts if isinstance(part, nn.Module))
+    inside = {id(parameter) for module in modules for parameter in module.parameters()}
+    return [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in inside]
 
 
 def check_ends(model: Any, backbone: Any, wrap_outer_model: bool) -> None:

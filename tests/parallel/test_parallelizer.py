@@ -88,6 +88,21 @@ def test_apply_fsdp_without_experts_of_their_own(calls: list[tuple[Any, dict[str
     assert [m for m, _ in calls].count(inner) == 1
 
 
+def test_what_no_unit_owns_is_named(
+    calls: list[tuple[Any, dict[str, Any]]], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = nn.Module()
+    model.model = nn.Module()
+    model.model.layers = nn.ModuleList([nn.Linear(2, 2)])
+    model.lm_head, model.visual, model.frozen, model.projector = (nn.Linear(2, 2) for _ in "1234")
+    model.frozen.requires_grad_(False)
+    parallelizer.apply_fsdp(model, "fsdp", False, False)
+    assert not caplog.records
+    parallelizer.apply_fsdp(model, "fsdp", False, False, wrap_outer_model=False)
+    [record] = caplog.records
+    assert "no unit owns projector.weight, projector.bias: nothing reduces" in record.message
+
+
 def test_float32_head(calls: list[tuple[Any, dict[str, Any]]]) -> None:
     model = make_model()
     parallelizer.apply_fsdp(model, "fsdp", False, False, lm_head_precision="float32")
