@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from moe_kernels import fused_experts, reference
 from moe_parallel.config import BackendConfig, MoEConfig
 from moe_parallel.dispatch import AllToAllDispatcher, Dispatched, LocalDispatcher, TokenDispatcher
-from moe_parallel.tensors import local_tensor
+from moe_parallel.tensors import draw_normal, local_tensor
 
 
 def _activation_options(config: MoEConfig) -> tuple[dict[str, Any], bool]:
@@ -156,7 +156,7 @@ class GroupedExperts(nn.Module):
     ) -> None:
         """Draw the matrices from N(0, init_std) and zero the biases."""
         for matrix in (self.gate_and_up_projs, self.down_projs):
-            local_tensor(matrix).normal_(0.0, init_std)
+            draw_normal(matrix, init_std)
         for bias in (self.gate_up_proj_bias, self.down_proj_bias):
             if bias is not None:
                 local_tensor(bias).zero_()

@@ -18,7 +18,7 @@ from torch.nn import functional
 from moe_kernels import topk_router
 from moe_parallel.config import MoEConfig
 from moe_parallel.routing_replay import RoutingReplay, is_recomputing
-from moe_parallel.tensors import local_tensor
+from moe_parallel.tensors import draw_normal, local_tensor
 from moe_parallel.training import MoEAuxLossAutoScaler
 
 
@@ -235,7 +235,7 @@ class Gate(nn.Module):
         self, buffer_device: torch.device | str | None = None, init_std: float = 0.02
     ) -> None:
         """Draw the projection from N(0, init_std) and zero the biases."""
-        local_tensor(self.weight).normal_(0.0, init_std)
+        draw_normal(self.weight, init_std)
         if self.bias is not None:
             local_tensor(self.bias).zero_()
         self.e_score_correction_bias_master = None

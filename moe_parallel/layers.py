@@ -15,7 +15,7 @@ from torch.nn import functional
 from moe_parallel.config import BackendConfig, MoEConfig
 from moe_parallel.experts import GroupedExperts
 from moe_parallel.gate import FakeBalancedGate, Gate
-from moe_parallel.tensors import local_tensor
+from moe_parallel.tensors import draw_normal, local_tensor
 
 __all__ = ["MLP", "FakeBalancedGate", "Gate", "MoE"]
 
@@ -184,7 +184,7 @@ class MoE(nn.Module):
     ) -> None:
         """Draw every matrix from N(0, init_std); zero the biases and the correction bias.
 
-        Under Expert Parallelism each rank draws its own shard: seed the ranks differently.
+        Each rank draws its own part of a sharded matrix; seed all ranks alike.
         """
         self.gate.init_weights(buffer_device, init_std)
         self.experts.init_weights(buffer_device, init_std)
@@ -196,6 +196,6 @@ class MoE(nn.Module):
 
 
 def _init_linear(linear: nn.Linear, init_std: float) -> None:
-    local_tensor(linear.weight).normal_(0.0, init_std)
+    draw_normal(linear.weight, init_std)
     if linear.bias is not None:
         local_tensor(linear.bias).zero_()
