@@ -79,7 +79,7 @@ def shards_of(case: Case, ranks: int) -> list[list[Shard]]:
 
 
 def parallel_step(case: Case, meshes: tuple[Any, Any], rank: int, ranks: int) -> Step:
-    model = TinyLM(case.model)
+    model = case.model.build()
     world_mesh, moe_mesh = meshes
     parallelize_model(
         model,

@@ -38,6 +38,9 @@ class ModelOptions:
     scale: float = 0.3  # of the matrices
     shared_attention: bool = False  # ContextParallelAttention
 
+    def build(self) -> TinyLM:
+        return TinyLM(self)
+
 
 class _Gather(torch.autograd.Function):
     """Every rank's part of a sequence [B, heads, L / ranks, D], in order; gradients go back."""
@@ -274,7 +277,7 @@ def one_process(
     options: ModelOptions, batches: Sequence[Sequence[Shard]], max_norm: float, lr: float
 ) -> Step:
     """The step of one process that sees every shard of every rank."""
-    model = TinyLM(options)
+    model = options.build()
     MoEAuxLossAutoScaler.main_loss_backward_scale = None
     labels, loss = count_labels(batches), 0.0
     for batch in batches:
