@@ -25,8 +25,9 @@ def replicate_correction_bias(gate: Any, mesh: Any) -> None:
     bias = buffers.get("e_score_correction_bias")
     if not isinstance(bias, Tensor) or isinstance(bias, DTensor) or not is_mesh(mesh):
         return
+    local = bias if bias.is_meta else bias.to(mesh.device_type)
     buffers["e_score_correction_bias"] = DTensor.from_local(
-        bias.to(mesh.device_type), mesh, [Replicate()] * mesh.ndim, run_check=False
+        local, mesh, [Replicate()] * mesh.ndim, run_check=False
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from moe_parallel import MoE
@@ -30,7 +31,14 @@ from tests.parallel.test_parallelize_model import (
     parallel_step,
     shards_of,
 )
-from tests.parallel.tiny_lm import Block, ModelOptions, TinyLM, one_process
+from tests.parallel.tiny_lm import (
+    Block,
+    ModelOptions,
+    TinyLM,
+    loss_sum,
+    make_shards,
+    one_process,
+)
 
 
 class ScaledBlock(Block):
@@ -230,3 +238,29 @@ def _initialised(rank: int, ranks: int) -> None:
 
 def test_ranks_draw_their_parts_of_one_model() -> None:
     run_ranks(4, _initialised)
+
+
+def _without_memory(rank: int, ranks: int) -> None:
+    """A model is parallelized before it has memory, and initialised in its shards."""
+    model = TinyLM(ModelOptions(moe={"gate_bias_update_factor": 0.25})).to("meta")
+    meshes = build_meshes(ep=2)
+    parallelize_model(model, *meshes, **parallel_axis_names(*meshes))
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.to_local().fill_(0.5)
+    for moe in model.moes():
+        moe.init_weights("cpu")
+    shard = make_shards(ranks, 1)[0][rank]
+    loss_sum(model, shard).backward()
+    for moe in model.moes():
+        moe.gate.update_bias()
+        bias = moe.gate.e_score_correction_bias
+        assert isinstance(bias, DTensor)
+        assert bias.device.type == "cpu"
+        assert set(bias.to_local().tolist()) <= {-0.25, 0.0, 0.25}
+        assert bool(bias.to_local().any())
+
+
+def test_a_model_without_memory() -> None:
+    run_ranks(4, _without_memory)
