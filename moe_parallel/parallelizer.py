@@ -487,8 +487,9 @@ def parallelize_model(
             check_expert_counts(layers, ep_mesh.size())
         if ep_shard_enabled:
             check_expert_widths((moe for _, moe in layers), ep_shard_mesh)
-        if layers and activation_checkpointing and ignore_router_for_ac and not selective:
-            router_sizes(model, None, None)
+        saves_router = activation_checkpointing and ignore_router_for_ac and not selective
+        if layers and saves_router and getattr(apply_ac, "__module__", None) == __name__:
+            router_sizes(model, None, None)  # another apply_ac may find them elsewhere
     if fsdp_mesh is not None:
         check_ends(model, backbone, wrap_outer_model)
 

@@ -76,6 +76,22 @@ def test_apply_fsdp_shards_bottom_up(calls: list[tuple[Any, dict[str, Any]]]) ->
         assert ("ignored_params" in options) == (module in (dense, sparse, mtp_block))
 
 
+def test_a_router_bias_is_replicated_before_its_block_is_sharded(
+    calls: list[tuple[Any, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model()
+    dense, sparse = model.model.layers.children()
+    sparse.mlp.gate = object()
+    monkeypatch.setattr(
+        parallelizer,
+        "replicate_correction_bias",
+        lambda gate, mesh: calls.append((gate, {"mesh": mesh})),
+    )
+    parallelizer.apply_fsdp(model, "fsdp", False, False)
+    assert [module for module, _ in calls][:3] == [dense, sparse.mlp.gate, sparse]
+    assert calls[1][1] == {"mesh": "fsdp"}
+
+
 def test_apply_fsdp_without_experts_of_their_own(calls: list[tuple[Any, dict[str, Any]]]) -> None:
     model = make_model()
     parallelizer.apply_fsdp(model, "fsdp", False, False, wrap_outer_model=False)
@@ -319,7 +335,9 @@ def test_parallelize_model_applies_what_has_ranks(steps: list[Any]) -> None:
     assert [step[0] for step in steps] == ["apply_ep"]
 
 
-def test_parallelize_model_takes_meshes_of_other_making(steps: list[Any]) -> None:
+def test_parallelize_model_takes_meshes_and_models_of_other_making(
+    steps: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One that answers every name alike, and one that looks tuples of names up."""
     axis = MagicMock(axis="all")
     axis.size.return_value = 2
@@ -334,6 +352,11 @@ def test_parallelize_model_takes_meshes_of_other_making(steps: list[Any]) -> Non
     world, experts = StandInMesh({("dp",): 2}), StandInMesh({"ep": 2, ("ep_shard",): 1})
     parallelize_model(make_model(layers=None), world, experts, **options)
     assert [step[0] for step in steps] == ["apply_ep", "apply_fsdp"]
+    steps.clear()
+    monkeypatch.setattr(parallelizer, "MoE", StandInMoE)
+    unsized = options | {"activation_checkpointing": True}
+    parallelize_model(make_model(), world, experts, **unsized)  # apply_ac may find its sizes
+    assert [step[0] for step in steps] == ["apply_ep", "apply_ac", "apply_fsdp"]
     steps.clear()
     model = make_model()
     model.model.layers = [object()]  # blocks that only what is replaced here would look at

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_parallel.mesh import MeshError, build_meshes, parallel_axis_names
-from moe_parallel.parallelizer import apply_ep, parallelize_model
+from moe_parallel.parallelizer import apply_ep, apply_fsdp, parallelize_model
 from tests.parallel.ranks import run_ranks
 from tests.parallel.tiny_lm import ModelOptions, TinyLM
 
@@ -70,6 +70,14 @@ def _refused(rank: int, ranks: int) -> list[str]:
     unnamed = TinyLM()
     unnamed.model.moe_config = None
     refuse(cp, AttributeError, unnamed)
+
+    narrow = TinyLM(ModelOptions(moe={"moe_inter_dim": 7}))
+    world_mesh, moe_mesh = build_meshes(ep=2)
+    assert moe_mesh is not None
+    before = state(narrow)
+    with pytest.raises(MeshError, match="down_projs must be a multiple of the ep_shard size 2"):
+        apply_fsdp(narrow, world_mesh["dp_shard"], False, True, moe_mesh["ep_shard"])
+    assert state(narrow) == before
     return found
 
 
