@@ -451,7 +451,8 @@ def parallelize_model(
     Raises:
         AssertionError: tensor parallelism; or experts that Expert Parallelism cannot spread evenly.
         MeshError: axes that leave parameters without a reduction of their gradients, and all that
-            :func:`apply_fsdp` and :func:`apply_ep` refuse. The model is as it was.
+            :func:`apply_fsdp` and :func:`apply_ep` refuse. The model is as it was; only unequal
+            experts are found when attention has been told of context parallelism already.
     """
     if tp_axis_name is not None:
         tp = get_submesh(world_mesh, tp_axis_name).size()

@@ -121,7 +121,9 @@ def test_every_expert_parameter_gets_a_gradient(tokens: int) -> None:
     x = torch.full((tokens, config.dim), torch.nan, dtype=torch.float64)
     indices = torch.full((tokens, 3), -1)
     weights = torch.rand(tokens, 3, dtype=torch.float64)
-    experts(x, torch.ones(tokens, dtype=torch.bool), weights, indices).sum().backward()
+    y = experts(x, torch.ones(tokens, dtype=torch.bool), weights, indices)
+    assert torch.equal(y, torch.zeros_like(y))
+    y.sum().backward()
     for name, parameter in experts.named_parameters():
         assert parameter.grad is not None, name
         assert torch.equal(parameter.grad, torch.zeros_like(parameter)), name

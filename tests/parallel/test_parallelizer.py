@@ -328,6 +328,15 @@ def test_parallelize_model_applies_what_has_ranks(steps: list[Any]) -> None:
         ep_shard_axis_names=("ep_shard",),
     )
     assert steps == []
+    world = StandInMesh({("dp",): 2})
+    options: dict[str, Any] = {"dp_axis_names": ("dp",), "ep_shard_axis_names": ("ep_shard",)}
+    parallelizer.parallelize_model(make_model(), world, None, ep_axis_name="ep", **options)
+    [(name, _, called)] = steps
+    assert name == "apply_fsdp"
+    assert not called["ep_enabled"]
+    assert not called["ep_shard_enabled"]
+    assert called["ep_shard_mesh"] is None
+    steps.clear()
     experts = StandInMesh({"ep": 2})
     parallelizer.parallelize_model(
         make_model(), world, experts, dp_axis_names=None, ep_axis_name="ep"
