@@ -50,7 +50,7 @@ class ContextParallelAttention(nn.Module):
             gives all ranks the same work under a causal mask, or into consecutive parts.
 
     Raises:
-        ValueError: a window without is_causal, or less than 1.
+        ValueError: a window without is_causal, or less than 1; a scale that is not positive.
     """
 
     def __init__(
@@ -68,6 +68,9 @@ class ContextParallelAttention(nn.Module):
                 f"{NAME}: window must be at least 1, with is_causal=True; got window={window} and "
                 f"is_causal={is_causal}"
             )
+        # PyTorch's kernels scale the scores that they have masked: 0 gives nan, less gives inf
+        if scale is not None and not 0 < scale < float("inf"):
+            raise ValueError(f"{NAME}: scale must be positive and finite; got {scale}")
         self.is_causal = is_causal
         self.scale = scale
         self.window = window
@@ -167,6 +170,8 @@ class ContextParallelAttention(nn.Module):
             places = torch.arange(query.shape[2], device=query.device)
             distance = places[:, None] - places
             mask = (distance >= 0) & (distance < self.window)
+        # a branch, not a bool: under torch.compile numbers of heads may be symbols
+        groups = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
         return functional.scaled_dot_product_attention(
             query,
             key,
@@ -175,7 +180,7 @@ class ContextParallelAttention(nn.Module):
             dropout_p=self.dropout_p if self.training else 0.0,
             is_causal=self.is_causal and mask is None,
             scale=self.scale,
-            enable_gqa=query.shape[1] != key.shape[1],
+            **groups,
         )
 
 

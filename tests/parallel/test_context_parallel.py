@@ -270,6 +270,9 @@ def test_wrong_setups() -> None:
     for window, is_causal in ((0, True), (3, False)):
         with pytest.raises(ValueError, match="window must be at least 1, with is_causal=True"):
             ContextParallelAttention(window=window, is_causal=is_causal)
+    for scale in (0.0, -0.5, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="scale must be positive and finite"):
+            ContextParallelAttention(scale=scale)
 
 
 def test_without_a_group_it_is_plain_attention() -> None:
@@ -413,6 +416,9 @@ def _as_ops(rank: int, ranks: int) -> None:
         compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
         for a, b in zip(run(compiled, [q, k, v, grad]), expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+        torch._dynamo.reset()
+        compiled = torch.compile(attention, backend="aot_eager", fullgraph=True, dynamic=True)
+        torch.testing.assert_close(compiled(q, k, v), expected[0], rtol=1e-12, atol=1e-12)
 
 
 def test_checkpoints_and_compilation_see_ops() -> None:
