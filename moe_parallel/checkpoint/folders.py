@@ -1,7 +1,8 @@
 """A folder of checkpoints: complete before they have their name, old ones kept until then.
 
 A checkpoint is written as ``step-N.partial`` and renamed to ``step-N`` when it is complete. One of
-the same step makes place as ``step-N.replaced``, which counts until the new one has the name.
+the same step makes place as ``step-N.replaced``, which counts until the new one has the name. What
+is removed is called ``*.partial`` first.
 """
 
 from __future__ import annotations
@@ -156,8 +157,9 @@ def _remove(path: Path) -> None:
     if path.is_symlink() or not path.is_dir():
         path.unlink()
         return
-    # first of all it stops to count as a checkpoint
-    (path / ABOUT).unlink(missing_ok=True)
+    if not path.name.endswith(PARTIAL):
+        # at once no checkpoint any more, and what the next save clears if this is interrupted
+        path = path.rename(path.with_name(path.name + PARTIAL))
     shutil.rmtree(path)
 
 

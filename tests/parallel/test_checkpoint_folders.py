@@ -74,6 +74,26 @@ def test_a_file_or_a_link_to_nothing_makes_place(suffix: str, tmp_path: Path) ->
         (tmp_path / "step-00000001").rmdir()
 
 
+def _interrupt(*args: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("step", [3, 2])
+def test_an_interrupted_removal_is_finished_by_the_next_save(
+    step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an old checkpoint, and of one that another of its step replaces."""
+    for before in (1, 2):
+        save_checkpoint(tmp_path, before, layer(before))
+    with monkeypatch.context() as patch:
+        patch.setattr(folders.shutil, "rmtree", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(tmp_path, step, layer(7), keep=1)
+    assert value_in(latest_checkpoint(tmp_path)) == 7
+    save_checkpoint(tmp_path, 4, layer(4), keep=1)
+    assert names(tmp_path) == ["step-00000004"]
+
+
 def test_other_files_are_left_alone(tmp_path: Path) -> None:
     for name in ("step-", "step-x", "notes.txt", "step-3-kept", "a.partial"):
         (tmp_path / name).mkdir()
