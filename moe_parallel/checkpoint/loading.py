@@ -82,7 +82,8 @@ def load_checkpoint(
 ) -> CheckpointInfo:
     """Fill a model, in place, from a checkpoint that any number of ranks wrote. Collective.
 
-    Each rank reads what it has a part of, a piece at a time. Tensors keep the model's dtypes.
+    Each rank reads what it has a part of, a piece at a time. Tensors keep the model's dtypes, and
+    those of optimizers theirs.
 
     Args:
         checkpoint: a folder that :func:`save_checkpoint` returned; :func:`latest_checkpoint` finds
@@ -120,8 +121,9 @@ def load_checkpoint(
 
     gates = empty_gate_tensors(model.gates, sizes)
     tensors = {MODEL + name: tensor for name, tensor in model.tensors.items()} | gates
+    dtypes = {name: sizes[MODEL + name][1] for name in model.tensors}
     with torch.no_grad():
-        read(tensors | tensors_to_fill(groups, saved), checkpoint)
+        read(tensors | tensors_to_fill(groups, saved, dtypes), checkpoint)
     set_gates(model.gates, gates)
     restore(groups, info.optimizer, saved)
     for scheduler, state in zip(schedulers, info.schedulers, strict=False):

@@ -193,15 +193,18 @@ def check_fits(groups: Sequence[Group], saved: OptimizerState, sizes: Mapping[st
 
 
 @torch.no_grad()
-def tensors_to_fill(groups: Sequence[Group], sizes: Mapping[str, Sizes]) -> dict[str, Tensor]:
-    """Tensors in the optimizers to read a checkpoint's into, made where there are none yet."""
+def tensors_to_fill(
+    groups: Sequence[Group], sizes: Mapping[str, Sizes], saved_dtypes: Mapping[str, torch.dtype]
+) -> dict[str, Tensor]:
+    """Tensors in the optimizers to read a checkpoint's into, made where there are none yet: in the
+    dtype of the parameter if that was so when saved, in ``saved_dtypes``, else in theirs."""
     tensors = {}
     for group in groups:
         for name, parameter in group.parameters():
             state = group.optimizer.state[parameter]
             for key, (_, dtype) in sizes.get(name, {}).items():
-                value = state.get(key)
-                if not _follows(key, value, parameter) or value.dtype != dtype:
+                if not _follows(key, state.get(key), parameter):
+                    dtype = parameter.dtype if dtype == saved_dtypes[name] else dtype
                     state[key] = torch.zeros_like(parameter, dtype=dtype)
                 tensors[f"{OPTIMIZER}{name}.{key}"] = state[key]
     return tensors

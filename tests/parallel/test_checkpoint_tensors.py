@@ -122,6 +122,32 @@ def test_another_dtype_is_the_models(tmp_path: Path) -> None:
         assert torch.equal(other.weight, model.weight.to(dtype))
 
 
+def stepped(dtype: torch.dtype, steps: int = 1) -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = nn.Linear(30, 3, dtype=dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+    for _ in range(steps):
+        model(torch.ones(1, 30, dtype=dtype)).square().sum().backward()
+        optimizer.step()
+    return model, optimizer
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_another_dtype_is_the_optimizers(steps: int, tmp_path: Path) -> None:
+    """State that had the dtype of its parameter has that of the new one; other state keeps its."""
+    model, optimizer = stepped(torch.float32)
+    kept = torch.full_like(model.bias, 1 + 2**-40, dtype=torch.float64)
+    optimizer.state[model.bias]["kept"] = kept
+    path = save_checkpoint(tmp_path, 1, model, optimizer)
+    other, others = stepped(torch.bfloat16, steps)
+    load_checkpoint(path, other, others)
+    for name in ("exp_avg", "exp_avg_sq"):
+        expected = optimizer.state[model.weight][name]
+        assert torch.equal(others.state[other.weight][name], expected.bfloat16())
+    assert torch.equal(others.state[other.bias]["kept"], kept)
+    other(torch.ones(1, 30, dtype=torch.bfloat16)).sum().backward()
+    others.step()
+
+
 # --- shards ---------------------------------------------------------------------------------------
 
 SHAPE = (7, 6, 5)
