@@ -99,16 +99,26 @@ def choose_settings(
     return settings, progress, path
 
 
+def make_folder(out: Path) -> None:
+    """At once, not at the first checkpoint."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out must be a folder: {error}") from error
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     text = data.load(options.text)
     settings, progress, resumed = choose_settings(options, text)
+    text.starts(settings.length)  # there must be some
     chosen = {field.name: getattr(options, field.name) for field in fields(cluster.Parallelism)}
     parallelism = cluster.Parallelism(**chosen)
-    settings.check_layout(parallelism.cp, parallelism.pp, parallelism.accumulate)
+    settings.check_layout(parallelism.ep, parallelism.cp, parallelism.pp, parallelism.accumulate)
     ranks = cluster.start(settings.experts, parallelism)
     try:
         settings.check_batch(ranks.data_ranks, ranks.stages, parallelism.accumulate)
+        make_folder(options.out)
         return run(options, text, settings, progress, resumed, ranks)
     finally:
         ranks.stop()

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
 import train_lm  # noqa: E402
-from lm import checkpoint, data  # noqa: E402
+from lm import checkpoint, data, model  # noqa: E402
 from lm.settings import Settings  # noqa: E402
 from moe_parallel.checkpoint.folders import PARTIAL  # noqa: E402
 
@@ -186,11 +186,20 @@ def test_a_resumed_run_must_not_be_contradicted(trained: Path) -> None:
         (["--top-k", "17"], "--top-k must be at most experts = 16; got 17"),
         (["--hidden", "20"], "--hidden must be a multiple of 2 . heads = 8; got 20"),
         (["--steps", "0"], "--steps and --save-every must be at least 1"),
+        (["--length", "100000"], "the text is too short for sequences of 100000 bytes"),
+        (["--text", "/nowhere/text"], "--text must be a file that can be read: .*/nowhere/text"),
+        (["--out", "/dev/null/runs"], "--out must be a folder: .*/dev/null"),
     ],
 )
 def test_bad_arguments(arguments: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         train_lm.main(arguments)
+
+
+@pytest.mark.parametrize("heads", [1, 3, 5, 6])
+def test_any_number_of_heads(heads: int) -> None:
+    net = model.make_model(Settings(hidden=8 * heads, heads=heads, layers=1, experts=4, inner=8))
+    assert net(input_ids=torch.zeros(1, 3, dtype=torch.int64)).logits.isfinite().all()
 
 
 def test_text_is_split_and_counted_right(tmp_path: Path) -> None:

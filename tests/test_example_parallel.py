@@ -137,6 +137,8 @@ def test_more_layouts(ranks: int, folder: Path) -> None:
         (["--accumulate", "17"], r"1 ranks . accumulate 17 = 17; got 16"),
         (["--pp", "2"], r"the number of ranks must be a multiple of tp . cp . pp"),
         (["--ep", "2"], r"ep must divide dp . cp . tp"),
+        (["--ep", "0"], "--ep must be at least 1; got 0"),
+        (["--ep", "4", "--experts", "6"], "--ep must divide experts = 6; got 4"),
     ],
 )
 def test_layouts_that_do_not_fit(arguments: list[str], message: str) -> None:

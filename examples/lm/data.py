@@ -31,7 +31,7 @@ class Text:
 
     def starts(self, length: int) -> Tensor:
         """Where a training sequence of ``length`` bytes and the next byte may begin."""
-        parts = [torch.arange(start, end - length) for start, end in self.train]
+        parts = [torch.arange(start, max(start, end - length)) for start, end in self.train]
         found = torch.cat(parts)
         if not len(found):
             raise ValueError(f"the text is too short for sequences of {length} bytes")
@@ -62,7 +62,10 @@ class Text:
 def load(path: Path | None = None) -> Text:
     """The text of the topics of Python's help(), or of a file."""
     if path is not None:
-        raw = path.read_bytes()
+        try:
+            raw = path.read_bytes()
+        except OSError as error:
+            raise ValueError(f"--text must be a file that can be read: {error}") from error
     else:
         try:
             from pydoc_data.topics import topics

@@ -43,7 +43,7 @@ def _with_random_weights(kind: Any, settings: Settings) -> Any:
         hidden_size=settings.hidden,
         num_hidden_layers=settings.layers,
         num_attention_heads=settings.heads,
-        num_key_value_heads=max(1, settings.heads // 2),
+        num_key_value_heads=1 if settings.heads % 2 else settings.heads // 2,
         head_dim=settings.hidden // settings.heads,
         intermediate_size=2 * settings.hidden,
         moe_intermediate_size=settings.inner,

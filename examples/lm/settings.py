@@ -55,11 +55,13 @@ class Settings:
         if self.top_k > self.experts:
             raise ValueError(f"--top-k must be at most experts = {self.experts}; got {self.top_k}")
 
-    def check_layout(self, cp: int, pp: int, accumulate: int) -> None:
-        """Raise ValueError unless sequences, layers and batch can be cut up like this."""
-        for name, value in {"cp": cp, "pp": pp, "accumulate": accumulate}.items():
-            if value < 1:
+    def check_layout(self, ep: int | None, cp: int, pp: int, accumulate: int) -> None:
+        """Raise ValueError unless experts, sequences, layers and batch can be cut up like this."""
+        for name, value in {"ep": ep, "cp": cp, "pp": pp, "accumulate": accumulate}.items():
+            if value is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1; got {value}")
+        if ep is not None and self.experts % ep:
+            raise ValueError(f"--ep must divide experts = {self.experts}; got {ep}")
         if cp > 1 and self.length % (2 * cp):
             raise ValueError(f"--length must be a multiple of 2 * cp = {2 * cp}; got {self.length}")
         if pp > self.layers:
