@@ -37,9 +37,10 @@ from moe_parallel.checkpoint.state import (
     gate_tensors,
     model_state,
 )
-from moe_parallel.checkpoint.storage import write
+from moe_parallel.checkpoint.storage import read_sizes, write
 
 TRAINING = "training.pt"
+_SHARED = "the folder of checkpoints must be on a file system that all ranks share"
 T = TypeVar("T")
 
 
@@ -162,13 +163,14 @@ def _begin(folder: Path, step: int, lock: ExitStack) -> Path:
 
 def _check_shared(partial: Path) -> None:
     if not partial.is_dir():
-        raise CheckpointError(
-            f"the folder of checkpoints must be on a file system that all ranks share; "
-            f"{partial}, made by rank 0, is not there"
-        )
+        raise CheckpointError(f"{_SHARED}; {partial}, made by rank 0, is not there")
 
 
 def _finish(partial: Path, step: int, training: bytes) -> Path:
+    try:  # a rank may have found a folder of this name on a disk of its own
+        read_sizes(partial)
+    except CheckpointError as error:
+        raise CheckpointError(f"{_SHARED}, with all that they wrote; {error}") from error
     with (partial / TRAINING).open("wb") as file:
         file.write(training)
         file.flush()

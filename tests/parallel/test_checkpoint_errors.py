@@ -131,6 +131,27 @@ def test_a_folder_that_cannot_be_made_is_an_error_on_all(tmp_path: Path) -> None
     assert "FileExistsError" in first
 
 
+def _own_disk(rank: int, ranks: int, folder: str) -> str:
+    """Rank 1 writes to a folder of the same name that no other rank sees."""
+    run = Run(EP)
+    save(run, folder, 1)
+    if rank == 1:
+        own, write = Path(folder).parent / "own", saving.write
+        own.mkdir()
+        saving.write = lambda tensors, partial, most: write(tensors, own, most)
+    with pytest.raises(CheckpointError) as caught:
+        save(run, folder, 2, keep=1)
+    return str(caught.value)
+
+
+def test_what_is_written_elsewhere_is_no_checkpoint(tmp_path: Path) -> None:
+    first, second = run_ranks(2, _own_disk, str(tmp_path / "run"))
+    assert first == second
+    assert "file system that all ranks share" in first
+    assert "__1_0.distcp must have" in first
+    assert names(tmp_path / "run") == ["step-00000001"]
+
+
 def _keep(rank: int, ranks: int, folder: str) -> None:
     run = Run(EP)
     for step in (5, 7, 9):
