@@ -418,9 +418,9 @@ def stored_tensors(directory: Path, files: ExitStack) -> dict[str, StoredTensor]
     elif (directory / INDEX).exists():
         try:
             weight_map = json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError) as error:
+            paths = sorted({directory / name for name in weight_map.values()})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{directory / INDEX} is damaged: {describe(error)}") from error
-        paths = sorted({directory / name for name in weight_map.values()})
     else:
         paths = sorted(directory.glob("*.safetensors"))
         several = [path.name for path in paths if _OF_SEVERAL.search(path.name)]
@@ -446,7 +446,7 @@ def _stored_in(path: Path, files: ExitStack) -> dict[str, StoredTensor]:
         length = int.from_bytes(file.read(8), "little")
         size = path.stat().st_size
         if not 0 < length <= size - 8:
-            raise CheckpointError(f"{path} is damaged: its header must be in its {size} bytes")
+            raise ValueError(f"it is damaged: its header must be in its {size} bytes")
         header = json.loads(file.read(length))
         header.pop("__metadata__", None)
     except (OSError, ValueError) as error:

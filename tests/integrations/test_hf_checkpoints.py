@@ -111,12 +111,18 @@ def _refused(rank: int, ranks: int, folder: str) -> list[str]:
     save_hf_checkpoint(model, good, max_shard_bytes=20_000)
     if rank == 0:
         index = json.loads(Path(f"{good}/model.safetensors.index.json").read_text())
-        for kind in ("absent", "short"):
+        last = max(index["weight_map"].values())
+        for kind in ("absent", "short", "empty", "odd"):
             shutil.copytree(good, f"{folder}/{kind}")
-            file = Path(f"{folder}/{kind}") / max(index["weight_map"].values())
-            file.unlink() if kind == "absent" else file.write_bytes(file.read_bytes()[:-9])
+            file = Path(f"{folder}/{kind}") / last
+            if kind == "odd":
+                file.with_name("model.safetensors.index.json").write_text("[1]")
+            elif kind == "absent":
+                file.unlink()
+            else:
+                file.write_bytes(b"" if kind == "empty" else file.read_bytes()[:-9])
     messages = []
-    tries = [(model, "nowhere"), (model, "absent"), (model, "short")]
+    tries = [(model, kind) for kind in ("nowhere", "absent", "short", "empty", "odd")]
     tries += [(sharded("qwen3_moe", {"ep": 2}, moe_intermediate_size=12), "good")]
     tries += [(sharded("qwen3_moe", {"ep": 2}, num_hidden_layers=3), "good")]
     tries += [(sharded("qwen3_moe", {"ep": 2}, num_hidden_layers=1), "good")]
@@ -145,6 +151,8 @@ def test_one_error_on_all_ranks(tmp_path: Path) -> None:
             "must have safetensors files, or model.safetensors.index.json; it has neither",
             "absent",
             "short",
+            "safetensors cannot be read: ValueError: it is damaged: its header must be in its 0",
+            "odd/model.safetensors.index.json is damaged: ",
             "must be [12, 32]; got [20, 32]",
             "weights were not given, or not in full, such as model.layers.2.",
             "the model has no place for model.layers.1.",
