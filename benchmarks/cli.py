@@ -1,19 +1,26 @@
-"""The command line: ``python -m benchmarks run|report|list``."""
+"""The command line: ``python -m benchmarks run|memory|report|list``."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import activation_checkpointing, environment, plots, results, tables
+from benchmarks import (
+    activation_checkpointing,
+    environment,
+    plots,
+    ranks,
+    results,
+    tables,
+)
 from benchmarks.limits import Limits
 from benchmarks.ops import OPS
-from benchmarks.providers import OURS, PROVIDERS
+from benchmarks.providers import OWN, PROVIDERS
 from benchmarks.registry import DIRECTIONS, DTYPES, Op
 from benchmarks.routing import ROUTINGS
 from benchmarks.runner import Settings, available, run_op
@@ -52,11 +59,14 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=())
     run.add_argument("--direction", nargs="+", choices=DIRECTIONS, default=())
     run.add_argument("--provider", nargs="+", choices=list(PROVIDERS), default=())
-    run.add_argument("--routing", choices=ROUTINGS, default="uniform")
+    run.add_argument("--routing", choices=ROUTINGS, default="", help="default: see list")
+    run.add_argument(
+        "--ranks", nargs="+", type=int, default=(2,), help="processes, for ops that need several"
+    )
     run.add_argument(
         "--large-pages", action="store_true", help="weights on pages of 2 MiB, for all providers"
     )
-    run.add_argument("--threads", type=int, help="of PyTorch on the CPU")
+    run.add_argument("--threads", type=int, help="of PyTorch on the CPU, in each process")
     run.add_argument(
         "--seconds", type=float, help="of timing for each table; default 20 on CPU, 2 on CUDA"
     )
@@ -113,42 +123,79 @@ def _run(options: argparse.Namespace) -> int:
         max_rounds=options.rounds,
         seed=options.seed,
         large_pages=options.large_pages,
+        threads=options.threads,
     )
+    if min(options.ranks) < 1:
+        raise ValueError(f"--ranks must be at least 1; got {min(options.ranks)}")
     ops = list(OPS) if "all" in options.ops else list(dict.fromkeys(options.ops))
     if options.out and options.out.suffix == ".json" and len(ops) > 1:
         raise ValueError(f"--out must be a folder for {len(ops)} ops; got {options.out}")
-    failed = [problem for name in ops for problem in _run_one(OPS[name], settings, options.out)]
+    failed = [problem for name in ops for problem in _run_one(OPS[name], settings, options)]
     for problem in failed:
         print(f"benchmarks: {problem}", file=sys.stderr)
     return 1 if failed else 0
 
 
-def _run_one(op: Op, settings: Settings, out: Path | None) -> list[str]:
+def _run_one(op: Op, settings: Settings, options: argparse.Namespace) -> list[str]:
     """Measure, print and write one op. Returns what is wrong with our own rows."""
     described = environment.describe(settings.device)
     why = available(op, settings.device.type, settings.providers)
     for name, reason in why.items():
         if reason:
             print(f"{op.name}: without {name}: {reason}", flush=True)
-    path = out or RUNS / environment.slug(described["device"])
+    path = options.out or RUNS / environment.slug(described["device"])
     if path.suffix != ".json":
         path = path / f"{op.name}.json"
     limits: dict[str, Limits] = {}
     rows: list[dict[str, Any]] = []
     document: dict[str, Any] = {"rows": []}
-    for new, dtype, seen in run_op(op, settings):
-        limits[dtype] = limits[dtype].best(seen) if dtype in limits else seen
+    if op.on_ranks:
+        counts = _possible_ranks(op, settings, options.ranks)
+        described |= {"ranks": {n: ranks.placement(n, settings.threads) for n in counts}}
+        described["threads"] = max((d["threads"] for d in described["ranks"].values()), default=1)
+    for new, dtype, seen in _measured(op, settings, list(described.get("ranks", ()))):
+        if seen is not None:
+            limits[dtype] = limits[dtype].best(seen) if dtype in limits else seen
         rows += new
         document = results.document(op.name, described, why, limits, rows)
         results.write(path, document)
         for group in tables.grouped(document["rows"][len(rows) - len(new) :]).values():
             print(f"\n{tables.table(group)}", flush=True)
+    if not rows:
+        print(f"{op.name}: nothing was measured", flush=True)
+        return []
     print(f"\n{tables.summary(document['rows'])}\n\nwritten: {path}", flush=True)
     return [
         f"{op.name} {row['shape']} {row['dtype']} {row['direction']}: {row['void'] or row['note']}"
         for row in rows
-        if row["provider"] == OURS and (row["void"] or row["note"])
+        if row["provider"] in OWN and (row["void"] or row["note"]) and not row["unsupported"]
     ]
+
+
+def _measured(
+    op: Op, settings: Settings, counts: Sequence[int]
+) -> Iterator[tuple[list[dict[str, Any]], str, Limits | None]]:
+    """Rows as they come, their dtype and the machine's limits; rows of ranks bring their own."""
+    if not op.on_ranks:
+        yield from run_op(op, settings)
+    for count in counts:
+        for rows in ranks.run_on_ranks(op, settings, count):
+            yield rows, rows[0]["dtype"], None
+
+
+def _possible_ranks(op: Op, settings: Settings, wanted: Sequence[int]) -> list[int]:
+    """Those of the ``wanted`` numbers of ranks that can run here; says why others cannot."""
+    possible = []
+    for count in dict.fromkeys(wanted):
+        placed = ranks.placement(count, settings.threads)
+        if reason := ranks.impossible(op, settings, count):
+            print(f"{op.name}: {reason}", flush=True)
+            continue
+        threads, cores = placed["threads"], placed["cores"]
+        over = ": OVERSUBSCRIBED, they wait for each other's cores" * placed["oversubscribed"]
+        print(f"{op.name}: {count} ranks x {threads} threads on {cores} cores{over}", flush=True)
+        possible.append(count)
+    return possible
 
 
 def _memory(options: argparse.Namespace) -> int:

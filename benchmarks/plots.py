@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.providers import LIMITS, OURS
+from benchmarks.providers import LIMITS, OWN
 from benchmarks.tables import grouped, number
 
 Row = dict[str, Any]
-OUR_COLOR = "#c0392b"
-COLORS = ("#2c3e50", "#2980b9", "#16a085", "#8e44ad", "#d35400", "#7f8c8d", "#27ae60", "#b7950b")
+OUR_COLORS = ("#c0392b", "#e67e22", "#f1948a", "#922b21")
+COLORS = ("#2c3e50", "#2980b9", "#16a085", "#8e44ad", "#5d6d7e", "#7f8c8d", "#27ae60", "#b7950b")
 
 
 def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
@@ -52,10 +52,13 @@ def _bars(axes: Any, shapes: dict[str, list[Row]]) -> None:
         for name in dict.fromkeys(row["provider"] for group in shapes.values() for row in group)
         if name not in LIMITS
     ]
-    others = [name for name in names if name != OURS]
+    own = [name for name in names if name in OWN]
+    others = [name for name in names if name not in OWN]
     width = 0.8 / len(names)
     for place, name in enumerate(names):
-        color = OUR_COLOR if name == OURS else COLORS[others.index(name) % len(COLORS)]
+        ours = name in own
+        colors, order = (OUR_COLORS, own) if ours else (COLORS, others)
+        color = colors[order.index(name) % len(colors)]
         for index, group in enumerate(shapes.values()):
             found = [r["over_floor"] for r in group if r["provider"] == name and r["over_floor"]]
             if not found:

@@ -10,6 +10,7 @@ import importlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,6 +60,8 @@ class Case:
         inputs: sets of arguments that calls rotate through, so that no cache holds the last one's.
             "grad" is the gradient of the (first) output.
         differentiable: the names in weights and inputs that backward yields gradients of.
+        check: further inputs of the call whose results are checked; it is not the one timed.
+        group: the process group of the ranks that compute the case together, if several do.
     """
 
     shape: Shape
@@ -67,6 +70,8 @@ class Case:
     inputs: Sequence[Inputs]
     weights: Inputs = field(default_factory=dict)
     differentiable: tuple[str, ...] = ()
+    check: Inputs = field(default_factory=dict)
+    group: Any = None
 
     def leaves(self, index: int) -> dict[str, Tensor]:
         """The differentiable tensors of input set ``index``."""
@@ -93,53 +98,6 @@ class Truth:
     values: Tensor
 
 
-MakeCase = Callable[[Shape, torch.dtype, torch.device, str, int], Case]
-
-
-@dataclass(frozen=True)
-class Op:
-    """An operation that can be measured.
-
-    Attributes:
-        name: as in the package.
-        outputs: names of the results, in order; only the first is differentiated.
-        shape_sets: lists of shapes by name.
-        defaults: for each device type the names of the sets to run if none is asked for.
-        make_case: from shape, dtype, device, routing and seed to random inputs.
-        cost: the least work of "forward" and of "backward", averaged over the case's inputs.
-        truth: results (and ``gradients``) for an input set in float64, of a subset of rows.
-        dtypes, directions: that it is measured in by default, for each device type.
-    """
-
-    name: str
-    outputs: tuple[str, ...]
-    shape_sets: Mapping[str, Sequence[Shape]]
-    defaults: Mapping[str, Sequence[str]]
-    make_case: MakeCase
-    cost: Callable[[Case], Mapping[str, Cost]]
-    truth: Callable[[Case, int, bool], Mapping[str, Truth]]
-    dtypes: Mapping[str, tuple[str, ...]] = field(
-        default_factory=lambda: {"cpu": ("bf16", "fp32"), "cuda": ("bf16",)}
-    )
-    directions: Mapping[str, tuple[str, ...]] = field(
-        default_factory=lambda: {
-            "cpu": ("forward", "forward+backward"),
-            "cuda": ("forward", "backward"),
-        }
-    )
-
-    def shapes(self, device: str, wanted: Sequence[str] = ()) -> list[Shape]:
-        """Shapes named by set, or by sizes (those missing come from the first default set)."""
-        default_sets = [self.shape_sets[name] for name in self.defaults[device]]
-        if not wanted:
-            return [shape for shapes in default_sets for shape in shapes]
-        found: list[Shape] = []
-        for text in wanted:
-            known = self.shape_sets.get(text)
-            found += known if known else [default_sets[0][0].replace(text)]
-        return found
-
-
 def autograd_backward(outputs: Output, inputs: Inputs) -> None:
     y = outputs if isinstance(outputs, Tensor) else outputs[0]
     torch.autograd.backward(y, inputs["grad"])
@@ -164,6 +122,62 @@ class Implementation:
 
 
 Builder = Callable[[Case], Implementation]
+
+
+MakeCase = Callable[[Shape, torch.dtype, torch.device, str, int], Case]
+
+
+@dataclass(frozen=True)
+class Op:
+    """An operation that can be measured.
+
+    Attributes:
+        name: as in the package.
+        outputs: names of the results, in order; only the first is differentiated.
+        shape_sets: lists of shapes by name.
+        defaults: for each device type the names of the sets to run if none is asked for.
+        make_case: from shape, dtype, device, routing and seed to random inputs.
+        cost: the least work of "forward" and of "backward", averaged over the case's inputs.
+        truth: results (and ``gradients``) for an input set in float64, of a subset of rows.
+        dtypes, directions: that it is measured in by default, for each device type.
+        routings: that a shape is measured with if none is asked for.
+        yardstick: an implementation whose error the others' is held to; None for the provider
+            that has this part.
+        on_ranks: several processes compute it together, as many as the shape's "P".
+        details: what else the rows of a case say.
+    """
+
+    name: str
+    outputs: tuple[str, ...]
+    shape_sets: Mapping[str, Sequence[Shape]]
+    defaults: Mapping[str, Sequence[str]]
+    make_case: MakeCase
+    cost: Callable[[Case], Mapping[str, Cost]]
+    truth: Callable[[Case, int, bool], Mapping[str, Truth]]
+    dtypes: Mapping[str, tuple[str, ...]] = field(
+        default_factory=lambda: {"cpu": ("bf16", "fp32"), "cuda": ("bf16",)}
+    )
+    directions: Mapping[str, tuple[str, ...]] = field(
+        default_factory=lambda: {
+            "cpu": ("forward", "forward+backward"),
+            "cuda": ("forward", "backward"),
+        }
+    )
+    routings: Callable[[Shape], tuple[str, ...]] = lambda shape: ("uniform",)
+    yardstick: Builder | None = None
+    on_ranks: bool = False
+    details: Callable[[Case], Mapping[str, Any]] = lambda case: {}
+
+    def shapes(self, device: str, wanted: Sequence[str] = ()) -> list[Shape]:
+        """Shapes named by set, or by sizes (those missing come from the first default set)."""
+        default_sets = [self.shape_sets[name] for name in self.defaults[device]]
+        if not wanted:
+            return [shape for shapes in default_sets for shape in shapes]
+        found: list[Shape] = []
+        for text in wanted:
+            known = self.shape_sets.get(text)
+            found += known if known else [default_sets[0][0].replace(text)]
+        return found
 
 
 class Unsupported(Exception):

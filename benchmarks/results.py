@@ -26,9 +26,15 @@ def document(
     limits: Mapping[str, Limits],
     rows: Sequence[Row],
 ) -> dict[str, Any]:
-    """One JSON document. Rows get their floor here, when the machine's limits are all measured."""
+    """One JSON document. Rows get their floor here, when the machine's limits are all measured.
+
+    Those that bring one keep it: what limits an op on ranks depends on their number.
+    """
     full = []
     for row in rows:
+        if "floor_ms" in row:
+            full.append(dict(row))
+            continue
         floor = limits[row["dtype"]].floor_ms(Cost(row["flops"], row["bytes"]))
         over = row["ms"] / floor if row["ms"] else None
         full.append({**row, "floor_ms": floor, "over_floor": over})

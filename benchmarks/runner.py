@@ -23,6 +23,7 @@ from benchmarks.registry import (
     Op,
     Output,
     Provider,
+    Shape,
     Truth,
     Unsupported,
 )
@@ -41,9 +42,12 @@ class Settings:
         shapes: by set name or sizes; none means the op's default sets.
         dtypes, directions: none means the op's defaults.
         providers: by name; none means all that can run.
+        routing: none means those of the op for each shape.
         seconds: of timing for each shape, dtype and mode (inference or training).
         max_rounds: of timing at most.
         large_pages: whether weights in CPU memory lie on large pages.
+        threads: of PyTorch in each process of an op on ranks; none means that they share the cores.
+        timeout: seconds that a rank waits for the others in an exchange.
     """
 
     device: torch.device
@@ -51,11 +55,16 @@ class Settings:
     dtypes: Sequence[str] = ()
     directions: Sequence[str] = ()
     providers: Sequence[str] = ()
-    routing: str = "uniform"
+    routing: str = ""
     seconds: float = 20.0
     max_rounds: int = 50
     seed: int = 0
     large_pages: bool = False
+    threads: int | None = None
+    timeout: float = 120.0
+
+    def routings(self, op: Op, shape: Shape) -> tuple[str, ...]:
+        return (self.routing,) if self.routing else op.routings(shape)
 
 
 @dataclass
@@ -64,6 +73,7 @@ class Contender:
 
     call: Call | None = None
     note: str = ""
+    unsupported: bool = False  # the note says that it does not compute such a case
     accuracy: Accuracy = field(default_factory=Accuracy)
     first: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
@@ -89,9 +99,10 @@ def run_op(op: Op, settings: Settings) -> Iterator[tuple[list[Row], str, Limits]
         "training": [d for d in directions if d != "forward"],
     }
     for dtype in settings.dtypes or op.dtypes[device.type]:
-        for shape in op.shapes(device.type, settings.shapes):
+        shapes = op.shapes(device.type, settings.shapes)
+        for shape, routing in [(s, r) for s in shapes for r in settings.routings(op, s)]:
             limits = measure_limits(clock, device, DTYPES[dtype])
-            case = op.make_case(shape, DTYPES[dtype], device, settings.routing, settings.seed)
+            case = op.make_case(shape, DTYPES[dtype], device, routing, settings.seed)
             if settings.large_pages:
                 for weight in case.weights.values():
                     use_large_pages(weight)
@@ -102,12 +113,13 @@ def run_op(op: Op, settings: Settings) -> Iterator[tuple[list[Row], str, Limits]
                     continue
                 contenders = _compete(op, case, clock, settings, usable, mode == "training")
                 common = {"op": op.name, "shape": str(shape), "sizes": dict(shape.sizes)}
-                common |= {"dtype": dtype, "routing": settings.routing}
+                common |= {"dtype": dtype, "routing": routing}
+                yardstick = contenders[YARDSTICK].accuracy if YARDSTICK in contenders else None
                 for direction in wanted:
-                    rows += _rows(common, direction, contenders, cost)
+                    rows += make_rows(common, direction, contenders, cost, yardstick)
             yield rows, dtype, limits
             del case
-            _free(device)
+            free(device)
 
 
 def _compete(
@@ -125,7 +137,7 @@ def _compete(
     for name, taken in samples.items():
         contenders[name].samples = taken
         contenders[name].note = taken.failure
-    _clear_gradients(case)
+    clear_gradients(case)
     return contenders
 
 
@@ -141,7 +153,7 @@ def _try(
     contender = Contender()
     try:
         implementation = provider.builders[op.name](case)
-        call = _timed_call(case, implementation, training)
+        call = timed_call(case, implementation, training)
         for _ in range(2):
             with PeakMemory(case.device) as memory:
                 outputs = call(clock, 0)
@@ -151,20 +163,20 @@ def _try(
             if sum(contender.first) > SLOW_MS:
                 break
         if not provider.limit:
-            found = _named_results(op, case, implementation, outputs, training)
+            found = named_results(op, case, implementation, outputs, training)
             contender.accuracy = judge(found, truth)
         contender.call = call
     except Unsupported as reason:
-        contender.note = str(reason)
+        contender.note, contender.unsupported = str(reason), True
     except Exception as error:  # another project's failure is a row of the table, not the end of it
         contender.note = f"{type(error).__name__}: {error}".split("\n")[0]
         clock.reset()
-        _free(case.device)
-    _clear_gradients(case)
+        free(case.device)
+    clear_gradients(case)
     return contender
 
 
-def _timed_call(
+def timed_call(
     case: Case, implementation: Implementation, training: bool
 ) -> Callable[[Clock, int], Output]:
     def forward(clock: Clock, number: int) -> Output:
@@ -176,7 +188,7 @@ def _timed_call(
         return outputs
 
     def forward_backward(clock: Clock, number: int) -> Output:
-        _clear_gradients(case, implementation)
+        clear_gradients(case, implementation)
         inputs = case.inputs[number % len(case.inputs)]
         clock.mark()
         outputs = implementation.run(inputs)
@@ -188,7 +200,7 @@ def _timed_call(
     return forward_backward if training else forward
 
 
-def _named_results(
+def named_results(
     op: Op, case: Case, implementation: Implementation, outputs: Output, training: bool
 ) -> dict[str, Tensor]:
     several = (outputs,) if isinstance(outputs, Tensor) else outputs
@@ -203,20 +215,23 @@ def _named_results(
     return results
 
 
-def _clear_gradients(case: Case, implementation: Implementation | None = None) -> None:
+def clear_gradients(case: Case, implementation: Implementation | None = None) -> None:
     leaves = [leaf for i in range(len(case.inputs)) for leaf in case.leaves(i).values()]
     own = implementation.own_weights.values() if implementation else ()
     for leaf in (*leaves, *(leaf for leaf, _ in own)):
         leaf.grad = None
 
 
-def _rows(
-    common: Row, direction: str, contenders: Mapping[str, Contender], cost: Mapping[str, Cost]
+def make_rows(
+    common: Row,
+    direction: str,
+    contenders: Mapping[str, Contender],
+    cost: Mapping[str, Cost],
+    yardstick: Accuracy | None,
 ) -> list[Row]:
     """One row a provider. A wrong result leaves a row without a time."""
     parts = direction.split("+")
     work = sum((cost[part] for part in parts), Cost(0.0, 0.0))
-    yardstick = contenders[YARDSTICK].accuracy if YARDSTICK in contenders else None
     rows = []
     for name, contender in contenders.items():
         times = contender.samples.of(direction) if contender.samples.stages else []
@@ -239,12 +254,13 @@ def _rows(
                 "error": contender.accuracy.error if contender.accuracy.errors else None,
                 "void": void,
                 "note": contender.note,
+                "unsupported": contender.unsupported,
             }
         )
     return rows
 
 
-def _free(device: torch.device) -> None:
+def free(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

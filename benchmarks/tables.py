@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from benchmarks.providers import LIMITS, OURS
+from benchmarks.providers import LIMITS, OWN
 
 Row = dict[str, Any]
 
@@ -23,30 +23,41 @@ def grouped(rows: Iterable[Row]) -> dict[tuple[str, str, str, str, str], list[Ro
     return groups
 
 
+def fastest(group: Sequence[Row]) -> Row | None:
+    """The best of ours, by minima."""
+    own = [row for row in group if row["provider"] in OWN and row["ms_min"]]
+    return min(own, key=lambda row: row["ms_min"], default=None)
+
+
 def lead(group: Sequence[Row]) -> float | None:
     """How many times faster ours is than the fastest other, by minima; None without either."""
-    ours = [r["ms_min"] for r in group if r["provider"] == OURS and r["ms_min"]]
-    others = [r["ms_min"] for r in group if r["provider"] not in (OURS, *LIMITS) and r["ms_min"]]
-    return min(others) / ours[0] if ours and others else None
+    ours = fastest(group)
+    others = [r["ms_min"] for r in group if r["provider"] not in (*OWN, *LIMITS) and r["ms_min"]]
+    return min(others) / ours["ms_min"] if ours and others else None
 
 
 def table(group: Sequence[Row]) -> str:
-    """One shape, all providers."""
+    """One shape, all providers. "of ours" is the minimum over that of the fastest of ours."""
     op, shape, dtype, routing, direction = key(group[0])
-    floor = f"floor {number(group[0]['floor_ms'])} ms"
+    floor = group[0]["floor_ms"]
+    unit, scale = ("ms", 1.0) if floor else ("us", 1e3)
+    limit = f"floor {number(floor)} ms" if floor else "latency: no floor"
+    ours = fastest(group)
     lines = [
-        f"{op} {shape} {dtype} {routing} {direction} ({floor})",
+        f"{op} {shape} {dtype} {routing} {direction} ({limit})",
         "",
-        "| provider | ms | min | rounds | over floor | TFLOP/s | GB/s | peak MiB | error |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"| provider | {unit} | min | rounds | of ours | over floor | TFLOP/s | GB/s | peak MiB "
+        "| error |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in group:
         if row["ms"] is None:
             reason = f"void: {row['void']}" if row["void"] else row["note"] or "-"
-            cells = [reason, *[""] * 5]
+            cells = [reason, *[""] * 6]
         else:
-            columns = ("ms", "ms_min", "rounds", "over_floor", "tflops", "gbs")
-            cells = [number(row[name]) for name in columns]
+            cells = [number(row["ms"] * scale), number(row["ms_min"] * scale), str(row["rounds"])]
+            cells.append(number(row["ms_min"] / ours["ms_min"]) if ours else "-")
+            cells += [number(row[name]) for name in ("over_floor", "tflops", "gbs")]
         peak, error = row["peak_bytes"], row["error"]
         cells.append("" if peak is None else number(peak / 2**20))
         cells.append("" if error is None else f"{error:.1e}")
@@ -55,14 +66,14 @@ def table(group: Sequence[Row]) -> str:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """One line a shape and direction: every provider's time, ours against the best other."""
+    """One line a shape and direction: every provider's time, our best against the best other."""
     parts = []
     by_kind: dict[tuple[str, str, str, str], dict[str, list[Row]]] = {}
     for (op, shape, dtype, routing, direction), group in grouped(rows).items():
         by_kind.setdefault((op, dtype, routing, direction), {})[shape] = group
     for (op, dtype, routing, direction), shapes in by_kind.items():
         names = list(dict.fromkeys(row["provider"] for g in shapes.values() for row in g))
-        columns = ["shape", *names, "floor", f"{OURS} over floor", "best other / ours"]
+        columns = ["shape", *names, "floor", "ours over floor", "best other / ours"]
         lines = [
             f"### {op}, {direction}, {dtype}, {routing} routing (ms, median)",
             "",
@@ -75,14 +86,43 @@ def summary(rows: Sequence[Row]) -> str:
             for name in names:
                 row = of.get(name)
                 voided = "void" if row and row["void"] else "-"
-                cells.append(number(row["ms"]) if row and row["ms"] else voided)
-            own, ratio = of.get(OURS), lead(group)
+                cells.append(_time(row) if row and row["ms"] else voided)
+            ours, ratio = fastest(group), lead(group)
             cells.append(number(group[0]["floor_ms"]))
-            cells.append(number(own["over_floor"]) if own and own["ms"] else "-")
+            cells.append(number(ours["over_floor"]) if ours else "-")
             cells.append(f"{ratio:.2f}" if ratio else "-")
             lines.append("| " + " | ".join(cells) + " |")
         parts.append("\n".join(lines))
+    if wire := on_the_wire(rows):
+        parts.append(wire)
     return "\n\n".join(parts)
+
+
+def _time(row: Row) -> str:
+    """In milliseconds; a latency, which has no floor, in microseconds."""
+    return number(row["ms"]) if row["floor_ms"] else f"{number(1e3 * row['ms'])} us"
+
+
+def on_the_wire(rows: Sequence[Row]) -> str:
+    """What leaves a rank in a forward pass, for ops on ranks; "" where there is none."""
+    lines = []
+    for (_, shape, dtype, routing, _), group in grouped(rows).items():
+        sizes = group[0].get("wire_bytes")
+        if sizes is None:
+            continue
+        once, copies = sizes["once_per_rank"], sizes["per_expert_copy"]
+        cells = [f"{shape} {dtype}", routing, number(once / 2**20), number(copies / 2**20)]
+        lines.append("| " + " | ".join([*cells, f"{copies / once:.2f}" if once else "-"]) + " |")
+    if not lines:
+        return ""
+    columns = ("shape", "routing", "once a rank", "a copy an expert", "copies / once")
+    head = [
+        "### MiB that leave a rank, there and back, with a token sent once to each rank or expert",
+        "",
+        "| " + " | ".join(columns) + " |",
+        "| " + " | ".join("---" for _ in columns) + " |",
+    ]
+    return "\n".join([*head, *dict.fromkeys(lines)])
 
 
 def number(value: float | None) -> str:

@@ -1,5 +1,6 @@
 """Every op that can be measured. A new one is a file here and its name in OPS."""
 
+from benchmarks.ops.dispatch import dispatch
 from benchmarks.ops.expert_activation import expert_activation
 from benchmarks.ops.fused_experts import fused_experts
 from benchmarks.ops.grouped_gemm import grouped_gemm
@@ -19,5 +20,6 @@ OPS: dict[str, Op] = {
         unpermute,
         sort_by_expert,
         topk_router,
+        dispatch,
     )
 }

@@ -2,6 +2,7 @@
 
 from benchmarks.providers.copy_limit import copy_limit
 from benchmarks.providers.dense_limit import dense_limit
+from benchmarks.providers.dispatch import gloo_rows, torch_all_to_all, transports
 from benchmarks.providers.moe_kernels import moe_kernels
 from benchmarks.providers.torch_chain import torch_chain
 from benchmarks.providers.transformers import transformers_batched_mm as batched_mm
@@ -10,8 +11,9 @@ from benchmarks.providers.transformers import transformers_grouped_mm as grouped
 from benchmarks.registry import Provider
 
 OURS = moe_kernels.name
+OWN = (OURS, *(transport.name for transport in transports))  # all that this package implements
 YARDSTICK = torch_chain.name  # whose error against float64 the others' is held to
-LIMITS = (dense_limit.name, copy_limit.name)
+LIMITS = (dense_limit.name, copy_limit.name, gloo_rows.name)
 
 PROVIDERS: dict[str, Provider] = {
     provider.name: provider
@@ -21,6 +23,9 @@ PROVIDERS: dict[str, Provider] = {
         eager,
         grouped_mm,
         batched_mm,
+        *transports,
+        torch_all_to_all,
+        gloo_rows,
         dense_limit,
         copy_limit,
     )

@@ -5,7 +5,16 @@ from __future__ import annotations
 import torch
 
 from benchmarks.ops import OPS
-from benchmarks.registry import Builder, Case, Implementation, Inputs, Op, Output, Provider
+from benchmarks.registry import (
+    Builder,
+    Case,
+    Implementation,
+    Inputs,
+    Op,
+    Output,
+    Provider,
+    Unsupported,
+)
 
 CHUNK = 256 << 20  # bytes; more than any cache holds, less than would crowd the memory
 
@@ -14,6 +23,8 @@ def _copy(op: Op) -> Builder:
     def build(case: Case) -> Implementation:
         cost = op.cost(case)
         halves = {way: max(1, int(cost[way].bytes / 2)) for way in cost}
+        if not any(cost[way].bytes for way in cost):
+            raise Unsupported("there is nothing to copy")
         size = min(CHUNK, max(halves.values()))
         source = torch.zeros(size, dtype=torch.uint8, device=case.device)
         target = torch.zeros_like(source)
