@@ -1,4 +1,4 @@
-"""The command line: ``python -m benchmarks run|memory|report|list``."""
+"""The command line: ``python -m benchmarks run|memory|simulate|report|list``."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from benchmarks import (
     plots,
     ranks,
     results,
+    simulate_command,
     tables,
 )
 from benchmarks.limits import Limits
@@ -84,6 +85,8 @@ def _parser() -> argparse.ArgumentParser:
     memory.add_argument("--threads", type=int, help="of PyTorch on the CPU")
     memory.add_argument("--out", type=Path, help="a .json file or a folder")
     memory.set_defaults(command=_memory)
+
+    simulate_command.add_parser(commands)
 
     report = commands.add_parser("report", help="tables and plots from result files")
     report.add_argument(
