@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.providers import LIMITS, OWN
+from benchmarks.providers import MACHINE, OWN
 from benchmarks.tables import grouped, number
 
 Row = dict[str, Any]
@@ -50,7 +50,7 @@ def _bars(axes: Any, shapes: dict[str, list[Row]]) -> None:
     names = [
         name
         for name in dict.fromkeys(row["provider"] for group in shapes.values() for row in group)
-        if name not in LIMITS
+        if name not in MACHINE
     ]
     own = [name for name in names if name in OWN]
     others = [name for name in names if name not in OWN]

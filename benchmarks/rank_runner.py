@@ -44,7 +44,8 @@ from benchmarks.runner import (
 )
 from benchmarks.timing import MAX_CALLS, MIN_LAP_MS, Samples
 
-COPY_ROUNDS = 10
+COPY_ROUNDS = 5  # of copies before anything is measured; there is one more in each turn
+COPY_BYTES = 32 << 20  # of a round, at least
 
 # Milliseconds of each stage of a call, on average over calls on successive sets of inputs, from the
 # number of the first set and the number of calls.
@@ -70,53 +71,64 @@ def run_rank(op: Op, settings: Settings) -> Iterator[list[Row]]:
             for routing in settings.routings(op, shape):
                 case = op.make_case(shape, DTYPES[dtype], device, routing, settings.seed)
                 cost = op.cost(case)
-                sent = cost["forward"].bytes / 4  # about what is copied at a time
-                bandwidth = _copy_bandwidth(control, case, int(sent)) if sent else None
+                # about what is copied at a time
+                copying = Copying(control, case, int(cost["forward"].bytes / 4))
                 common: Row = {"op": op.name, "shape": str(shape), "sizes": dict(shape.sizes)}
                 common |= {"dtype": dtype, "routing": routing, "ranks": ranks}
-                common |= {"threads": torch.get_num_threads(), "copy_bandwidth": bandwidth}
+                common |= {"threads": torch.get_num_threads()}
                 common |= op.details(case)
                 rows: list[Row] = []
                 for training, wanted in modes.items():
                     if not wanted:
                         continue
-                    contenders = _compete(op, case, groups, control, settings, training)
+                    contenders = _compete(op, case, groups, control, settings, training, copying)
                     for direction in wanted:
                         rows += make_rows(common, direction, contenders, cost, None)
-                yield [_with_floor(row) for row in rows]
-                del case
+                yield [_with_floor(row, copying.bandwidth) for row in rows]
+                del case, copying
                 free(device)
 
 
-def _with_floor(row: Row) -> Row:
-    floor = 1e3 * row["bytes"] / row["copy_bandwidth"] if row["copy_bandwidth"] else None
+def _with_floor(row: Row, bandwidth: float | None) -> Row:
+    floor = 1e3 * row["bytes"] / bandwidth if bandwidth else None
     over = row["ms"] / floor if row["ms"] and floor else None
-    return {**row, "floor_ms": floor, "over_floor": over}
+    return {**row, "copy_bandwidth": bandwidth, "floor_ms": floor, "over_floor": over}
 
 
-def _copy_bandwidth(control: Any, case: Case, size: int) -> float:
-    """Bytes read and written a second and rank while all ranks copy, the best of some rounds.
+class Copying:
+    """Copies by all ranks at once, of ``size`` bytes, in turns with what is measured.
 
-    Copies are of ``size`` bytes, as many in turns as the case has inputs: caches hold what they
-    would of the op.
+    As many pairs of buffers as the case has inputs: caches hold what they would of the op.
+
+    Attributes:
+        bandwidth: bytes read and written a second and rank, the best of all rounds; None where
+            there is nothing to copy.
     """
-    pairs = [
-        [torch.ones(size, dtype=torch.uint8, device=case.device) for _ in range(2)]
-        for _ in case.inputs
-    ]
-    calls = max(len(pairs), min(100, (64 << 20) // size))
-    best = math.inf
-    for _ in range(COPY_ROUNDS):
-        dist.barrier(control)
+
+    def __init__(self, control: Any, case: Case, size: int) -> None:
+        self._control, self._device = control, case.device
+        self._pairs = [
+            [torch.ones(size, dtype=torch.uint8, device=case.device) for _ in range(2)]
+            for _ in case.inputs[: len(case.inputs) if size else 0]
+        ]
+        self.bandwidth: float | None = None
+        for _ in range(COPY_ROUNDS if size else 0):
+            self.round()
+
+    def round(self) -> None:
+        if not self._pairs:
+            return
+        size = self._pairs[0][0].nbytes
+        calls = max(len(self._pairs), min(100, COPY_BYTES // size))
+        dist.barrier(self._control)
         start = time.perf_counter()
         for number in range(calls):
-            source, target = pairs[number % len(pairs)]
+            source, target = self._pairs[number % len(self._pairs)]
             target.copy_(source)
-        _synchronize(case.device)
+        _synchronize(self._device)
         slowest = torch.tensor([time.perf_counter() - start], dtype=torch.float64)
-        dist.all_reduce(slowest, dist.ReduceOp.MAX, group=control)
-        best = min(best, float(slowest))
-    return 2 * size * calls / best
+        dist.all_reduce(slowest, dist.ReduceOp.MAX, group=self._control)
+        self.bandwidth = max(self.bandwidth or 0.0, 2 * size * calls / float(slowest))
 
 
 def _compete(
@@ -126,6 +138,7 @@ def _compete(
     control: Any,
     settings: Settings,
     training: bool,
+    copying: Copying,
 ) -> dict[str, Contender]:
     """Check every provider on all ranks, then time those that work in turns."""
     yardstick = _yardstick(op, case, training)
@@ -137,7 +150,7 @@ def _compete(
         contenders[name] = _agreed(contender, yardstick, control)
         if loop is not None and not contenders[name].note:
             loops[name] = loop
-    _take_turns(contenders, loops, control, settings)
+    _take_turns(contenders, loops, control, settings, copying)
     clear_gradients(case)
     return contenders
 
@@ -265,6 +278,7 @@ def _take_turns(
     loops: Mapping[str, Loop],
     control: Any,
     settings: Settings,
+    copying: Copying,
 ) -> None:
     """Fill in the samples: of each turn and stage the slowest rank's time."""
     names = list(loops)
@@ -292,6 +306,7 @@ def _take_turns(
                 errors[name] = _first_line(error)
         if late or not order:
             break
+        copying.round()
         order = order[1:] + order[:1]  # nobody always follows the same neighbour
     _, failed = _meet(control, False, errors)
     for name in names:
