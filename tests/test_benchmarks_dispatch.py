@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -198,15 +199,20 @@ def failing(y: Output, inputs: Inputs) -> Output:
     raise NotImplementedError("not on this rank")
 
 
+def slow(y: Output, inputs: Inputs) -> Output:
+    time.sleep(0.01)
+    return y
+
+
 class FailingLate:
-    """On its sixth call that is not checked."""
+    """After the calls of warming up, of which there are two and two for each set of inputs."""
 
     def __init__(self) -> None:
         self.calls = 0
 
     def __call__(self, y: Output, inputs: Inputs) -> Output:
         self.calls += "factors" not in inputs
-        if self.calls > 5:
+        if self.calls > 2 + 2 * 8 + 3:
             raise MemoryError("in a turn")
         return y
 
@@ -253,11 +259,18 @@ def test_what_is_wrong_on_one_rank_has_no_time(
         assert row["void"].startswith(void)
         assert bool(row["void"]) == bool(void)
         assert re.fullmatch(note, row["note"])
+        assert (row["peak_bytes"] is not None) == (bool(void) or isinstance(change, FailingLate))
         assert row["ms"] is row["ms_min"] is row["over_floor"] is None
     for row in rows_of(both[0], provider="process_group"):
         assert row["ms"] > 0
         assert row["void"] == row["note"] == ""
         assert row["rounds"] >= 3
+
+
+def test_the_slowest_rank_counts() -> None:
+    for rows in run_ranks(2, _run_with, slow, False, 60.0):
+        (row,) = rows_of(rows, provider="other")
+        assert row["ms"] >= row["ms_min"] >= 10.0
 
 
 def _unknown(rank: int, size: int) -> list[dict[str, Any]]:
