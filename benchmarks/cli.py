@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=())
     run.add_argument("--direction", nargs="+", choices=DIRECTIONS, default=())
     run.add_argument("--provider", nargs="+", choices=list(PROVIDERS), default=())
-    run.add_argument("--routing", choices=ROUTINGS, default="", help="default: see list")
+    run.add_argument("--routing", choices=ROUTINGS, default="", help="default: as list says")
     run.add_argument(
         "--ranks", nargs="+", type=int, default=(2,), help="processes, for ops that need several"
     )
@@ -248,6 +248,9 @@ def _list(options: argparse.Namespace) -> int:
         for name, shapes in op.shape_sets.items():
             default = " (default)" if name in op.defaults[options.device] else ""
             print(f"  {name}{default}: {'; '.join(map(str, shapes))}")
+        shapes = [shape for set_ in op.shape_sets.values() for shape in set_]
+        routings = dict.fromkeys(routing for shape in shapes for routing in op.routings(shape))
+        print(f"  routing: {', '.join(routings)}")
         for name, reason in available(op, options.device).items():
             print(f"  {name}: {reason or 'available'}")
     return 0

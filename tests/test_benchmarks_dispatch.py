@@ -137,9 +137,13 @@ def test_ranks_agree_on_what_is_sent(routing: str, monkeypatch: pytest.MonkeyPat
                 assert int(inputs["slots"][rank, owner]) == int(mine.sum())
 
 
-def test_large_batches_are_skewed_too() -> None:
+def test_large_batches_are_skewed_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert OP.routings(Shape({**sizes(4096)})) == ("balanced", "zipf")
     assert OP.routings(Shape({**sizes(256)})) == ("balanced",)
+    assert main(["list", "--device", "cpu"]) == 0
+    listed = capsys.readouterr().out.split("\ndispatch\n")[1]
+    assert "\n  routing: balanced, zipf\n" in listed
+    assert "\n  gloo_rows: available\n" in listed
 
 
 def test_truth_and_yardstick(monkeypatch: pytest.MonkeyPatch) -> None:
