@@ -182,8 +182,9 @@ def _measured(
     if not op.on_ranks:
         yield from run_op(op, settings)
     for count in counts:
+        over = {"oversubscribed": ranks.placement(count, settings.threads)["oversubscribed"]}
         for rows in ranks.run_on_ranks(op, settings, count):
-            yield rows, rows[0]["dtype"], None
+            yield [row | over for row in rows], rows[0]["dtype"], None
 
 
 def _possible_ranks(op: Op, settings: Settings, wanted: Sequence[int]) -> list[int]:

@@ -44,7 +44,7 @@ def table(group: Sequence[Row]) -> str:
     limit = f"floor {number(floor)} ms" if floor else "latency: no floor"
     ours = fastest(group)
     lines = [
-        f"{op} {shape} {dtype} {routing} {direction} ({limit})",
+        f"{op} {shape}{_crowded(group)} {dtype} {routing} {direction} ({limit})",
         "",
         f"| provider | {unit} | min | rounds | of ours | over floor | TFLOP/s | GB/s | peak MiB "
         "| error |",
@@ -82,7 +82,7 @@ def summary(rows: Sequence[Row]) -> str:
         ]
         for shape, group in shapes.items():
             of = {row["provider"]: row for row in group}
-            cells = [shape]
+            cells = [shape + _crowded(group)]
             for name in names:
                 row = of.get(name)
                 voided = "void" if row and row["void"] else "-"
@@ -96,6 +96,10 @@ def summary(rows: Sequence[Row]) -> str:
     if wire := on_the_wire(rows):
         parts.append(wire)
     return "\n\n".join(parts)
+
+
+def _crowded(group: Sequence[Row]) -> str:
+    return " OVERSUBSCRIBED" * bool(group[0].get("oversubscribed"))
 
 
 def _time(row: Row) -> str:

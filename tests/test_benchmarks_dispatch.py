@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks import ranks, results
+from benchmarks import ranks, results, tables
 from benchmarks.cli import main
 from benchmarks.ops import OPS
 from benchmarks.providers import LIMITS, OWN, PROVIDERS
@@ -90,7 +90,7 @@ def test_report_of_ranks(
     assert main(["report", str(measured), "--out", str(tmp_path)]) == 0
     text = (tmp_path / "report.md").read_text()
     assert text in capsys.readouterr().out
-    latency = next(line for line in text.splitlines() if line.startswith("| T1 H16 E8 K3 P2 |"))
+    latency = next(line for line in text.splitlines() if line.startswith("| T1 H16 E8 K3 P2 "))
     assert latency.count(" us |") == 3  # those that were timed
     assert len(list(tmp_path.rglob("*.png"))) == 2  # a direction each
     wire = rows_of(json.loads(measured.read_text())["rows"], sizes=sizes(6))[0]["wire_bytes"]
@@ -355,6 +355,14 @@ def test_oversubscription_is_said(
     printed = capsys.readouterr().out
     assert "2 ranks x 4 threads on 8 cores\n" in printed
     assert "16 ranks x 1 threads on 8 cores: OVERSUBSCRIBED" in printed
+
+
+def test_tables_say_that_ranks_share_cores(measured: Path) -> None:
+    rows = rows_of(json.loads(measured.read_text())["rows"], sizes=sizes(6))
+    for over in (True, False):
+        text = tables.summary([row | {"oversubscribed": over} for row in rows])
+        text += tables.table([row | {"oversubscribed": over} for row in rows[:4]])
+        assert text.count("T6 H16 E8 K3 P2 OVERSUBSCRIBED ") == 3 * over
 
 
 def test_a_gpu_for_every_rank(
