@@ -22,6 +22,7 @@ from torch import Tensor
 from benchmarks.accuracy import Accuracy, judge
 from benchmarks.memory import PeakMemory
 from benchmarks.providers import PROVIDERS
+from benchmarks.providers.copy_limit import copy_limit
 from benchmarks.registry import (
     DTYPES,
     Case,
@@ -84,15 +85,25 @@ def run_rank(op: Op, settings: Settings) -> Iterator[list[Row]]:
                     contenders = _compete(op, case, groups, control, settings, training, copying)
                     for direction in wanted:
                         rows += make_rows(common, direction, contenders, cost, None)
-                yield [_with_floor(row, copying.bandwidth) for row in rows]
+                yield _with_floors(rows, copying.bandwidth)
                 del case, copying
                 free(device)
 
 
-def _with_floor(row: Row, bandwidth: float | None) -> Row:
-    floor = 1e3 * row["bytes"] / bandwidth if bandwidth else None
-    over = row["ms"] / floor if row["ms"] and floor else None
-    return {**row, "copy_bandwidth": bandwidth, "floor_ms": floor, "over_floor": over}
+def _with_floors(rows: Sequence[Row], bandwidth: float | None) -> list[Row]:
+    """The rows with their floor: their bytes at the fastest that the ranks were seen to copy at."""
+    seen = [
+        1e3 * row["bytes"] / row["ms_min"]
+        for row in rows
+        if row["provider"] == copy_limit.name and row["ms_min"]
+    ]
+    best = max([bandwidth or 0.0, *seen])
+    full = []
+    for row in rows:
+        floor = 1e3 * row["bytes"] / best if best else None
+        over = row["ms"] / floor if row["ms"] and floor else None
+        full.append({**row, "copy_bandwidth": best or None, "floor_ms": floor, "over_floor": over})
+    return full
 
 
 class Copying:

@@ -69,6 +69,8 @@ def test_rows_are_complete(measured: Path) -> None:
                 else:
                     floor = 1e3 * row["bytes"] / row["copy_bandwidth"]
                     assert row["over_floor"] == pytest.approx(row["ms"] / floor)
+                    if row["provider"] == "copy_limit":  # it does what the floor counts
+                        assert row["ms_min"] >= 0.999 * row["floor_ms"]
                 if row["provider"] == "copy_limit" and tokens == 1:
                     assert row["note"] == "there is nothing to copy"
                     continue
@@ -91,7 +93,8 @@ def test_report_of_ranks(
     text = (tmp_path / "report.md").read_text()
     assert text in capsys.readouterr().out
     latency = next(line for line in text.splitlines() if line.startswith("| T1 H16 E8 K3 P2 "))
-    assert latency.count(" us |") == 3  # those that were timed
+    rows = rows_of(json.loads(measured.read_text())["rows"], sizes=sizes(1), direction="forward")
+    assert latency.count(" us |") == sum(row["ms"] is not None for row in rows) >= 3
     assert len(list(tmp_path.rglob("*.png"))) == 2  # a direction each
     wire = rows_of(json.loads(measured.read_text())["rows"], sizes=sizes(6))[0]["wire_bytes"]
     ratio = f"{wire['per_expert_copy'] / wire['once_per_rank']:.2f}"
