@@ -137,6 +137,20 @@ def test_the_assumptions_come_near_published_times() -> None:
             assert 1e6 * time.seconds == pytest.approx(expected, rel=0.12)
 
 
+# GB/s a GPU to all nodes, its own among them, of its normal kernels with 8 GPUs a node (8K tokens).
+BANDWIDTH = {16: (90, 81), 32: (61, 61)}
+
+
+def test_the_assumptions_come_near_published_bandwidth() -> None:
+    layer = Layer(tokens=8192, hidden=7168, experts=256, top_k=8, fp8_dispatch=True)
+    for gpus, published in BANDWIDTH.items():
+        nodes = gpus // 8
+        for way, expected in zip(simulate.WAYS, published, strict=True):
+            sent = layer.tokens * nodes * layer.hit(nodes) * layer.row_bytes(way)
+            time = TRANSPORTS["deepep"].estimate(layer, Machine(), gpus, way)
+            assert sent / time.seconds / 1e9 == pytest.approx(expected, rel=0.06)
+
+
 def rows_of(transport: str, ranks: int, call: float, row: float, sent: list[float]) -> list[Any]:
     return [
         {
