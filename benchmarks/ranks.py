@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from datetime import timedelta
@@ -109,10 +110,19 @@ def _received(connections: list[Connection], processes: list[Any]) -> Iterator[l
         raise RuntimeError(f"{len(failures)} of {len(processes)} ranks failed\n{text}")
 
 
+def _end_with_the_parent() -> None:
+    """A rank whose command was killed would wait for the others, and they for it."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
 def _main(
     connection: Connection, port: int, rank: int, ranks: int, op: str, settings: Settings
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its ranks
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's name need not resolve
     torch.set_num_threads(placement(ranks, settings.threads)["threads"])

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -343,6 +344,32 @@ def test_a_dead_rank_is_named() -> None:
     assert "3 of 3 ranks failed" in text  # the first ended without saying that it was done
     assert "rank 1 died: exit code 3" in text
     assert "rank 2 failed: ValueError: no" in text
+
+
+def _rank(connection: Connection) -> None:
+    threading.Thread(target=ranks._end_with_the_parent, daemon=True).start()
+    connection.send("started")
+    time.sleep(60)
+
+
+def _command(connection: Connection) -> None:
+    process = multiprocessing.get_context("fork").Process(target=_rank, args=(connection,))
+    process.start()
+    time.sleep(0.5)
+    os._exit(0)  # as if killed: it ends nobody
+
+
+def test_ranks_end_with_the_command_that_started_them() -> None:
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    command = context.Process(target=_command, args=(theirs,))
+    command.start()
+    theirs.close()
+    assert ours.recv() == "started"
+    assert ours.poll(20)
+    with pytest.raises(EOFError):  # nobody is left who could send
+        ours.recv()
+    command.join()
 
 
 def test_oversubscription_is_said(
