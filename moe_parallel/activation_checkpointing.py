@@ -135,17 +135,37 @@ def make_selective_checkpoint_context_fn() -> ContextFn:
 
 
 @contextmanager
-def _load_unchanged(gate: Any) -> Any:
-    """Leave a gate's expert load as it was, however the body ends.
+def load_unchanged(*gates: Any) -> Any:
+    """Leave the gates' expert load as it was, however the body ends.
 
     Recomputation counts tokens again, and stops early by an exception.
     """
-    before = gate._cumulative_expert_load
-    kept = before.clone() if isinstance(before, torch.Tensor) else before
+    kept = []
+    for gate in gates:
+        load = gate._cumulative_expert_load
+        kept.append(load.clone() if isinstance(load, torch.Tensor) else load)
     try:
         yield
     finally:
-        gate._cumulative_expert_load = kept
+        for gate, load in zip(gates, kept, strict=True):
+            gate._cumulative_expert_load = load
+
+
+class _WithLoadUnchanged:
+    """``context`` inside :func:`load_unchanged`. Entered once for each backward through a region."""
+
+    def __init__(self, context: AbstractContextManager[Any], gate: Any) -> None:
+        self._context, self._gate = context, gate
+        self._entered: list[ExitStack] = []
+
+    def __enter__(self) -> None:
+        with ExitStack() as stack:
+            stack.enter_context(load_unchanged(self._gate))
+            stack.enter_context(self._context)
+            self._entered.append(stack.pop_all())
+
+    def __exit__(self, *exception: Any) -> bool | None:
+        return self._entered.pop().__exit__(*exception)
 
 
 def count_load_once(context_fn: ContextFn | None, moe: Any) -> ContextFn | None:
@@ -160,15 +180,7 @@ def count_load_once(context_fn: ContextFn | None, moe: Any) -> ContextFn | None:
     def with_load() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         inner = (nullcontext(), nullcontext()) if context_fn is None else context_fn()
         forward, recompute = inner
-
-        @contextmanager
-        def recompute_and_restore() -> Any:
-            with ExitStack() as stack:
-                stack.enter_context(_load_unchanged(gate))
-                stack.enter_context(recompute)
-                yield
-
-        return forward, recompute_and_restore()
+        return forward, _WithLoadUnchanged(recompute, gate)
 
     return with_load
 

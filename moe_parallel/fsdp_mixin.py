@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
+from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.pipelining._backward import (
     stage_backward,
@@ -22,6 +24,7 @@ from torch.distributed.pipelining._backward import (
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel.distributed import _find_tensors
 
+from moe_parallel.activation_checkpointing import load_unchanged
 from moe_parallel.mesh import MeshError
 from moe_parallel.text_module import get_text_module
 from moe_parallel.torch_internals import (
@@ -30,6 +33,7 @@ from moe_parallel.torch_internals import (
     fsdp_param_groups,
     fully_sharded_modules,
     gradient_edges,
+    has_checkpoints,
     has_run,
     keep_graph,
     reshards_after_forward,
@@ -179,6 +183,46 @@ def _refuse_split_backward(submod: Any) -> None:
         )
 
 
+def _refuse_split_data_parallel(submod: Any) -> None:
+    if isinstance(submod, DistributedDataParallel):
+        raise MeshError(
+            "a pipeline schedule with a split backward (zero bubble) does not reduce the gradients "
+            "of a DistributedDataParallel stage, whose hooks a backward for weights alone does not "
+            "run. Use FSDP (parallelize_model), or choose a schedule with full backward passes "
+            "(GPipe, 1F1B, Interleaved1F1B)."
+        )
+
+
+def _refuse_ends_apart(stage: Any) -> None:
+    """Embeddings tied by the configuration must be in one stage, as they are one parameter."""
+    submod = stage.submod
+    tied = getattr(getattr(submod, "config", None), "tie_word_embeddings", False)
+    if not tied or getattr(stage, "num_stages", 1) == 1:
+        return
+    inner = getattr(submod, "model", None)
+    backbone = get_text_module(submod if inner is None else inner)
+    heads = [getattr(owner, "lm_head", None) for owner in (backbone, submod)]
+    if getattr(backbone, "embed_tokens", None) is None or heads == [None, None]:
+        raise MeshError(
+            "install_pipeline_backward: config.tie_word_embeddings is set, but stage "
+            f"{getattr(stage, 'stage_index', '?')} of {stage.num_stages} does not hold both "
+            "embed_tokens and lm_head; in different stages each gets its own part of the gradient "
+            "alone. Untie them (tie_word_embeddings=False), or use no pipeline parallelism."
+        )
+
+
+def _all_at_once(bwd_kwargs: dict[str, Any]) -> tuple[Any, list[dict[str, Any]]]:
+    """The "input" pass of a stage with checkpointed blocks, which leaves the "weight" pass nothing.
+
+    Apart, each of the passes, and within the weights' each group of parameters, would compute the
+    blocks again, and a selective checkpoint allows a single backward.
+    """
+    outputs, output_grads = bwd_kwargs["stage_output"], bwd_kwargs["output_grads"]
+    if output_grads is None and isinstance(outputs, (tuple, list)):
+        output_grads = [None] * len(outputs)
+    return stage_backward(outputs, output_grads, bwd_kwargs["input_values"]), []
+
+
 def _stage_backward(
     stage: Any, backward_type: str, bwd_kwargs: dict[str, Any]
 ) -> tuple[Any, list[dict[str, Any]] | None]:
@@ -190,6 +234,8 @@ def _stage_backward(
         return grads, None
     if backward_type == "input":
         _refuse_split_backward(stage.submod)
+        if has_checkpoints(stage.submod):
+            return _all_at_once(bwd_kwargs)
         edges = gradient_edges(bwd_kwargs["stage_output"])
         grads, groups = stage_backward_input(
             bwd_kwargs["stage_output"],
@@ -243,7 +289,9 @@ def patched_backward_maybe_with_nosync(
             return _stage_backward(self, backward_type, bwd_kwargs)
 
     if isinstance(self.submod, FSDPModule):
+        # The parameters of a split backward stay gathered until its weight pass.
         each = getattr(self, "_reduce_grad_per_microbatch", False) is True
+        each = each and backward_type != "input"
         _configure_fsdp_module(
             self.submod,
             is_last_backward=each,
@@ -271,16 +319,33 @@ def patched_backward_maybe_with_nosync(
     return _stage_backward(self, backward_type, bwd_kwargs)
 
 
+def _load_of_stage_unchanged(submod: Any) -> AbstractContextManager[Any]:
+    modules = submod.modules() if isinstance(submod, nn.Module) else ()
+    return load_unchanged(*(m for m in modules if hasattr(m, "_cumulative_expert_load")))
+
+
+def _infer_without_load(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """A stage's preparation, in which it may run its module to learn shapes."""
+    with _load_of_stage_unchanged(self.submod):
+        return type(self)._prepare_forward_infra(self, *args, **kwargs)
+
+
 class PipelineBackwardHandle:
     """Undoes :func:`install_pipeline_backward`: by :meth:`remove`, or as a context manager."""
 
     def __init__(self, stages: list[Any]) -> None:
         self._stages = stages
+        for stage in stages:
+            stage.backward_maybe_with_nosync = types.MethodType(
+                patched_backward_maybe_with_nosync, stage
+            )
+            stage._prepare_forward_infra = types.MethodType(_infer_without_load, stage)
 
     def remove(self) -> None:
-        """Give the stages their own backward back."""
+        """Give the stages their own methods back."""
         for stage in self._stages:
-            stage.__dict__.pop("backward_maybe_with_nosync", None)
+            for name in ("backward_maybe_with_nosync", "_prepare_forward_infra"):
+                vars(stage).pop(name, None)
 
     def __enter__(self) -> PipelineBackwardHandle:
         return self
@@ -310,14 +375,13 @@ def install_pipeline_backward(schedule: Any) -> PipelineBackwardHandle:
 
     Raises:
         MeshError: the schedule splits its backward (zero bubble) and FSDP would have freed the
-            parameters by then (reshard_after_forward=True).
+            parameters by then (reshard_after_forward=True), or a stage is a
+            DistributedDataParallel; embeddings are tied across stages.
     """
-    stages = stages_of(schedule)
-    if splits_backward(schedule):
-        for stage in stages:
-            _refuse_split_backward(stage.submod)
+    stages, split = stages_of(schedule), splits_backward(schedule)
     for stage in stages:
-        stage.backward_maybe_with_nosync = types.MethodType(
-            patched_backward_maybe_with_nosync, stage
-        )
+        _refuse_ends_apart(stage)
+        if split:
+            _refuse_split_backward(stage.submod)
+            _refuse_split_data_parallel(stage.submod)
     return PipelineBackwardHandle(stages)

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, cast
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.utils import _create_file_view
 from torch.distributed.device_mesh import DeviceMesh
@@ -63,6 +64,13 @@ def reshards_after_forward(module: Any) -> bool:
     )
 
 
+def has_checkpoints(module: Any) -> bool:
+    """Whether :func:`apply_ac`, or the user, wrapped any part of ``module`` for checkpointing."""
+    return isinstance(module, nn.Module) and any(
+        isinstance(child, CheckpointWrapper) for child in module.modules()
+    )
+
+
 def has_run(state: Any) -> bool:
     """Whether an FSDP state has seen a forward, before which it knows no other states."""
     return getattr(state, "_is_root", False) is not None
@@ -76,9 +84,10 @@ def complete_accumulated_grads(group: Any) -> None:
     the parameter, and it refuses a mixture. Parameters that have none yet get zeros where others
     have some, so that autograd adds to them.
     """
+    fsdp_params = getattr(group, "fsdp_params", None)
     params = [
         param
-        for param in getattr(group, "fsdp_params", ())
+        for param in (fsdp_params if isinstance(fsdp_params, (list, tuple)) else ())
         if hasattr(param, "_unsharded_param") and param._unsharded_param.requires_grad
     ]
     for param in params:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
+from moe_parallel import MoE
 from moe_parallel.fsdp_mixin import (
     install_pipeline_backward,
     patched_backward_maybe_with_nosync,
@@ -165,7 +167,28 @@ def pipeline_step(case: Case, meshes: tuple[Any, Any], batches: list[list[Shard]
         MAX_NORM, parts, pp_enabled=True, device_mesh=world_mesh, pp_axis_name="pp"
     )
     torch.optim.SGD([p for _, p in named], LR).step()
-    return Step(total.item() / labels, norm, grads, {n: full(p) for n, p in named}, [])
+    after = {name: full(p) for name, p in named} | update_biases(parts, world_mesh)
+    return Step(total.item() / labels, norm, grads, after, [])
+
+
+def update_biases(parts: list[TinyLM], world_mesh: Any) -> dict[str, torch.Tensor]:
+    """The load since the last update and the bias after it, of each router that has one."""
+    found = {}
+    for name, gate in moe_gates(parts):
+        load = gate._cumulative_expert_load.float()
+        dist.all_reduce(load, group=get_submesh(world_mesh, "dp_cp").get_group())
+        gate.update_bias()
+        found |= {f"load of {name}": load, f"bias of {name}": full(gate.e_score_correction_bias)}
+    return found
+
+
+def moe_gates(parts: list[TinyLM]) -> list[tuple[str, Any]]:
+    return [
+        (plain_name(name), module.gate)
+        for part in parts
+        for name, module in part.named_modules()
+        if isinstance(module, MoE) and module.gate.bias_update_factor
+    ]
 
 
 def _run_cases(
@@ -180,6 +203,10 @@ def _run_cases(
         batches = make_shards(ranks // 2 // cp, count, length=length, uneven=cp)
         actual = pipeline_step(case, meshes, batches)
         expected = one_process(case.model, batches, MAX_NORM, LR)
+        gates = [name for name, _ in moe_gates([TinyLM(case.model)])]
+        for name, load, bias in zip(gates, expected.loads, expected.biases, strict=True):
+            expected.parameters |= {f"load of {name}": load.float(), f"bias of {name}": bias}
+        expected.biases = []
         # A rank sees its own stages' parameters alone.
         for kind in ("grads", "parameters"):
             ours, theirs = getattr(actual, kind), getattr(expected, kind)
@@ -195,7 +222,15 @@ def check(
     assert results == [[]] * ranks
 
 
-AUX = {"aux_loss_coeff": 0.1}
+AUX = {"aux_loss_coeff": 0.1, "gate_bias_update_factor": 0.01}
+
+
+def checkpointing(ac: str | bool) -> dict[str, Any]:
+    """Options of ``parallelize_model`` for activation checkpointing that is router, full, ..."""
+    options = {"activation_checkpointing": True if ac in ("router", "full") else ac}
+    return {**options, "ignore_router_for_ac": ac != "full", "wrap_outer_model": False}
+
+
 OUTER_ROOT = {"wrap_outer_model": True}
 RESHARD = {"wrap_outer_model": False, "reshard_after_forward": True}
 SPLIT = ("ScheduleInterleavedZeroBubble", "ScheduleZBVZeroBubble", "ScheduleDualPipeV")
@@ -203,6 +238,17 @@ SPLIT = ("ScheduleInterleavedZeroBubble", "ScheduleZBVZeroBubble", "ScheduleDual
 
 def test_every_schedule_equals_one_process() -> None:
     check({"ep": 2}, [Case(schedule, steps=2, moe=AUX) for schedule in STAGES])
+
+
+# So that each mode meets a schedule with a full backward and one with a split backward.
+CHECKPOINTING = [
+    Case(schedule, checkpointing(ac), steps=2, moe=AUX)
+    for schedule, ac in zip(STAGES, itertools.cycle(("router", "full", "selective")))
+]
+
+
+def test_every_schedule_with_activation_checkpointing() -> None:
+    check({"ep": 2}, CHECKPOINTING)
 
 
 CONTEXT = [
@@ -237,11 +283,9 @@ def test_an_outer_root_reduces_in_every_schedule_step() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ep", [1, 2, 4])
-@pytest.mark.parametrize("ac", [False, True, "selective"], ids=lambda ac: f"ac={ac}")
+@pytest.mark.parametrize("ac", [False, "router", "full", "selective"], ids=lambda ac: f"ac={ac}")
 def test_every_schedule_on_8_ranks(ep: int, ac: bool | str) -> None:
-    options = {"activation_checkpointing": ac, "wrap_outer_model": False}
-    schedules_of_mode = [s for s in STAGES if s not in SPLIT] if ac else list(STAGES)
-    cases = [Case(s, options, steps) for s in schedules_of_mode for steps in (1, 2)]
+    cases = [Case(s, checkpointing(ac), n, moe=AUX) for s in STAGES for n in (1, 2)]
     check({"ep": ep}, cases, ranks=8)
     check({"ep": ep, "dp_replicate": 2}, cases[::2], ranks=8)
 

@@ -271,6 +271,7 @@ class Step:
     grads: dict[str, Tensor]
     parameters: dict[str, Tensor]
     biases: list[Tensor]
+    loads: list[Tensor] = field(default_factory=list)  # of the experts, where routers have a bias
 
 
 def one_process(
@@ -290,9 +291,11 @@ def one_process(
     grads = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
     norm = torch.nn.utils.clip_grad_norm_(parameters.values(), max_norm)
     torch.optim.SGD(model.parameters(), lr).step()
-    biases = []
+    loads, biases = [], []
     for moe in model.moes():
-        moe.gate.update_bias() if moe.gate.bias_update_factor else None
+        if moe.gate.bias_update_factor:
+            loads.append(moe.gate._cumulative_expert_load)
+            moe.gate.update_bias()
         biases.append(moe.gate.e_score_correction_bias)
     return Step(
         loss,
@@ -300,4 +303,5 @@ def one_process(
         grads,
         {name: p.detach().clone() for name, p in parameters.items()},
         [bias.clone() for bias in biases if bias is not None],
+        loads,
     )
