@@ -29,6 +29,7 @@ from moe_parallel.mesh import MeshError
 from moe_parallel.text_module import get_text_module
 from moe_parallel.torch_internals import (
     complete_accumulated_grads,
+    discard_accumulated_grads,
     edges_of_functions,
     fsdp_param_groups,
     fully_sharded_modules,
@@ -289,9 +290,9 @@ def patched_backward_maybe_with_nosync(
             return _stage_backward(self, backward_type, bwd_kwargs)
 
     if isinstance(self.submod, FSDPModule):
-        # The parameters of a split backward stay gathered until its weight pass.
+        # Parameters must stay gathered between the passes of a split backward.
         each = getattr(self, "_reduce_grad_per_microbatch", False) is True
-        each = each and backward_type != "input"
+        each = each and backward_type == "full"
         _configure_fsdp_module(
             self.submod,
             is_last_backward=each,
@@ -331,7 +332,10 @@ def _infer_without_load(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 class PipelineBackwardHandle:
-    """Undoes :func:`install_pipeline_backward`: by :meth:`remove`, or as a context manager."""
+    """Undoes :func:`install_pipeline_backward`: by :meth:`remove`, or as a context manager.
+
+    As a context manager that an exception leaves, it discards gradients too.
+    """
 
     def __init__(self, stages: list[Any]) -> None:
         self._stages = stages
@@ -347,11 +351,22 @@ class PipelineBackwardHandle:
             for name in ("backward_maybe_with_nosync", "_prepare_forward_infra"):
                 vars(stage).pop(name, None)
 
+    def discard_grads(self) -> None:
+        """Forget the gradients of schedule steps that no optimizer step will follow.
+
+        FSDP keeps what is not reduced yet where ``zero_grad`` does not reach; call both after an
+        exception in a schedule step, and go on with a new schedule.
+        """
+        for stage in self._stages:
+            discard_accumulated_grads(stage.submod)
+
     def __enter__(self) -> PipelineBackwardHandle:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: object, *exception: object) -> None:
         self.remove()
+        if kind is not None:
+            self.discard_grads()
 
 
 def install_pipeline_backward(schedule: Any) -> PipelineBackwardHandle:

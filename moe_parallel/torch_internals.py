@@ -102,6 +102,20 @@ def complete_accumulated_grads(group: Any) -> None:
             )
 
 
+def discard_accumulated_grads(module: Any) -> None:
+    """Forget what backward passes without communication left in FSDP's units, and reshard them.
+
+    ``zero_grad`` does not see gradients that are kept in a reduce dtype of their own.
+    """
+    for unit in fully_sharded_modules(module):
+        for group in fsdp_param_groups(unit._get_fsdp_state()):
+            for param in group.fsdp_params:
+                param.unsharded_accumulated_grad = None
+                if hasattr(param, "_unsharded_param"):
+                    param._unsharded_param.grad = None
+        unit.reshard()
+
+
 def stages_of(schedule: Any) -> list[Any]:
     """This rank's stages of a pipeline schedule."""
     stages = getattr(schedule, "_stages", None)

@@ -70,6 +70,7 @@ class Case:
     micro_batches: int = 4
     moe: dict[str, Any] = field(default_factory=dict)
     shared_attention: bool = False
+    reduce_each: bool = False  # micro-batch
 
     @property
     def model(self) -> ModelOptions:
@@ -99,6 +100,7 @@ def build_schedule(case: Case, meshes: tuple[Any, Any]) -> tuple[Any, list[TinyL
         )
         parts.append(part)
         stages.append(PipelineStage(part, index, count, torch.device("cpu"), group=pp.get_group()))
+        stages[-1]._reduce_grad_per_microbatch = case.reduce_each
     single = case.schedule in ("ScheduleGPipe", "Schedule1F1B")
     schedule = getattr(schedules, case.schedule)(
         stages[0] if single else stages,
@@ -277,6 +279,8 @@ def test_an_outer_root_reduces_in_every_schedule_step() -> None:
             Case("Schedule1F1B", OUTER_ROOT),
             Case("ScheduleInterleavedZeroBubble", OUTER_ROOT, steps=2),
             Case("ScheduleGPipe", RESHARD, steps=2),
+            Case("Schedule1F1B", OUTER_ROOT, reduce_each=True),
+            Case("ScheduleInterleavedZeroBubble", OUTER_ROOT, reduce_each=True),
         ],
     )
 
