@@ -62,9 +62,9 @@ class Backward {
         activation_(activation),
         interleaved_(interleaved) {}
 
-  // dh and ds, and s * A where it is needed.
-  void through_activation(const Weights& down_transposed, bool keep_activations) {
-    grad_h_ = empty_large({order_.used, width_}, h_.options());
+  // dh [rows, W] and ds, and s * A where it is needed.
+  void through_activation(const Weights& down_transposed, bool keep_activations, int64_t rows) {
+    grad_h_ = empty_large({rows, width_}, h_.options());
     if (keep_activations) activations_ = empty_large({order_.used, inner_}, h_.options());
     // Partial sums of ds are over this many columns, whatever the number of threads.
     const int64_t step = down_transposed.k_contiguous() ? 96 : 128;
@@ -92,6 +92,11 @@ class Backward {
       }
     });
   }
+
+  // dh of an earlier call.
+  void take_grad_h(const at::Tensor& grad_h) { grad_h_ = grad_h.contiguous(); }
+
+  const at::Tensor& grad_h() const { return grad_h_; }
 
   // s * A alone.
   void recompute_activations() {
@@ -198,14 +203,15 @@ class Backward {
   std::vector<A> products_;          // [parts, R]: parts of <dA, A>
 };
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
 fused_experts_backward(const at::Tensor& grad_TH, const at::Tensor& x_TH, const at::Tensor& gate_up,
                        const at::Tensor& down, const at::Tensor& topk_weights,
                        const at::Tensor& h_RW, const at::Tensor& row_to_slot,
                        const at::Tensor& slot_to_row, const at::Tensor& offsets,
                        const std::optional<at::Tensor>& gate_up_bias,
                        const std::optional<at::Tensor>& down_bias, std::string_view activation,
-                       bool interleaved, double alpha, double limit, std::array<bool, 6> wanted) {
+                       bool interleaved, double alpha, double limit, std::array<bool, 6> wanted,
+                       const std::optional<at::Tensor>& known_grad_h, bool keep_grad_h) {
   constexpr const char* kOp = "fused_experts_backward";
   const Needs needs{wanted[0],
                     wanted[1],
@@ -217,6 +223,12 @@ fused_experts_backward(const at::Tensor& grad_TH, const at::Tensor& x_TH, const 
   TORCH_CHECK_VALUE(order.used <= h_RW.size(0), kOp,
                     ": h must have at least offsets[E] = ", order.used, " rows; got ",
                     h_RW.sizes());
+  TORCH_CHECK_VALUE(!known_grad_h || (known_grad_h->sizes() == h_RW.sizes() &&
+                                      known_grad_h->scalar_type() == h_RW.scalar_type()),
+                    kOp, ": grad_h must be as h, ", h_RW.sizes(), "; got ",
+                    known_grad_h ? known_grad_h->sizes() : h_RW.sizes());
+  TORCH_CHECK_VALUE(!known_grad_h || !needs.weights, kOp,
+                    ": the gradient of topk_weights cannot be computed from grad_h");
   const at::Tensor x = with_unit_stride(x_TH), h = h_RW.contiguous();
   const at::Tensor grad = with_unit_stride(grad_TH.to(x.scalar_type()));
   const at::Tensor weights = topk_weights.to(accumulate_dtype(x.scalar_type())).contiguous();
@@ -224,15 +236,18 @@ fused_experts_backward(const at::Tensor& grad_TH, const at::Tensor& x_TH, const 
   const ActivationOptions options{parse_activation(kOp, activation), alpha, limit};
   const at::Tensor none = at::empty({0}, x.options());
   at::Tensor dx = none, dgate_up = none, ddown = none, dweights = none, dbias1 = none,
-             dbias2 = none;
+             dbias2 = none, grad_h = none;
 
   dispatch_float(x.scalar_type(), kOp, [&]<typename T>() {
     Backward<T> backward(order, x, grad, h, weights, down.size(1), options, interleaved);
-    if (needs.activations()) {
-      backward.through_activation(Weights(down.mT()), needs.down);
+    if (known_grad_h) backward.take_grad_h(*known_grad_h);
+    if (!known_grad_h && (needs.activations() || keep_grad_h)) {
+      const int64_t rows = keep_grad_h ? h.size(0) : order.used;
+      backward.through_activation(Weights(down.mT()), needs.down, rows);
     } else if (needs.down) {
       backward.recompute_activations();
     }
+    if (keep_grad_h) grad_h = backward.grad_h();
     if (needs.weights) dweights = backward.grad_weights(bias, topk_weights);
     if (needs.x) dx = backward.grad_x(Weights(gate_up.mT()), x);
     if (needs.gate_up) dgate_up = backward.grad_gate_up(gate_up);
@@ -240,7 +255,7 @@ fused_experts_backward(const at::Tensor& grad_TH, const at::Tensor& x_TH, const 
     if (needs.gate_up_bias) dbias1 = backward.grad_gate_up_bias(*gate_up_bias);
     if (needs.down_bias) dbias2 = backward.grad_down_bias(*down_bias);
   });
-  return {dx, dgate_up, ddown, dweights, dbias1, dbias2};
+  return {dx, dgate_up, ddown, dweights, dbias1, dbias2, grad_h};
 }
 
 }  // namespace

@@ -86,6 +86,8 @@ def _backward_fake(
     alpha: float,
     limit: float,
     needs: list[bool],
+    known_grad_h: Tensor | None = None,
+    keep_grad_h: bool = False,
 ) -> tuple[Tensor, ...]:
     def weight_like(weight: Tensor) -> Tensor:
         return empty_like_weight(weight, weight.shape, weight.dtype, is_transposed(weight))
@@ -101,10 +103,11 @@ def _backward_fake(
         (gate_up_bias, contiguous_like),
         (down_bias, contiguous_like),
     )
-    return tuple(
+    grads = tuple(
         make(value) if need and value is not None else x.new_empty(0)
         for need, (value, make) in zip(needs, outputs, strict=True)
     )
+    return (*grads, h.new_empty(h.shape if keep_grad_h else 0))
 
 
 _op = define(
@@ -119,7 +122,8 @@ _backward_op = define(
     "fused_experts_backward(Tensor grad, Tensor x, Tensor gate_up, Tensor down,"
     " Tensor topk_weights, Tensor h, Tensor row_to_slot, Tensor slot_to_row, Tensor offsets,"
     " Tensor? gate_up_bias, Tensor? down_bias, str activation, bool interleaved, float alpha,"
-    " float limit, bool[6] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " float limit, bool[6] needs, Tensor? known_grad_h=None, bool keep_grad_h=False)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=fused_experts_backward_reference,
     fake=_backward_fake,
 )
@@ -132,6 +136,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
     remember_inputs(ctx, inputs)
     ctx.options = options[:4]
+    ctx.kept = None
     ctx.save_for_backward(
         x,
         gate_up,
@@ -146,13 +151,31 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     )
 
 
+def _is_followed_by_weights(ctx: Any, owed: list[bool]) -> bool:
+    """Whether the inputs' half of a split backward runs: that of the weights then needs grad_h."""
+    later = any(ctx.needs_input_grad[i] and not owed[i] for i in (1, 5))  # gate_up and its bias
+    return later and bool(torch._C._autograd._get_current_graph_task_keep_graph())
+
+
+def _known_grad_h(ctx: Any, grad: Tensor, needs: list[bool]) -> Tensor | None:
+    """The gradient of h that the first half of a split backward computed of the same ``grad``."""
+    if ctx.kept is None or needs[3]:
+        return None
+    kept_grad, version, grad_h = ctx.kept
+    same = grad is kept_grad and grad._version == version
+    return grad_h if same else None
+
+
 def _backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 13
     owed = owed_gradients(ctx)
     # x, gate_up, down, topk_weights, gate_up_bias, down_bias
     needs = [owed[0], owed[1], owed[2], owed[4], owed[5], owed[6]]
-    results = _backward_op(grad, *ctx.saved_tensors, *ctx.options, needs)
+    grad_h = _known_grad_h(ctx, grad, needs)
+    keep = grad_h is None and needs[0] and _is_followed_by_weights(ctx, owed)
+    *results, kept = _backward_op(grad, *ctx.saved_tensors, *ctx.options, needs, grad_h, keep)
+    ctx.kept = (grad, grad._version, kept) if keep else None
     dx, dgate_up, ddown, dweights, dbias1, dbias2 = (
         result if need else None for result, need in zip(results, needs, strict=True)
     )
@@ -185,10 +208,11 @@ def _backward_flops(
     out_shape: Any = None,
     **kwargs: Any,
 ) -> int:
-    """Each of the products whose result is owed: dA, dX, dW1, dW2."""
-    dx, dgate_up, ddown, dweights, dbias1, _ = args[-1]
+    """Each of the products whose result is owed: dA, unless grad_h is known, dX, dW1, dW2."""
+    dx, dgate_up, ddown, dweights, dbias1, _ = args[9]
+    known_grad_h = args[10] if len(args) > 10 else None
     up, low = 2 * h[0] * gate_up[1] * gate_up[2], 2 * h[0] * down[1] * down[2]
-    through_down = dx or dgate_up or dweights or dbias1
+    through_down = known_grad_h is None and (dx or dgate_up or dweights or dbias1)
     return int(low * (through_down + ddown) + up * (dx + dgate_up))
 
 
@@ -271,7 +295,9 @@ def fused_experts(
     Differentiable in x, both weights, both biases and topk_weights. For backward it keeps x, the
     pre-activation h [num_rows, W], topk_weights and the order; activations are recomputed. The
     gradients of the weights are stored as the weights are, with either of the last two dimensions
-    contiguous. Without gradients nothing is kept.
+    contiguous. Without gradients nothing is kept. A backward for x alone that retains the graph
+    also keeps the gradient of h [num_rows, W], which the next one for the weights takes over if it
+    is of the same gradient of y: the halves of a split backward multiply no more than a whole one.
 
     Args:
         x: [T, H], bf16, fp16, fp32 (fp64 on CPU).

@@ -113,13 +113,19 @@ def fused_experts_backward(
     alpha: float,
     limit: float,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients to x, gate_up, down, topk_weights and the biases; empty where not in ``needs``."""
+    known_grad_h: Tensor | None = None,
+    keep_grad_h: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients to x, gate_up, down, topk_weights and the biases; empty where not in ``needs``.
+
+    The last result is the gradient of ``h``, of the slots' weighted results, if ``keep_grad_h``; a
+    later call for other gradients may be given it.
+    """
     accumulate = accumulate_dtype(x.dtype)
     order = (row_to_slot, slot_to_row, offsets)
     num_rows = h.shape[0]
     empty = x.new_empty(0)
-    grads = [empty] * 6
+    grads = [empty] * 7
     a = expert_activation(h, activation, None, interleaved, alpha, limit).to(accumulate)
     out = grouped_gemm(a, down, offsets, down_bias, accumulate)
     grad_out, grad_weights = unpermute_backward(
@@ -131,11 +137,16 @@ def fused_experts_backward(
         grads[2] = grouped_gemm_wgrad(a, grad_out, offsets, down.dtype, is_transposed(down))
     if needs[5] and down_bias is not None:
         grads[5] = grouped_gemm_dbias(grad_out, offsets, down_bias.dtype)
-    if needs[0] or needs[1] or needs[4]:
-        grad_a = grouped_gemm(grad_out, down.mT, offsets)
-        grad_h, _ = expert_activation_backward(
-            grad_a, h.to(accumulate), activation, None, interleaved, alpha, limit
-        )
+    if needs[0] or needs[1] or needs[4] or keep_grad_h:
+        if known_grad_h is None:
+            grad_a = grouped_gemm(grad_out, down.mT, offsets)
+            grad_h, _ = expert_activation_backward(
+                grad_a, h.to(accumulate), activation, None, interleaved, alpha, limit
+            )
+        else:
+            grad_h = known_grad_h.to(accumulate)
+        if keep_grad_h:
+            grads[6] = grad_h.to(h.dtype)
         if needs[1]:
             rows = permute(x, *order, num_rows).to(accumulate)
             transposed = is_transposed(gate_up)

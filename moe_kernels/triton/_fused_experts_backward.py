@@ -290,7 +290,9 @@ def fused_experts_backward(
     alpha: float,
     limit: float,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    known_grad_h: Tensor | None = None,
+    keep_grad_h: bool = False,
+) -> tuple[Tensor, ...]:
     refuse_float64("fused_experts", "x", x)
     grad, x = contiguous_rows(grad), contiguous_rows(x)
     order = (row_to_slot, slot_to_row, offsets)
@@ -301,12 +303,16 @@ def fused_experts_backward(
         for need, value in zip(needs, inputs, strict=True)
     )
     grads = (dx, dgate_up, ddown, dweights, dbias, ddown_bias)
-    (E, I, H), W, R = down.shape, h.shape[1], row_to_slot.numel()
+    (E, I, H), R = down.shape, row_to_slot.numel()
     rows = min(h.shape[0], R)
+    dh = known_grad_h
+    if dh is None and (needs[0] or needs[1] or needs[4] or keep_grad_h):
+        dh = h.new_empty(h.shape)
+    kept = dh if keep_grad_h and dh is not None else x.new_empty(0)
     if rows == 0 or E == 0:
-        for value in grads:
+        for value in (*grads, kept):
             value.zero_()
-        return grads
+        return (*grads, kept)
     with on_device_of(x):
 
         @functools.cache
@@ -315,9 +321,8 @@ def fused_experts_backward(
 
         row_weights = _row_weights(topk_weights, order, rows)
         grad_rows, grad_source = gathered_rows(grad, order, rows)
-        dh = h.new_empty(rows, W) if needs[0] or needs[1] or needs[4] else None
         weighted_a = None
-        if dh is not None or needs[3]:
+        if known_grad_h is None and (dh is not None or needs[3]):
             cut = config(
                 "down_backward", x, rows, E, aligned=is_aligned(grad) and weight_is_aligned(down)
             )
@@ -356,9 +361,9 @@ def fused_experts_backward(
                 out = x.new_empty(rows, H)
                 aligned = is_aligned(dh, out) and weight_is_aligned(gate_up)
                 cut = config("grouped_gemm", x, rows, E, aligned=aligned)
-                multiply_rows(dh, gate_up.mT, None, out, tiles(cut.block_m), cut)
+                multiply_rows(dh[:rows], gate_up.mT, None, out, tiles(cut.block_m), cut)
                 sum_slots(out, *order, None, dx)
-    return grads
+    return (*grads, kept)
 
 
 def _empty_like(value: Tensor) -> Tensor:

@@ -295,6 +295,43 @@ def test_split_backward_equals_one(impl: Implementation) -> None:
             assert torch.equal(grad, whole[name]), name
 
 
+@pytest.mark.parametrize("activation", ["swiglu", "relu2"])
+def test_the_halves_of_a_split_backward_cost_as_much_as_one(
+    impl: Implementation, activation: str
+) -> None:
+    """The second takes the gradient of h from the first, if it is of the same upstream.
+
+    That of down may differ in the last bit: the activations then come from h alone.
+    """
+    inputs, upstream = make_case("dropped", torch.float32, activation=activation, bias=True)
+    leaves = _leaves(inputs, impl)
+    halves = (["x", "topk_weights"], ["gate_up", "down", "gate_up_bias", "down_bias"])
+    y = moe_kernels.fused_experts(**leaves, activation=activation)
+
+    def run(names: list[str], up: Tensor) -> tuple[dict[str, Tensor], int]:
+        with FlopCounterMode(display=False) as counter:
+            grads = torch.autograd.grad(y, [leaves[n] for n in names], up, retain_graph=True)
+        return dict(zip(names, grads, strict=True)), counter.get_total_flops()
+
+    ups = [upstream.to(impl.device), torch.randn_like(upstream).to(impl.device)]
+    whole, cost = zip(*(run([*halves[0], *halves[1]], up) for up in ups), strict=True)
+    second_cost = run(halves[1], ups[0])[1]
+    for first, later in ((0, 0), (0, 1), (1, 1)):
+        inputs_grads, inputs_cost = run(halves[0], ups[first])
+        weights_grads, weights_cost = run(halves[1], ups[later])
+        for grads, expected in ((inputs_grads, whole[first]), (weights_grads, whole[later])):
+            for name, grad in grads.items():
+                torch.testing.assert_close(grad, expected[name], msg=name)
+        if first == later:
+            assert inputs_cost + weights_cost == cost[0]
+        else:
+            assert weights_cost == second_cost
+    run(halves[0], ups[0])
+    ups[0].mul_(2)
+    for name, grad in run(halves[1], ups[0])[0].items():
+        torch.testing.assert_close(grad, 2 * whole[0][name], msg=name)
+
+
 def test_backward_does_only_the_work_owed(impl: Implementation) -> None:
     inputs, upstream = make_case("plain", torch.float32)
     leaves = _leaves(inputs, impl)

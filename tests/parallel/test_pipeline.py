@@ -22,7 +22,7 @@ from moe_parallel.fsdp_mixin import (
     patched_backward_maybe_with_nosync,
 )
 from moe_parallel.mesh import MeshError, build_meshes, get_submesh, parallel_axis_names
-from moe_parallel.parallelizer import parallelize_model
+from moe_parallel.parallelizer import apply_ac, parallelize_model
 from moe_parallel.training import (
     MoEAuxLossAutoScaler,
     prepare_for_final_backward,
@@ -334,8 +334,20 @@ def test_a_split_backward_of_resharded_parameters_is_refused() -> None:
     run_ranks(4, _refused)
 
 
-def test_a_split_backward_does_the_work_of_a_full_one() -> None:
-    stage = SimpleNamespace(submod=TinyLM().model.layers["0"])
+WORK = [
+    {"expert_bias": True, "aux_loss_coeff": 0.1, "moe_inter_dim": 64},
+    {"expert_activation": "relu2", "n_shared_experts": 0, "moe_inter_dim": 64},
+]
+
+
+@pytest.mark.parametrize("ac", [None, {}, {"ignore_router": False}, {"selective": True}], ids=str)
+@pytest.mark.parametrize("moe", WORK, ids=("swiglu", "relu2"))
+def test_a_split_backward_does_the_work_of_a_full_one(moe: Any, ac: Any) -> None:
+    model = TinyLM(ModelOptions(moe=moe))
+    if ac is not None:
+        apply_ac(model, **ac)
+    # Without attention and norms, which do other work, where it can be.
+    stage = SimpleNamespace(submod=model.moes()[0] if ac is None else model.model.layers["0"])
     x = torch.randn(2, 40, 16, requires_grad=True)
     padding_mask = torch.zeros(2, 40, dtype=torch.bool)
     costs = []
@@ -345,9 +357,11 @@ def test_a_split_backward_does_the_work_of_a_full_one() -> None:
         inputs = {"stage_output": [y], "output_grads": [torch.ones_like(y)], "input_values": [x]}
         with FlopCounterMode(display=False) as counter:
             for kind in kinds:
-                _, groups = patched_backward_maybe_with_nosync(stage, kind, inputs)
+                input_grads, groups = patched_backward_maybe_with_nosync(stage, kind, inputs)
+                inputs.setdefault("input_grads", input_grads)
                 inputs["param_groups"] = groups
-        grads = [p.grad.clone() for p in stage.submod.parameters()]
+        x.grad = None
+        grads = [inputs["input_grads"][0], *(p.grad.clone() for p in stage.submod.parameters())]
         costs.append((counter.get_total_flops(), grads))
     (full_flops, expected), (split_flops, actual) = costs
     assert full_flops > 0
