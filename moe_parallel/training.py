@@ -175,13 +175,13 @@ def scale_grads_and_clip_grad_norm(
         _divide([p.grad for p in _parameters(model_parts)], tokens / dp_group_size, foreach)
     if moe_mesh is not None and dp_group_size and ep_axis_name is not None:
         shards = moe_mesh.size() // get_submesh(moe_mesh, ep_axis_name).size()
-        experts = [
-            parameter.grad
+        experts = {
+            id(parameter): parameter.grad
             for part in model_parts
             for name, parameter in part.named_parameters()
             if _is_expert(name, parameter, ep_axis_name)
-        ]
-        _divide(experts, dp_group_size / shards, foreach)
+        }
+        _divide(list(experts.values()), dp_group_size / shards, foreach)
     if max_norm is None:
         return 0.0
     return clip_grad_norm(

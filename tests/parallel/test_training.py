@@ -91,6 +91,17 @@ def test_clip_without_gradients_or_meshes() -> None:
         training.clip_grad_norm(1.0, [model], pp_enabled=True)
 
 
+def test_the_norm_is_summed_on_the_device_of_the_mesh() -> None:
+    """Which its collectives need, though gradients may be offloaded."""
+    weight = nn.Parameter(torch.zeros(2))
+    weight.grad = torch.ones(2)
+    mesh: Any = SimpleNamespace(device_type="meta", size=lambda dim: 1)
+    for grad in (weight.grad, None):
+        weight.grad = grad
+        power = training._group_power(training._Group(mesh, (Shard(0),)), [weight], 2.0)
+        assert power.device.type == "meta"
+
+
 def test_plain_experts_are_known_by_name() -> None:
     model = nn.Module()
     model.block = nn.Module()
@@ -105,7 +116,12 @@ def test_plain_experts_are_known_by_name() -> None:
         for parameter in model.parameters():
             parameter.grad = torch.full((2,), 12.0)
         norm = training.scale_grads_and_clip_grad_norm(
-            None, [model], moe_mesh=mesh(), ep_axis_name="ep", dp_group_size=4, foreach=foreach
+            None,
+            [model, model],  # a parameter that parts share is divided once
+            moe_mesh=mesh(),
+            ep_axis_name="ep",
+            dp_group_size=4,
+            foreach=foreach,
         )
         assert norm == 0.0
         assert experts.down_linear.weight3.grad.tolist() == [6.0, 6.0]  # D / S = 4 / 2
@@ -173,8 +189,10 @@ def make_units() -> tuple[Any, list[Any]]:
 
     experts = [Unit() for _ in range(3)]
     blocks = [
-        SimpleNamespace(mlp=SimpleNamespace(experts=experts[0]), moe=None),
-        SimpleNamespace(mlp=object(), moe=SimpleNamespace(experts=experts[1])),
+        SimpleNamespace(mlp=object(), moe=None),
+        SimpleNamespace(
+            moe=SimpleNamespace(experts=experts[1]), mlp=SimpleNamespace(experts=experts[0])
+        ),
     ]
     mtp_block = Unit(mlp=SimpleNamespace(experts=experts[2]))
     inner = Unit(embed_tokens=Unit(), layers=layers(*blocks))
@@ -193,6 +211,11 @@ def test_units_come_in_order_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(fsdp_mixin._iter_fsdp_modules(SimpleNamespace())) == []
     model.visual = model.lm_head
     assert list(fsdp_mixin._iter_fsdp_modules(model)) == [u for u in units if u is not units[4]]
+
+    text = nn.Module()  # of a multimodal model
+    text.embed_tokens, text.layers = units[2], model.model.layers
+    multimodal = SimpleNamespace(model=SimpleNamespace(language_model=text))
+    assert list(fsdp_mixin._iter_fsdp_modules(multimodal)) == [units[2], *units[5:7]]
 
 
 @pytest.mark.parametrize(("optimizations", "pp"), [(True, False), (False, False), (True, True)])
