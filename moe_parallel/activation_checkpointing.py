@@ -152,7 +152,7 @@ def load_unchanged(*gates: Any) -> Any:
 
 
 class _WithLoadUnchanged:
-    """``context`` inside :func:`load_unchanged`. Entered once for each backward through a region."""
+    """``context`` inside :func:`load_unchanged`; every backward through a region enters it."""
 
     def __init__(self, context: AbstractContextManager[Any], gate: Any) -> None:
         self._context, self._gate = context, gate
