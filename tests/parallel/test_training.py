@@ -39,17 +39,17 @@ def _clip(rank: int, ranks: int, norm_type: float, foreach: bool) -> None:
     part.small = nn.Parameter(distribute_tensor(torch.zeros(1, 5), mesh, [Shard(0)]))
     part.experts = nn.Parameter(distribute_tensor(torch.zeros(4, 3), expert_mesh, [Shard(0)]))
     part.plain = nn.Parameter(torch.zeros(6))
-    part.missing = nn.Parameter(distribute_tensor(torch.zeros(2, 2), mesh, [Shard(0)]))
+    # Alone with its placements: without it there would be no group for them.
+    part.missing = nn.Parameter(distribute_tensor(torch.zeros(2, 2), mesh, [Shard(1)]))
     part.frozen = nn.Parameter(torch.zeros(3), requires_grad=False)
     grads = [value * (stage + 1) for value in values]
     part.small.grad = distribute_tensor(grads[0], mesh, [Shard(0)])
     part.experts.grad = distribute_tensor(grads[1], expert_mesh, [Shard(0)])
     part.plain.grad = grads[2].clone()
     if mesh.get_local_rank() == 0:  # an unused parameter, on some ranks
-        part.missing.grad = distribute_tensor(grads[3], mesh, [Shard(0)], src_data_rank=None)
-        grads[3] = grads[3][:1]
+        part.missing.grad = distribute_tensor(grads[3], mesh, [Shard(1)], src_data_rank=None)
     everything = torch.cat(
-        [(v * s).flatten() for s in (1, 2) for v in (*values[:3], values[3][:1])]
+        [(v * s).flatten() for s in (1, 2) for v in (*values[:3], values[3][:, :1])]
     )
     expected = torch.linalg.vector_norm(everything, norm_type)
 
