@@ -297,6 +297,11 @@ def test_branches_of_the_patched_backward(monkeypatch: pytest.MonkeyPatch) -> No
     backward(stage, "full", kwargs, last_backward=True)
     assert unit.told[-3:] == [("last", True), ("reshard", True), ("sync", True)]
     assert log == [("y", "dy", "x"), "one", "of a list", "final"]
+    log.clear()
+    callback = fsdp_mixin._run_post_backward_hooks(unit)
+    assert log == ["one", "of a list"]
+    callback()
+    assert log == ["one", "of a list", "final"]
     stage._reduce_grad_per_microbatch = True
     unit.told.clear()
     backward(stage, "full", kwargs)
