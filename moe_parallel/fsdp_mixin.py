@@ -34,10 +34,12 @@ from moe_parallel.torch_internals import (
     fsdp_param_groups,
     fully_sharded_modules,
     gradient_edges,
+    greet_other_ranks_alone,
     has_checkpoints,
     has_run,
     keep_graph,
     reshards_after_forward,
+    restore_stage,
     splits_backward,
     stages_of,
 )
@@ -344,12 +346,12 @@ class PipelineBackwardHandle:
                 patched_backward_maybe_with_nosync, stage
             )
             stage._prepare_forward_infra = types.MethodType(_infer_without_load, stage)
+            greet_other_ranks_alone(stage)
 
     def remove(self) -> None:
         """Give the stages their own methods back."""
         for stage in self._stages:
-            for name in ("backward_maybe_with_nosync", "_prepare_forward_infra"):
-                vars(stage).pop(name, None)
+            restore_stage(stage)
 
     def discard_grads(self) -> None:
         """Forget the gradients of schedule steps that no optimizer step will follow.

@@ -82,16 +82,6 @@ def fp32_only_modules(
             stack += list(child.named_children())[::-1]
 
 
-def reduce_unused_parameters(unit: Any) -> None:
-    """Let the ranks of an FSDP unit reduce together, though some did not use it in a batch.
-
-    PyTorch can from 2.13; before, a model has to use every parameter on every rank.
-    """
-    setter = getattr(unit, "set_reduce_scatter_unused_params", None)
-    if setter is not None:
-        setter(True)
-
-
 def keep_in_fp32_names(model: Any) -> tuple[str, ...]:
     """The names of sub-modules that a Transformers model wants in float32."""
     names: list[str] = []

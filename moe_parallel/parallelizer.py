@@ -41,7 +41,6 @@ from moe_parallel.fsdp_preparation import (
     fp32_only_modules,
     fp32_param_holders,
     keep_in_fp32_names,
-    reduce_unused_parameters,
     replicate_correction_bias,
 )
 from moe_parallel.fsdp_roots import check_ends, find_ends, retie_embeddings, units_around_blocks
@@ -57,7 +56,7 @@ from moe_parallel.text_module import (
     moe_config_of,
     mtp_layers,
 )
-from moe_parallel.torch_internals import tolerate_unrecorded_ops
+from moe_parallel.torch_internals import reduce_unused_parameters, tolerate_unrecorded_ops
 
 logger = logging.getLogger(__name__)
 

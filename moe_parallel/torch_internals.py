@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, BinaryIO, cast
@@ -116,10 +116,61 @@ def discard_accumulated_grads(module: Any) -> None:
         unit.reshard()
 
 
+def reduce_unused_parameters(unit: Any) -> None:
+    """Let the ranks reduce together what some of them did not use in a batch.
+
+    That is parameters of the FSDP unit, and of the units in it, whose forward ran on every rank.
+    """
+    setter = getattr(unit, "set_reduce_scatter_unused_params", None)
+    if setter is not None:  # from 2.13
+        setter(True)
+        return
+    for module in fully_sharded_modules(unit):
+        for group in fsdp_param_groups(module._get_fsdp_state()):
+            group.post_backward = functools.partial(_reduce_with_zeros, group, group.post_backward)
+
+
+def _reduce_with_zeros(group: Any, post_backward: Callable[[], None]) -> None:
+    if group.reduce_grads:
+        for param in group.fsdp_params:
+            whole = getattr(param, "_unsharded_param", None)
+            if (
+                whole is not None
+                and whole.requires_grad
+                and whole.grad is None
+                and param.unsharded_accumulated_grad is None
+            ):
+                whole.grad = torch.zeros_like(whole)
+    post_backward()
+
+
 def stages_of(schedule: Any) -> list[Any]:
     """This rank's stages of a pipeline schedule."""
     stages = getattr(schedule, "_stages", None)
     return [schedule._stage] if stages is None else list(stages)
+
+
+def greet_other_ranks_alone(stage: Any) -> None:
+    """Keep a pipeline stage from a transfer to its own rank before the first step.
+
+    Before 2.13 each stage exchanges a number with its neighbours then, even if they are on the same
+    rank, as ZBVZeroBubble and DualPipeV place them; gloo refuses that.
+    """
+    name = "_get_init_p2p_neighbors_ops"
+    operations = getattr(stage, name, None)
+    if operations is not None:
+        own = stage.group_rank
+        setattr(stage, name, lambda: [op for op in operations() if op.group_peer != own])
+
+
+def restore_stage(stage: Any) -> None:
+    """Undo what this package has put in the place of a pipeline stage's methods."""
+    for name in (
+        "backward_maybe_with_nosync",
+        "_prepare_forward_infra",
+        "_get_init_p2p_neighbors_ops",
+    ):
+        vars(stage).pop(name, None)
 
 
 def splits_backward(schedule: Any) -> bool:

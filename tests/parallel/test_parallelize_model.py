@@ -5,17 +5,19 @@ R ranks, D of them share the dense parameters.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from moe_parallel.mesh import build_meshes, parallel_axis_names
-from moe_parallel.parallelizer import parallelize_model
+from moe_parallel.parallelizer import apply_fsdp, parallelize_model
 from moe_parallel.training import (
     MoEAuxLossAutoScaler,
     prepare_for_final_backward,
@@ -340,3 +342,51 @@ def _head_precision(rank: int, ranks: int) -> list[tuple[torch.dtype, bool]]:
 def test_a_float32_head_gives_float32_logits() -> None:
     low, high = (torch.bfloat16, True), (torch.float32, False)
     assert run_ranks(2, _head_precision) == [[low, low, high, high]] * 2
+
+
+class Tower(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [part(x) for part in self.parts]
+
+
+class WithTower(nn.Module):
+    """A model that looks at as many outputs of its tower as it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Module()
+        self.model.layers = nn.ModuleDict()
+        self.audio_tower = Tower()
+        self.head = nn.Linear(4, 1)
+
+    def forward(self, x: torch.Tensor, used: int) -> torch.Tensor:
+        return self.head(sum(self.audio_tower(x)[:used], start=x))
+
+
+def _unused(rank: int, ranks: int, reshard: bool) -> None:
+    alone = WithTower()
+    model = copy.deepcopy(alone)
+    mesh = build_meshes()[0]["dp_shard_cp"]
+    apply_fsdp(
+        model, mesh, False, False, None, MixedPrecisionPolicy(**FP32), None, reshard, None, True
+    )
+    x = torch.randn(ranks, 3, 4)
+    for used in (2, 0, 1, 2):  # by rank 1
+        alone.zero_grad()
+        model.zero_grad()
+        by_rank = (2, used)
+        for part, count in zip(x, by_rank, strict=True):
+            (alone(part, count).sum() / ranks).backward()
+        model(x[rank], by_rank[rank]).sum().backward()
+        for name, parameter in alone.named_parameters():
+            actual = full(model.get_parameter(name).grad)
+            torch.testing.assert_close(actual, parameter.grad, msg=f"{name}, {used} used")
+
+
+@pytest.mark.parametrize("reshard", [False, True], ids=["kept", "resharded"])
+def test_some_ranks_may_leave_parts_of_a_tower_unused(reshard: bool) -> None:
+    run_ranks(2, _unused, reshard, timeout=30)

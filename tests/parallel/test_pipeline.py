@@ -57,9 +57,6 @@ STAGES = {  # of pipeline rank 0 and 1
     "ScheduleZBVZeroBubble": ([0, 3], [1, 2]),
     "ScheduleDualPipeV": ([0, 3], [1, 2]),
 }
-if not hasattr(PipelineStage, "_is_same_rank"):
-    # Before 2.13 stages send to each other on the same rank too, which gloo cannot.
-    del STAGES["ScheduleZBVZeroBubble"], STAGES["ScheduleDualPipeV"]
 
 
 @dataclass(frozen=True)
