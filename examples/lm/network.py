@@ -88,7 +88,8 @@ class Network:
             (loss / tokens * self.cluster.sharing).backward()
             return loss.detach()
         losses: list[Tensor] = []
-        arguments = (inputs,) if self.cluster.stage == 0 else ()
+        # torch 2.11 compares strides too with what the stage was told to expect
+        arguments = (inputs.contiguous(),) if self.cluster.stage == 0 else ()
         self._schedule.step(*arguments, target=targets, losses=losses, return_outputs=False)
         return torch.zeros((), device=inputs.device) + sum(loss.detach() for loss in losses)
 
