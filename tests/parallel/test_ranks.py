@@ -46,7 +46,7 @@ def test_results_come_in_the_order_of_ranks() -> None:
     [
         (_fail_on_one, "rank 1: Traceback[^$]*rank one is wrong", 60),
         (_die_on_one, "1 of 2 ranks failed\n--- rank 1: died with exit code -9", 60),
-        (_hang, "1 of 2 ranks failed\n--- rank 0: was still running", 1),
+        (_hang, "1 of 2 ranks failed\n--- rank 0: was still running", 5),
     ],
 )
 def test_failures_are_reported(function, message: str, timeout: float) -> None:
