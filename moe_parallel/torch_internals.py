@@ -201,14 +201,16 @@ def _functions_hide_metadata() -> bool:
         return True
 
 
-def keep_graph(param_groups: list[dict[str, Any]], edges: list[Any]) -> None:
+def keep_graph(param_groups: Any, edges: list[Any]) -> None:
     """Keep what follows the intermediate nodes of a split backward alive until its weight pass.
 
-    Before 2.13 nobody owns the node of a custom op among them once the outputs are detached.
+    Before 2.13 nobody owns the node of a custom op among them once the outputs are detached. What
+    was put in the place of PyTorch's function may return other groups, which are left alone.
     """
-    if _functions_hide_metadata():
-        for group in param_groups:
-            group["edges_of_outputs"] = edges
+    if edges and _functions_hide_metadata():
+        for group in param_groups or ():
+            if isinstance(group, dict):
+                group["edges_of_outputs"] = edges
 
 
 def gradient_edges(outputs: Any) -> list[Any]:
