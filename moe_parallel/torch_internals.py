@@ -387,17 +387,17 @@ def store_of(group: Any) -> Any:
     return dist.distributed_c10d._get_process_group_store(group)
 
 
-def cpu_backend_of(group: Any) -> str | None:
-    """The name of the backend that carries a group's CPU tensors, or None."""
+def backend_of(group: Any, device_type: str) -> str | None:
+    """The name of the backend that carries a group's tensors of a kind of device, or None."""
     try:
-        return str(group._get_backend(torch.device("cpu")).name())
+        return str(group._get_backend(torch.device(device_type)).name())
     except RuntimeError:
         return None
 
 
-def timeout_of(group: Any) -> timedelta:
-    """How long the operations of a group on CPU tensors wait."""
-    options = group._get_backend(torch.device("cpu")).options
+def timeout_of(group: Any, device_type: str = "cpu") -> timedelta:
+    """How long the operations of a group on tensors of a kind of device wait."""
+    options = group._get_backend(torch.device(device_type)).options
     timeout: timedelta = getattr(options, "_timeout", dist.constants.default_pg_timeout)
     return timeout
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from moe_parallel.dispatch.native import extension
-from moe_parallel.torch_internals import cpu_backend_of, store_of, timeout_of
+from moe_parallel.torch_internals import backend_of, store_of, timeout_of
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +55,15 @@ def _offer(group: ProcessGroup) -> tuple[Any, dict[str, Any]]:
     return memory, {"host": host, "process": os.getpid(), "address": memory.address}
 
 
-def _read_offers(group: ProcessGroup, store: Any, timeout: timedelta) -> list[dict[str, Any]]:
-    keys = [f"moe_kernels/offer/{rank}" for rank in range(group.size())]
+def exchange(group: ProcessGroup, key: str, value: Any, timeout: timedelta) -> list[Any]:
+    """The ``value`` of each rank, by the group's store; a rank gives a ``key`` the same each time.
+
+    Raises:
+        torch.distributed.DistBackendError: a rank did not come in time; it is named.
+    """
+    keys = [f"moe_kernels/{key}/{rank}" for rank in range(group.size())]
+    store = store_of(group)
+    store.set(keys[group.rank()], json.dumps(value))
     try:
         store.wait(keys, timeout)
     except RuntimeError as error:
@@ -85,14 +92,12 @@ def _obstacle(offers: list[dict[str, Any]]) -> str | None:
 
 
 def _join(group: ProcessGroup, seconds: float | None) -> Joined:
-    backend = cpu_backend_of(group)
+    backend = backend_of(group, "cpu")
     if backend not in _BACKENDS_OF_PROCESSES:
         return Joined(None, f"the group's backend on the CPU is {backend}")
     timeout = timeout_of(group) if seconds is None else timedelta(seconds=seconds)
     memory, offer = _offer(group)
-    store = store_of(group)
-    store.set(f"moe_kernels/offer/{group.rank()}", json.dumps(offer))
-    offers = _read_offers(group, store, timeout)
+    offers = exchange(group, "offer", offer, timeout)
     obstacle = _obstacle(offers)
     if obstacle is not None:
         return Joined(None, obstacle)
