@@ -198,7 +198,8 @@ class BackendConfig:
     """What an MoE layer runs on.
 
     Attributes:
-        dispatcher: transport of the tokens under Expert Parallelism, or "auto".
+        dispatcher: transport of the tokens under Expert Parallelism, or "auto", see
+            :func:`moe_parallel.dispatch.build_dispatcher`.
         dispatcher_timeout: seconds a rank waits for the others; None for the group's own timeout.
         experts: "auto" for :func:`moe_kernels.fused_experts`, "reference" for its definition.
         fake_balanced_gate: replace the router by one that balances perfectly (for benchmarks).

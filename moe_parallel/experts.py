@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from moe_kernels import fused_experts, reference
 from moe_parallel.config import BackendConfig, MoEConfig
-from moe_parallel.dispatch import AllToAllDispatcher, Dispatched, LocalDispatcher, TokenDispatcher
+from moe_parallel.dispatch import Dispatched, LocalDispatcher, TokenDispatcher, build_dispatcher
 from moe_parallel.tensors import draw_normal, local_tensor
 
 
@@ -81,8 +81,9 @@ class GroupedExperts(nn.Module):
 
         Raises:
             ValueError: E is not a multiple of the mesh's size.
+            ImportError: the transport is "deepep", and DeepEP is not installed.
         """
-        self.token_dispatcher = AllToAllDispatcher(
+        self.token_dispatcher = build_dispatcher(
             ep_mesh.get_group(),
             self.n_routed_experts,
             transport=self.backend.dispatcher,

@@ -16,7 +16,7 @@ from moe_kernels.ops._checks import refuse_tangent
 from moe_parallel.dispatch import ops
 from moe_parallel.dispatch.joining import Joined, join
 from moe_parallel.dispatch.native import extension
-from moe_parallel.dispatch.protocol import TRANSPORTS, Dispatched, Pending
+from moe_parallel.dispatch.protocol import ALL_TO_ALL_TRANSPORTS, Dispatched, Pending
 from moe_parallel.torch_internals import timeout_of
 
 
@@ -101,6 +101,7 @@ class AllToAllDispatcher:
     Attributes:
         local_experts: the experts of this rank, in the order of their numbers here.
         transport: what carries tensors of the CPU, "process_group" or "shared_memory".
+        passed_over: why it is not another dispatcher, for :meth:`explain`, or None.
 
     Raises:
         ValueError: an unknown transport, a timeout that is not positive, E not a multiple of P, a
@@ -120,9 +121,10 @@ class AllToAllDispatcher:
         placement: Sequence[int | Sequence[int]] | None = None,
     ) -> None:
         op = "AllToAllDispatcher"
-        if transport not in ("auto", *TRANSPORTS):
+        if transport not in ("auto", *ALL_TO_ALL_TRANSPORTS):
             raise ValueError(
-                f"{op}: transport must be one of auto, {', '.join(TRANSPORTS)}; got {transport!r}"
+                f"{op}: transport must be one of auto, {', '.join(ALL_TO_ALL_TRANSPORTS)}; "
+                f"got {transport!r}"
             )
         if num_experts < 1 or (placement is None and num_experts % group.size()):
             raise ValueError(
@@ -149,6 +151,7 @@ class AllToAllDispatcher:
             )
         self.transport = "process_group" if joined.shared_memory is None else "shared_memory"
         self._reason = joined.reason
+        self.passed_over: str | None = None
         seconds = timeout or 0.0  # for c10d, 0 is the group's own
         if joined.shared_memory is not None and timeout is None:
             seconds = timeout_of(group).total_seconds()
@@ -178,7 +181,8 @@ class AllToAllDispatcher:
     def explain(self) -> str:
         """Which transport carries what, and why."""
         others = "" if self.transport == "process_group" else ", process_group of the GPUs'"
-        return f"{self.transport} carries tensors of the CPU{others}: {self._reason}"
+        more = "" if self.passed_over is None else f"; {self.passed_over}"
+        return f"{self.transport} carries tensors of the CPU{others}: {self._reason}{more}"
 
     def dispatch(
         self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, *, extra: Tensor | None = None

@@ -13,7 +13,8 @@ from torch import Tensor
 
 T_co = TypeVar("T_co", covariant=True)
 
-TRANSPORTS = ("process_group", "shared_memory")  # of AllToAllDispatcher
+ALL_TO_ALL_TRANSPORTS = ("process_group", "shared_memory")  # of AllToAllDispatcher
+TRANSPORTS = (*ALL_TO_ALL_TRANSPORTS, "deepep")
 
 
 @dataclass(frozen=True)

@@ -207,12 +207,10 @@ def _half_precision(rank: int, ranks: int) -> dict[str, Tensor | None]:
     return run_expert_parallel(rank, ranks, make_layer(config), [40, 24])
 
 
-def test_bfloat16_is_as_close_as_plain_pytorch() -> None:
+def check_half_precision(actual: dict[str, Tensor | None], config: MoEConfig) -> None:
     """The truth is the layer's formula in float64, the yardstick the same chain in bfloat16."""
-    actual = run_ranks(2, _half_precision)[0]
-    config = make_config(dtype=torch.bfloat16, dim=64, moe_inter_dim=48, expert_bias=True)
     layer = make_layer(config)
-    x, upstream = make_inputs([40, 24], 64, torch.bfloat16)
+    x, upstream = make_inputs([40, 24], config.dim, torch.bfloat16)
     mask = torch.ones(64, dtype=torch.bool)
     results = []
     for dtype in (torch.float64, torch.bfloat16):
@@ -229,6 +227,12 @@ def test_bfloat16_is_as_close_as_plain_pytorch() -> None:
         value = actual[name]
         assert value is not None, name
         assert_accurate(name, value, truth[name], yardstick[name])
+
+
+def test_bfloat16_is_as_close_as_plain_pytorch() -> None:
+    actual = run_ranks(2, _half_precision)[0]
+    config = make_config(dtype=torch.bfloat16, dim=64, moe_inter_dim=48, expert_bias=True)
+    check_half_precision(actual, config)
 
 
 def _repeat(rank: int, ranks: int) -> None:
