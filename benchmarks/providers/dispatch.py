@@ -24,7 +24,7 @@ from benchmarks.registry import (
     Provider,
     Unsupported,
 )
-from moe_parallel.dispatch import TRANSPORTS, AllToAllDispatcher
+from moe_parallel.dispatch import TRANSPORTS, build_dispatcher
 
 
 class _Instant:
@@ -60,7 +60,7 @@ def _transport(transport: str) -> Builder:
     def build(case: Case) -> Implementation:
         experts, inputs = case.shape["E"], case.inputs[0]
         try:
-            dispatcher = AllToAllDispatcher(case.group, experts, transport=transport)
+            dispatcher = build_dispatcher(case.group, experts, transport=transport)
             with torch.no_grad():  # of no tokens: whether it takes such tensors at all
                 dispatcher.dispatch(
                     *(inputs[name][:0] for name in ("x", "topk_ids", "topk_weights"))
@@ -169,6 +169,13 @@ def _provider(name: str, build: Callable[[Case], Implementation], **options: Any
     return Provider(name, {"dispatch": build}, **options)
 
 
-transports = tuple(_provider(name, _transport(name)) for name in TRANSPORTS)
+# Those that do not carry the tensors of every device, or belong to another package.
+_LIMITED: dict[str, dict[str, Any]] = {
+    "shared_memory": {"devices": ("cpu",)},
+    "deepep": {"devices": ("cuda",), "requires": ("deep_ep",)},
+}
+transports = tuple(
+    _provider(name, _transport(name), **_LIMITED.get(name, {})) for name in TRANSPORTS
+)
 torch_all_to_all = _provider("torch_all_to_all", _torch_all_to_all)
 gloo_rows = _provider("gloo_rows", _gloo_rows, devices=("cpu",), limit=True)

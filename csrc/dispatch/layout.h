@@ -199,25 +199,27 @@ inline void pack_rows(const char* x, int64_t x_stride, const int32_t* slot_rows,
 }
 
 // What travels beside a row: K weights, and K ids of the receiver's experts; 0 and -1 in slots that
-// are another rank's. The rows of each have their own size, and may lie in one piece or in two.
-template <typename Id>
-void pack_routing(const Id* ids, const Placement& placement, const char* weights,
-                  int64_t weight_bytes, const int32_t* slot_rows, int64_t top_k, int64_t begin,
-                  int64_t end, const RowParts<char>& out_weights, int64_t weights_row_bytes,
+// are another rank's. The rows of each have their own size, and may lie in one piece or in two. A
+// Weight is an integer of the size of one.
+template <typename Id, typename Weight>
+void pack_routing(const Id* ids, const Placement& placement, const Weight* weights,
+                  const int32_t* slot_rows, int64_t top_k, int64_t begin, int64_t end,
+                  const RowParts<char>& out_weights, int64_t weights_row_bytes,
                   const RowParts<char>& out_ids, int64_t ids_row_bytes) {
   TokenRows token_rows(top_k, out_ids.first);
   for (int64_t t = begin; t < end; ++t) {
-    for (const RankRow row : token_rows.of(slot_rows + t * top_k)) {
+    const int64_t first_slot = t * top_k;
+    for (const RankRow row : token_rows.of(slot_rows + first_slot)) {
       char* const to_weights = out_weights.at(row, weights_row_bytes);
       char* const to_ids = out_ids.at(row, ids_row_bytes);
-      std::memset(to_weights, 0, top_k * weight_bytes);
       for (int64_t k = 0; k < top_k; ++k) {
-        const int64_t slot = t * top_k + k;
         int32_t id = -1;
-        if (slot_rows[slot] == row.row) {
-          id = placement.home(ids[slot], t).local;
-          std::memcpy(to_weights + k * weight_bytes, weights + slot * weight_bytes, weight_bytes);
+        Weight weight = 0;
+        if (slot_rows[first_slot + k] == row.row) {
+          id = placement.home(ids[first_slot + k], t).local;
+          weight = weights[first_slot + k];
         }
+        std::memcpy(to_weights + k * sizeof(weight), &weight, sizeof(weight));
         std::memcpy(to_ids + k * sizeof(id), &id, sizeof(id));
       }
     }

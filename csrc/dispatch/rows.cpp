@@ -37,15 +37,26 @@ void copy_rows(const Tensor& x, const Tensor& slot_rows, const Parts& out, bool 
   });
 }
 
+// f.template operator()<Weight>() with an integer of so many bytes.
+template <typename F>
+void dispatch_weight_bytes(int64_t bytes, const F& f) {
+  if (bytes == 2) return f.template operator()<uint16_t>();
+  if (bytes == 4) return f.template operator()<uint32_t>();
+  f.template operator()<uint64_t>();
+}
+
 void copy_routing(const Tensor& ids, const Tensor& weights, const Tensor& slot_rows,
                   const Placement& placement, const RowParts<char>& out_weights,
                   int64_t weights_row_bytes, const RowParts<char>& out_ids, int64_t ids_row_bytes) {
   const Tensor dense_ids = ids.contiguous(), dense_weights = weights.contiguous();
   dispatch_index(ids.scalar_type(), "dispatch", [&]<typename Id>() {
-    parallel_rows(ids.size(0), weights_row_bytes, [&](int64_t begin, int64_t end) {
-      pack_routing(dense_ids.const_data_ptr<Id>(), placement, bytes(dense_weights),
-                   weights.element_size(), slots_of(slot_rows), ids.size(1), begin, end,
-                   out_weights, weights_row_bytes, out_ids, ids_row_bytes);
+    dispatch_weight_bytes(weights.element_size(), [&]<typename Weight>() {
+      parallel_rows(ids.size(0), weights_row_bytes, [&](int64_t begin, int64_t end) {
+        pack_routing(dense_ids.const_data_ptr<Id>(), placement,
+                     static_cast<const Weight*>(dense_weights.const_data_ptr()),
+                     slots_of(slot_rows), ids.size(1), begin, end, out_weights, weights_row_bytes,
+                     out_ids, ids_row_bytes);
+      });
     });
   });
 }
