@@ -12,6 +12,8 @@
 #include <span>
 #include <vector>
 
+#include "dispatch/copy.h"
+
 namespace moe::ep {
 
 // What a rank is sent.
@@ -227,23 +229,30 @@ void pack_routing(const Id* ids, const Placement& placement, const Weight* weigh
 }
 
 // out[t] = the sum of the rows of tokens [begin, end), in the order of their ranks. `add` adds
-// `count` rows of n elements.
+// `count` rows of n elements; with `copy`, what is summed goes to `out` by it, from memory that
+// stays in a cache.
 template <typename Value>
 void sum_rows(const RowParts<const char>& rows, const int32_t* slot_rows, int64_t top_k,
               int64_t begin, int64_t end, int64_t n, Value* out,
-              void (*add)(Value* out, const Value* const* rows, int64_t count, int64_t n)) {
+              void (*add)(Value* out, const Value* const* rows, int64_t count, int64_t n),
+              void (*copy)(void* to, const void* from, int64_t bytes)) {
   const int64_t row_bytes = n * static_cast<int64_t>(sizeof(Value));
   TokenRows token_rows(top_k, rows.first);
   std::vector<const Value*> addends(top_k);
+  std::vector<Value> sum(copy ? n : 0);
   for (int64_t t = begin; t < end; ++t) {
     int64_t count = 0;
     for (const RankRow row : token_rows.of(slot_rows + t * top_k)) {
       addends[count++] = reinterpret_cast<const Value*>(rows.at(row, row_bytes));
     }
+    Value* const target = out + t * n;
     if (count == 1) {
-      std::memcpy(out + t * n, addends[0], row_bytes);
+      (copy ? copy : copy_row)(target, addends[0], row_bytes);
+    } else if (copy) {
+      add(sum.data(), addends.data(), count, n);
+      copy(target, sum.data(), row_bytes);
     } else {
-      add(out + t * n, addends.data(), count, n);
+      add(target, addends.data(), count, n);
     }
   }
 }

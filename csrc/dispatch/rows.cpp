@@ -9,6 +9,7 @@
 #include "common/dtypes.h"
 #include "common/parallel.h"
 #include "cpu/kernel_table.h"
+#include "cpu/large_pages.h"
 #include "dispatch/copy.h"
 
 namespace moe::ep {
@@ -157,11 +158,13 @@ Tensor sum_rows(const Tensor& rows, const Tensor& slot_rows, const std::vector<i
 Tensor sum_rows(const RowParts<const char>& rows, const Tensor& slot_rows, int64_t hidden,
                 at::ScalarType dtype) {
   const int64_t tokens = slot_rows.size(0), top_k = slot_rows.size(1);
-  const Tensor out = at::empty({tokens, hidden}, slot_rows.options().dtype(dtype));
+  const Tensor out = empty_large({tokens, hidden}, slot_rows.options().dtype(dtype));
+  const bool stream = static_cast<int64_t>(out.nbytes()) >= kStreamBytes;
   dispatch_float(dtype, "combine", [&]<typename T>() {
     parallel_rows(tokens, hidden * sizeof(T), [&](int64_t begin, int64_t end) {
       sum_rows<T>(rows, slots_of(slot_rows), top_k, begin, end, hidden, mutable_data<T>(out),
-                  add_rows<T>);
+                  add_rows<T>, stream ? stream_row : nullptr);
+      if (stream) order_streams();
     });
   });
   return out;
