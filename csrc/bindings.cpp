@@ -1,11 +1,12 @@
 // The Python module moe_kernels._C. Ops register themselves with PyTorch's dispatcher in their own
 // files (TORCH_LIBRARY_IMPL); only classes and plain functions are bound here.
+#include "dispatch/bindings.h"
+
 #include <torch/extension.h>
 
 #include "build_info.h"
 #include "cpu/capability.h"
 #include "cpu/large_pages.h"
-#include "dispatch/bindings.h"
 
 namespace py = pybind11;
 
