@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,9 @@ def _run(options: argparse.Namespace) -> int:
 
 def _run_one(op: Op, settings: Settings, options: argparse.Namespace) -> list[str]:
     """Measure, print and write one op. Returns what is wrong with our own rows."""
+    if missing := [module for module in op.requires if not find_spec(module.split(".")[0])]:
+        print(f"{op.name}: not run: needs {', '.join(missing)}", flush=True)
+        return []
     described = environment.describe(settings.device)
     why = available(op, settings.device.type, settings.providers)
     for name, reason in why.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from benchmarks.models import decoding
 from benchmarks.registry import Builder, Case, Implementation, Inputs, Output, Provider, Unsupported
 
 # batched_mm copies each slot's weights: above this many bytes it is no option, but a mistake
@@ -40,7 +41,10 @@ def _fused_experts(implementation: str) -> Builder:
 def _provider(implementation: str) -> Provider:
     return Provider(
         f"transformers_{implementation}",
-        {"fused_experts": _fused_experts(implementation)},
+        {
+            "fused_experts": _fused_experts(implementation),
+            "model_decode": decoding(implementation),
+        },
         requires=("transformers.integrations.moe",),
     )
 
