@@ -12,7 +12,7 @@
 #include <torch/library.h>
 
 #include "common/parallel.h"
-#include "cpu/large_pages.h"
+#include "cpu/large_buffers.h"
 #include "cpu/order.h"
 
 namespace moe {

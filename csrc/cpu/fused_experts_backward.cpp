@@ -13,7 +13,7 @@
 
 #include "common/parallel.h"
 #include "cpu/fused_experts.h"
-#include "cpu/large_pages.h"
+#include "cpu/large_buffers.h"
 #include "cpu/order.h"
 
 namespace moe {
