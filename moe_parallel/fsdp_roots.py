@@ -6,7 +6,7 @@ The words are those of :mod:`moe_parallel.parallelizer`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -48,6 +48,20 @@ class Unit:
     module: Any
     precision: Precision = "given"
     may_be_unused: bool = False
+
+
+def head_dtype(precision: Any, dtype_from_str: Callable[..., Any]) -> Any:
+    """The ``lm_head_precision`` of :func:`apply_fsdp`, which may be a name, as a dtype or None.
+
+    Raises:
+        KeyError: it is a name of no dtype.
+    """
+    if not isinstance(precision, str):
+        return precision
+    try:
+        return dtype_from_str(precision, default=None)
+    except KeyError as error:
+        raise KeyError(f"apply_fsdp: lm_head_precision: {error.args[0]}") from None
 
 
 def find_ends(model: Any, backbone: Any) -> Ends:

@@ -31,7 +31,7 @@ class MeshError(ValueError):
 
 
 # what a model or a mesh is refused with; other errors reach other stages as a MeshError
-_REFUSALS = (MeshError, ValueError, AssertionError, AttributeError)
+_REFUSALS = (MeshError, ValueError, AssertionError, AttributeError, KeyError)
 
 
 def build_meshes(
@@ -225,7 +225,8 @@ def refused_together(mesh: Any) -> Iterator[None]:
         if stages is None:
             raise
         kind = type(error) if type(error) in _REFUSALS else MeshError
-        problem, cause = (kind, str(error)), error
+        text = error.args[0] if kind is KeyError else error  # whose str is quoted
+        problem, cause = (kind, str(text)), error
     if stages is None:
         return
     problems: list[Any] = [None] * stages.size()

@@ -43,7 +43,13 @@ from moe_parallel.fsdp_preparation import (
     keep_in_fp32_names,
     replicate_correction_bias,
 )
-from moe_parallel.fsdp_roots import check_ends, find_ends, retie_embeddings, units_around_blocks
+from moe_parallel.fsdp_roots import (
+    check_ends,
+    find_ends,
+    head_dtype,
+    retie_embeddings,
+    units_around_blocks,
+)
 from moe_parallel.layers import MoE
 from moe_parallel.mesh import (
     check_ep_shard_axes,
@@ -196,13 +202,17 @@ def apply_ep(model: nn.Module, ep_mesh: DeviceMesh, moe_mesh: DeviceMesh | None 
     assert size > 1, f"apply_ep: ep_mesh must have more than one rank; got {size}"
     layers = _moe_layers(model)
     check_expert_counts(layers, size)
-    names = getattr(ep_mesh, "mesh_dim_names", None)
-    if moe_mesh is not None and names:
-        check_equal_experts([moe.experts for _, moe in layers], moe_mesh, names[0])
+    _check_equal_experts(layers, ep_mesh, moe_mesh)
     for _, moe in layers:
         parallelize_module(
             module=moe.experts, device_mesh=ep_mesh, parallelize_plan=ExpertParallel()
         )
+
+
+def _check_equal_experts(layers: list[tuple[str, Any]], ep_mesh: Any, moe_mesh: Any) -> None:
+    names = getattr(ep_mesh, "mesh_dim_names", None)
+    if moe_mesh is not None and names:
+        check_equal_experts([moe.experts for _, moe in layers], moe_mesh, names[0])
 
 
 def apply_ac(
@@ -296,11 +306,11 @@ def apply_fsdp(
             that several schedule steps accumulate gradients without communication.
 
     Raises:
+        KeyError: ``lm_head_precision`` is a name of no dtype.
         MeshError: the experts' widths do not divide over ``ep_shard_mesh``; or the head outside
             of the inner model is tied to the embedding inside, with ``wrap_outer_model=False``.
     """
-    if isinstance(lm_head_precision, str):
-        lm_head_precision = dtype_from_str(lm_head_precision, default=None)
+    head_precision = head_dtype(lm_head_precision, dtype_from_str)
     if mp_policy is None:
         mp_policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16,
@@ -338,7 +348,7 @@ def apply_fsdp(
         backbone,
         ends,
         tied=_module_weights_are_tied(ends.embed_tokens, ends.lm_head),
-        lm_head_precision=lm_head_precision,
+        lm_head_precision=head_precision,
         wrap_outer_model=wrap_outer_model,
         logger=logger,
     )
@@ -416,6 +426,11 @@ def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, cp_comm_type: str = "p2p") -
             moe.cp_mesh = cp_mesh
 
 
+def _is_own(step: Any) -> bool:
+    """Whether a step is this module's; what replaces it may accept what that refuses."""
+    return getattr(step, "__module__", None) == __name__
+
+
 def parallelize_model(
     model: nn.Module,
     world_mesh: DeviceMesh,
@@ -455,15 +470,16 @@ def parallelize_model(
 
     Raises:
         AssertionError: tensor parallelism; or experts that Expert Parallelism cannot spread evenly.
+        KeyError: ``lm_head_precision`` is a name of no dtype.
         MeshError: axes that leave parameters without a reduction of their gradients, and all that
-            :func:`apply_fsdp` and :func:`apply_ep` refuse. The model is as it was; only unequal
-            experts are found when attention has been told of context parallelism already.
+            :func:`apply_fsdp` and :func:`apply_ep` refuse. The model is as it was.
     """
     if tp_axis_name is not None:
         tp = get_submesh(world_mesh, tp_axis_name).size()
         assert tp == 1, f"parallelize_model: tensor parallelism is not supported; got size {tp}"
 
     cp_mesh = None if cp_axis_name is None else get_submesh(world_mesh, cp_axis_name)
+    cp_mesh = cp_mesh if cp_mesh is not None and cp_mesh.size() > 1 else None
     ep_mesh = None
     if moe_mesh is not None and ep_axis_name is not None:
         ep_mesh = get_submesh(moe_mesh, ep_axis_name)
@@ -487,7 +503,10 @@ def parallelize_model(
     selective = _is_selective_ac(activation_checkpointing)
 
     # What the steps below would refuse half-way. A stand-in for a model may have no such parts.
+    layers: list[tuple[str, Any]] = []
     with refused_together(world_mesh):
+        if _is_own(apply_fsdp):
+            head_dtype(lm_head_precision, dtype_from_str)
         backbone = get_text_module(inner_model(model))
         containers = block_containers(model, backbone)
         if all(hasattr(container, "named_children") for container in containers):
@@ -497,12 +516,14 @@ def parallelize_model(
             if ep_shard_enabled:
                 check_expert_widths((moe for _, moe in layers), ep_shard_mesh)
             saves_router = activation_checkpointing and ignore_router_for_ac and not selective
-            if layers and saves_router and getattr(apply_ac, "__module__", None) == __name__:
+            if layers and saves_router and _is_own(apply_ac):
                 router_sizes(model, None, None)  # another apply_ac may find them elsewhere
         if fsdp_mesh is not None:
             check_ends(model, backbone, wrap_outer_model)
+    if cp_mesh is not None and ep_mesh is not None and _is_own(apply_ep):
+        _check_equal_experts(layers, ep_mesh, moe_mesh)  # apply_ep's, before apply_cp
 
-    if cp_mesh is not None and cp_mesh.size() > 1:
+    if cp_mesh is not None:
         apply_cp(model, cp_mesh)
     if ep_mesh is not None:
         apply_ep(model, ep_mesh, moe_mesh=moe_mesh)

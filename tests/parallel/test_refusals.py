@@ -70,6 +70,14 @@ def _refused(rank: int, ranks: int) -> list[str]:
     unnamed = TinyLM()
     unnamed.model.moe_config = None
     refuse(cp, AttributeError, unnamed)
+    head = {"lm_head_precision": "float99"}
+    refuse(cp, KeyError, TinyLM(), activation_checkpointing="selective", **head)
+
+    whole = TinyLM()
+    before = state(whole)
+    with pytest.raises(KeyError, match="apply_fsdp: lm_head_precision: dtype must be one of"):
+        apply_fsdp(whole, build_meshes()[0]["dp_shard"], False, False, **head)
+    assert state(whole) == before
 
     narrow = TinyLM(ModelOptions(moe={"moe_inter_dim": 7}))
     world_mesh, moe_mesh = build_meshes(ep=2)
@@ -95,6 +103,7 @@ def test_a_refused_model_is_untouched_and_nothing_was_communicated() -> None:
             "multiple of the EP size 4; block 2 has 6",
             "hidden_size must be provided",
             "has no moe_config",
+            "lm_head_precision: dtype must be one of float, float32",
         ),
         strict=True,
     ):
@@ -120,6 +129,16 @@ def _unequal(rank: int, ranks: int) -> None:
             else:
                 apply_ep(model, moe_mesh["ep"], moe_mesh=moe_mesh)
                 assert communication.counts["c10d.allreduce_.default"] == 1
+    meshes, model = build_meshes(cp=2, ep=2), TinyLM()
+    if rank == 2:
+        with torch.no_grad():
+            model.moes()[0].experts.down_projs[1, 0, 0] += 1
+    before = state(model)
+    with Collectives() as communication:
+        with pytest.raises(MeshError, match="groups of ep_shard must hold equal weights"):
+            parallelize_model(model, *meshes, **parallel_axis_names(*meshes))
+        assert communication.counts == {"c10d.allreduce_.default": 1}
+    assert state(model) == before  # attention, too, has not been told of anything
     meshes, model = build_meshes(ep=2), TinyLM()
     axes = parallel_axis_names(*meshes)
     parallelize_model(model, *meshes, **axes)
