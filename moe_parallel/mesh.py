@@ -189,6 +189,15 @@ def get_submesh(mesh: Any, names: str | Sequence[str]) -> Any:
     )
 
 
+def ranks_of_ep_shard(moe_mesh: Any, ep_axis_name: str) -> int:
+    """S: the ranks of a pipeline stage over those of an Expert Parallel group."""
+    size: int = moe_mesh.size() // get_submesh(moe_mesh, ep_axis_name).size()
+    names = getattr(moe_mesh, "mesh_dim_names", None)
+    if isinstance(names, (tuple, list)) and "pp" in names:  # in the meshes of some frameworks
+        size //= get_submesh(moe_mesh, "pp").size()
+    return size
+
+
 def groups_of(mesh: DeviceMesh) -> list[Any]:
     """Process groups over which one reduction after the other covers the mesh: one, if there is."""
     for flat in flattened_meshes(mesh).values():

@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
 
-from moe_parallel.mesh import MeshError, get_submesh
+from moe_parallel.mesh import MeshError, get_submesh, ranks_of_ep_shard
 from moe_parallel.tensors import local_tensor
 
 _PLAIN_EXPERT = re.compile(
@@ -157,7 +157,8 @@ def scale_grads_and_clip_grad_norm(
             every gradient is divided by ``num_label_tokens / dp_group_size``.
         device_mesh: the world's mesh, with the axis ``pp_axis_name``.
         moe_mesh: the experts' mesh; with ``dp_group_size``, experts' gradients are divided by
-            ``D / S``, S being the ranks of moe_mesh over those of ``ep_axis_name``.
+            ``D / S``, S being the ranks of moe_mesh, without pipeline stages, over those of
+            ``ep_axis_name``.
         ep_axis_name: the Expert Parallel axis. A DTensor on a mesh with this axis is an expert's.
         pp_axis_name: the pipeline axis.
         foreach: scale many tensors in one call.
@@ -174,7 +175,7 @@ def scale_grads_and_clip_grad_norm(
         tokens = float(num_label_tokens)
         _divide([p.grad for p in _parameters(model_parts)], tokens / dp_group_size, foreach)
     if moe_mesh is not None and dp_group_size and ep_axis_name is not None:
-        shards = moe_mesh.size() // get_submesh(moe_mesh, ep_axis_name).size()
+        shards = ranks_of_ep_shard(moe_mesh, ep_axis_name)
         experts = {
             id(parameter): parameter.grad
             for part in model_parts

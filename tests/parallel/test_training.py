@@ -86,7 +86,9 @@ def test_clip_without_gradients_or_meshes() -> None:
     assert training.clip_grad_norm(1.0, [model]) == 0.0
     model(torch.ones(1, 3)).sum().backward()
     expected = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+    before = [p.grad.clone() for p in model.parameters()]
     assert training.clip_grad_norm(100.0, [model, model]) == pytest.approx(expected.item())
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True))
     with pytest.raises(MeshError, match="pp_enabled needs device_mesh and pp_axis_name"):
         training.clip_grad_norm(1.0, [model], pp_enabled=True)
 
@@ -102,7 +104,21 @@ def test_the_norm_is_summed_on_the_device_of_the_mesh() -> None:
         assert power.device.type == "meta"
 
 
-def test_plain_experts_are_known_by_name() -> None:
+class NamedAxes:
+    """A mesh of another framework."""
+
+    def __init__(self, axes: dict[str, int]) -> None:
+        self.axes, self.mesh_dim_names = axes, tuple(axes)
+
+    def size(self) -> int:
+        return math.prod(self.axes.values())
+
+    def __getitem__(self, name: str) -> NamedAxes:
+        return NamedAxes({name: self.axes[name]})
+
+
+@pytest.mark.parametrize("stages", [{}, {"pp": 3}], ids=str)  # meshes of some frameworks have both
+def test_plain_experts_are_known_by_name(stages: dict[str, int]) -> None:
     model = nn.Module()
     model.block = nn.Module()
     model.block.moe = nn.Module()
@@ -110,33 +126,37 @@ def test_plain_experts_are_known_by_name() -> None:
     experts.down_linear = nn.Module()
     experts.down_linear.weight3 = nn.Parameter(torch.zeros(2))
     experts.down_linear.scale = nn.Parameter(torch.zeros(2))
-    mesh = type("Mesh", (), {"size": lambda self: 4, "__getitem__": lambda self, _: TwoRanks})
-    TwoRanks = SimpleNamespace(size=lambda: 2)
+    mesh = NamedAxes({**stages, "ep_shard": 4, "ep": 2})
     for foreach in (False, True):
         for parameter in model.parameters():
             parameter.grad = torch.full((2,), 12.0)
         norm = training.scale_grads_and_clip_grad_norm(
             None,
             [model, model],  # a parameter that parts share is divided once
-            moe_mesh=mesh(),
+            moe_mesh=mesh,
             ep_axis_name="ep",
-            dp_group_size=4,
+            dp_group_size=8,
             foreach=foreach,
         )
         assert norm == 0.0
-        assert experts.down_linear.weight3.grad.tolist() == [6.0, 6.0]  # D / S = 4 / 2
+        assert experts.down_linear.weight3.grad.tolist() == [6.0, 6.0]  # D / S = 8 / 4
         assert experts.down_linear.scale.grad.tolist() == [12.0, 12.0]
 
 
-@pytest.mark.parametrize("tokens", [24.0, None, 0])
-def test_pipeline_gradients_are_divided_by_tokens_per_rank(tokens: float | None) -> None:
+@pytest.mark.parametrize(
+    ("pipeline", "tokens", "expected"),
+    [(True, 24.0, 1.0), (True, None, 6.0), (True, 0, 6.0), (False, 24.0, 6.0)],
+)
+def test_pipeline_gradients_are_divided_by_tokens_per_rank(
+    pipeline: bool, tokens: float | None, expected: float
+) -> None:
     model = nn.Linear(1, 1)
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 6.0)
     training.scale_grads_and_clip_grad_norm(
-        None, [model], pp_enabled=True, num_label_tokens=tokens, dp_group_size=4
+        None, [model], pp_enabled=pipeline, num_label_tokens=tokens, dp_group_size=4
     )
-    assert model.bias.grad.item() == (1.0 if tokens else 6.0)
+    assert model.bias.grad.item() == expected
 
 
 # Flags and the mixin
@@ -152,12 +172,16 @@ def test_step_flags() -> None:
         def prepare_for_final_backward(self, pp_enabled: bool = False) -> None:
             told.append(("final", pp_enabled))
 
+    flags = training._StepFlags()  # at the start
+    assert (flags.is_optim_step, flags.is_first_microbatch) == (False, False)
     training.set_is_first_microbatch(False)
     training.prepare_for_grad_accumulation([Part(), object()])
     assert training.get_is_optim_step() is False
     assert training.get_is_first_microbatch() is True
+    training.set_is_first_microbatch(False)
     training.prepare_for_final_backward([Part()], pp_enabled=True)
     assert training.get_is_optim_step() is True
+    assert training.get_is_first_microbatch() is False
     assert told == [("accumulate", False)]
     training.set_is_optim_step(False)
 
