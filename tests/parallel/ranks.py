@@ -16,6 +16,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -24,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 GRACE = 3.0  # seconds that the other ranks have to report after one has failed
+IMPORTS = 300.0  # seconds for what the function's module imports, which are not the test's
 
 
 def run_ranks(
@@ -34,7 +36,8 @@ def run_ranks(
     Args:
         ranks: how many processes.
         function: at module level, as are the classes of ``args`` (they are pickled).
-        timeout: seconds after which every process is killed.
+        timeout: seconds after which every process is killed, from when all have imported what
+            they need.
 
     Returns:
         What the ranks returned, in their order; tensors come on the CPU.
@@ -49,7 +52,7 @@ def run_ranks(
     with tempfile.TemporaryDirectory() as folder:
         connections, processes = [], []
         for rank in range(ranks):
-            ours, theirs = context.Pipe(duplex=False)
+            ours, theirs = context.Pipe()
             process = context.Process(
                 target=_main,
                 args=(theirs, os.path.join(folder, "store"), rank, ranks, timeout, function, args),
@@ -59,12 +62,24 @@ def run_ranks(
             connections.append(ours)
             processes.append(process)
         try:
+            _start_together(connections)
             return _collect(connections, processes, timeout)
         finally:
             for process in processes:
                 process.kill()
             for process in processes:
                 process.join()
+
+
+def _start_together(connections: list[Connection]) -> None:
+    deadline = time.monotonic() + IMPORTS
+    for connection in connections:
+        if connection.poll(max(deadline - time.monotonic(), 0.0)):
+            with suppress(EOFError):  # it died, as _collect will find
+                connection.recv()
+    for connection in connections:
+        with suppress(BrokenPipeError):
+            connection.send(None)
 
 
 def _collect(connections: list[Connection], processes: list[Any], timeout: float) -> list[Any]:
@@ -102,6 +117,8 @@ def _main(
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
+    connection.send(None)
+    connection.recv()
     faulthandler.dump_traceback_later(timeout * 0.9)
     torch.set_num_threads(1)
     torch.manual_seed(0)
