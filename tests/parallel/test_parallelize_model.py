@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from moe_parallel.mesh import build_meshes, parallel_axis_names
@@ -367,7 +367,9 @@ class WithTower(nn.Module):
         return self.head(sum(self.audio_tower(x)[:used], start=x))
 
 
-def _unused(rank: int, ranks: int, reshard: bool) -> None:
+def _unused(rank: int, ranks: int, reshard: bool, emulated: bool) -> None:
+    if emulated:
+        FSDPModule.set_reduce_scatter_unused_params = None
     alone = WithTower()
     model = copy.deepcopy(alone)
     mesh = build_meshes()[0]["dp_shard_cp"]
@@ -387,6 +389,7 @@ def _unused(rank: int, ranks: int, reshard: bool) -> None:
             torch.testing.assert_close(actual, parameter.grad, msg=f"{name}, {used} used")
 
 
+@pytest.mark.parametrize("emulated", [False, True], ids=["as it is", "as before 2.13"])
 @pytest.mark.parametrize("reshard", [False, True], ids=["kept", "resharded"])
-def test_some_ranks_may_leave_parts_of_a_tower_unused(reshard: bool) -> None:
-    run_ranks(2, _unused, reshard, timeout=30)
+def test_some_ranks_may_leave_parts_of_a_tower_unused(reshard: bool, emulated: bool) -> None:
+    run_ranks(2, _unused, reshard, emulated)

@@ -30,7 +30,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, dict[str, Any]]]:
     return made
 
 
-def test_apply_fsdp_shards_bottom_up(calls: list[tuple[Any, dict[str, Any]]]) -> None:
+def test_apply_fsdp_shards_bottom_up(
+    calls: list[tuple[Any, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unused: list[Any] = []
+    monkeypatch.setattr(parallelizer, "reduce_unused_parameters", unused.append)
     mtp_block = SimpleNamespace(moe=None, mlp=StandInMoE())
     tower = nn.Linear(2, 2)
     model = make_model(mtp=SimpleNamespace(layers=Container(a=mtp_block)), visual=tower)
@@ -56,6 +60,7 @@ def test_apply_fsdp_shards_bottom_up(calls: list[tuple[Any, dict[str, Any]]]) ->
         model.model,
         model,
     ]
+    assert unused == [mtp_block, tower]
     experts = calls[1][1]
     assert experts["mesh"] == "shard"
     assert experts["shard_placement_fn"] is parallelizer._moe_shard_placement
@@ -127,6 +132,47 @@ def test_float32_head(calls: list[tuple[Any, dict[str, Any]]]) -> None:
     assert head.param_dtype is head.reduce_dtype is head.output_dtype is torch.float32
     assert inner.output_dtype is torch.bfloat16
     assert (outer.param_dtype, outer.output_dtype) == (torch.bfloat16, torch.float32)
+    given = SimpleNamespace(
+        param_dtype="p", reduce_dtype="r", output_dtype="o", cast_forward_inputs="c"
+    )
+    parallelizer.apply_fsdp(model, "fsdp", False, False, None, given, lm_head_precision="Float")
+    module, options = calls[-1]
+    assert module is model
+    assert options["mp_policy"] == SimpleNamespace(**vars(given) | {"output_dtype": torch.float32})
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", torch.float64])
+def test_a_head_of_another_precision_has_the_policy_of_all(
+    calls: list[tuple[Any, dict[str, Any]]], precision: Any
+) -> None:
+    parallelizer.apply_fsdp(make_model(), "fsdp", False, False, lm_head_precision=precision)
+    policies = [options["mp_policy"] for _, options in calls]
+    assert len(policies) == 6
+    assert all(policy is policies[0] for policy in policies)
+
+
+def test_float32_head_of_the_inner_model(calls: list[tuple[Any, dict[str, Any]]]) -> None:
+    """It is the one that counts, and both roots let its logits through."""
+    model = make_model()
+    model.model.lm_head = SimpleNamespace(weight=object())
+    parallelizer.apply_fsdp(model, "fsdp", False, False, lm_head_precision=torch.float32)
+    head, inner, outer = (model.model.lm_head, model.model, model)
+    assert [module for module, _ in calls][-3:] == [head, inner, outer]
+    for _, options in calls[-3:]:
+        assert options["mp_policy"].output_dtype is torch.float32
+
+
+def test_ends_may_count_as_false(calls: list[tuple[Any, dict[str, Any]]]) -> None:
+    class Empty(SimpleNamespace):
+        def __len__(self) -> int:
+            return 0
+
+    model = make_model()
+    model.lm_head, model.model.embed_tokens = Empty(weight=object()), Empty(weight=object())
+    parallelizer.apply_fsdp(model, "fsdp", False, False)
+    wrapped = [module for module, _ in calls]
+    assert any(module is model.lm_head for module in wrapped)
+    assert any(module is model.model.embed_tokens for module in wrapped)
 
 
 def test_tied_embeddings(
@@ -176,21 +222,51 @@ def test_fp32_holders_are_units(calls: list[tuple[Any, dict[str, Any]]]) -> None
     assert holder is block.a_fp32_params
     assert options["mp_policy"].param_dtype is torch.float32
     assert options["mp_policy"].cast_forward_inputs is False
+    assert (options["mesh"], options["offload_policy"]) == ("fsdp", "offload")
+    assert options["reshard_after_forward"] is True
     assert parallelizer._shard_fp32_param_holders(object(), "fsdp", True, None) == set()
 
 
-def test_deepseek_v4_keeps_float32_modules(calls: list[tuple[Any, dict[str, Any]]]) -> None:
+def test_what_holders_owned_before_is_not_their_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def replace_parameters(module: nn.Module, **options: Any) -> None:
+        made.append((module, options))
+        if isinstance(module, nn.RMSNorm):
+            module.weight = nn.Parameter(module.weight.detach().clone())
+
+    monkeypatch.setattr(parallelizer, "fully_shard", replace_parameters)
+    block = nn.Module()
+    block.a_fp32_params = nn.RMSNorm(3)
+    before = block.a_fp32_params.weight
+    model = make_model()
+    model.model.layers = Container(a=block)
+    parallelizer.apply_fsdp(model, "fsdp", False, False)
+    assert made[1][0] is block
+    assert made[1][1]["ignored_params"] == {before}
+
+
+def test_deepseek_v4_keeps_float32_modules(
+    calls: list[tuple[Any, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Sharded(nn.Module):
+        """A unit already."""
+
+    monkeypatch.setattr(parallelizer, "FSDPModule", Sharded)
     block = nn.Module()
     block.low = nn.Linear(2, 2, dtype=torch.bfloat16)
     block.norms = nn.ModuleList([nn.RMSNorm(2)])
     block.named = nn.Linear(2, 2, dtype=torch.bfloat16)
     model = make_model(config=SimpleNamespace(model_type="deepseek_v4"))
+    block.strict = nn.Linear(2, 2, dtype=torch.bfloat16)
     model._keep_in_fp32_modules = ["named"]
-    model.model.layers = Container(a=block)
+    model.model._keep_in_fp32_modules_strict = {"strict"}
+    model.model.layers = Container(a=block, b=Sharded())
     parallelizer.apply_fsdp(model, "fsdp", False, False)
-    assert [m for m, _ in calls][:3] == [block.norms[0], block.named, block]
+    assert not any(isinstance(m, Sharded) for m, _ in calls)
+    assert [m for m, _ in calls][:4] == [block.norms[0], block.named, block.strict, block]
     assert calls[0][1]["mp_policy"].param_dtype is torch.float32
-    assert calls[2][1]["mp_policy"].param_dtype is torch.bfloat16
+    assert calls[3][1]["mp_policy"].param_dtype is torch.bfloat16
 
 
 def test_small_predicates(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,6 +288,21 @@ def test_small_predicates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Stream", lambda: made.append(object()) or made[-1])
     assert parallelizer._get_cp_stream() is parallelizer._get_cp_stream()
     assert len(made) == 1
+
+
+def test_which_layer_and_which_configuration_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallelizer, "MoE", StandInMoE)
+    block = SimpleNamespace(moe=StandInMoE(), mlp=StandInMoE())
+    assert parallelizer._get_moe_module(block) is block.moe
+    block.moe = SimpleNamespace()  # dense
+    assert parallelizer._get_moe_module(block) is block.mlp
+    text, inner = nn.Module(), nn.Module()
+    inner.language_model = text
+    model = SimpleNamespace(model=inner, moe_config="outer")
+    for owner, name in ((None, "outer"), (text, "text"), (inner, "inner")):
+        if owner is not None:
+            owner.moe_config = name
+        assert parallelizer._get_model_moe_config(model) == name
 
 
 # Context parallelism
@@ -261,6 +352,18 @@ def test_apply_cp(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixt
         (True, False),
         (False, True),
     ]
+    told.clear()
+    model.model.layers = Container(own=SimpleNamespace(self_attn=own))
+    block = SimpleNamespace(self_attn=attention(), layer_type="sliding_attention")
+    block.attention_type = "full_attention"
+    model.mtp = SimpleNamespace(layers=Container(block=block))
+    parallelizer.apply_cp(model, mesh, cp_comm_type="a2a")
+    assert told == [mesh, (*call, {"cp_comm_type": "all_gather"})]
+    told.clear()
+    del model.mtp
+    groupless: Any = object()  # the group is not asked for where nothing needs it
+    parallelizer.apply_cp(model, groupless)
+    assert told == [groupless]
 
 
 # parallelize_model
@@ -342,6 +445,17 @@ def test_parallelize_model_applies_what_has_ranks(steps: list[Any]) -> None:
         make_model(), world, experts, dp_axis_names=None, ep_axis_name="ep"
     )
     assert [step[0] for step in steps] == ["apply_ep"]
+    steps.clear()
+    experts = StandInMesh({"ep": 2, ("ep_shard",): 1})
+    parallelizer.parallelize_model(make_model(), world, experts, ep_axis_name="ep", **options)
+    assert [step[0] for step in steps] == ["apply_ep", "apply_fsdp"]
+    assert steps[1][2]["ep_enabled"]
+    assert not steps[1][2]["ep_shard_enabled"]
+    steps.clear()
+    experts = StandInMesh({"ep": 1, ("ep_shard",): 2})
+    parallelizer.parallelize_model(make_model(), world, experts, ep_axis_name="ep", **options)
+    assert [step[0] for step in steps] == ["apply_fsdp"]
+    assert not steps[0][2]["ep_enabled"]
 
 
 def test_parallelize_model_takes_meshes_and_models_of_other_making(
