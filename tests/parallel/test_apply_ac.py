@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy
 
-from moe_parallel import parallelizer
+from moe_parallel import activation_checkpointing, parallelizer
 from moe_parallel.activation_checkpointing import (
     SELECTIVE_AC_WRAPPER_FLAG,
     make_selective_checkpoint_context_fn,
     router_sizes,
 )
+from moe_parallel.parallelizer import apply_ep
+from tests.parallel.ranks import run_ranks
 from tests.parallel.stand_ins import Container, StandInMoE, make_model
+from tests.parallel.tiny_lm import TinyLM
 
 
 @pytest.fixture
@@ -59,6 +65,7 @@ def test_apply_ac_wraps_every_block(
     for expected, func, args in [
         (save, aten.mm.default, (x, router)),
         (recompute, aten.mm.default, (x, other)),
+        (recompute, aten.mm.default, (x, router, None)),
         (save, aten.addmm.default, (torch.empty(8), x, router)),
         (recompute, aten.addmm.default, (torch.empty(8), x, other)),
         (save, aten.linear.default, (x, other)),
@@ -105,6 +112,23 @@ def test_apply_ac_finds_sizes_of_a_model_within_a_model(wrapped: list[dict[str, 
     assert router_sizes(model, None, None) == (4, 5)
     model.model.moe_config = SimpleNamespace(n_routed_experts=6)
     assert router_sizes(model, None, None) == (4, 6)
+    assert router_sizes(model, 5, 7) == (5, 7)
+
+
+def test_the_order_in_which_apply_ac_looks_for_sizes() -> None:
+    names = ("num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts")
+    config = SimpleNamespace(hidden_size=9)
+    model = SimpleNamespace(config=config)
+    for owner, first in ((config, 30), (None, 20), (None, 10)):
+        if owner is None:
+            owner = SimpleNamespace(hidden_size=first)
+            setattr(config, {20: "llm_config", 10: "text_config"}[first], owner)
+        for index, name in reversed(list(enumerate(names))):
+            setattr(owner, name, first + index)
+            hidden_size = getattr(owner, "hidden_size", None)
+            assert router_sizes(model, None, None) == (hidden_size, first + index)
+    config.text_config.hidden_size = 0  # not known
+    assert router_sizes(model, None, None) == (20, 10)
 
 
 def test_apply_ac_selective(wrapped: list[dict[str, Any]]) -> None:
@@ -172,6 +196,108 @@ def test_selective_policy_alternates() -> None:
         assert computed.count("aten.topk.default") == 0
         # Products of the backward pass: two a layer, less that of x. Computed again: two of four.
         assert computed.count("aten.mm.default") == 7 + 2
+
+
+def resolve(name: str) -> Any:
+    namespace, op = name.split("::")
+    packet, _, overload = op.partition(".")
+    return getattr(getattr(getattr(torch.ops, namespace), packet), overload or "default")
+
+
+PARTS = ("start", "finish")
+ALWAYS_KEPT = (
+    *(f"aten::{op}" for op in ("addmm", "bmm", "topk", "max", "max.dim", "_scaled_mm")),
+    *(
+        f"aten::_scaled_dot_product_{kind}"
+        for kind in (
+            "cudnn_attention",
+            "efficient_attention",
+            "flash_attention",
+            "flash_attention_for_cpu",
+            "fused_attention_overrideable",
+        )
+    ),
+    "_c10d_functional::all_to_all_single",
+    "_c10d_functional::reduce_scatter_tensor",
+    *(f"moe_kernels::{op}" for op in ("topk_router", "dispatch", "combine")),
+    *(
+        f"moe_kernels::{op}_{part}"
+        for op in ("dispatch", "combine")
+        for part in ("start", "finish")
+    ),
+    *(f"moe_kernels::{op}" for op in ("context_attention", "whole_sequences", "exchange_heads")),
+)
+PRODUCTS = (
+    *(f"aten::{op}" for op in ("mm", "linear", "_grouped_mm")),
+    *(f"moe_kernels::{op}" for op in ("grouped_gemm", "fused_experts")),
+)
+COMPUTED_AGAIN = (
+    "aten::add.Tensor",
+    "aten::silu",
+    "aten::native_layer_norm",
+    "moe_kernels::permute",
+)
+
+
+def test_selective_policy_by_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    policies: list[Any] = []
+    monkeypatch.setattr(
+        activation_checkpointing,
+        "create_selective_checkpoint_contexts",
+        lambda policy: policies.append(policy),
+    )
+    context_fn = make_selective_checkpoint_context_fn()
+    forward, recompute = SimpleNamespace(is_recompute=False), SimpleNamespace(is_recompute=True)
+    save, again = CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_RECOMPUTE
+    for _ in range(2):  # regions
+        context_fn()
+        policy = policies[-1]
+        for context in (forward, recompute):
+            for index, name in enumerate(PRODUCTS):
+                found = policy(context, resolve(name))
+                assert found is (again if index % 2 else save), name
+                for other in ALWAYS_KEPT:
+                    assert policy(context, resolve(other)) is save, other
+                for other in COMPUTED_AGAIN:
+                    assert policy(context, resolve(other)) is again, other
+    copy, far, near = resolve("aten::_to_copy"), torch.empty(2, device="meta"), torch.empty(2)
+    assert policy(forward, copy, far, device=torch.device("cpu")) is save
+    for source, options in ((far, {"device": "meta"}), (near, {"device": "cpu"}), (far, {})):
+        assert policy(forward, copy, source, **options) is again
+
+
+class OpCounter(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[func._schema.name.split("::")[1]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+# How often a block's backward runs ops of its forward.
+REPEATED = {
+    "router": {"topk_router": 0, "dispatch_start": 1, "combine": 1, "fused_experts": 1},
+    "full": {"topk_router": 1, "dispatch_start": 1, "combine": 1, "fused_experts": 1},
+    "selective": {"topk_router": 0, "dispatch_start": 0, "combine": 0},
+}
+
+
+def _repeated(rank: int, ranks: int) -> None:
+    for kind, expected in REPEATED.items():
+        model = TinyLM()
+        apply_ep(model, init_device_mesh("cpu", (ranks,), mesh_dim_names=("ep",)))
+        parallelizer.apply_ac(model, ignore_router=kind == "router", selective=kind == "selective")
+        x = torch.randn(2, 5, 16, requires_grad=True)
+        y = model.model.layers["0"](x, torch.zeros(2, 5, dtype=torch.bool))
+        with OpCounter() as counter:
+            y.sum().backward()
+        assert {op: counter.counts[op] for op in expected} == expected, kind
+
+
+def test_what_backward_runs_again_between_ranks() -> None:
+    run_ranks(2, _repeated)
 
 
 class CountingGate(nn.Module):
