@@ -257,6 +257,19 @@ def test_the_scale_of_the_auxiliary_loss(
     assert float(aux.grad) == (1.0 if scale is None else 4.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_the_auxiliary_loss_is_kept_in_float32(dtype: torch.dtype) -> None:
+    """Whatever dtype a forward computes it in, one that is repeated keeps an equal tensor."""
+    kept = []
+    aux = torch.tensor(2.0, dtype=dtype, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.dtype) or t, lambda t: t):
+        joined = MoEAuxLossAutoScaler.apply(torch.randn(3, requires_grad=True), aux)
+    assert kept == [torch.float32]
+    joined.sum().backward()
+    assert aux.grad is not None
+    assert aux.grad.dtype == dtype
+
+
 def test_no_tokens_and_no_unmasked_tokens_give_zero_loss() -> None:
     gate = make_gate(aux_loss_coeff=1.0)
     for tokens in (0, 5):
