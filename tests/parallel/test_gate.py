@@ -170,6 +170,24 @@ def test_load_adds_up_over_micro_batches_of_training_alone() -> None:
     assert int(load.sum()) == 2 * 15 * gate.topk
 
 
+def test_what_is_kept_for_reports_and_what_is_not() -> None:
+    gate = make_gate(aux_loss_coeff=0.5)
+    x = torch.randn(6, gate.dim, dtype=torch.float64)
+    aux = run(gate, x)[2]
+    assert aux is not None
+    assert (gate._last_expert_load, gate._last_aux_loss) == (None, None)
+    gate._track_load_balance = True
+    run(gate, x)
+    assert gate._last_expert_load is not None
+    assert int(gate._last_expert_load.sum()) == 6 * gate.topk
+    assert gate._last_aux_loss is not None
+    assert torch.equal(gate._last_aux_loss, aux)
+    assert not gate._last_aux_loss.requires_grad
+    assert gate._cumulative_expert_load is None  # there is no bias to update
+    assert run(gate.eval(), x)[2] is None  # nothing to balance
+    assert gate._last_aux_loss is None
+
+
 def test_recomputed_forwards_are_not_counted_again() -> None:
     for use_reentrant in (False, True):
         gate = make_gate(gate_bias_update_factor=0.1, aux_loss_coeff=0.1)
@@ -192,6 +210,9 @@ def test_update_bias_follows_the_load() -> None:
     assert bias.tolist() == [-0.25, 0.25, 0, 0, -0.25, 0.25, 0.25, 0.25]
     with pytest.raises(AssertionError, match="no forward"):
         gate.update_bias()
+    gate.init_weights()
+    assert gate.e_score_correction_bias_master is None
+    assert not bias.any()
 
 
 def test_small_bias_steps_survive_a_narrow_buffer_and_a_checkpoint_wins() -> None:

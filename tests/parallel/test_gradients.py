@@ -45,7 +45,8 @@ class Around(nn.Module, MoEFSDPSyncMixin):
         return self.model(*args)
 
 
-def _late_gradient_of_a_stage(rank: int, ranks: int, uses: tuple[bool, ...]) -> None:
+def _late_gradient_of_a_stage(rank: int, ranks: int, uses: tuple[tuple[bool, ...], ...]) -> None:
+    """With parameters that are used or not, by micro-batch and rank."""
     torch.manual_seed(0)
     whole = TwoWeights()
     for wrap in (Around, lambda inner: inner):
@@ -56,16 +57,20 @@ def _late_gradient_of_a_stage(rank: int, ranks: int, uses: tuple[bool, ...]) -> 
         x = torch.randn(3, 4)
         training.prepare_for_final_backward([stage.submod], pp_enabled=True)
         for index, both in enumerate(uses):
-            y = stage.submod(x, both).float().sum()
+            y = stage.submod(x, both[rank]).float().sum()
             inputs = {"stage_output": y, "output_grads": None, "input_values": []}
             fsdp_mixin.patched_backward_maybe_with_nosync(
                 stage, "full", inputs, last_backward=index == len(uses) - 1
             )
-            expected(x, both).sum().backward()
+            for used in both:
+                (expected(x, used).sum() / ranks).backward()
         for (name, p), q in zip(inner.named_parameters(), expected.parameters(), strict=True):
             torch.testing.assert_close(p.grad.full_tensor(), q.grad, rtol=2e-2, atol=5e-2, msg=name)
 
 
-@pytest.mark.parametrize("uses", [(False, True), (True, False)])
-def test_a_parameter_that_a_stage_uses_in_some_micro_batches(uses: tuple[bool, ...]) -> None:
+NONE, BOTH, FIRST = (False, False), (True, True), (True, False)
+
+
+@pytest.mark.parametrize("uses", [(NONE, BOTH), (BOTH, NONE), (NONE, FIRST)], ids=str)
+def test_a_parameter_that_a_stage_uses_in_some_micro_batches(uses: Any) -> None:
     run_ranks(2, _late_gradient_of_a_stage, uses)
