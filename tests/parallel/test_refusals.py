@@ -192,7 +192,7 @@ def _refused_by_one_stage(rank: int, ranks: int) -> list[str]:
             parallelize_model(model, *meshes, **{**axes, **changes})
         assert error.type is kind
         assert state(model) == before
-        found.append(str(error.value))
+        found.append(error.value.args[0])
 
     refuse(MeshError, TinyLM(ModelOptions(moe={"moe_inter_dim": 7})))
     refuse(MeshError, TinyLM(ModelOptions(tied=True)), wrap_outer_model=False)
@@ -200,6 +200,7 @@ def _refused_by_one_stage(rank: int, ranks: int) -> list[str]:
     unnamed.model.moe_config = None
     refuse(AttributeError, unnamed)
     refuse(AssertionError, TinyLM(ModelOptions(moe={"n_routed_experts": 5})))
+    refuse(KeyError, TinyLM(), **({"lm_head_precision": "float99"} if rank >= 4 else {}))
     parallelize_model(TinyLM(), *meshes, **axes)
     return found
 
@@ -207,5 +208,6 @@ def _refused_by_one_stage(rank: int, ranks: int) -> list[str]:
 def test_a_model_that_one_stage_refuses_is_refused_in_all() -> None:
     first, *others = run_ranks(8, _refused_by_one_stage)
     assert all(other == first for other in others)
-    assert len(first) == 4
+    assert len(first) == 5
     assert all(line.endswith("(in pipeline stage 1)") for line in first)
+    assert first[-1].startswith("apply_fsdp: lm_head_precision: dtype must be one of")
