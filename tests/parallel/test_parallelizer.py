@@ -305,6 +305,16 @@ def test_which_layer_and_which_configuration_come_first(monkeypatch: pytest.Monk
         assert parallelizer._get_model_moe_config(model) == name
 
 
+def test_expert_parallelism_needs_a_mesh_of_one_axis_and_several_ranks() -> None:
+    mesh: Any = SimpleNamespace(ndim=2, size=lambda: 1)
+    with pytest.raises(AssertionError, match="ExpertParallel needs a 1-D mesh"):
+        parallelizer.ExpertParallel()._partition_fn("", nn.Linear(2, 2), mesh)
+    with pytest.raises(AssertionError, match="ep_mesh must have more than one rank; got 1"):
+        parallelizer.apply_ep(make_model(), mesh)
+    mesh.ndim = 1
+    parallelizer.ExpertParallel()._partition_fn("", nn.Module(), mesh)  # without a dispatcher
+
+
 # Context parallelism
 
 
