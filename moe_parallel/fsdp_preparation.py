@@ -120,7 +120,7 @@ def check_expert_counts(moe_layers: list[tuple[str, Any]], ep_size: int) -> None
 
 
 @torch.no_grad()
-def check_equal_experts(experts: list[Any], moe_mesh: Any, ep_axis_name: str) -> None:
+def check_equal_experts(moe_layers: list[tuple[str, Any]], ep_mesh: Any, moe_mesh: Any) -> None:
     """The groups of ``ep_shard`` must hold the same experts: FSDP shards what each has.
 
     What counts is what the first rank of a group holds, before it is distributed. Collective over
@@ -130,8 +130,10 @@ def check_equal_experts(experts: list[Any], moe_mesh: Any, ep_axis_name: str) ->
     Raises:
         MeshError: they do not, in some stage; on every rank.
     """
-    if not is_mesh(moe_mesh):
+    names = getattr(ep_mesh, "mesh_dim_names", None)
+    if not is_mesh(moe_mesh) or not names:
         return
+    ep_axis_name = names[0]
     stages = pipeline_of(moe_mesh)
     axes = tuple(name for name in moe_mesh.mesh_dim_names if name != "pp")
     ranks_of_stage = moe_mesh[axes]
@@ -140,7 +142,7 @@ def check_equal_experts(experts: list[Any], moe_mesh: Any, ep_axis_name: str) ->
     # For each stage the greatest digest and the greatest negative one. Who has none takes part.
     least = -(2**62)
     extremes = torch.full((1 if stages is None else stages.size(), 2), least)
-    tensors = [parameter for module in experts for parameter in module.parameters()]
+    tensors = [parameter for _, moe in moe_layers for parameter in moe.experts.parameters()]
     known = tensors and not any(t.is_meta or isinstance(t, DTensor) for t in tensors)
     if known and moe_mesh.get_local_rank(ep_axis_name) == 0:
         digest = sum((_digest(tensor, i) for i, tensor in enumerate(tensors)), start=0) % 2**62

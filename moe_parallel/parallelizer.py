@@ -202,17 +202,11 @@ def apply_ep(model: nn.Module, ep_mesh: DeviceMesh, moe_mesh: DeviceMesh | None 
     assert size > 1, f"apply_ep: ep_mesh must have more than one rank; got {size}"
     layers = _moe_layers(model)
     check_expert_counts(layers, size)
-    _check_equal_experts(layers, ep_mesh, moe_mesh)
+    check_equal_experts(layers, ep_mesh, moe_mesh)
     for _, moe in layers:
         parallelize_module(
             module=moe.experts, device_mesh=ep_mesh, parallelize_plan=ExpertParallel()
         )
-
-
-def _check_equal_experts(layers: list[tuple[str, Any]], ep_mesh: Any, moe_mesh: Any) -> None:
-    names = getattr(ep_mesh, "mesh_dim_names", None)
-    if moe_mesh is not None and names:
-        check_equal_experts([moe.experts for _, moe in layers], moe_mesh, names[0])
 
 
 def apply_ac(
@@ -521,7 +515,7 @@ def parallelize_model(
         if fsdp_mesh is not None:
             check_ends(model, backbone, wrap_outer_model)
     if cp_mesh is not None and ep_mesh is not None and _is_own(apply_ep):
-        _check_equal_experts(layers, ep_mesh, moe_mesh)  # apply_ep's, before apply_cp
+        check_equal_experts(layers, ep_mesh, moe_mesh)  # apply_ep's, before apply_cp
 
     if cp_mesh is not None:
         apply_cp(model, cp_mesh)
