@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 import moe_kernels
 import moe_kernels._C as native
@@ -77,6 +78,26 @@ def test_every_requirement_has_one_pin():
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = [line.split("==")[0] for line in lines if "==" in line]
     assert sorted(pins) == sorted(names)
+
+
+def requirements_of(extra: str) -> list[Requirement]:
+    """What an extra asks for, with that of the extras it names."""
+    found = []
+    for line in PYPROJECT["project"]["optional-dependencies"][extra]:
+        requirement = Requirement(line)
+        if requirement.name == "moe-kernels":
+            found += [inner for name in requirement.extras for inner in requirements_of(name)]
+        else:
+            found.append(requirement)
+    return found
+
+
+@pytest.mark.parametrize("extra", ["triton", "bench", "test", "dev"])
+@pytest.mark.parametrize("version", ["3.6.0", "3.7.1"], ids=["torch 2.11", "torch 2.13"])
+def test_extras_take_the_triton_that_torch_demands(extra, version):
+    specifiers = [r.specifier for r in requirements_of(extra) if r.name == "triton"]
+    assert specifiers
+    assert all(version in specifier for specifier in specifiers)
 
 
 def test_only_the_loader_and_the_dispatch_import_the_extension():
