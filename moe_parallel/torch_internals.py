@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.utils import _create_file_view
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.pipelining import _backward
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils import checkpoint
@@ -228,7 +229,8 @@ def edges_of_functions() -> Iterator[None]:
     """Let ``torch.autograd.grad`` start at a custom op's node, as a split backward does.
 
     Before 2.13 it compares the given gradients with metadata that such nodes do not show; inside
-    of this they are taken as they are.
+    of this they are taken as they are. The weight pass also adds each gradient to zero then, which
+    hides from the op that it has seen it in the input pass; here a single one stays what it is.
     """
     if not _functions_hide_metadata():
         yield
@@ -240,11 +242,16 @@ def edges_of_functions() -> Iterator[None]:
             return tuple(grads)
         return make_grads(outputs, grads, is_grads_batched)
 
+    def total(grads: list[torch.Tensor]) -> Any:
+        return grads[0] if len(grads) == 1 else sum(grads)
+
     torch.autograd._make_grads = take
+    vars(_backward)["sum"] = total  # before the builtin
     try:
         yield
     finally:
         torch.autograd._make_grads = make_grads
+        vars(_backward).pop("sum", None)
 
 
 def tolerate_unrecorded_ops(contexts: Any) -> Any:
