@@ -204,9 +204,9 @@ def fused_experts(
         a, out = x.new_empty(rows, I), x.new_empty(rows, H)
         halves = act.gated and not interleaved
         aligned = is_aligned(x, a) and weight_is_aligned(gate_up, halves=halves)
-        cut = config("up", x, rows, E, aligned=aligned)
+        cut = config("up", x, rows, E, aligned=aligned, inner=min(H, I))
         aligned = is_aligned(a, out) and weight_is_aligned(down)
-        cut_down = config("grouped_gemm", x, rows, E, aligned=aligned)
+        cut_down = config("grouped_gemm", x, rows, E, aligned=aligned, inner=min(H, I))
         with on_device_of(x):
             tiles = build_tile_map(order[2], rows, cut.block_m)
             _project_up(x, gate_up, gate_up_bias, order, h, a, act, tiles, cut)
