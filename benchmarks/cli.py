@@ -1,4 +1,4 @@
-"""The command line: ``python -m benchmarks run|memory|simulate|report|list``."""
+"""The command line: ``python -m benchmarks run|memory|simulate|tune|report|list``."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from benchmarks.providers import OWN, PROVIDERS
 from benchmarks.registry import DIRECTIONS, DTYPES, Op
 from benchmarks.routing import ROUTINGS
 from benchmarks.runner import Settings, available, run_op
+from benchmarks.tuning import command as tune
 
 RUNS = environment.ROOT / "runs" / "benchmarks"
 SECONDS = {"cpu": 20.0, "cuda": 2.0}
@@ -87,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     memory.set_defaults(command=_memory)
 
     simulate_command.add_parser(commands)
+    tune.add_parser(commands)
 
     report = commands.add_parser("report", help="tables and plots from result files")
     report.add_argument(

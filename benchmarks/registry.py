@@ -24,12 +24,17 @@ Output = Tensor | tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes by their letter, in the op's order: ``Shape({"T": 16, "H": 2048})`` is "T16 H2048"."""
+    """Sizes by their letter, in the op's order: ``Shape({"T": 16, "H": 2048})`` is "T16 H2048".
+
+    ``variant`` names what else the op computes differently; "" is the usual.
+    """
 
     sizes: Mapping[str, int]
+    variant: str = ""
 
     def __str__(self) -> str:
-        return " ".join(f"{letter}{size}" for letter, size in self.sizes.items())
+        sizes = " ".join(f"{letter}{size}" for letter, size in self.sizes.items())
+        return f"{sizes} {self.variant}".rstrip()
 
     def __getitem__(self, letter: str) -> int:
         return self.sizes[letter]
@@ -48,7 +53,7 @@ class Shape:
             sizes[match[1]] = int(match[2])
         if min(sizes.values()) < 1:
             raise ValueError(f"shape must have sizes of at least 1; got {text!r}")
-        return Shape(sizes)
+        return Shape(sizes, self.variant)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Tables of tuned tile shapes: files of data, read at the first launch on a device and kept.
 
-A table is JSON, ``{"format": 1, "device": "sm_90-h200", "entries": [...]}``; an entry is a bucket, what
-won there, and what that is known from:
+A table is JSON, ``{"format": 1, "device": "sm_90-h200", "entries": [...]}``; an entry is a bucket,
+what won there, and what that is known from:
 
     {"kernel": "up", "precision": "half", "rows": 64, "inner": "narrow",
      "config": {"block_m": 64, ...}, "measured": {...}}
@@ -31,7 +31,7 @@ FORMAT = 1
 ROWS = (4, 16, 64, 256, 1024)
 NARROW = 512
 INNER = ("any", "narrow", "wide")
-PRECISIONS = ("half", "full")
+PRECISIONS = ("half", "full", "fp8")
 FOLDER = Path(__file__).parent / "configs"
 # parts of the names by which GPUs of one architecture are told apart
 MODELS = ("h200", "h100", "h800", "h20", "gh200", "a100", "b200", "b300", "gb200")
@@ -74,6 +74,10 @@ class Bucket:
 
 
 Table = Mapping[Bucket, Config]
+
+
+def precision_class(dtype: torch.dtype) -> str:
+    return "full" if dtype.itemsize == 4 else "fp8" if dtype.itemsize == 1 else "half"
 
 
 def rows_class(rows: int, experts: int) -> int | None:

@@ -12,7 +12,14 @@ import functools
 import torch
 from torch import Tensor
 
-from moe_kernels.triton._config_tables import Bucket, Config, inner_class, rows_class, tuned
+from moe_kernels.triton._config_tables import (
+    Bucket,
+    Config,
+    inner_class,
+    precision_class,
+    rows_class,
+    tuned,
+)
 from moe_kernels.triton._launch import architecture
 
 __all__ = ["CONFIGS", "Config", "config", "default_config"]
@@ -90,14 +97,14 @@ def config(
 ) -> Config:
     """The configuration for ``rows`` rows of the tensor's dtype, spread over ``experts``.
 
-    It follows from these arguments, the device and its table alone, so it is the same in every call.
+    It follows from these arguments, the device and its table alone: it is the same in every call.
 
     Args:
         aligned: all operands are, so that TMA or wide loads and stores move them. Tables are of
             such operands; others get the default.
         inner: the shorter side of an expert's matrix, or 0 where that is not told.
     """
-    precision = "full" if tensor.dtype == torch.float32 else "half"
+    precision = precision_class(tensor.dtype)
     rows_of = rows_class(rows, experts)
     if aligned:
         inner_of = inner_class(inner) if inner else "any"
@@ -128,4 +135,4 @@ def default_config(
     size = "few" if mean <= FEW else "some" if mean <= SOME else "many"
     if not aligned and size != "few":
         size = "unaligned"
-    return CONFIGS[kernel][family, "half", size]
+    return CONFIGS[kernel][family, precision, size]

@@ -127,7 +127,7 @@ def test_a_table_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ({"format": 1, "entries": []}, '"device"'),
         ([entry(), entry()], "entry 1.*earlier entry"),
         ([entry(kernel="upp")], 'kernel must be one of .*"down_backward".*got "upp"'),
-        ([entry(precision="bf16")], 'precision must be one of "half", "full"; got "bf16"'),
+        ([entry(precision="bf16")], 'precision must be one of "half", "full", "fp8"; got "bf16"'),
         ([entry(rows=100)], "rows must be one of 4, 16, 64, 256, 1024, null; got 100"),
         ([entry(inner="small")], "inner must be one of"),
         ([entry(config=None)], "config must be an object"),
