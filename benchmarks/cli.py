@@ -1,8 +1,10 @@
-"""The command line: ``python -m benchmarks run|memory|simulate|tune|report|list``."""
+"""The command line: ``python -m benchmarks run|sweep|tune|memory|simulate|report|list``."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +18,9 @@ from benchmarks import (
     plots,
     ranks,
     results,
+    resume,
     simulate_command,
+    sweep,
     tables,
 )
 from benchmarks.limits import Limits
@@ -24,7 +28,7 @@ from benchmarks.ops import OPS
 from benchmarks.providers import OWN, PROVIDERS
 from benchmarks.registry import DIRECTIONS, DTYPES, Op
 from benchmarks.routing import ROUTINGS
-from benchmarks.runner import Settings, available, run_op
+from benchmarks.runner import DeviceLostError, Settings, available, run_op
 from benchmarks.tuning import command as tune
 
 RUNS = environment.ROOT / "runs" / "benchmarks"
@@ -39,6 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 2
+    except DeviceLostError as error:
+        print(f"benchmarks: {error}; --resume goes on without it", file=sys.stderr)
+        return sweep.DEVICE_LOST
     except KeyboardInterrupt:
         print("benchmarks: interrupted; what was measured before is written", file=sys.stderr)
         return 130
@@ -61,7 +68,12 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=())
     run.add_argument("--direction", nargs="+", choices=DIRECTIONS, default=())
     run.add_argument("--provider", nargs="+", choices=list(PROVIDERS), default=())
-    run.add_argument("--routing", choices=ROUTINGS, default="", help="default: as list says")
+    run.add_argument(
+        "--routing", nargs="+", choices=ROUTINGS, default=(), help="default: as list says"
+    )
+    run.add_argument(
+        "--resume", action="store_true", help="go on with the file of an interrupted run"
+    )
     run.add_argument(
         "--ranks", nargs="+", type=int, default=(2,), help="processes, for ops that need several"
     )
@@ -89,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
 
     simulate_command.add_parser(commands)
     tune.add_parser(commands)
+    sweep.add_parser(commands)
 
     report = commands.add_parser("report", help="tables and plots from result files")
     report.add_argument(
@@ -123,7 +136,7 @@ def _run(options: argparse.Namespace) -> int:
         dtypes=options.dtype,
         directions=options.direction,
         providers=options.provider,
-        routing=options.routing,
+        only_routings=options.routing,
         seconds=SECONDS[options.device] if options.seconds is None else options.seconds,
         max_rounds=options.rounds,
         seed=options.seed,
@@ -151,21 +164,34 @@ def _run_one(op: Op, settings: Settings, options: argparse.Namespace) -> list[st
     path = options.out or RUNS / environment.slug(described["device"])
     if path.suffix != ".json":
         path = path / f"{op.name}.json"
-    limits: dict[str, Limits] = {}
-    rows: list[dict[str, Any]] = []
-    document: dict[str, Any] = {"rows": []}
+    left = resume.earlier(path, described) if options.resume else resume.Earlier()
+    limits, rows, crashed = left.limits, left.rows, {"crashed": left.crashed}
+    document: dict[str, Any] = {"rows": rows}
+    if not op.on_ranks:
+        settings = dataclasses.replace(
+            settings,
+            done=left.done,
+            crashed=left.crashed,
+            watch=functools.partial(resume.watch, path),
+        )
+    if left.crashed:  # kept even if this run ends before its first row
+        results.write(path, results.document(op.name, described, why, limits, rows) | crashed)
     if op.on_ranks:
         counts = _possible_ranks(op, settings, options.ranks)
         described |= {"ranks": {n: ranks.placement(n, settings.threads) for n in counts}}
         described["threads"] = max((d["threads"] for d in described["ranks"].values()), default=1)
-    for new, dtype, seen in _measured(op, settings, list(described.get("ranks", ()))):
-        if seen is not None:
-            limits[dtype] = limits[dtype].best(seen) if dtype in limits else seen
-        rows += new
-        document = results.document(op.name, described, why, limits, rows)
-        results.write(path, document)
-        for group in tables.grouped(document["rows"][len(rows) - len(new) :]).values():
-            print(f"\n{tables.table(group)}", flush=True)
+    try:
+        for new, dtype, seen in _measured(op, settings, list(described.get("ranks", ()))):
+            if seen is not None:
+                limits[dtype] = limits[dtype].best(seen) if dtype in limits else seen
+            rows += new
+            document = results.document(op.name, described, why, limits, rows) | crashed
+            results.write(path, document)
+            for group in tables.grouped(document["rows"][len(rows) - len(new) :]).values():
+                print(f"\n{tables.table(group)}", flush=True)
+    except KeyboardInterrupt:
+        resume.marker(path).unlink(missing_ok=True)  # nothing died
+        raise
     if not rows:
         print(f"{op.name}: nothing was measured", flush=True)
         return []

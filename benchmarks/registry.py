@@ -39,11 +39,17 @@ class Shape:
     def __getitem__(self, letter: str) -> int:
         return self.sizes[letter]
 
-    def replace(self, text: str) -> Shape:
-        """This shape with the sizes that ``text`` names ("T=4,E=8", "T4 E8"), the others kept."""
+    def replace(self, text: str, variants: Sequence[str] = ()) -> Shape:
+        """This shape with the sizes that ``text`` names ("T=4,E=8", "T4 E8"), the others kept.
+
+        A word of ``variants`` is the variant.
+        """
         words = [word for word in re.split(r"[\s,]+", text.strip()) if word]
-        sizes = dict(self.sizes)
+        sizes, variant = dict(self.sizes), self.variant
         for word in words:
+            if word in variants:
+                variant = word
+                continue
             match = re.fullmatch(r"([A-Za-z]+)=?(\d+)", word)
             if not match or match[1] not in sizes:
                 raise ValueError(
@@ -53,7 +59,7 @@ class Shape:
             sizes[match[1]] = int(match[2])
         if min(sizes.values()) < 1:
             raise ValueError(f"shape must have sizes of at least 1; got {text!r}")
-        return Shape(sizes, self.variant)
+        return Shape(sizes, variant)
 
 
 @dataclass(frozen=True)
@@ -115,13 +121,13 @@ class Implementation:
     Attributes:
         run: from one set of inputs to the outputs.
         backward: from the outputs and the inputs; by default autograd's, of the first output.
-        own_weights: for weights that it keeps in another layout: its leaf, and the function that
-            brings the leaf's gradient into the layout of the case.
+        own_weights: for weights that it keeps in another layout: its leaves, and the function that
+            brings the leaves' gradients into the layout of the case.
     """
 
     run: Callable[[Inputs], Output]
     backward: Callable[[Output, Inputs], None] = autograd_backward
-    own_weights: Mapping[str, tuple[Tensor, Callable[[Tensor], Tensor]]] = field(
+    own_weights: Mapping[str, tuple[Sequence[Tensor], Callable[..., Tensor]]] = field(
         default_factory=dict
     )
 
@@ -150,6 +156,7 @@ class Op:
             that has this part.
         on_ranks: several processes compute it together, as many as the shape's "P".
         details: what else the rows of a case say.
+        variants: of shapes.
     """
 
     name: str
@@ -172,6 +179,7 @@ class Op:
     yardstick: Builder | None = None
     on_ranks: bool = False
     details: Callable[[Case], Mapping[str, Any]] = lambda case: {}
+    variants: tuple[str, ...] = ()
 
     def shapes(self, device: str, wanted: Sequence[str] = ()) -> list[Shape]:
         """Shapes named by set, or by sizes (those missing come from the first default set)."""
@@ -181,7 +189,7 @@ class Op:
         found: list[Shape] = []
         for text in wanted:
             known = self.shape_sets.get(text)
-            found += known if known else [default_sets[0][0].replace(text)]
+            found += known if known else [default_sets[0][0].replace(text, self.variants)]
         return found
 
 

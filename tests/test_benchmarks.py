@@ -150,7 +150,7 @@ def test_a_failing_or_missing_provider_is_named(
     assert "no_such_module does not import" in found["providers"]["y"]
     assert "without y: no_such_module" in capsys.readouterr().out
     notes = {row["note"] for row in rows_of(found, provider="x")}
-    assert notes == {"NotImplementedError: not for this shape"}
+    assert notes == {"does not run: NotImplementedError: not for this shape"}
     assert not rows_of(found, provider="y")
 
 
@@ -172,7 +172,7 @@ def test_a_provider_that_fails_late_is_named(
     monkeypatch.setitem(PROVIDERS, "x", late)
     _, found = run("fused_experts", tmp_path / "out.json", "--dtype", "fp32")
     for row in rows_of(found, provider="x"):
-        assert (row["note"], row["ms"]) == ("RuntimeError: out of memory", None)
+        assert (row["note"], row["ms"]) == ("does not run: RuntimeError: out of memory", None)
     assert all(row["rounds"] == 2 for row in rows_of(found, provider=OURS))
 
 
@@ -192,7 +192,7 @@ def test_a_provider_may_keep_weights_of_its_own(
         convert = (lambda grad: grad.mT) if right else (lambda grad: 2 * grad.mT)
         return Implementation(
             PROVIDERS["torch"].builders["fused_experts"](turned).run,
-            own_weights={name: (weight, convert) for name, weight in own.items()},
+            own_weights={name: ((weight,), convert) for name, weight in own.items()},
         )
 
     keeper = dataclasses.replace(PROVIDERS["torch"], name="x", builders={"fused_experts": build})

@@ -20,6 +20,7 @@ LAYERS = {
 # the same, of layers with biases, interleaved gates and ups, and the activation swigluoai
 OAI = "swigluoai"
 OAI_LAYERS = {"gpt-oss-120b": (2880, 2880, 128, 4)}
+ALL_LAYERS = LAYERS | OAI_LAYERS
 CPU_TOKENS = (1, 4, 16, 128, 1024)
 DECODE_TOKENS = (1, 2, 4, 8, 16, 32, 64)
 TRAINING_TOKENS = (4096, 32768)
@@ -69,6 +70,8 @@ def layer_sets() -> dict[str, list[Shape]]:
             layer(tokens, hidden, *rest) for tokens, hidden, wide in _FINE_GRAINED for rest in wide
         ],
     }
+    sets["sonicmoe-wide"] = [sets["sonicmoe"][index] for index in (8, 11)]
+    sets["decode"] = [layer(t, *LAYERS["qwen3-30b-a3b"]) for t in (1, 16, 64)]
     for name in (*LAYERS, *OAI_LAYERS):
         sets[name] = _set(name, TRAINING_TOKENS)
         sets[f"{name}-decode"] = _set(name, DECODE_TOKENS)
