@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import functools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +105,12 @@ def _parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser("report", help="tables and plots from result files")
     report.add_argument(
-        "files", nargs="*", type=Path, help="default: the committed results and those of last runs"
+        "files",
+        nargs="*",
+        type=Path,
+        help="files or folders; default: the committed results and those of last runs",
     )
+    report.add_argument("--tables", action="store_true", help="no plots, which need matplotlib")
     report.add_argument("--out", type=Path, default=RUNS / "report", help="a folder")
     report.set_defaults(command=_report)
 
@@ -245,11 +249,7 @@ def _memory(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    files = options.files or sorted([*COMMITTED.rglob("*.json"), *RUNS.rglob("*.json")])
-    if not files:
-        raise FileNotFoundError(
-            f"no results in {COMMITTED} or {RUNS}; python -m benchmarks run all"
-        )
+    files = _result_files(options.files)
     options.out.mkdir(parents=True, exist_ok=True)
     parts = []
     for file in files:
@@ -260,8 +260,11 @@ def _report(options: argparse.Namespace) -> int:
         parts += [
             f"## {found['op']} on {device['name']}, {found['threads']} threads",
             f"Commit {commit['hash']}{dirty}, {found['date']}; {versions}.",
+            *_absent(found["providers"]),
             tables.summary(found["rows"]),
         ]
+        if options.tables:
+            continue
         folder = options.out / environment.slug(device)
         for picture in plots.draw(found["rows"], folder):
             parts.append(f"![{picture.stem}]({picture.relative_to(options.out)})")
@@ -269,6 +272,26 @@ def _report(options: argparse.Namespace) -> int:
     (options.out / "report.md").write_text(text)
     print(f"{text}\nwritten: {options.out / 'report.md'}")
     return 0
+
+
+def _absent(providers: Mapping[str, str]) -> list[str]:
+    """A line on the libraries that were not measured."""
+    missing = [f"{name} ({why})" for name, why in providers.items() if why]
+    return [f"Not measured: {', '.join(missing)}."] if missing else []
+
+
+def _result_files(wanted: Sequence[Path]) -> list[Path]:
+    """Files as they are named, and those in folders that hold rows."""
+    if not wanted:
+        wanted = [folder for folder in (COMMITTED, RUNS) if folder.is_dir()]
+    files = []
+    for path in wanted:
+        inside = sorted(path.rglob("*.json")) if path.is_dir() else [path]
+        files += [file for file in inside if file == path or '"rows": [' in file.read_text()]
+    if not files:
+        places = " or ".join(map(str, wanted)) or RUNS
+        raise FileNotFoundError(f"no results in {places}; python -m benchmarks run all")
+    return files
 
 
 def _list(options: argparse.Namespace) -> int:

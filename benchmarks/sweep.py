@@ -188,6 +188,6 @@ def sweep_command(options: argparse.Namespace) -> int:
         return 0
     done = sweep(parts, options.out.resolve(), options.device, options.limit)
     print("\n| run | outcome | seconds |\n| --- | --- | --- |")
-    for part in done:
-        print(f"| {part['name']} | {part['outcome']} | {part['took']:.0f} |")
-    return 0 if all(part["outcome"] == "done" for part in done) else 1
+    for row in done:
+        print(f"| {row['name']} | {row['outcome']} | {row['took']:.0f} |")
+    return 0 if all(row["outcome"] == "done" for row in done) else 1

@@ -215,10 +215,27 @@ def test_report_draws_and_compares(tmp_path: Path, capsys: pytest.CaptureFixture
     own = rows_of(found, provider=OURS)[0]["ms_min"]
     line = next(line for line in text.splitlines() if line.startswith("| T5 H32 I16 E8 K2 |"))
     assert line.endswith(f"| {best / own:.2f} |")
-    pictures = list((tmp_path / "report").rglob("*.png"))
-    assert len(pictures) == 1
-    assert pictures[0].read_bytes().startswith(b"\x89PNG")
-    assert pictures[0].name in text
+    pictures = sorted((tmp_path / "report").rglob("*.png"))
+    kind = "fused-experts-fp32-uniform-forward"
+    assert [picture.name for picture in pictures] == [f"{kind}-tflops.png", f"{kind}.png"]
+    for picture in pictures:
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        assert picture.name in text
+
+
+@pytest.mark.usefixtures("given_limits")
+def test_report_draws_how_times_scale(tmp_path: Path) -> None:
+    shapes = [f"T={t},H=16,I=8,E=4,K=2" for t in (1, 2, 4, 8)]
+    folder, out = tmp_path / "results", tmp_path / "report"
+    options = ["--dtype", "fp32", "--direction", "forward", "--seconds", "1", "--rounds", "1"]
+    arguments = ["run", "fused_experts", "--device", "cpu", "--out", str(folder)]
+    assert main([*arguments, "--shape", *shapes, *options]) == 0
+    (folder / "sweep.json").write_text('{"parts": []}')  # lies there too, and is no results file
+    assert main(["report", str(folder), "--out", str(out)]) == 0
+    names = {picture.name for picture in out.rglob("*.png")}
+    assert "fused-experts-fp32-uniform-forward-over-t-h16-i8-e4-k2.png" in names
+    assert main(["report", str(folder), "--out", str(tmp_path / "tables"), "--tables"]) == 0
+    assert not list((tmp_path / "tables").rglob("*.png"))
 
 
 @pytest.mark.parametrize(
