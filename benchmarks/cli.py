@@ -1,4 +1,4 @@
-"""The command line: ``python -m benchmarks run|sweep|tune|memory|simulate|report|list``."""
+"""The command line: ``python -m benchmarks COMMAND``; ``--help`` names the commands."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 from benchmarks import (
     activation_checkpointing,
     environment,
+    launches,
     plots,
     ranks,
     results,
@@ -102,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     simulate_command.add_parser(commands)
     tune.add_parser(commands)
     sweep.add_parser(commands)
+    launches.add_parser(commands)
 
     report = commands.add_parser("report", help="tables and plots from result files")
     report.add_argument(

@@ -57,8 +57,11 @@ class CompileOnlyDriver(DriverBase):
 
 
 @contextmanager
-def compile_only(arch: int) -> Iterator[list[Any]]:
-    """While open, a launch compiles its kernel for ``arch``, and puts it on the list, once."""
+def compile_only(arch: int, launches: list[str] | None = None) -> Iterator[list[Any]]:
+    """While open, a launch compiles its kernel for ``arch``, and puts it on the list, once.
+
+    The names of all that are launched are appended to ``launches``.
+    """
     triton.runtime.driver.set_active(CompileOnlyDriver(arch))
     kernels: list[Any] = []
     run = JITFunction.run
@@ -67,6 +70,8 @@ def compile_only(arch: int) -> Iterator[list[Any]]:
         kernel = run(self, *args, warmup=True, **kwargs)
         if kernel not in kernels:
             kernels.append(kernel)
+        if launches is not None:
+            launches.append(self.fn.__name__)
         return kernel
 
     JITFunction.run = compile_instead

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
 
     for kind, shapes in _kinds(rows, "over_floor").items():
         for page, some in _pages(shapes):
-            save(kind, page, max(6.0, 2.2 * len(some) + 2), lambda axes, s=some: _bars(axes, s))
+            save(kind, page, max(6.0, 2.2 * len(some) + 2), partial(_bars, shapes=some))
     for kind, shapes in _kinds(rows, "tflops").items():
         limited = {
             shape: group
@@ -66,14 +67,14 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
                 kind,
                 f"tflops{page}",
                 max(6.0, 2.2 * len(some) + 2),
-                lambda axes, s=some: _bars(axes, s, "tflops"),
+                partial(_bars, shapes=some, value="tflops"),
             )
         for letter, fixed, groups in _scaling(shapes):
             save(
                 kind,
                 f"over-{letter.lower()}-{fixed}",
                 7.0,
-                lambda axes, x=letter, f=fixed, g=groups: _curves(axes, x, f, g),
+                partial(_curves, letter=letter, fixed=fixed, groups=groups),
             )
     return written
 
