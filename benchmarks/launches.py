@@ -35,6 +35,7 @@ READS = (
     *("unique_dim", "_unique2", "unique_consecutive", "repeat_interleave", "bincount"),
     *("lift_fresh", "_assert_async"),
 )
+READ_METHODS = ("tolist", "numpy", "__array__", "cpu")
 # what launches nothing
 FREE = (
     *("empty", "new_empty", "empty_strided", "new_empty_strided", "empty_like", "view", "detach"),
@@ -105,13 +106,12 @@ def watched(arch: int, *, watch: bool = True) -> Iterator[list[str]]:
         warnings.simplefilter("ignore")  # that kernels are overridden is the purpose
         for op in OPS:
             library.impl(op, launcher(op), "CPU")
-    names = ("tolist", "numpy", "__array__", "cpu")
-    refusals = {name: _refuse(name) for name in names}
     try:
         with ExitStack() as stack:
             stack.enter_context(compile_only(arch, launches))
             if watch:
-                stack.enter_context(mock.patch.multiple(Tensor, **refusals))
+                for name in READ_METHODS:
+                    stack.enter_context(mock.patch.object(Tensor, name, _refuse(name)))
                 stack.enter_context(_Watch(launches))
             yield launches
     finally:
@@ -161,7 +161,7 @@ def layer_steps(
 
     x, logits = leaf(tokens, hidden), torch.empty(tokens, experts).requires_grad_()
     gate_up, down = leaf(experts, 2 * inner, hidden), leaf(experts, hidden, inner)
-    biases = {}
+    biases: dict[str, Any] = {}
     if biased:
         biases["gate_up_bias"] = leaf(experts, 2 * inner)
         biases["down_bias"] = leaf(experts, hidden)
