@@ -175,18 +175,16 @@ def as_table(document: Mapping[str, Any], kernels: Collection[str]) -> dict[Buck
 
 
 @functools.cache
-def tuned(device: torch.device, kernels: tuple[str, ...]) -> Table:
-    """The entries that hold on a device: those shipped for it, replaced by the user's own.
+def tuned(device: torch.device, kernels: tuple[str, ...]) -> tuple[Table, ...]:
+    """The tables that hold on a device, first the one that decides.
 
-    The file that ``MOE_KERNELS_CONFIGS`` names is read at the first launch on the device, whatever
-    device it was measured on. A table of the exact model comes before that of its architecture.
+    That is the file that ``MOE_KERNELS_CONFIGS`` names, whatever device it was measured on; then
+    the shipped ones of the exact model and of its architecture. Read at the first launch.
 
     Raises:
         ValueError, OSError: as :func:`read_table`; what is asked for is never ignored.
     """
-    name = device_class(device)
-    paths = [FOLDER / f"{part}.json" for part in dict.fromkeys((name.split("-")[0], name))]
-    paths = [path for path in paths if path.exists()]
+    paths = []
     own = os.environ.get(VARIABLE)
     if own:
         if not Path(own).is_file():
@@ -195,7 +193,7 @@ def tuned(device: torch.device, kernels: tuple[str, ...]) -> Table:
                 f"writes it; there is no file {own}"
             )
         paths.append(Path(own))
-    found: dict[Bucket, Config] = {}
-    for path in paths:
-        found |= as_table(read_table(path, kernels), kernels)
-    return found
+    name = device_class(device)
+    shipped = [FOLDER / f"{part}.json" for part in dict.fromkeys((name, name.split("-")[0]))]
+    paths += [path for path in shipped if path.exists()]
+    return tuple(as_table(read_table(path, kernels), kernels) for path in paths)

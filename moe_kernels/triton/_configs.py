@@ -119,9 +119,11 @@ def config(
 def _tuned_config(
     device: torch.device, kernel: str, precision: str, rows: int | None, inner: str
 ) -> Config | None:
-    table = tuned(device, tuple(CONFIGS))
-    found = table.get(Bucket(kernel, precision, rows, inner))
-    return found or table.get(Bucket(kernel, precision, rows, "any"))
+    for table in tuned(device, tuple(CONFIGS)):
+        for part in (inner, "any"):
+            if found := table.get(Bucket(kernel, precision, rows, part)):
+                return found
+    return None
 
 
 def default_config(

@@ -11,7 +11,7 @@ import torch
 
 from moe_kernels.triton import _config_tables as tables
 from moe_kernels.triton import _configs
-from moe_kernels.triton._config_tables import Bucket, Config
+from moe_kernels.triton._config_tables import Config
 
 CPU = torch.device("cpu")
 OTHER = Config(64, 64, 32, warps=4, stages=2, group_m=4, programs=2)
@@ -94,20 +94,27 @@ def test_a_users_table_decides_for_its_buckets(
     assert full == _configs.CONFIGS["up"][80, "full", "any"]
 
 
-def test_a_users_entry_replaces_the_shipped_one(
+def test_a_users_table_comes_before_the_shipped_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Even an entry for any side; and the model's before the architecture's."""
     monkeypatch.setattr(tables, "FOLDER", tmp_path)
+    monkeypatch.setattr(tables, "device_class", lambda device: "sm_90-h200")
     of = dataclasses.asdict
-    write(tmp_path / "sm_90.json", entry(), entry(rows=64))
-    smaller = dataclasses.replace(OTHER, stages=3)
-    monkeypatch.setenv(
-        tables.VARIABLE, str(write(tmp_path / "own.json", entry(config=of(smaller))))
+    by_stages = [dataclasses.replace(OTHER, stages=stages) for stages in range(6)]
+    rows = (64, 256, 1024)
+    write(
+        tmp_path / "sm_90.json",
+        *(entry(rows=r, inner="wide", config=of(by_stages[1])) for r in rows),
     )
-    assert tables.tuned(CPU, tuple(_configs.CONFIGS)) == {
-        Bucket("up", "half", 256): smaller,
-        Bucket("up", "half", 64): OTHER,
-    }
+    write(
+        tmp_path / "sm_90-h200.json",
+        *(entry(rows=r, inner="wide", config=of(by_stages[2])) for r in rows[:2]),
+    )
+    own = write(tmp_path / "own.json", entry(rows=64, config=of(by_stages[3])))
+    monkeypatch.setenv(tables.VARIABLE, str(own))
+    stages = [_configs.config("up", BF16, r, 1, aligned=True, inner=768).stages for r in rows]
+    assert stages == [3, 2, 1]
 
 
 def test_a_table_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
