@@ -22,7 +22,7 @@ from benchmarks.environment import ROOT
 
 DEVICE_LOST = 3
 RESTARTS = 3  # of a run whose process died
-GRACE = 15.0  # seconds to write what is there, after an interrupt
+GRACE = 15.0  # seconds to write what is there, after an interrupt; at most a quarter of all
 LEAST = 5.0  # seconds in which a run can do anything
 
 
@@ -106,7 +106,7 @@ def start_process(arguments: Sequence[str], seconds: float) -> int:
         process.wait()
         raise
     try:
-        process.wait(GRACE)
+        process.wait(min(GRACE, seconds / 3))
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
