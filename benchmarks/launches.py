@@ -23,12 +23,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-OPS = (
-    *("sort_by_expert", "permute", "unpermute", "unpermute_backward", "chunk_permute"),
-    *("expert_activation", "expert_activation_backward", "topk_router", "topk_router_backward"),
-    *("grouped_gemm", "grouped_gemm_wgrad", "grouped_gemm_wgrad_", "grouped_gemm_dbias"),
-    *("fused_experts", "fused_experts_backward"),
-)
 # what makes the host wait for a value of the device, or for a copy
 READS = (
     *("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "allclose"),
@@ -71,6 +65,14 @@ class _Watch(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def _ops(namespace: str) -> list[str]:
+    """The package's ops that have a Triton launcher."""
+    names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith(f"{namespace}::")]
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    ops = [name.split("::")[1] for name in names if has_kernel(name, "CUDA")]
+    return [op for op in ops if not op.startswith(("dispatch", "combine"))]  # between ranks
+
+
 def _refuse(name: str) -> Callable[..., Any]:
     def refused(*args: Any, **kwargs: Any) -> Any:
         raise HostReadError(f"Tensor.{name} waits for the device")
@@ -85,6 +87,7 @@ def watched(arch: int, *, watch: bool = True) -> Iterator[list[str]]:
     Yields the names of all kernels that would have been launched; without ``watch``, which takes
     time, of Triton's only, and reads by the host pass.
     """
+    import moe_kernels  # noqa: F401  registers the ops
     from benchmarks.compile_only import compile_only
     from moe_kernels.ops._library import NAMESPACE, _lazy_triton
 
@@ -104,7 +107,7 @@ def watched(arch: int, *, watch: bool = True) -> Iterator[list[str]]:
     library = torch.library.Library(NAMESPACE, "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that kernels are overridden is the purpose
-        for op in OPS:
+        for op in _ops(NAMESPACE):
             library.impl(op, launcher(op), "CPU")
     try:
         with ExitStack() as stack:
