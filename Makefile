@@ -26,7 +26,8 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
 
 CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/native/*.cpp')
 
-.PHONY: demo test test-all test-sanitizers test-stress lint format bench gpu-check gpu-bench gpu-tune build clean
+.PHONY: demo test test-all test-sanitizers test-stress test-instructions lint format bench gpu-check \
+	gpu-bench gpu-tune build clean
 
 demo: build
 	OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc-per-node=2 \
@@ -61,6 +62,10 @@ test-stress:
 			$(STRESS_SOURCES) -o build/dispatch_stress && \
 		for seed in 1 2 3; do build/dispatch_stress 8 150 $$seed || exit 1; done || exit 1; \
 	done
+
+# How many instructions the AVX2 kernels take for a small layer, against the record. Needs valgrind.
+test-instructions: $(ENVIRONMENT)
+	@$(PY) -m tests.native.count_instructions
 
 lint: $(ENVIRONMENT)
 	$(PY) -m ruff check .

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,9 @@ def _run(options: argparse.Namespace) -> int:
 
 def _run_one(op: Op, settings: Settings, options: argparse.Namespace) -> list[str]:
     """Measure, print and write one op. Returns what is wrong with our own rows."""
+    if missing := [module for module in op.requires if not find_spec(module.split(".")[0])]:
+        print(f"{op.name}: not run: needs {', '.join(missing)}", flush=True)
+        return []
     described = environment.describe(settings.device)
     why = available(op, settings.device.type, settings.providers)
     for name, reason in why.items():

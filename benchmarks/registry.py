@@ -154,6 +154,8 @@ class Op:
         routings: that a shape is measured with if none is asked for.
         yardstick: an implementation whose error the others' is held to; None for the provider
             that has this part.
+        plain: the provider whose error against float64 the others' is held to.
+        requires: modules that must be importable to make a case.
         on_ranks: several processes compute it together, as many as the shape's "P".
         details: what else the rows of a case say.
         variants: of shapes.
@@ -177,6 +179,8 @@ class Op:
     )
     routings: Callable[[Shape], tuple[str, ...]] = lambda shape: ("uniform",)
     yardstick: Builder | None = None
+    plain: str = "torch"
+    requires: tuple[str, ...] = ()
     on_ranks: bool = False
     details: Callable[[Case], Mapping[str, Any]] = lambda case: {}
     variants: tuple[str, ...] = ()

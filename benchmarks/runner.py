@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.accuracy import Accuracy, judge
 from benchmarks.limits import Limits, measure_limits
 from benchmarks.memory import PeakMemory
-from benchmarks.providers import PROVIDERS, YARDSTICK
+from benchmarks.providers import PROVIDERS
 from benchmarks.registry import (
     DTYPES,
     Case,
@@ -142,7 +142,7 @@ def run_op(op: Op, settings: Settings) -> Iterator[tuple[list[Row], str, Limits]
                 if not wanted or (mode == "training" and not case.differentiable):
                     continue
                 contenders = _compete(op, case, clock, settings, usable, mode == "training", key)
-                yardstick = contenders[YARDSTICK].accuracy if YARDSTICK in contenders else None
+                yardstick = contenders[op.plain].accuracy if op.plain in contenders else None
                 for direction in wanted:
                     rows += make_rows(common, direction, contenders, cost, yardstick, DTYPES[dtype])
             yield rows, dtype, limits

@@ -6,6 +6,7 @@
 
 #include "build_info.h"
 #include "cpu/capability.h"
+#include "cpu/large_buffers.h"
 #include "cpu/large_pages.h"
 
 namespace py = pybind11;
@@ -38,6 +39,8 @@ PYBIND11_MODULE(_C, m) {
         "The one in use: the strongest, or the one MOE_KERNELS_CPU_CAPABILITY names.");
   m.def("set_cpu_capability", &moe::set_cpu_capability, py::arg("name"),
         "Use another one from now on. For tests: kernels that run meanwhile may use either.");
+  m.def("free_kept_buffers", &moe::free_kept_buffers,
+        "Give kept buffers back to the system; returns how many bytes they had.");
   m.def("use_large_pages", &moe::use_large_pages, py::arg("tensor"),
         "Move a tensor's memory to large pages; returns how many bytes are on such pages now.");
   moe::ep::bind(m);

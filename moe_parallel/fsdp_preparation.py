@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 from torch.nn import functional
 
-from moe_parallel.mesh import MeshError, get_submesh, groups_of, is_mesh
+from moe_parallel.mesh import MeshError, get_submesh, groups_of, is_mesh, pipeline_of
 
 
 def replicate_correction_bias(gate: Any, mesh: Any) -> None:
@@ -124,33 +124,53 @@ def check_equal_experts(experts: list[Any], moe_mesh: Any, ep_axis_name: str) ->
     """The groups of ``ep_shard`` must hold the same experts: FSDP shards what each has.
 
     What counts is what the first rank of a group holds, before it is distributed. Collective over
-    ``moe_mesh``: a reduction of two numbers, or one along each axis of a mesh of other making than
-    :func:`build_meshes`.
+    ``moe_mesh`` and all stages of its pipeline: a reduction of two numbers a stage, or one along
+    each axis of a mesh of other making than :func:`build_meshes`.
 
     Raises:
-        MeshError: they do not; on every rank.
+        MeshError: they do not, in some stage; on every rank.
     """
     if not is_mesh(moe_mesh):
         return
-    if "pp" in moe_mesh.mesh_dim_names:  # other stages have other layers
-        moe_mesh = moe_mesh[tuple(name for name in moe_mesh.mesh_dim_names if name != "pp")]
-    if moe_mesh.size() == get_submesh(moe_mesh, ep_axis_name).size():
+    stages = pipeline_of(moe_mesh)
+    axes = tuple(name for name in moe_mesh.mesh_dim_names if name != "pp")
+    ranks_of_stage = moe_mesh[axes]
+    if ranks_of_stage.size() == get_submesh(moe_mesh, ep_axis_name).size():
         return
-    tensors = [parameter for module in experts for parameter in module.parameters()]
-    if not tensors or any(t.is_meta or isinstance(t, DTensor) for t in tensors):
-        return
+    # For each stage the greatest digest and the greatest negative one. Who has none takes part.
     least = -(2**62)
-    extremes = torch.tensor([least, least], device=moe_mesh.device_type)
-    if moe_mesh.get_local_rank(ep_axis_name) == 0:
+    extremes = torch.full((1 if stages is None else stages.size(), 2), least)
+    tensors = [parameter for module in experts for parameter in module.parameters()]
+    known = tensors and not any(t.is_meta or isinstance(t, DTensor) for t in tensors)
+    if known and moe_mesh.get_local_rank(ep_axis_name) == 0:
         digest = sum((_digest(tensor, i) for i, tensor in enumerate(tensors)), start=0) % 2**62
-        extremes = torch.tensor([digest, -digest], device=moe_mesh.device_type)
-    for group in groups_of(moe_mesh):
+        stage = 0 if stages is None else stages.get_local_rank()
+        extremes[stage] = torch.tensor([digest, -digest])
+    extremes = extremes.to(moe_mesh.device_type)
+    for group in _groups_with(ranks_of_stage, stages):
         dist.all_reduce(extremes, dist.ReduceOp.MAX, group)
-    if extremes.sum() != 0:
+    unequal = [
+        stage
+        for stage, (most, fewest) in enumerate(extremes.tolist())
+        if most != least and most != -fewest
+    ]
+    if unequal:
+        where = "" if stages is None else f" in pipeline stage {', '.join(map(str, unequal))}"
         raise MeshError(
-            "apply_ep: the groups of ep_shard must hold equal weights of the experts; they differ. "
-            "Initialise or load every rank alike (the same seed or the same checkpoint) first."
+            "apply_ep: the groups of ep_shard must hold equal weights of the experts; they differ"
+            f"{where}. Initialise or load every rank alike (the same seed or the same checkpoint) "
+            "first."
         )
+
+
+def _groups_with(ranks_of_stage: Any, stages: Any) -> list[Any]:
+    """Process groups over which one reduction after the other covers a stage's ranks, or those of
+    all stages: one, if there is."""
+    if stages is None:
+        return groups_of(ranks_of_stage)
+    if ranks_of_stage.size() * stages.size() == dist.get_world_size():
+        return [dist.group.WORLD]
+    return [*groups_of(ranks_of_stage), stages.get_group()]
 
 
 def _digest(tensor: Tensor, seed: int) -> int:

@@ -7,7 +7,8 @@ the last ones. Experts see the same ranks, without ``pp``, as ``ep_shard, ep``.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,6 +28,10 @@ _EXPERT_AXES = ("dp_replicate", "dp_shard", "cp", "tp")
 
 class MeshError(ValueError):
     """A mesh that cannot be built, or that does not fit the model."""
+
+
+# what a model or a mesh is refused with; other errors reach other stages as a MeshError
+_REFUSALS = (MeshError, ValueError, AssertionError, AttributeError)
 
 
 def build_meshes(
@@ -190,6 +195,45 @@ def groups_of(mesh: DeviceMesh) -> list[Any]:
         if torch.equal(flat.mesh, mesh.mesh.flatten()):
             return [flat.get_group()]
     return [mesh.get_group(axis) for axis in mesh.mesh_dim_names or ()]
+
+
+def pipeline_of(mesh: Any) -> Any | None:
+    """The ranks, one a stage, that run this rank's pipeline; None without a pipeline."""
+    if not is_mesh(mesh):
+        return None
+    root = mesh._get_root_mesh()
+    names = root.mesh_dim_names or ()
+    return root["pp"] if "pp" in names and root.size(names.index("pp")) > 1 else None
+
+
+@contextmanager
+def refused_together(mesh: Any) -> Iterator[None]:
+    """What is refused within, on the ranks of one pipeline stage, is refused on those of all.
+
+    Without a pipeline the ranks have equal models, and nothing is communicated.
+
+    Raises:
+        Exception: that of the first stage that has one, of its type and with its message, which
+            names the stage.
+    """
+    stages = pipeline_of(mesh)
+    problem: tuple[type[Exception], str] | None = None
+    cause = None
+    try:
+        yield
+    except Exception as error:
+        if stages is None:
+            raise
+        kind = type(error) if type(error) in _REFUSALS else MeshError
+        problem, cause = (kind, str(error)), error
+    if stages is None:
+        return
+    problems: list[Any] = [None] * stages.size()
+    dist.all_gather_object(problems, problem, group=stages.get_group())
+    for stage, found in enumerate(problems):
+        if found is not None:
+            kind, text = found
+            raise kind(f"{text} (in pipeline stage {stage})") from cause
 
 
 def _axes_match(parent: DeviceMesh, axes: list[DeviceMesh], sizes: tuple[int, ...]) -> bool:

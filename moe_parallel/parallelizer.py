@@ -45,7 +45,12 @@ from moe_parallel.fsdp_preparation import (
 )
 from moe_parallel.fsdp_roots import check_ends, find_ends, retie_embeddings, units_around_blocks
 from moe_parallel.layers import MoE
-from moe_parallel.mesh import check_ep_shard_axes, check_fsdp_axes, get_submesh
+from moe_parallel.mesh import (
+    check_ep_shard_axes,
+    check_fsdp_axes,
+    get_submesh,
+    refused_together,
+)
 from moe_parallel.text_module import (
     _is_deepseek_v4_model,
     _is_selective_ac,
@@ -178,8 +183,8 @@ def apply_ep(model: nn.Module, ep_mesh: DeviceMesh, moe_mesh: DeviceMesh | None 
     Args:
         model: the outer model.
         ep_mesh: 1-D, more than one rank.
-        moe_mesh: the mesh that ``ep_mesh`` is part of, for transports that follow the topology of
-            nodes; "process_group" does not.
+        moe_mesh: the mesh that ``ep_mesh`` is part of: then it is checked that the groups of ranks
+            that are to hold the same experts do, in every stage of its pipeline.
 
     Raises:
         AssertionError: ``ep_mesh`` has one rank.
@@ -430,7 +435,8 @@ def parallelize_model(
 ) -> None:
     """Apply context and Expert Parallelism, activation checkpointing and FSDP, in place.
 
-    Every rank must hold equal weights. Example::
+    Every rank must hold equal weights. With a pipeline every rank calls it for each of its stages,
+    and what one stage is refused with, all are. Example::
 
         world_mesh, moe_mesh = build_meshes(ep=4)
         axes = parallel_axis_names(world_mesh, moe_mesh)
@@ -463,11 +469,12 @@ def parallelize_model(
         ep_mesh = get_submesh(moe_mesh, ep_axis_name)
         ep_mesh = ep_mesh if ep_mesh.size() > 1 else None
     if ep_mesh is not None:
-        experts = _get_model_moe_config(model).n_routed_experts
-        assert experts % ep_mesh.size() == 0, (
-            f"parallelize_model: n_routed_experts {experts} must be a multiple of the Expert "
-            f"Parallel size {ep_mesh.size()}"
-        )
+        with refused_together(world_mesh):
+            experts = _get_model_moe_config(model).n_routed_experts
+            assert experts % ep_mesh.size() == 0, (
+                f"parallelize_model: n_routed_experts {experts} must be a multiple of the Expert "
+                f"Parallel size {ep_mesh.size()}"
+            )
         check_ep_shard_axes(moe_mesh, ep_axis_name, ep_shard_axis_names)
     fsdp_mesh = None if dp_axis_names is None else get_submesh(world_mesh, dp_axis_names)
     check_fsdp_axes(world_mesh, dp_axis_names, fsdp_mesh)
@@ -480,18 +487,20 @@ def parallelize_model(
     selective = _is_selective_ac(activation_checkpointing)
 
     # What the steps below would refuse half-way. A stand-in for a model may have no such parts.
-    backbone = get_text_module(inner_model(model))
-    if all(hasattr(container, "named_children") for container in block_containers(model, backbone)):
-        layers = _moe_layers(model)
-        if ep_mesh is not None:
-            check_expert_counts(layers, ep_mesh.size())
-        if ep_shard_enabled:
-            check_expert_widths((moe for _, moe in layers), ep_shard_mesh)
-        saves_router = activation_checkpointing and ignore_router_for_ac and not selective
-        if layers and saves_router and getattr(apply_ac, "__module__", None) == __name__:
-            router_sizes(model, None, None)  # another apply_ac may find them elsewhere
-    if fsdp_mesh is not None:
-        check_ends(model, backbone, wrap_outer_model)
+    with refused_together(world_mesh):
+        backbone = get_text_module(inner_model(model))
+        containers = block_containers(model, backbone)
+        if all(hasattr(container, "named_children") for container in containers):
+            layers = _moe_layers(model)
+            if ep_mesh is not None:
+                check_expert_counts(layers, ep_mesh.size())
+            if ep_shard_enabled:
+                check_expert_widths((moe for _, moe in layers), ep_shard_mesh)
+            saves_router = activation_checkpointing and ignore_router_for_ac and not selective
+            if layers and saves_router and getattr(apply_ac, "__module__", None) == __name__:
+                router_sizes(model, None, None)  # another apply_ac may find them elsewhere
+        if fsdp_mesh is not None:
+            check_ends(model, backbone, wrap_outer_model)
 
     if cp_mesh is not None and cp_mesh.size() > 1:
         apply_cp(model, cp_mesh)

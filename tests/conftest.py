@@ -37,6 +37,7 @@ OPS = (
     "grouped_gemm_dbias",
     "fused_experts",
     "fused_experts_backward",
+    "fused_experts_wgrad_",
 )
 
 

@@ -47,7 +47,8 @@ def rows_of(found: dict[str, Any], **wanted: str) -> list[dict[str, Any]]:
 
 
 def test_every_op_has_a_tiny_shape() -> None:
-    assert set(TINY) == {name for name, op in OPS.items() if not op.on_ranks}
+    elsewhere = {"model_decode"}  # tests.test_benchmarks_models
+    assert set(TINY) == {name for name, op in OPS.items() if not op.on_ranks} - elsewhere
 
 
 @pytest.mark.usefixtures("given_limits")

@@ -4,6 +4,7 @@ from benchmarks.ops.dispatch import dispatch
 from benchmarks.ops.expert_activation import expert_activation
 from benchmarks.ops.fused_experts import fused_experts
 from benchmarks.ops.grouped_gemm import grouped_gemm
+from benchmarks.ops.model_decode import model_decode
 from benchmarks.ops.permute import permute
 from benchmarks.ops.sort_by_expert import sort_by_expert
 from benchmarks.ops.topk_router import topk_router
@@ -20,6 +21,7 @@ OPS: dict[str, Op] = {
         unpermute,
         sort_by_expert,
         topk_router,
+        model_decode,
         dispatch,
     )
 }

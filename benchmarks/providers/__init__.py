@@ -1,5 +1,6 @@
 """Every source of implementations. A new one is a file here and its name in PROVIDERS."""
 
+from benchmarks.providers.compiled_models import compiled_models, our_compiled_model
 from benchmarks.providers.copy_limit import copy_limit
 from benchmarks.providers.dense_limit import dense_limit
 from benchmarks.providers.dispatch import gloo_rows, torch_all_to_all, transports
@@ -16,8 +17,11 @@ from benchmarks.providers.transformers import (
 from benchmarks.registry import Provider
 
 OURS = moe_kernels.name
-OWN = (OURS, *(transport.name for transport in transports))  # all that this package implements
-YARDSTICK = torch_chain.name  # whose error against float64 the others' is held to
+OWN = (
+    OURS,
+    our_compiled_model.name,
+    *(transport.name for transport in transports),
+)  # all that this package implements
 DENSE = dense_limit.name
 MACHINE = (DENSE, copy_limit.name)  # what the machine allows
 LIMITS = (*MACHINE, gloo_rows.name)  # what computes nothing that could be wrong
@@ -33,6 +37,8 @@ PROVIDERS: dict[str, Provider] = {
         transformers_sonicmoe,
         transformers_deepgemm,
         *PEERS,
+        our_compiled_model,
+        *compiled_models,
         *transports,
         torch_all_to_all,
         gloo_rows,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import moe_kernels as ours
+from benchmarks.models import decoding
 from benchmarks.ops._order import order_of
 from benchmarks.ops.fused_experts import matrices, options
 from benchmarks.registry import Case, Implementation, Inputs, Output, Provider
@@ -55,5 +56,6 @@ moe_kernels = Provider(
         ),
         "sort_by_expert": _sort_by_expert,
         "topk_router": _topk_router,
+        "model_decode": decoding("moe_kernels"),
     },
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.models import decoding
 from benchmarks.ops.fused_experts import is_oai
 from benchmarks.registry import Builder, Case, Implementation, Inputs, Output, Provider, Unsupported
 
@@ -67,7 +68,10 @@ def _provider(
 ) -> Provider:
     return Provider(
         f"transformers_{implementation}",
-        {"fused_experts": _fused_experts(implementation)},
+        {
+            "fused_experts": _fused_experts(implementation),
+            "model_decode": decoding(implementation),
+        },
         requires=("transformers.integrations.moe", *requires),
         devices=devices,
     )

@@ -7,7 +7,7 @@
 
 #include "common/parallel.h"
 #include "cpu/fused_experts.h"
-#include "cpu/large_pages.h"
+#include "cpu/large_buffers.h"
 
 namespace moe {
 

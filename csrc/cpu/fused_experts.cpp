@@ -12,7 +12,7 @@
 #include <torch/library.h>
 
 #include "common/parallel.h"
-#include "cpu/large_pages.h"
+#include "cpu/large_buffers.h"
 #include "cpu/order.h"
 
 namespace moe {
@@ -122,7 +122,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> fused_exp
     const at::Tensor& topk_ids, const at::Tensor& topk_weights,
     const std::optional<at::Tensor>& gate_up_bias, const std::optional<at::Tensor>& down_bias,
     std::string_view activation, bool interleaved, double alpha, double limit, int64_t num_rows,
-    bool save_for_backward) {
+    bool save_for_backward, const std::optional<at::Tensor>& /*gate_up_main_grad*/,
+    const std::optional<at::Tensor>& /*down_main_grad*/) {
   constexpr const char* kOp = "fused_experts";
   const Layer layer{Weights(gate_up),
                     Weights(down),

@@ -8,11 +8,12 @@
 //     d down = (s A)^T dO, d gate_up = x^T dh, dx = sum over a token's slots of dh @ gate_up^T.
 // The products of the down projection are not needed again.
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include "common/parallel.h"
 #include "cpu/fused_experts.h"
-#include "cpu/large_pages.h"
+#include "cpu/large_buffers.h"
 #include "cpu/order.h"
 
 namespace moe {
@@ -62,10 +63,12 @@ class Backward {
         activation_(activation),
         interleaved_(interleaved) {}
 
-  // dh [rows, W] and ds, and s * A where it is needed.
-  void through_activation(const Weights& down_transposed, bool keep_activations, int64_t rows) {
+  // dh [rows, W] and ds, and s * A [activation_rows, I] where it is needed.
+  void through_activation(const Weights& down_transposed, int64_t rows,
+                          std::optional<int64_t> activation_rows) {
     grad_h_ = empty_large({rows, width_}, h_.options());
-    if (keep_activations) activations_ = empty_large({order_.used, inner_}, h_.options());
+    const bool keep_activations = activation_rows.has_value();
+    if (keep_activations) activations_ = empty_large({*activation_rows, inner_}, h_.options());
     // Partial sums of ds are over this many columns, whatever the number of threads.
     const int64_t step = down_transposed.k_contiguous() ? 96 : 128;
     const int64_t parts = (inner_ + step - 1) / step;
@@ -97,10 +100,11 @@ class Backward {
   void take_grad_h(const at::Tensor& grad_h) { grad_h_ = grad_h.contiguous(); }
 
   const at::Tensor& grad_h() const { return grad_h_; }
+  const at::Tensor& activations() const { return activations_; }
 
-  // s * A alone.
-  void recompute_activations() {
-    activations_ = empty_large({order_.used, inner_}, h_.options());
+  // s * A [rows, I] alone.
+  void recompute_activations(int64_t rows) {
+    activations_ = empty_large({rows, inner_}, h_.options());
     const auto& functions = kernels<ActivationKernels<T>>();
     parallel_rows(order_.used, 4 * inner_ * sizeof(T), [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
@@ -203,7 +207,8 @@ class Backward {
   std::vector<A> products_;          // [parts, R]: parts of <dA, A>
 };
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
+           at::Tensor>
 fused_experts_backward(const at::Tensor& grad_TH, const at::Tensor& x_TH, const at::Tensor& gate_up,
                        const at::Tensor& down, const at::Tensor& topk_weights,
                        const at::Tensor& h_RW, const at::Tensor& row_to_slot,
@@ -211,7 +216,8 @@ fused_experts_backward(const at::Tensor& grad_TH, const at::Tensor& x_TH, const 
                        const std::optional<at::Tensor>& gate_up_bias,
                        const std::optional<at::Tensor>& down_bias, std::string_view activation,
                        bool interleaved, double alpha, double limit, std::array<bool, 6> wanted,
-                       const std::optional<at::Tensor>& known_grad_h, bool keep_grad_h) {
+                       const std::optional<at::Tensor>& known_grad_h, bool keep_grad_h,
+                       bool keep_weighted_a) {
   constexpr const char* kOp = "fused_experts_backward";
   const Needs needs{wanted[0],
                     wanted[1],
@@ -236,18 +242,21 @@ fused_experts_backward(const at::Tensor& grad_TH, const at::Tensor& x_TH, const 
   const ActivationOptions options{parse_activation(kOp, activation), alpha, limit};
   const at::Tensor none = at::empty({0}, x.options());
   at::Tensor dx = none, dgate_up = none, ddown = none, dweights = none, dbias1 = none,
-             dbias2 = none, grad_h = none;
+             dbias2 = none, grad_h = none, weighted_a = none;
 
   dispatch_float(x.scalar_type(), kOp, [&]<typename T>() {
     Backward<T> backward(order, x, grad, h, weights, down.size(1), options, interleaved);
     if (known_grad_h) backward.take_grad_h(*known_grad_h);
+    std::optional<int64_t> activation_rows;
+    if (needs.down || keep_weighted_a) activation_rows = keep_weighted_a ? h.size(0) : order.used;
     if (!known_grad_h && (needs.activations() || keep_grad_h)) {
       const int64_t rows = keep_grad_h ? h.size(0) : order.used;
-      backward.through_activation(Weights(down.mT()), needs.down, rows);
-    } else if (needs.down) {
-      backward.recompute_activations();
+      backward.through_activation(Weights(down.mT()), rows, activation_rows);
+    } else if (activation_rows) {
+      backward.recompute_activations(*activation_rows);
     }
     if (keep_grad_h) grad_h = backward.grad_h();
+    if (keep_weighted_a) weighted_a = backward.activations();
     if (needs.weights) dweights = backward.grad_weights(bias, topk_weights);
     if (needs.x) dx = backward.grad_x(Weights(gate_up.mT()), x);
     if (needs.gate_up) dgate_up = backward.grad_gate_up(gate_up);
@@ -255,13 +264,42 @@ fused_experts_backward(const at::Tensor& grad_TH, const at::Tensor& x_TH, const 
     if (needs.gate_up_bias) dbias1 = backward.grad_gate_up_bias(*gate_up_bias);
     if (needs.down_bias) dbias2 = backward.grad_down_bias(*down_bias);
   });
-  return {dx, dgate_up, ddown, dweights, dbias1, dbias2, grad_h};
+  return {dx, dgate_up, ddown, dweights, dbias1, dbias2, grad_h, weighted_a};
+}
+
+// out[e] += a[rows of e]^T grad[rows of e]; of one of them, row r is that of the slot's token.
+void fused_experts_wgrad_(const at::Tensor& out_EMN, const at::Tensor& a_in,
+                          const at::Tensor& grad_in, const at::Tensor& row_to_slot,
+                          const at::Tensor& offsets_E1, int64_t top_k, bool gather_a) {
+  const at::Tensor a = with_unit_stride(a_in), grad = with_unit_stride(grad_in.to(a.scalar_type()));
+  const at::Tensor slots = row_to_slot.contiguous(), offsets = offsets_E1.contiguous();
+  const at::Tensor &by_token = gather_a ? a : grad, &by_row = gather_a ? grad : a;
+  const int64_t used = data<int32_t>(offsets)[offsets.size(0) - 1];
+  TORCH_CHECK_VALUE(used <= by_row.size(0) && used <= slots.size(0),
+                    "fused_experts_wgrad_: there must be at least offsets[E] = ", used,
+                    " rows and slots; got ", by_row.size(0), " and ", slots.size(0));
+  const at::ScalarType wide = accumulate_dtype(a.scalar_type());
+  const bool direct =
+      out_EMN.scalar_type() == wide && (out_EMN.stride(1) == 1 || out_EMN.stride(2) == 1);
+  const at::Tensor out = direct ? out_EMN : at::zeros(out_EMN.sizes(), a.options().dtype(wide));
+  dispatch_float(a.scalar_type(), "fused_experts_wgrad_", [&]<typename T>() {
+    std::vector<const T*> tokens(used), rows(used);
+    for (int64_t r = 0; r < used; ++r) {
+      const int64_t token = data<int32_t>(slots)[r] / top_k;
+      tokens[r] = data<T>(by_token) + token * by_token.stride(0);
+      rows[r] = data<T>(by_row) + r * by_row.stride(0);
+    }
+    weight_grad<T>(out, true, gather_a ? tokens : rows, gather_a ? rows : tokens,
+                   data<int32_t>(offsets));
+  });
+  if (!direct) out_EMN.add_(out);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(moe_kernels, CPU, m) {
   m.impl("fused_experts_backward", fused_experts_backward);
+  m.impl("fused_experts_wgrad_", fused_experts_wgrad_);
 }
 
 }  // namespace moe

@@ -33,7 +33,7 @@ MOE_INLINE int64_t padded(int64_t k) {
 }
 
 // How m rows are packed for a k-contiguous matrix: blocks of vectors, each [groups, vectors, lanes,
-// G], then rows that would fill less than half a vector, each padded.
+// G], then rows that would fill too little of a vector, each padded.
 template <typename T>
 struct Blocks {
   int64_t vectors, rest, count;
@@ -42,7 +42,7 @@ struct Blocks {
     constexpr int64_t L = kLanes<acc_t<T>>;
     vectors = m / L;
     rest = m % L;
-    if (rest > L / 2) {
+    if (rest > (kRegisters == 32 ? 3 * L / 4 : L / 2)) {
       ++vectors;
       rest = 0;
     }
@@ -242,8 +242,9 @@ void multiply_few(const operand_t<T>* packed, int64_t rows, int64_t k, const Mat
                   Range columns, acc_t<T>* out, int64_t out_stride) {
   using Tile = DotTile<T>;
   const int64_t row_size = padded<T>(k);
-  for (int64_t first = 0; first < rows; first += Tile::kMaxB) {
-    const int64_t count = min(Tile::kMaxB, rows - first);
+  const int64_t passes = ceil_div(rows, Tile::kMaxB);
+  for (int64_t pass = 0; pass < passes; ++pass) {
+    const int64_t first = rows * pass / passes, count = rows * (pass + 1) / passes - first;
     Tile tile;
     tile.a = b.data + columns.begin * b.stride_n;
     tile.a_stride = b.stride_n;
@@ -258,6 +259,29 @@ void multiply_few(const operand_t<T>* packed, int64_t rows, int64_t k, const Mat
 }
 
 // --------------------------------------------------------------------- matrices stored [k, n]
+// Rows of a matrix, columns of each, that tiles fetch ahead: each a line of some rows.
+template <typename T>
+struct Ahead {
+  const MatrixOf<T>& b;
+  Range rows, columns;
+  int64_t done = 0;  // lines of rows
+
+  void fetch(OuterTile<T>& tile) {
+    constexpr int64_t kLine = 64;
+    const int64_t lines = ceil_div(columns.size() * static_cast<int64_t>(sizeof(T)), kLine);
+    const int64_t row = lines > 0 ? rows.begin + done / lines * tile.groups : rows.end;
+    if (row >= rows.end) {
+      tile.prefetch = reinterpret_cast<const char*>(tile.columns);
+      tile.prefetch_step = 0;
+      return;
+    }
+    const T* const first = b.data + row * b.stride_k + columns.begin;
+    tile.prefetch = reinterpret_cast<const char*>(first) + done % lines * kLine;
+    tile.prefetch_step = b.stride_k * sizeof(T);
+    ++done;
+  }
+};
+
 template <typename T>
 void multiply_spread_rows(const operand_t<T>* packed, int64_t m, int64_t k, const MatrixOf<T>& b,
                           Range columns, acc_t<T>* out, int64_t out_stride) {
@@ -265,7 +289,7 @@ void multiply_spread_rows(const operand_t<T>* packed, int64_t m, int64_t k, cons
   using A = acc_t<T>;
   using Tile = OuterTile<T>;
   constexpr int L = kLanes<A>, G = Compute<T>::G;
-  constexpr int64_t kPanel = kPanelVectors * L, kBlockGroups = 256;
+  constexpr int64_t kPanel = kPanelVectors * L, kBlockGroups = 256 / G;
   const int64_t groups = group_count<T>(k), row_size = padded<T>(k);
   const int64_t block_groups = min(groups, kBlockGroups);
   const int64_t block_columns =
@@ -286,14 +310,16 @@ void multiply_spread_rows(const operand_t<T>* packed, int64_t m, int64_t k, cons
       const auto row = [&](int64_t i) { return b.data + i * b.stride_k; };
       const Range part{g * G, min((g + tile.groups) * G, k)};
       pack_panels<T>(panels, row, k, part, Range{c, block_end});
+      const int64_t after = part.end < k ? part.end : 0, next = part.end < k ? c : block_end;
+      Ahead<T> ahead{b, Range{after, min(after + block_groups * G, k)},
+                     Range{next, min(next + block_columns, columns.end)}};
       for (int64_t p = c; p < block_end; p += kPanel) {
         const int64_t vectors = ceil_div(min(kPanel, block_end - p), L);
         tile.columns = panels + (p - c) * tile.groups * G;
         tile.column_step = vectors * L * G;
-        tile.prefetch = reinterpret_cast<const char*>(tile.columns);
-        tile.prefetch_step = 0;
         for_row_tiles(m, [&](int64_t r, int64_t count) {
           for (int64_t i = 0; i < count; ++i) tile.rows[i] = packed + (r + i) * row_size + g * G;
+          ahead.fetch(tile);
           tile.out = out + r * out_stride + (p - columns.begin);
           panel_tile<T>(count, vectors)(tile);
         });

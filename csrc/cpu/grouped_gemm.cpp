@@ -7,7 +7,7 @@
 
 #include "common/parallel.h"
 #include "cpu/grouped.h"
-#include "cpu/large_pages.h"
+#include "cpu/large_buffers.h"
 #include "cpu/order.h"
 
 namespace moe {

@@ -1,7 +1,5 @@
 #include "cpu/large_pages.h"
 
-#include <ATen/ops/empty.h>
-
 #include <utility>
 
 #if defined(__linux__)
@@ -24,17 +22,6 @@ std::pair<uintptr_t, uintptr_t> large_pages(const void* begin, size_t bytes) {
 
 }  // namespace
 
-at::Tensor empty_large(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  constexpr size_t kLarge = 16 << 20;
-  at::Tensor tensor = at::empty(sizes, options);
-  if (tensor.nbytes() >= kLarge) {
-    const auto [begin, end] = large_pages(tensor.data_ptr(), tensor.nbytes());
-    // Only advice: whether it is followed changes no result.
-    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-  }
-  return tensor;
-}
-
 int64_t use_large_pages(const at::Tensor& tensor) {
   constexpr int kCollapse = 25;  // MADV_COLLAPSE, since Linux 6.1; older headers lack it
   const at::Storage& storage = tensor.storage();
@@ -47,10 +34,6 @@ int64_t use_large_pages(const at::Tensor& tensor) {
 }
 
 #else
-
-at::Tensor empty_large(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  return at::empty(sizes, options);
-}
 
 int64_t use_large_pages(const at::Tensor&) { return 0; }
 

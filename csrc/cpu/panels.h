@@ -31,8 +31,13 @@ MOE_INLINE void pack_group(operand_t<T>* out, const T* row, [[maybe_unused]] con
     for (int64_t c = 0; c < columns; c += 2 * L) {
       const int64_t n = min(columns - c, 2 * L);
       typename Groups<T>::V lower{}, upper{};
-      std::memcpy(&lower, row + c, n * sizeof(T));
-      if (next) std::memcpy(&upper, next + c, n * sizeof(T));
+      if (n == 2 * L) {  // a size known here, or it would be a call of memcpy
+        std::memcpy(&lower, row + c, sizeof(lower));
+        if (next) std::memcpy(&upper, next + c, sizeof(upper));
+      } else {
+        std::memcpy(&lower, row + c, n * sizeof(T));
+        if (next) std::memcpy(&upper, next + c, n * sizeof(T));
+      }
       Groups<T>::pair(lower, upper);
       std::memcpy(out + 2 * c, &lower, sizeof(lower));
       if (n > L) std::memcpy(out + 2 * (c + L), &upper, sizeof(upper));

@@ -244,50 +244,88 @@ struct DotTile {
   int64_t out_stride;
 };
 
-template <typename T, int nb>
-void dot_tile(const DotTile<T>& tile) {
+// So many rows of the matrix meet each packed value that is loaded: many packed rows are more than
+// a first-level cache holds. Few are, and one row after the other is how memory is read fastest.
+template <int nb>
+constexpr int kRowsAtOnce = kRegisters < 32 || nb <= 3 ? 1 : (nb <= 6 ? 4 : 3);
+
+// Products of `rows` rows of the matrix with all packed rows, spread over lanes: sums[j][at + i].
+template <typename T, int nb, int rows>
+MOE_INLINE void dot_rows(const DotTile<T>& tile, const T* a,
+                         Vec<acc_t<T>> (&sums)[nb][kLanes<acc_t<T>>], int64_t at) {
   using Group = Groups<T>;
   using A = acc_t<T>;
-  constexpr int L = kLanes<A>, step = L * Group::G, unroll = nb == 1 ? 4 : (nb <= 3 ? 2 : 1);
+  constexpr int step = kLanes<A> * Group::G;
+  constexpr int unroll = rows > 1 ? 1 : (nb == 1 ? 4 : (nb <= 3 ? 2 : 1));
   constexpr int64_t kAhead = 2048 / sizeof(T);
   const operand_t<T>* b = tile.b;
-  const int64_t b_stride = tile.b_stride, whole = tile.k / step * step;
-  for (int64_t first = 0; first < tile.a_count; first += L) {
-    const int64_t count = tile.a_count - first < L ? tile.a_count - first : L;
-    Vec<A> all[nb][L] = {};
-    for (int64_t i = 0; i < count; ++i) {
-      const T* a = tile.a + (first + i) * tile.a_stride;
-      Vec<A> sums[unroll][nb] = {};
-      const auto add = [&](int64_t k, const typename Group::V& av,
-                           int u) __attribute__((always_inline)) {
-        MOE_UNROLL
-        for (int j = 0; j < nb; ++j) {
-          sums[u][j] = Group::multiply_add(av, Group::load(b + j * b_stride + k), sums[u][j]);
-        }
-      };
-      int64_t k = 0;
-      for (; k + unroll * step <= whole; k += unroll * step) {
-        MOE_UNROLL
-        for (int u = 0; u < unroll; ++u) {
-          const T* p = a + k + u * step;
-          __builtin_prefetch(p + kAhead);
-          add(k + u * step, Group::load_wide(p), u);
-        }
-      }
-      for (; k < whole; k += step) add(k, Group::load_wide(a + k), 0);
-      if (whole < tile.k) {
-        T rest[step] = {};
-        std::memcpy(rest, a + whole, (tile.k - whole) * sizeof(T));
-        add(whole, Group::load_wide(rest), 0);
-      }
+  const int64_t a_stride = tile.a_stride, b_stride = tile.b_stride, whole = tile.k / step * step;
+  Vec<A> partial[unroll][rows][nb] = {};
+  const auto add = [&](int64_t k, const typename Group::V(&av)[rows], int u)
+                       __attribute__((always_inline)) {
+                         MOE_UNROLL
+                         for (int j = 0; j < nb; ++j) {
+                           const typename Group::V bv = Group::load(b + j * b_stride + k);
+                           MOE_UNROLL
+                           for (int i = 0; i < rows; ++i) {
+                             partial[u][i][j] = Group::multiply_add(av[i], bv, partial[u][i][j]);
+                           }
+                         }
+                       };
+  int64_t k = 0;
+  for (; k + unroll * step <= whole; k += unroll * step) {
+    MOE_UNROLL
+    for (int u = 0; u < unroll; ++u) {
+      typename Group::V av[rows];
       MOE_UNROLL
-      for (int j = 0; j < nb; ++j) {
-        Vec<A> sum = sums[0][j];
-        MOE_UNROLL
-        for (int u = 1; u < unroll; ++u) sum += sums[u][j];
-        all[j][i] = sum;
+      for (int i = 0; i < rows; ++i) {
+        const T* p = a + i * a_stride + k + u * step;
+        __builtin_prefetch(p + (rows > 1 ? rows * a_stride : kAhead));
+        av[i] = Group::load_wide(p);
+      }
+      add(k + u * step, av, u);
+    }
+  }
+  for (; k < tile.k; k += step) {
+    typename Group::V av[rows];
+    MOE_UNROLL
+    for (int i = 0; i < rows; ++i) {
+      const T* p = a + i * a_stride + k;
+      if (k < whole) {
+        av[i] = Group::load_wide(p);
+      } else {
+        T rest[step] = {};
+        std::memcpy(rest, p, (tile.k - whole) * sizeof(T));
+        av[i] = Group::load_wide(rest);
       }
     }
+    add(k, av, 0);
+  }
+  MOE_UNROLL
+  for (int i = 0; i < rows; ++i) {
+    MOE_UNROLL
+    for (int j = 0; j < nb; ++j) {
+      Vec<A> sum = partial[0][i][j];
+      MOE_UNROLL
+      for (int u = 1; u < unroll; ++u) sum += partial[u][i][j];
+      sums[j][at + i] = sum;
+    }
+  }
+}
+
+template <typename T, int nb>
+void dot_tile(const DotTile<T>& tile) {
+  using A = acc_t<T>;
+  constexpr int L = kLanes<A>, at_once = kRowsAtOnce<nb>;
+  for (int64_t first = 0; first < tile.a_count; first += L) {
+    const int64_t count = tile.a_count - first < L ? tile.a_count - first : L;
+    const T* a = tile.a + first * tile.a_stride;
+    Vec<A> all[nb][L] = {};
+    int64_t i = 0;
+    for (; i + at_once <= count; i += at_once) {
+      dot_rows<T, nb, at_once>(tile, a + i * tile.a_stride, all, i);
+    }
+    for (; i < count; ++i) dot_rows<T, nb, 1>(tile, a + i * tile.a_stride, all, i);
     MOE_UNROLL
     for (int j = 0; j < nb; ++j) {
       store_some(tile.out + j * tile.out_stride + first, sum_each<A>(all[j]), count);

@@ -9,7 +9,7 @@
 #include "common/dtypes.h"
 #include "common/parallel.h"
 #include "cpu/kernel_table.h"
-#include "cpu/large_pages.h"
+#include "cpu/large_buffers.h"
 #include "dispatch/copy.h"
 
 namespace moe::ep {

@@ -4,6 +4,7 @@ from moe_kernels.ops.chunk_permute import chunk_permute
 from moe_kernels.ops.expert_activation import expert_activation
 from moe_kernels.ops.fused_experts import fused_experts, fused_moe
 from moe_kernels.ops.grouped_gemm import grouped_gemm, grouped_gemm_wgrad
+from moe_kernels.ops.kept_buffers import free_kept_buffers
 from moe_kernels.ops.large_pages import use_large_pages
 from moe_kernels.ops.permute import permute
 from moe_kernels.ops.sort_by_expert import ExpertOrder, sort_by_expert
@@ -15,6 +16,7 @@ __all__ = [
     "RouterOutput",
     "chunk_permute",
     "expert_activation",
+    "free_kept_buffers",
     "fused_experts",
     "fused_moe",
     "grouped_gemm",

@@ -74,8 +74,7 @@ def _lazy_triton(name: str) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         if not launcher:
             module = name.removesuffix("_backward")
-            module = {"grouped_gemm_wgrad_": "grouped_gemm"}.get(module, module)
-            module = module.removesuffix("_wgrad").removesuffix("_dbias")
+            module = module.removesuffix("_").removesuffix("_wgrad").removesuffix("_dbias")
             try:
                 loaded = importlib.import_module(f"{NAMESPACE}.triton.{module}")
             except ModuleNotFoundError as error:

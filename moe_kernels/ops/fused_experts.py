@@ -40,6 +40,9 @@ from moe_kernels.reference.fused_experts import (
 from moe_kernels.reference.fused_experts import (
     fused_experts_forward as fused_experts_forward_reference,
 )
+from moe_kernels.reference.fused_experts import (
+    fused_experts_wgrad_ as fused_experts_wgrad_reference_,
+)
 from moe_kernels.reference.grouped_gemm import is_transposed
 
 
@@ -57,6 +60,8 @@ def _fake(
     limit: float,
     num_rows: Any,
     save_for_backward: bool,
+    gate_up_main_grad: Tensor | None,
+    down_main_grad: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tokens, top_k = topk_ids.shape
     kept = save_for_backward
@@ -88,6 +93,7 @@ def _backward_fake(
     needs: list[bool],
     known_grad_h: Tensor | None = None,
     keep_grad_h: bool = False,
+    keep_weighted_a: bool = False,
 ) -> tuple[Tensor, ...]:
     def weight_like(weight: Tensor) -> Tensor:
         return empty_like_weight(weight, weight.shape, weight.dtype, is_transposed(weight))
@@ -107,13 +113,15 @@ def _backward_fake(
         make(value) if need and value is not None else x.new_empty(0)
         for need, (value, make) in zip(needs, outputs, strict=True)
     )
-    return (*grads, h.new_empty(h.shape if keep_grad_h else 0))
+    weighted_a = h.new_empty((h.shape[0], down.shape[1]) if keep_weighted_a else 0)
+    return (*grads, h.new_empty(h.shape if keep_grad_h else 0), weighted_a)
 
 
 _op = define(
     "fused_experts(Tensor x, Tensor gate_up, Tensor down, Tensor topk_ids, Tensor topk_weights,"
     " Tensor? gate_up_bias, Tensor? down_bias, str activation, bool interleaved, float alpha,"
-    " float limit, SymInt num_rows, bool save_for_backward)"
+    " float limit, SymInt num_rows, bool save_for_backward, Tensor? gate_up_main_grad,"
+    " Tensor? down_main_grad)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=fused_experts_forward_reference,
     fake=_fake,
@@ -122,10 +130,17 @@ _backward_op = define(
     "fused_experts_backward(Tensor grad, Tensor x, Tensor gate_up, Tensor down,"
     " Tensor topk_weights, Tensor h, Tensor row_to_slot, Tensor slot_to_row, Tensor offsets,"
     " Tensor? gate_up_bias, Tensor? down_bias, str activation, bool interleaved, float alpha,"
-    " float limit, bool[6] needs, Tensor? known_grad_h=None, bool keep_grad_h=False)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " float limit, bool[6] needs, Tensor? known_grad_h=None, bool keep_grad_h=False,"
+    " bool keep_weighted_a=False)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=fused_experts_backward_reference,
     fake=_backward_fake,
+)
+_wgrad_op = define(
+    "fused_experts_wgrad_(Tensor(a!) out, Tensor a, Tensor grad, Tensor row_to_slot,"
+    " Tensor offsets, int top_k, bool gather_a) -> ()",
+    reference=fused_experts_wgrad_reference_,
+    fake=lambda out, a, grad, row_to_slot, offsets, top_k, gather_a: None,
 )
 
 
@@ -136,6 +151,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
     remember_inputs(ctx, inputs)
     ctx.options = options[:4]
+    ctx.main_grads = options[6:8]  # not saved: other micro-batches add to them meanwhile
     ctx.kept = None
     ctx.save_for_backward(
         x,
@@ -168,18 +184,33 @@ def _known_grad_h(ctx: Any, grad: Tensor, needs: list[bool]) -> Tensor | None:
 
 def _backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 13
+        return (None,) * 15
     owed = owed_gradients(ctx)
+    up_main, down_main = (
+        main if need else None for main, need in zip(ctx.main_grads, owed[1:3], strict=True)
+    )
     # x, gate_up, down, topk_weights, gate_up_bias, down_bias
     needs = [owed[0], owed[1], owed[2], owed[4], owed[5], owed[6]]
+    needs[1] &= up_main is None
+    needs[2] &= down_main is None
     grad_h = _known_grad_h(ctx, grad, needs)
-    keep = grad_h is None and needs[0] and _is_followed_by_weights(ctx, owed)
-    *results, kept = _backward_op(grad, *ctx.saved_tensors, *ctx.options, needs, grad_h, keep)
-    ctx.kept = (grad, grad._version, kept) if keep else None
+    later = grad_h is None and needs[0] and _is_followed_by_weights(ctx, owed)
+    keep_h = grad_h is None and (later or up_main is not None)
+    saved = ctx.saved_tensors  # once: activation checkpointing gives them once
+    *results, kept, weighted_a = _backward_op(
+        grad, *saved, *ctx.options, needs, grad_h, keep_h, down_main is not None
+    )
+    ctx.kept = (grad, grad._version, kept) if later else None
+    x, _, _, topk_weights, _, row_to_slot, _, offsets = saved[:8]
+    order = (row_to_slot, offsets, topk_weights.shape[1])
+    if up_main is not None:
+        _wgrad_op(up_main, x, kept if grad_h is None else grad_h, *order, True)
+    if down_main is not None:
+        _wgrad_op(down_main, weighted_a, grad, *order, False)
     dx, dgate_up, ddown, dweights, dbias1, dbias2 = (
         result if need else None for result, need in zip(results, needs, strict=True)
     )
-    return dx, dgate_up, ddown, None, dweights, dbias1, dbias2, *(None,) * 6
+    return dx, dgate_up, ddown, None, dweights, dbias1, dbias2, *(None,) * 8
 
 
 register_autograd("fused_experts", _backward, _setup_context)
@@ -211,9 +242,20 @@ def _backward_flops(
     """Each of the products whose result is owed: dA, unless grad_h is known, dX, dW1, dW2."""
     dx, dgate_up, ddown, dweights, dbias1, _ = args[9]
     known_grad_h = args[10] if len(args) > 10 else None
+    keep_grad_h = args[11] if len(args) > 11 else False
     up, low = 2 * h[0] * gate_up[1] * gate_up[2], 2 * h[0] * down[1] * down[2]
-    through_down = known_grad_h is None and (dx or dgate_up or dweights or dbias1)
+    wanted = dx or dgate_up or dweights or dbias1 or keep_grad_h
+    through_down = known_grad_h is None and wanted
     return int(low * (through_down + ddown) + up * (dx + dgate_up))
+
+
+@register_flop_formula(torch.ops.moe_kernels.fused_experts_wgrad_)
+def _wgrad_flops(
+    out: Any, a: Any, grad: Any, row_to_slot: Any, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    gathered = args[2]
+    rows = grad[0] if gathered else a[0]
+    return int(2 * rows * a[1] * grad[1])
 
 
 def _check(
@@ -271,6 +313,24 @@ def _check(
     check_device(op, "x", x, "topk_weights", topk_weights)
 
 
+def _check_main_grad(op: str, name: str, main: Tensor, weight: Tensor, x: Tensor) -> None:
+    name = f"main_grads: that of {name}"
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    check_tensor(op, name, main, 3, str(shape(weight)))
+    check_dtype(op, name, main, (wide,))
+    check_device(op, "x", x, name, main)
+    if main.shape != weight.shape:
+        raise ValueError(f"{op}: {name} must be {shape(weight)} as the weight; got {shape(main)}")
+    if main.requires_grad or any(
+        size > 1 and step == 0 for size, step in zip(main.shape, main.stride(), strict=True)
+    ):
+        raise ValueError(
+            f"{op}: {name} must be a buffer that is added to: without requires_grad, with memory "
+            f"of its own for each element; got strides {list(main.stride())}, requires_grad "
+            f"{main.requires_grad}"
+        )
+
+
 def fused_experts(
     x: Tensor,
     gate_up: Tensor,
@@ -285,6 +345,7 @@ def fused_experts(
     alpha: float | None = None,
     limit: float | None = None,
     num_rows: int | None = None,
+    main_grads: tuple[Tensor | None, Tensor | None] | None = None,
 ) -> Tensor:
     """Run every token through its experts and sum the weighted results.
 
@@ -314,6 +375,10 @@ def fused_experts(
         num_rows: an upper bound, known on the host, of the ids in [0, E). Every row buffer has that
             many rows, if they are fewer than T * K: it saves memory where most ids are -1, as under
             Expert Parallelism.
+        main_grads: for gate_up and down a float32 buffer (float64 for fp64) of the weight's shape,
+            any strides, or None. Backward adds the weight's gradient to it, unrounded, and gives
+            autograd none: gradients of many micro-batches accumulate in place. Only for weights
+            that require a gradient.
 
     Returns:
         [T, H] in x.dtype.
@@ -339,6 +404,10 @@ def fused_experts(
         # Not under torch.compile, where comparing sizes that only the run knows breaks the graph.
         if not torch.compiler.is_compiling():
             num_rows = min(num_rows, slots)
+    main_up, main_down = (None, None) if main_grads is None else main_grads
+    for name, main, weight in (("gate_up", main_up, gate_up), ("down", main_down, down)):
+        if main is not None:
+            _check_main_grad(op, name, main, weight, x)
     differentiable = (x, gate_up, down, topk_weights, gate_up_bias, down_bias)
     save = torch.is_grad_enabled() and any(
         value is not None and value.requires_grad for value in differentiable
@@ -357,6 +426,8 @@ def fused_experts(
         limit_value,
         slots if num_rows is None else num_rows,
         save,
+        main_up if save else None,
+        main_down if save else None,
     )[0]
     return y
 

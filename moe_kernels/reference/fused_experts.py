@@ -16,6 +16,7 @@ from moe_kernels.reference.grouped_gemm import (
     grouped_gemm,
     grouped_gemm_dbias,
     grouped_gemm_wgrad,
+    grouped_gemm_wgrad_,
     is_transposed,
 )
 from moe_kernels.reference.permute import permute
@@ -71,6 +72,8 @@ def fused_experts_forward(
     limit: float,
     num_rows: int,
     save_for_backward: bool,
+    gate_up_main_grad: Tensor | None,
+    down_main_grad: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``y [T, H]``; with ``save_for_backward`` also ``h [num_rows, W]`` and the order."""
     order = sort_by_expert(topk_ids, gate_up.shape[0])
@@ -96,6 +99,17 @@ def fused_experts_forward(
     )
 
 
+def _row_weights(
+    topk_weights: Tensor, row_to_slot: Tensor, slot_to_row: Tensor, offsets: Tensor, num_rows: int
+) -> Tensor:
+    """The weight of each row's slot [num_rows]; zero for rows of no expert."""
+    rows = torch.arange(num_rows, device=offsets.device)
+    slot = row_to_slot[:num_rows].long()
+    weights = topk_weights.flatten().new_zeros(num_rows)
+    weights[: len(slot)] = topk_weights.flatten()[slot]
+    return torch.where(rows < offsets[-1], weights, 0)
+
+
 def fused_experts_backward(
     grad: Tensor,
     x: Tensor,
@@ -115,17 +129,19 @@ def fused_experts_backward(
     needs: list[bool],
     known_grad_h: Tensor | None = None,
     keep_grad_h: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    keep_weighted_a: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients to x, gate_up, down, topk_weights and the biases; empty where not in ``needs``.
 
-    The last result is the gradient of ``h``, of the slots' weighted results, if ``keep_grad_h``; a
-    later call for other gradients may be given it.
+    The last results are the gradient of ``h``, of the slots' weighted results, if ``keep_grad_h``,
+    which a later call for other gradients may be given, and the activations times the slots'
+    weights, if ``keep_weighted_a``.
     """
     accumulate = accumulate_dtype(x.dtype)
     order = (row_to_slot, slot_to_row, offsets)
     num_rows = h.shape[0]
     empty = x.new_empty(0)
-    grads = [empty] * 7
+    grads = [empty] * 8
     a = expert_activation(h, activation, None, interleaved, alpha, limit).to(accumulate)
     out = grouped_gemm(a, down, offsets, down_bias, accumulate)
     grad_out, grad_weights = unpermute_backward(
@@ -137,6 +153,8 @@ def fused_experts_backward(
         grads[2] = grouped_gemm_wgrad(a, grad_out, offsets, down.dtype, is_transposed(down))
     if needs[5] and down_bias is not None:
         grads[5] = grouped_gemm_dbias(grad_out, offsets, down_bias.dtype)
+    if keep_weighted_a:
+        grads[7] = (a * _row_weights(topk_weights, *order, num_rows)[:, None]).to(h.dtype)
     if needs[0] or needs[1] or needs[4] or keep_grad_h:
         if known_grad_h is None:
             grad_a = grouped_gemm(grad_out, down.mT, offsets)
@@ -157,3 +175,22 @@ def fused_experts_backward(
             grad_rows = grouped_gemm(grad_h, gate_up.mT, offsets)
             grads[0] = unpermute(grad_rows, *order, None).to(x.dtype)
     return tuple(grads)  # type: ignore[return-value]
+
+
+def fused_experts_wgrad_(
+    out: Tensor,
+    a: Tensor,
+    grad: Tensor,
+    row_to_slot: Tensor,
+    offsets: Tensor,
+    top_k: int,
+    gather_a: bool,
+) -> None:
+    """``out[e] += a[rows of e].T @ grad[rows of e]`` in place.
+
+    Of a, if ``gather_a``, else of grad, row r is that of the slot's token.
+    """
+    count = int(offsets[-1])
+    token = row_to_slot[:count].long() // top_k
+    a, grad = (a[token], grad[:count]) if gather_a else (a[:count], grad[token])
+    grouped_gemm_wgrad_(out, a, grad, offsets)

@@ -292,6 +292,7 @@ def fused_experts_backward(
     needs: list[bool],
     known_grad_h: Tensor | None = None,
     keep_grad_h: bool = False,
+    keep_weighted_a: bool = False,
 ) -> tuple[Tensor, ...]:
     refuse_float64("fused_experts", "x", x)
     grad, x = contiguous_rows(grad), contiguous_rows(x)
@@ -309,10 +310,12 @@ def fused_experts_backward(
     if dh is None and (needs[0] or needs[1] or needs[4] or keep_grad_h):
         dh = h.new_empty(h.shape)
     kept = dh if keep_grad_h and dh is not None else x.new_empty(0)
+    wants_a = needs[2] or keep_weighted_a
+    kept_a = x.new_empty((h.shape[0], I) if keep_weighted_a else 0)
     if rows == 0 or E == 0:
-        for value in (*grads, kept):
+        for value in (*grads, kept, kept_a):
             value.zero_()
-        return (*grads, kept)
+        return (*grads, kept, kept_a)
     with on_device_of(x):
 
         @functools.cache
@@ -320,15 +323,16 @@ def fused_experts_backward(
             return build_tile_map(offsets, rows, block_m)
 
         row_weights = _row_weights(topk_weights, order, rows)
+        weighted_a = kept_a[:rows] if keep_weighted_a else None
         grad_rows, grad_source = gathered_rows(grad, order, rows)
-        weighted_a = None
         if known_grad_h is None and (dh is not None or needs[3]):
             aligned = is_aligned(grad) and weight_is_aligned(down)
             cut = config("down_backward", x, rows, E, aligned=aligned, inner=min(H, I))
             parts = ceil_div(I, cut.block_n)
             all_parts = parts + (down_bias is not None)
             partials = row_weights.new_empty(all_parts, rows) if needs[3] else None
-            weighted_a = h.new_empty(rows, I) if needs[2] else None
+            if wants_a and weighted_a is None:
+                weighted_a = h.new_empty(rows, I)
             _through_down(
                 grad_rows, grad_source, down, h, row_weights, act, dh, weighted_a, partials,
                 tiles(cut.block_m), cut,
@@ -342,11 +346,10 @@ def fused_experts_backward(
                 _sum_partials_kernel[(ceil_div(R, 1024),)](
                     partials, row_to_slot, offsets, dweights, all_parts, rows, R, E, BLOCK=1024
                 )
-        elif needs[2]:
-            weighted_a = expert_activation(
-                h[:rows], activation, row_weights, interleaved, alpha, limit
-            )
-        if weighted_a is not None:
+        elif wants_a:
+            found = expert_activation(h[:rows], activation, row_weights, interleaved, alpha, limit)
+            weighted_a = found if weighted_a is None else weighted_a.copy_(found)
+        if needs[2] and weighted_a is not None:
             weight_gradient(weighted_a, None, grad_rows, grad_source, offsets, rows, ddown)
         if needs[5]:
             sum_rows(grad_rows, grad_source, row_weights, offsets, rows, ddown_bias)
@@ -362,7 +365,30 @@ def fused_experts_backward(
                 cut = config("grouped_gemm", x, rows, E, aligned=aligned, inner=min(H, h.shape[1]))
                 multiply_rows(dh[:rows], gate_up.mT, None, out, tiles(cut.block_m), cut)
                 sum_slots(out, *order, None, dx)
-    return (*grads, kept)
+    return (*grads, kept, kept_a)
+
+
+def fused_experts_wgrad_(
+    out: Tensor,
+    a: Tensor,
+    grad: Tensor,
+    row_to_slot: Tensor,
+    offsets: Tensor,
+    top_k: int,
+    gather_a: bool,
+) -> None:
+    refuse_float64("fused_experts_wgrad_", "a", a)
+    grad = grad.to(a.dtype)
+    rows = min((grad if gather_a else a).shape[0], row_to_slot.numel())
+    if rows == 0 or out.shape[0] == 0:
+        return
+    order = (row_to_slot, row_to_slot.view(-1, top_k), offsets)
+    with on_device_of(a):
+        tokens, source = gathered_rows(contiguous_rows(a if gather_a else grad), order, rows)
+        if gather_a:
+            weight_gradient(tokens, source, grad, None, offsets, rows, out, accumulate=True)
+        else:
+            weight_gradient(a, None, tokens, source, offsets, rows, out, accumulate=True)
 
 
 def _empty_like(value: Tensor) -> Tensor:

@@ -15,7 +15,10 @@ from torch import Tensor
 
 from moe_kernels.triton._activation import Activation, activate, activate_gated
 from moe_kernels.triton._configs import Config, config
-from moe_kernels.triton._fused_experts_backward import fused_experts_backward
+from moe_kernels.triton._fused_experts_backward import (
+    fused_experts_backward,
+    fused_experts_wgrad_,
+)
 from moe_kernels.triton._launch import (
     ceil_div,
     checks_values,
@@ -48,7 +51,7 @@ from moe_kernels.triton.permute import gathered_rows
 from moe_kernels.triton.sort_by_expert import sort_and_tile, sort_by_expert
 from moe_kernels.triton.unpermute import unpermute
 
-__all__ = ["fused_experts", "fused_experts_backward"]
+__all__ = ["fused_experts", "fused_experts_backward", "fused_experts_wgrad_"]
 
 
 @triton.jit(do_not_specialize=["bound", "top_k"])
@@ -184,6 +187,8 @@ def fused_experts(
     limit: float,
     num_rows: int,
     save_for_backward: bool,
+    gate_up_main_grad: Tensor | None,
+    down_main_grad: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     refuse_float64("fused_experts", "x", x)
     x = contiguous_rows(x)

@@ -126,10 +126,20 @@ def _fused_experts(
     ids = torch.empty(tokens, top_k, dtype=torch.int32)
     options = (activation, interleaved, 1.702, 7.0)
     y, h, *order = fused_experts(
-        x, gate_up, down, ids, topk_weights, *biases, *options, tokens * top_k, True
+        x, gate_up, down, ids, topk_weights, *biases, *options, tokens * top_k, True, None, None
     )
     needs = [True] * 4 + [biased] * 2
     fused_experts_backward(y, x, gate_up, down, topk_weights, h, *order, *biases, *options, needs)
+
+
+def _main_grads(tokens: int, dtype: torch.dtype) -> None:
+    from moe_kernels.triton.fused_experts import fused_experts_wgrad_
+
+    x, dh = torch.empty(tokens, H, dtype=dtype), torch.empty(tokens * K, 2 * INNER, dtype=dtype)
+    slots = torch.empty(tokens * K, dtype=torch.int32)
+    order = (slots, torch.empty(E + 1, dtype=torch.int32), K)
+    fused_experts_wgrad_(torch.empty(E, H, 2 * INNER), x, dh, *order, True)
+    fused_experts_wgrad_(torch.empty(E, 2 * INNER, H), dh, x, *order, False)
 
 
 def _fused_experts_of(*counts: tuple[int, int, int]) -> None:
@@ -168,6 +178,7 @@ CASES: dict[str, Callable[[], None]] = {
     "experts_interleaved": partial(
         _fused_experts, "swigluoai", transposed=False, interleaved=True, biased=True
     ),
+    "main_grads": partial(_main_grads, T, BF16),
     "experts_few": partial(_fused_experts, "swiglu", tokens=8),
     "experts_full": partial(_fused_experts, "swiglu", torch.float32),
     "counts": partial(_fused_experts_of, (16, 9, 1)),
@@ -188,6 +199,8 @@ MORE_CASES: dict[str, Callable[[], None]] = {
     "gemm_tf32": partial(_with_tf32, partial(_grouped_gemm, T * K, torch.float32, True)),
     "gemm_unaligned": partial(_grouped_gemm, T * K, BF16, False, hidden=H + 1),
     "experts_biased": partial(_fused_experts, "swigluoai", biased=True),
+    "main_grads_few": partial(_main_grads, 8, BF16),
+    "main_grads_full": partial(_main_grads, T, torch.float32),
     "experts_plain": partial(_fused_experts, "geglu", torch.float16, transposed=False),
     "experts_ungated": partial(_fused_experts, "relu2", biased=True),
     "experts_some": partial(_fused_experts, "swiglu", tokens=512),

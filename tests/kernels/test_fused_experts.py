@@ -240,7 +240,7 @@ def test_rows_of_no_expert_are_saved_as_zeros(impl: Implementation) -> None:
     ids = inputs["topk_ids"]
     moved = [value.to(impl.device) for value in inputs.values()]
     options = (None, None, "swiglu", False, 1.702, float("inf"), ids.numel() + 3, True)
-    _, h, _, _, offsets = torch.ops.moe_kernels.fused_experts(*moved, *options)
+    _, h, _, _, offsets = torch.ops.moe_kernels.fused_experts(*moved, *options, None, None)
     assert h.shape[0] == ids.numel() + 3
     assert (h[int(offsets[-1]) :] == 0).all()
 

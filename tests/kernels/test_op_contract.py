@@ -80,6 +80,20 @@ def _op_samples(device: torch.device) -> dict[str, tuple[Any, tuple[Any, ...]]]:
                 2.0,
                 ids.numel() - 3,
                 True,
+                None,
+                None,
+            ),
+        ),
+        "fused_experts_wgrad_": (
+            ops.fused_experts_wgrad_,
+            (
+                torch.zeros(6, 40, 40, device=device),
+                x.detach(),
+                rows.detach(),
+                order.row_to_slot,
+                order.offsets,
+                ids.shape[1],
+                True,
             ),
         ),
     }
@@ -97,6 +111,7 @@ OPCHECKED = (
     "grouped_gemm_wgrad_",
     "grouped_gemm_dbias",
     "fused_experts",
+    "fused_experts_wgrad_",
 )
 
 

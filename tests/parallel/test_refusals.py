@@ -133,16 +133,60 @@ def test_unequal_experts_are_found_before_they_are_distributed() -> None:
 
 def _stages(rank: int, ranks: int) -> None:
     """The stages of a pipeline hold other experts, whatever axes the mesh of a framework has."""
-    mesh = init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("pp", "ep_shard", "ep"))
-    model = TinyLM()
-    with torch.no_grad():
-        model.moes()[0].experts.down_projs[0] += rank // 4 + (rank == 6)
-    if rank < 4:
-        apply_ep(model, mesh["ep"], moe_mesh=mesh)
-    else:
-        with pytest.raises(MeshError, match="groups of ep_shard must hold equal weights"):
-            apply_ep(model, mesh["ep"], moe_mesh=mesh)
+    framework = init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("pp", "ep_shard", "ep"))
+    _, own = build_meshes(pp=2, ep=2)
+    assert own is not None
+    for mesh in (framework, own):
+        model = TinyLM()
+        with torch.no_grad():
+            model.moes()[0].experts.down_projs[0] += rank // 4
+        before = state(model)
+        with Collectives() as communication:
+            if rank == 6:
+                with torch.no_grad():
+                    model.moes()[0].experts.down_projs[0] += 1
+            with pytest.raises(MeshError, match=r"equal weights.* differ in pipeline stage 1"):
+                apply_ep(model, mesh["ep"], moe_mesh=mesh)
+        assert state(model) == before
+        assert communication.counts == {"c10d.allreduce_.default": 1}
+
+        dense, others = TinyLM(), TinyLM()  # of a stage without experts, another not loaded yet
+        for name in list(dense.model.layers):
+            del dense.model.layers[name]
+        apply_ep(dense if rank < 4 else others.to("meta"), mesh["ep"], moe_mesh=mesh)
+        apply_ep(TinyLM(), mesh["ep"], moe_mesh=mesh)
 
 
-def test_unequal_experts_are_looked_for_in_each_stage() -> None:
+def test_unequal_experts_in_one_stage_are_refused_in_all() -> None:
     run_ranks(8, _stages)
+
+
+def _refused_by_one_stage(rank: int, ranks: int) -> list[str]:
+    meshes = build_meshes(pp=2, ep=2)
+    axes = parallel_axis_names(*meshes)
+    found = []
+
+    def refuse(kind: type[Exception], model: TinyLM, **changes: Any) -> None:
+        model = model if rank >= 4 else TinyLM()
+        before = state(model)
+        with pytest.raises(kind) as error:
+            parallelize_model(model, *meshes, **{**axes, **changes})
+        assert error.type is kind
+        assert state(model) == before
+        found.append(str(error.value))
+
+    refuse(MeshError, TinyLM(ModelOptions(moe={"moe_inter_dim": 7})))
+    refuse(MeshError, TinyLM(ModelOptions(tied=True)), wrap_outer_model=False)
+    unnamed = TinyLM()
+    unnamed.model.moe_config = None
+    refuse(AttributeError, unnamed)
+    refuse(AssertionError, TinyLM(ModelOptions(moe={"n_routed_experts": 5})))
+    parallelize_model(TinyLM(), *meshes, **axes)
+    return found
+
+
+def test_a_model_that_one_stage_refuses_is_refused_in_all() -> None:
+    first, *others = run_ranks(8, _refused_by_one_stage)
+    assert all(other == first for other in others)
+    assert len(first) == 4
+    assert all(line.endswith("(in pipeline stage 1)") for line in first)

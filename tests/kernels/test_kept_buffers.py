@@ -1,0 +1,153 @@
+"""Large buffers are reused, and nothing of their last use shows."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import moe_kernels
+
+E, H, W = 16, 512, 1024  # a float32 gradient [E, H, W] has 32 MiB
+MIB = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def _nothing_kept() -> Iterator[None]:
+    moe_kernels.free_kept_buffers()
+    yield
+    moe_kernels.free_kept_buffers()
+
+
+def weight_gradient(counts: list[int], columns: int = W) -> Tensor:
+    """The gradient of [E, H, columns]; experts without rows have a gradient of zero."""
+    offsets = torch.tensor([0, *counts]).cumsum(0).int()
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(sum(counts), H, generator=generator)
+    grad = torch.randn(sum(counts), columns, generator=generator)
+    return moe_kernels.grouped_gemm_wgrad(rows, grad, offsets)
+
+
+def test_a_freed_buffer_is_used_again_and_is_as_good_as_new() -> None:
+    some, other = [3] * E, [0, 5] * (E // 2)
+    expected = weight_gradient(other).clone()
+    moe_kernels.free_kept_buffers()
+    first = weight_gradient(some)
+    address = first.data_ptr()
+    del first
+    second = weight_gradient(other)
+    assert second.data_ptr() == address
+    assert torch.equal(second, expected)
+    assert moe_kernels.free_kept_buffers() == 0  # it is in use
+    del second
+    assert moe_kernels.free_kept_buffers() == 32 * MIB
+    assert moe_kernels.free_kept_buffers() == 0
+
+
+def test_tensors_outlive_what_is_given_back() -> None:
+    kept = weight_gradient([2] * E)
+    expected = kept.clone()
+    view = kept[3, :5]
+    del kept
+    assert moe_kernels.free_kept_buffers() == 0
+    assert torch.equal(view, expected[3, :5])
+
+
+def test_no_more_is_kept_than_a_half_above_what_was_in_use() -> None:
+    most = 0
+    for columns in (W, 2 * W, 4 * W, W, 3 * W):
+        used = weight_gradient([1] * E, columns)
+        most = max(most, used.nbytes)
+        del used
+    assert 0 < moe_kernels.free_kept_buffers() <= 1.5 * max(most, 128 * MIB)
+
+
+def test_a_much_larger_buffer_is_not_wasted_on_a_small_one() -> None:
+    large = weight_gradient([1] * E, 4 * W)
+    address = large.data_ptr()
+    del large
+    assert weight_gradient([1] * E).data_ptr() != address
+
+
+def test_such_tensors_are_ordinary_ones() -> None:
+    weight = torch.zeros(E, H, W, requires_grad=True)
+    grad = weight_gradient([2] * E)
+    weight.grad = grad
+    weight.grad.add_(1).mul_(2)
+    torch.optim.SGD([weight], lr=0.1).step()
+    assert torch.equal(weight.detach(), -0.1 * grad)
+    grad.share_memory_()
+    loaded = torch.zeros_like(grad)
+    loaded.set_(grad.untyped_storage(), 0, (4,), (1,))
+    assert torch.equal(loaded, grad.flatten()[:4])
+    other = weight_gradient([2] * E)
+    storage = other.untyped_storage()
+    storage.resize_(2 * storage.nbytes())
+    storage.resize_(0)
+    assert other.untyped_storage().nbytes() == 0
+
+
+def test_autograd_takes_them_over() -> None:
+    x, w = torch.randn(32, H), torch.randn(E, H, W, requires_grad=True)
+    offsets = torch.arange(0, 33, 2).int()
+    addresses = set()
+    for _ in range(3):
+        w.grad = None
+        moe_kernels.grouped_gemm(x, w, offsets).sum().backward()
+        assert w.grad is not None
+        addresses.add(w.grad.data_ptr())
+    assert len(addresses) == 1
+
+
+def test_poisoned_memory_stays_poisoned() -> None:
+    """Tests of kernels count on it."""
+    del_me = weight_gradient([1] * E)
+    del del_me
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        kept = moe_kernels.free_kept_buffers()
+        weight_gradient([1] * E)
+        assert kept > 0
+        assert moe_kernels.free_kept_buffers() == 0
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def test_a_fork_has_its_own() -> None:
+    keep = weight_gradient([1] * E)
+    expected = keep.clone()
+    child = os.fork()
+    if child == 0:
+        right = torch.equal(weight_gradient([1] * E), expected)
+        os._exit(0 if right else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert torch.equal(keep, expected)
+
+
+def test_keeping_can_be_turned_off() -> None:
+    code = (
+        "import moe_kernels, torch\n"
+        "a = torch.randn(8, 512); o = torch.tensor([0, *range(0, 9)]).int()\n"
+        "moe_kernels.grouped_gemm_wgrad(a, torch.randn(8, 4096), o)\n"
+        "print(moe_kernels.free_kept_buffers())\n"
+    )
+    kept = [
+        int(
+            subprocess.run(
+                [sys.executable, "-c", code],
+                env={**os.environ, "MOE_KERNELS_KEEP_BUFFERS": value},
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+        )
+        for value in ("0", "1")
+    ]
+    assert kept[0] == 0
+    assert kept[1] == 72 * MIB
