@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.environment import ROOT
 
 DEVICE_LOST = 3
@@ -186,6 +188,8 @@ def sweep_command(options: argparse.Namespace) -> int:
             print(f"{part.seconds:5.0f} s  {part.name}: {' '.join(part.arguments)}")
         print(f"{sum(part.seconds for part in parts):5.0f} s  at most")
         return 0
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"sweep: torch {torch.__version__} finds no CUDA device")
     done = sweep(parts, options.out.resolve(), options.device, options.limit)
     print("\n| run | outcome | seconds |\n| --- | --- | --- |")
     for row in done:

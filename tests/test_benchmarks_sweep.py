@@ -21,6 +21,7 @@ from benchmarks.providers import OURS, PROVIDERS
 from benchmarks.registry import Case, Implementation, Inputs, Output
 from benchmarks.sweep import DEVICE_LOST, PLANS, Part, outcome, start_process, sweep
 from benchmarks.tables import vs_best_peer
+from tests.conftest import HAS_GPU
 
 FIRST, SECOND = "T=3,H=16,I=8,E=4,K=2", "T=5,H=16,I=8,E=4,K=2"
 
@@ -267,6 +268,19 @@ def test_a_sweep_ends_in_time(tmp_path: Path) -> None:
     assert runs.started[0] == ("a", 45.0)
     assert runs.started[1] == ("b", 41.25)
     assert runs.now <= 100.0
+
+
+@pytest.mark.skipif(HAS_GPU, reason="there is one")
+def test_a_sweep_of_a_gpu_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sweep", "main", "--out", "nowhere"]) == 2
+    assert "finds no CUDA device" in capsys.readouterr().err
+
+
+def test_installed_libraries_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "PEERS", ("pytest", "no-such-library"))
+    versions = environment.describe(torch.device("cpu"))["versions"]
+    assert versions["pytest"] == pytest.__version__
+    assert "no-such-library" not in versions
 
 
 def test_a_process_that_takes_too_long_is_ended() -> None:
