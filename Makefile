@@ -3,8 +3,8 @@
 # torch) no .venv is made and nothing is installed or downloaded: the extension is built in place.
 #
 #   TORCH_SPEC   what pip installs as torch in .venv ("torch", pinned in constraints.txt)
-#   ARGS         further arguments of demo, test, test-all, bench and of gpu-check's tests
-#   OUT          where gpu-check writes its results
+#   ARGS         further arguments of demo, test, test-all, bench, gpu-tune and of gpu-check's tests
+#   OUT          where gpu-check, gpu-bench and gpu-tune write their results
 
 TORCH_SPEC ?= torch
 OUT ?= build/gpu-check
@@ -19,12 +19,15 @@ endif
 export PATH := $(if $(findstring /,$(PY)),$(abspath $(dir $(PY))):)$(PATH)
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
+BUILD := $(PY) setup.py --quiet build_ext --inplace
+
 # Tests start processes by fork, which needs a parent without OpenMP threads.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
 
 CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/native/*.cpp')
 
-.PHONY: demo test test-all test-sanitizers test-stress test-instructions lint format bench gpu-check build clean
+.PHONY: demo test test-all test-sanitizers test-stress test-instructions lint format bench gpu-check \
+	gpu-bench gpu-tune build clean
 
 demo: build
 	OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc-per-node=2 \
@@ -80,24 +83,47 @@ bench: build
 	$(PY) -m benchmarks run fused_experts $(ARGS)
 
 # On a machine with an NVIDIA GPU: PYTHON=python3 make gpu-check. Ends within nine minutes whatever
-# happens, with what it has found by then. Most of the time goes into compiling kernels, of which the
-# tests meet hundreds: they run in parallel where pytest-xdist is installed.
-gpu-check: export MOE_KERNELS_CUDA ?= on
+# happens (130 + 50 + 175 + 15 + 150 seconds), with what it has found by then: the build, without CUDA
+# sources if they do not build; the main tables, each in a process of its own; the GPU's tests. What
+# fails is said and counted, and the rest goes on. Most of the tests' time goes into compiling kernels:
+# they run in parallel where pytest-xdist is installed.
 # looking for GPUs without starting the driver leaves processes free to fork
-gpu-check: export PYTORCH_NVML_BASED_CUDA_CHECK ?= 1
-gpu-check: build
-	@$(PY) -c 'import pytest' || { echo "gpu-check needs pytest; the packages that the tests" \
-		"use are the extra \"test\" of pyproject.toml." >&2; exit 1; }
+gpu-check gpu-bench gpu-tune: export PYTORCH_NVML_BASED_CUDA_CHECK ?= 1
+gpu-check: export MOE_KERNELS_CUDA ?= on
+gpu-check: $(ENVIRONMENT)
 	@mkdir -p $(OUT); status=0; \
-	parallel=$$($(PY) -c 'import xdist' 2>/dev/null && echo --numprocesses=8 --dist=worksteal); \
-	timeout --signal=INT 300 env $(PYTEST) -m "gpu and not slow" $$parallel \
-		--continue-on-collection-errors --junitxml=$(OUT)/tests.xml $(ARGS) || status=$$?; \
-	timeout --signal=INT 120 $(PY) -m benchmarks run fused_experts --device cuda --out $(OUT) || status=$$?; \
+	timeout --kill-after=5 125 $(BUILD) > $(OUT)/build.log 2>&1 || { status=1; \
+		echo "gpu-check: the build with MOE_KERNELS_CUDA=$$MOE_KERNELS_CUDA failed or took too" \
+			"long, see $(OUT)/build.log; trying without CUDA sources" >&2; \
+		MOE_KERNELS_CUDA=off timeout --kill-after=5 45 $(BUILD); }; \
+	timeout --signal=INT --kill-after=5 170 $(PY) -m benchmarks sweep main --device cuda \
+		--out $(OUT) --limit 165 || status=1; \
+	timeout --kill-after=5 10 $(PY) -m benchmarks report $(OUT) --tables \
+		--out $(OUT)/report > /dev/null || status=1; \
+	if $(PY) -c 'import pytest'; then \
+		parallel=$$($(PY) -c 'import xdist' 2>/dev/null && echo --numprocesses=8 --dist=worksteal); \
+		timeout --signal=INT --kill-after=5 145 env $(PYTEST) -m "gpu and not slow" $$parallel \
+			--continue-on-collection-errors --junitxml=$(OUT)/tests.xml $(ARGS) || status=1; \
+	else \
+		echo "gpu-check needs pytest for the tests; the packages that they use are the extra" \
+			"\"test\" of pyproject.toml." >&2; status=1; \
+	fi; \
 	exit $$status
+
+# The full sweep: hours. Started again, it goes on where it was. LIMIT=SECONDS ends it earlier.
+LIMIT ?= 86400
+gpu-bench: build
+	$(PY) -m benchmarks sweep full --device cuda --out $(OUT) --limit $(LIMIT) || status=$$?; \
+	$(PY) -m benchmarks report $(OUT) --out $(OUT)/report > /dev/null || status=$$?; \
+	exit $${status:-0}
+
+# The device's table of tile shapes, about an hour. Started again, it does the buckets that are left.
+gpu-tune: build
+	$(PY) -m benchmarks tune --device cuda --limit $(LIMIT) --out $(OUT)/tiles.json $(ARGS)
 
 # CMake and ninja do only what is needed, so it is always run.
 build: $(ENVIRONMENT)
-	@$(PY) setup.py --quiet build_ext --inplace
+	@$(BUILD)
 
 .venv/installed: pyproject.toml constraints.txt
 	@test -x .venv/bin/pip || { \

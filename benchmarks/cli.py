@@ -1,10 +1,12 @@
-"""The command line: ``python -m benchmarks run|memory|simulate|report|list``."""
+"""The command line: ``python -m benchmarks COMMAND``; ``--help`` names the commands."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,13 @@ import torch
 from benchmarks import (
     activation_checkpointing,
     environment,
+    launches,
     plots,
     ranks,
     results,
+    resume,
     simulate_command,
+    sweep,
     tables,
 )
 from benchmarks.limits import Limits
@@ -25,7 +30,8 @@ from benchmarks.ops import OPS
 from benchmarks.providers import OWN, PROVIDERS
 from benchmarks.registry import DIRECTIONS, DTYPES, Op
 from benchmarks.routing import ROUTINGS
-from benchmarks.runner import Settings, available, run_op
+from benchmarks.runner import DeviceLostError, Settings, available, run_op
+from benchmarks.tuning import command as tune
 
 RUNS = environment.ROOT / "runs" / "benchmarks"
 SECONDS = {"cpu": 20.0, "cuda": 2.0}
@@ -39,6 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 2
+    except DeviceLostError as error:
+        print(f"benchmarks: {error}; --resume goes on without it", file=sys.stderr)
+        return sweep.DEVICE_LOST
     except KeyboardInterrupt:
         print("benchmarks: interrupted; what was measured before is written", file=sys.stderr)
         return 130
@@ -61,7 +70,12 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=())
     run.add_argument("--direction", nargs="+", choices=DIRECTIONS, default=())
     run.add_argument("--provider", nargs="+", choices=list(PROVIDERS), default=())
-    run.add_argument("--routing", choices=ROUTINGS, default="", help="default: as list says")
+    run.add_argument(
+        "--routing", nargs="+", choices=ROUTINGS, default=(), help="default: as list says"
+    )
+    run.add_argument(
+        "--resume", action="store_true", help="go on with the file of an interrupted run"
+    )
     run.add_argument(
         "--ranks", nargs="+", type=int, default=(2,), help="processes, for ops that need several"
     )
@@ -88,11 +102,18 @@ def _parser() -> argparse.ArgumentParser:
     memory.set_defaults(command=_memory)
 
     simulate_command.add_parser(commands)
+    tune.add_parser(commands)
+    sweep.add_parser(commands)
+    launches.add_parser(commands)
 
     report = commands.add_parser("report", help="tables and plots from result files")
     report.add_argument(
-        "files", nargs="*", type=Path, help="default: the committed results and those of last runs"
+        "files",
+        nargs="*",
+        type=Path,
+        help="files or folders; default: the committed results and those of last runs",
     )
+    report.add_argument("--tables", action="store_true", help="no plots, which need matplotlib")
     report.add_argument("--out", type=Path, default=RUNS / "report", help="a folder")
     report.set_defaults(command=_report)
 
@@ -122,7 +143,7 @@ def _run(options: argparse.Namespace) -> int:
         dtypes=options.dtype,
         directions=options.direction,
         providers=options.provider,
-        routing=options.routing,
+        only_routings=options.routing,
         seconds=SECONDS[options.device] if options.seconds is None else options.seconds,
         max_rounds=options.rounds,
         seed=options.seed,
@@ -153,21 +174,34 @@ def _run_one(op: Op, settings: Settings, options: argparse.Namespace) -> list[st
     path = options.out or RUNS / environment.slug(described["device"])
     if path.suffix != ".json":
         path = path / f"{op.name}.json"
-    limits: dict[str, Limits] = {}
-    rows: list[dict[str, Any]] = []
-    document: dict[str, Any] = {"rows": []}
+    left = resume.earlier(path, described) if options.resume else resume.Earlier()
+    limits, rows, crashed = left.limits, left.rows, {"crashed": left.crashed}
+    document: dict[str, Any] = {"rows": rows}
+    if not op.on_ranks:
+        settings = dataclasses.replace(
+            settings,
+            done=left.done,
+            crashed=left.crashed,
+            watch=functools.partial(resume.watch, path),
+        )
+    if left.crashed:  # kept even if this run ends before its first row
+        results.write(path, results.document(op.name, described, why, limits, rows) | crashed)
     if op.on_ranks:
         counts = _possible_ranks(op, settings, options.ranks)
         described |= {"ranks": {n: ranks.placement(n, settings.threads) for n in counts}}
         described["threads"] = max((d["threads"] for d in described["ranks"].values()), default=1)
-    for new, dtype, seen in _measured(op, settings, list(described.get("ranks", ()))):
-        if seen is not None:
-            limits[dtype] = limits[dtype].best(seen) if dtype in limits else seen
-        rows += new
-        document = results.document(op.name, described, why, limits, rows)
-        results.write(path, document)
-        for group in tables.grouped(document["rows"][len(rows) - len(new) :]).values():
-            print(f"\n{tables.table(group)}", flush=True)
+    try:
+        for new, dtype, seen in _measured(op, settings, list(described.get("ranks", ()))):
+            if seen is not None:
+                limits[dtype] = limits[dtype].best(seen) if dtype in limits else seen
+            rows += new
+            document = results.document(op.name, described, why, limits, rows) | crashed
+            results.write(path, document)
+            for group in tables.grouped(document["rows"][len(rows) - len(new) :]).values():
+                print(f"\n{tables.table(group)}", flush=True)
+    except KeyboardInterrupt:
+        resume.marker(path).unlink(missing_ok=True)  # nothing died
+        raise
     if not rows:
         print(f"{op.name}: nothing was measured", flush=True)
         return []
@@ -221,11 +255,7 @@ def _memory(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    files = options.files or sorted([*COMMITTED.rglob("*.json"), *RUNS.rglob("*.json")])
-    if not files:
-        raise FileNotFoundError(
-            f"no results in {COMMITTED} or {RUNS}; python -m benchmarks run all"
-        )
+    files = _result_files(options.files)
     options.out.mkdir(parents=True, exist_ok=True)
     parts = []
     for file in files:
@@ -236,8 +266,11 @@ def _report(options: argparse.Namespace) -> int:
         parts += [
             f"## {found['op']} on {device['name']}, {found['threads']} threads",
             f"Commit {commit['hash']}{dirty}, {found['date']}; {versions}.",
+            *_absent(found["providers"]),
             tables.summary(found["rows"]),
         ]
+        if options.tables:
+            continue
         folder = options.out / environment.slug(device)
         for picture in plots.draw(found["rows"], folder):
             parts.append(f"![{picture.stem}]({picture.relative_to(options.out)})")
@@ -245,6 +278,26 @@ def _report(options: argparse.Namespace) -> int:
     (options.out / "report.md").write_text(text)
     print(f"{text}\nwritten: {options.out / 'report.md'}")
     return 0
+
+
+def _absent(providers: Mapping[str, str]) -> list[str]:
+    """A line on the libraries that were not measured."""
+    missing = [f"{name} ({why})" for name, why in providers.items() if why]
+    return [f"Not measured: {', '.join(missing)}."] if missing else []
+
+
+def _result_files(wanted: Sequence[Path]) -> list[Path]:
+    """Files as they are named, and those in folders that hold rows."""
+    if not wanted:
+        wanted = [folder for folder in (COMMITTED, RUNS) if folder.is_dir()]
+    files = []
+    for path in wanted:
+        inside = sorted(path.rglob("*.json")) if path.is_dir() else [path]
+        files += [file for file in inside if file == path or '"rows": [' in file.read_text()]
+    if not files:
+        places = " or ".join(map(str, wanted)) or RUNS
+        raise FileNotFoundError(f"no results in {places}; python -m benchmarks run all")
+    return files
 
 
 def _list(options: argparse.Namespace) -> int:

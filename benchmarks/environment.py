@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import os
 import platform
 import re
@@ -16,6 +17,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = ("torch", "triton", "transformers", "moe_kernels", "numpy")
+# other libraries, by what pip calls them
+PEERS = ("scattermoe", "liger-kernel", "sonic-moe", "sonicmoe", "megablocks", "transformer-engine")
+PEERS += ("triton-kernels", "kernels")
 # settings that change times
 VARIABLES = (
     "MOE_KERNELS_BACKEND",
@@ -39,7 +43,9 @@ def describe(device: torch.device) -> dict[str, Any]:
         "command": "python -m benchmarks " + " ".join(sys.argv[1:]),
         "device": _cuda(device) if device.type == "cuda" else _cpu(),
         "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version()} | {m: _version(m) for m in MODULES},
+        "versions": {"python": platform.python_version()}
+        | {module: _version(module) for module in MODULES}
+        | _peers(),
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "load_average": os.getloadavg()[0],
     }
@@ -74,6 +80,17 @@ def _version(module: str) -> str | None:
     if own is None:
         own = getattr(importlib.import_module(f"{module}._version"), "__version__", None)
     return str(own)
+
+
+def _peers() -> dict[str, str]:
+    """Those that are installed; they are not imported for this."""
+    found = {}
+    for name in PEERS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def _cpu() -> dict[str, Any]:

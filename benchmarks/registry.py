@@ -24,21 +24,32 @@ Output = Tensor | tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes by their letter, in the op's order: ``Shape({"T": 16, "H": 2048})`` is "T16 H2048"."""
+    """Sizes by their letter, in the op's order: ``Shape({"T": 16, "H": 2048})`` is "T16 H2048".
+
+    ``variant`` names what else the op computes differently; "" is the usual.
+    """
 
     sizes: Mapping[str, int]
+    variant: str = ""
 
     def __str__(self) -> str:
-        return " ".join(f"{letter}{size}" for letter, size in self.sizes.items())
+        sizes = " ".join(f"{letter}{size}" for letter, size in self.sizes.items())
+        return f"{sizes} {self.variant}".rstrip()
 
     def __getitem__(self, letter: str) -> int:
         return self.sizes[letter]
 
-    def replace(self, text: str) -> Shape:
-        """This shape with the sizes that ``text`` names ("T=4,E=8", "T4 E8"), the others kept."""
+    def replace(self, text: str, variants: Sequence[str] = ()) -> Shape:
+        """This shape with the sizes that ``text`` names ("T=4,E=8", "T4 E8"), the others kept.
+
+        A word of ``variants`` is the variant.
+        """
         words = [word for word in re.split(r"[\s,]+", text.strip()) if word]
-        sizes = dict(self.sizes)
+        sizes, variant = dict(self.sizes), self.variant
         for word in words:
+            if word in variants:
+                variant = word
+                continue
             match = re.fullmatch(r"([A-Za-z]+)=?(\d+)", word)
             if not match or match[1] not in sizes:
                 raise ValueError(
@@ -48,7 +59,7 @@ class Shape:
             sizes[match[1]] = int(match[2])
         if min(sizes.values()) < 1:
             raise ValueError(f"shape must have sizes of at least 1; got {text!r}")
-        return Shape(sizes)
+        return Shape(sizes, variant)
 
 
 @dataclass(frozen=True)
@@ -110,13 +121,13 @@ class Implementation:
     Attributes:
         run: from one set of inputs to the outputs.
         backward: from the outputs and the inputs; by default autograd's, of the first output.
-        own_weights: for weights that it keeps in another layout: its leaf, and the function that
-            brings the leaf's gradient into the layout of the case.
+        own_weights: for weights that it keeps in another layout: its leaves, and the function that
+            brings the leaves' gradients into the layout of the case.
     """
 
     run: Callable[[Inputs], Output]
     backward: Callable[[Output, Inputs], None] = autograd_backward
-    own_weights: Mapping[str, tuple[Tensor, Callable[[Tensor], Tensor]]] = field(
+    own_weights: Mapping[str, tuple[Sequence[Tensor], Callable[..., Tensor]]] = field(
         default_factory=dict
     )
 
@@ -147,6 +158,7 @@ class Op:
         requires: modules that must be importable to make a case.
         on_ranks: several processes compute it together, as many as the shape's "P".
         details: what else the rows of a case say.
+        variants: of shapes.
     """
 
     name: str
@@ -171,6 +183,7 @@ class Op:
     requires: tuple[str, ...] = ()
     on_ranks: bool = False
     details: Callable[[Case], Mapping[str, Any]] = lambda case: {}
+    variants: tuple[str, ...] = ()
 
     def shapes(self, device: str, wanted: Sequence[str] = ()) -> list[Shape]:
         """Shapes named by set, or by sizes (those missing come from the first default set)."""
@@ -180,7 +193,7 @@ class Op:
         found: list[Shape] = []
         for text in wanted:
             known = self.shape_sets.get(text)
-            found += known if known else [default_sets[0][0].replace(text)]
+            found += known if known else [default_sets[0][0].replace(text, self.variants)]
         return found
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.limits import Limits
 from benchmarks.registry import DIRECTIONS, Cost
+from benchmarks.tables import grouped, vs_best_peer
 
 Row = dict[str, Any]
 ROW_KEYS = (
@@ -28,7 +29,8 @@ def document(
 ) -> dict[str, Any]:
     """One JSON document. Rows get their floor here, when the machine's limits are all measured.
 
-    Those that bring one keep it: what limits an op on ranks depends on their number.
+    Those that bring one keep it: what limits an op on ranks depends on their number. And each gets
+    its ratio to the best peer.
     """
     full = []
     for row in rows:
@@ -38,6 +40,9 @@ def document(
         floor = limits[row["dtype"]].floor_ms(Cost(row["flops"], row["bytes"]))
         over = row["ms"] / floor if row["ms"] else None
         full.append({**row, "floor_ms": floor, "over_floor": over})
+    for group in grouped(full).values():
+        for row in group:
+            row["vs_best_peer"] = vs_best_peer(row, group)
     return {
         "op": op,
         **environment,

@@ -31,7 +31,17 @@ from benchmarks.timing import Call, Clock, Samples, make_clock, take_turns
 from moe_kernels import use_large_pages
 
 Row = dict[str, Any]
+NOTHING = {"forward": Cost(0.0, 0.0), "backward": Cost(0.0, 0.0)}
 SLOW_MS = 10000.0  # a first call longer than this is not repeated just to be warm
+CaseKey = tuple[str, str, str]  # shape, dtype, routing
+
+
+class DeviceLostError(RuntimeError):
+    """A provider left the device in a state in which nothing can run in this process any more."""
+
+
+def unwatched(case: CaseKey, provider: str | None) -> None:
+    """Nobody wants to know what is tried."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +52,15 @@ class Settings:
         shapes: by set name or sizes; none means the op's default sets.
         dtypes, directions: none means the op's defaults.
         providers: by name; none means all that can run.
-        routing: none means those of the op for each shape.
+        only_routings: none means those of the op for each shape.
         seconds: of timing for each shape, dtype and mode (inference or training).
         max_rounds: of timing at most.
         large_pages: whether weights in CPU memory lie on large pages.
         threads: of PyTorch in each process of an op on ranks; none means that they share the cores.
         timeout: seconds that a rank waits for the others in an exchange.
+        done: cases that are not computed again.
+        crashed: why providers are not tried, since they ended the process before.
+        watch: is told which provider is tried on which case, and None when it is over.
     """
 
     device: torch.device
@@ -55,16 +68,19 @@ class Settings:
     dtypes: Sequence[str] = ()
     directions: Sequence[str] = ()
     providers: Sequence[str] = ()
-    routing: str = ""
+    only_routings: Sequence[str] = ()
     seconds: float = 20.0
     max_rounds: int = 50
     seed: int = 0
     large_pages: bool = False
     threads: int | None = None
     timeout: float = 120.0
+    done: frozenset[CaseKey] = frozenset()
+    crashed: Mapping[str, str] = field(default_factory=dict)
+    watch: Callable[[CaseKey, str | None], None] = unwatched
 
     def routings(self, op: Op, shape: Shape) -> tuple[str, ...]:
-        return (self.routing,) if self.routing else op.routings(shape)
+        return tuple(self.only_routings) or op.routings(shape)
 
 
 @dataclass
@@ -101,33 +117,62 @@ def run_op(op: Op, settings: Settings) -> Iterator[tuple[list[Row], str, Limits]
     for dtype in settings.dtypes or op.dtypes[device.type]:
         shapes = op.shapes(device.type, settings.shapes)
         for shape, routing in [(s, r) for s in shapes for r in settings.routings(op, s)]:
+            key = (str(shape), dtype, routing)
+            if key in settings.done:
+                continue
             limits = measure_limits(clock, device, DTYPES[dtype])
-            case = op.make_case(shape, DTYPES[dtype], device, routing, settings.seed)
-            if settings.large_pages:
-                for weight in case.weights.values():
-                    use_large_pages(weight)
-            cost = op.cost(case)
+            common = {"op": op.name, "shape": str(shape), "sizes": dict(shape.sizes)}
+            common |= {"dtype": dtype, "routing": routing}
             rows: list[Row] = []
+            try:
+                case = op.make_case(shape, DTYPES[dtype], device, routing, settings.seed)
+                if settings.large_pages:
+                    for weight in case.weights.values():
+                        use_large_pages(weight)
+                cost = op.cost(case)
+            except torch.OutOfMemoryError as error:  # a smaller GPU: other shapes go on
+                note = f"its inputs do not fit: {error}".split("\n")[0]
+                nobody = {name: Contender(note=note) for name in usable}
+                for direction in directions:
+                    rows += make_rows(common, direction, nobody, NOTHING, None)
+                yield rows, dtype, limits
+                free(device)
+                continue
             for mode, wanted in modes.items():
                 if not wanted or (mode == "training" and not case.differentiable):
                     continue
-                contenders = _compete(op, case, clock, settings, usable, mode == "training")
-                common = {"op": op.name, "shape": str(shape), "sizes": dict(shape.sizes)}
-                common |= {"dtype": dtype, "routing": routing}
+                contenders = _compete(op, case, clock, settings, usable, mode == "training", key)
                 yardstick = contenders[op.plain].accuracy if op.plain in contenders else None
                 for direction in wanted:
-                    rows += make_rows(common, direction, contenders, cost, yardstick)
+                    rows += make_rows(common, direction, contenders, cost, yardstick, DTYPES[dtype])
             yield rows, dtype, limits
             del case
             free(device)
 
 
 def _compete(
-    op: Op, case: Case, clock: Clock, settings: Settings, names: Sequence[str], training: bool
+    op: Op,
+    case: Case,
+    clock: Clock,
+    settings: Settings,
+    names: Sequence[str],
+    training: bool,
+    key: CaseKey,
 ) -> dict[str, Contender]:
     """Try every provider once, then time those that work in turns."""
-    truth = op.truth(case, 0, training)
-    contenders = {name: _try(op, PROVIDERS[name], case, clock, truth, training) for name in names}
+    try:
+        truth = op.truth(case, 0, training)
+    except torch.OutOfMemoryError as error:
+        note = f"the right answer does not fit: {error}".split("\n")[0]
+        return {name: Contender(note=note) for name in names}
+    contenders = {}
+    for name in names:
+        if name in settings.crashed:
+            contenders[name] = Contender(note=settings.crashed[name])
+            continue
+        settings.watch(key, name)
+        contenders[name] = _try(op, PROVIDERS[name], case, clock, truth, training)
+    settings.watch(key, None)
     del truth
     calls = {name: contender.call for name, contender in contenders.items() if contender.call}
     first = {name: contenders[name].first for name in calls}
@@ -136,7 +181,11 @@ def _compete(
     )
     for name, taken in samples.items():
         contenders[name].samples = taken
-        contenders[name].note = taken.failure
+        contenders[name].note = f"does not run: {taken.failure}" if taken.failure else ""
+        if taken.failure:
+            settings.watch(key, name)
+            check_device(case.device, name)
+            settings.watch(key, None)
     clear_gradients(case)
     return contenders
 
@@ -169,8 +218,9 @@ def _try(
     except Unsupported as reason:
         contender.note, contender.unsupported = str(reason), True
     except Exception as error:  # another project's failure is a row of the table, not the end of it
-        contender.note = f"{type(error).__name__}: {error}".split("\n")[0]
+        contender.note = f"does not run: {type(error).__name__}: {error}".split("\n")[0]
         clock.reset()
+        check_device(case.device, provider.name)
         free(case.device)
     clear_gradients(case)
     return contender
@@ -208,18 +258,32 @@ def named_results(
     if not training:
         return results
     for name, leaf in case.leaves(0).items():
-        own, convert = implementation.own_weights.get(name, (leaf, None))
-        if own.grad is None:
+        own, convert = implementation.own_weights.get(name, ((leaf,), None))
+        grads = [tensor.grad for tensor in own if tensor.grad is not None]
+        if len(grads) < len(own):
             raise RuntimeError(f"no gradient of {name}")
-        results[name] = convert(own.grad) if convert else own.grad
+        results[name] = convert(*grads) if convert else grads[0]
     return results
 
 
 def clear_gradients(case: Case, implementation: Implementation | None = None) -> None:
     leaves = [leaf for i in range(len(case.inputs)) for leaf in case.leaves(i).values()]
-    own = implementation.own_weights.values() if implementation else ()
-    for leaf in (*leaves, *(leaf for leaf, _ in own)):
+    for own, _ in implementation.own_weights.values() if implementation else ():
+        leaves += own
+    for leaf in leaves:
         leaf.grad = None
+
+
+def check_device(device: torch.device, provider: str) -> None:
+    """Raise DeviceLostError if the device does not work any more, after a failure of a provider."""
+    if device.type != "cuda":
+        return
+    try:
+        torch.cuda.synchronize(device)
+        torch.zeros(1, device=device).add_(1).item()
+    except RuntimeError as error:
+        text = str(error).split("\n")[0]
+        raise DeviceLostError(f"{provider} left the GPU unusable: {text}") from error
 
 
 def make_rows(
@@ -228,14 +292,18 @@ def make_rows(
     contenders: Mapping[str, Contender],
     cost: Mapping[str, Cost],
     yardstick: Accuracy | None,
+    bound: torch.dtype | None = None,
 ) -> list[Row]:
-    """One row a provider. A wrong result leaves a row without a time."""
+    """One row a provider. A wrong result leaves a row without a time.
+
+    ``bound``: the dtype whose fixed bound on the error holds where there is no yardstick.
+    """
     parts = direction.split("+")
     work = sum((cost[part] for part in parts), Cost(0.0, 0.0))
     rows = []
     for name, contender in contenders.items():
         times = contender.samples.of(direction) if contender.samples.stages else []
-        void = contender.accuracy.verdict(yardstick)
+        void = contender.accuracy.verdict(yardstick, bound)
         counted = bool(times) and not void
         ms = statistics.median(times) if counted else None
         rows.append(

@@ -36,6 +36,24 @@ def lead(group: Sequence[Row]) -> float | None:
     return min(others) / ours["ms_min"] if ours and others else None
 
 
+def vs_best_peer(row: Row, group: Sequence[Row]) -> float | None:
+    """How many times as fast as the fastest other library, by minima: above 1 is ahead of all.
+
+    Libraries are measured against the others, this package's implementations among them.
+    """
+    if not row["ms_min"] or row["provider"] in LIMITS:
+        return None
+    own = row["provider"] in OWN
+    peers = [
+        other["ms_min"]
+        for other in group
+        if other["ms_min"]
+        and other["provider"] not in (*LIMITS, row["provider"])
+        and not (own and other["provider"] in OWN)
+    ]
+    return min(peers) / row["ms_min"] if peers else None
+
+
 def table(group: Sequence[Row]) -> str:
     """One shape, all providers. "of ours" is the minimum over that of the fastest of ours."""
     op, shape, dtype, routing, direction = key(group[0])

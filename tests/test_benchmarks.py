@@ -151,7 +151,7 @@ def test_a_failing_or_missing_provider_is_named(
     assert "no_such_module does not import" in found["providers"]["y"]
     assert "without y: no_such_module" in capsys.readouterr().out
     notes = {row["note"] for row in rows_of(found, provider="x")}
-    assert notes == {"NotImplementedError: not for this shape"}
+    assert notes == {"does not run: NotImplementedError: not for this shape"}
     assert not rows_of(found, provider="y")
 
 
@@ -173,7 +173,7 @@ def test_a_provider_that_fails_late_is_named(
     monkeypatch.setitem(PROVIDERS, "x", late)
     _, found = run("fused_experts", tmp_path / "out.json", "--dtype", "fp32")
     for row in rows_of(found, provider="x"):
-        assert (row["note"], row["ms"]) == ("RuntimeError: out of memory", None)
+        assert (row["note"], row["ms"]) == ("does not run: RuntimeError: out of memory", None)
     assert all(row["rounds"] == 2 for row in rows_of(found, provider=OURS))
 
 
@@ -193,7 +193,7 @@ def test_a_provider_may_keep_weights_of_its_own(
         convert = (lambda grad: grad.mT) if right else (lambda grad: 2 * grad.mT)
         return Implementation(
             PROVIDERS["torch"].builders["fused_experts"](turned).run,
-            own_weights={name: (weight, convert) for name, weight in own.items()},
+            own_weights={name: ((weight,), convert) for name, weight in own.items()},
         )
 
     keeper = dataclasses.replace(PROVIDERS["torch"], name="x", builders={"fused_experts": build})
@@ -216,10 +216,27 @@ def test_report_draws_and_compares(tmp_path: Path, capsys: pytest.CaptureFixture
     own = rows_of(found, provider=OURS)[0]["ms_min"]
     line = next(line for line in text.splitlines() if line.startswith("| T5 H32 I16 E8 K2 |"))
     assert line.endswith(f"| {best / own:.2f} |")
-    pictures = list((tmp_path / "report").rglob("*.png"))
-    assert len(pictures) == 1
-    assert pictures[0].read_bytes().startswith(b"\x89PNG")
-    assert pictures[0].name in text
+    pictures = sorted((tmp_path / "report").rglob("*.png"))
+    kind = "fused-experts-fp32-uniform-forward"
+    assert [picture.name for picture in pictures] == [f"{kind}-tflops.png", f"{kind}.png"]
+    for picture in pictures:
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        assert picture.name in text
+
+
+@pytest.mark.usefixtures("given_limits")
+def test_report_draws_how_times_scale(tmp_path: Path) -> None:
+    shapes = [f"T={t},H=16,I=8,E=4,K=2" for t in (1, 2, 4, 8)]
+    folder, out = tmp_path / "results", tmp_path / "report"
+    options = ["--dtype", "fp32", "--direction", "forward", "--seconds", "1", "--rounds", "1"]
+    arguments = ["run", "fused_experts", "--device", "cpu", "--out", str(folder)]
+    assert main([*arguments, "--shape", *shapes, *options]) == 0
+    (folder / "sweep.json").write_text('{"parts": []}')  # lies there too, and is no results file
+    assert main(["report", str(folder), "--out", str(out)]) == 0
+    names = {picture.name for picture in out.rglob("*.png")}
+    assert "fused-experts-fp32-uniform-forward-over-t-h16-i8-e4-k2.png" in names
+    assert main(["report", str(folder), "--out", str(tmp_path / "tables"), "--tables"]) == 0
+    assert not list((tmp_path / "tables").rglob("*.png"))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.ops._shapes import CPU_TOKENS, LAYERS, TRAINING_TOKENS
+from benchmarks.ops._shapes import ALL_LAYERS, CPU_TOKENS, TRAINING_TOKENS
 from benchmarks.registry import Inputs, Shape
 from benchmarks.routing import make_topk_ids
 from moe_kernels import ExpertOrder, reference
@@ -13,14 +13,14 @@ INPUT_SETS = 4
 
 
 def _shapes(name: str, tokens: tuple[int, ...]) -> list[Shape]:
-    hidden, _, experts, top_k = LAYERS[name]
+    hidden, _, experts, top_k = ALL_LAYERS[name]
     return [Shape({"T": t, "H": hidden, "E": experts, "K": top_k}) for t in tokens]
 
 
 def row_sets() -> dict[str, list[Shape]]:
     """Shapes of routed batches by set name."""
     cpu = {"cpu": _shapes("qwen3-30b-a3b", CPU_TOKENS)}
-    return cpu | {name: _shapes(name, TRAINING_TOKENS) for name in LAYERS}
+    return cpu | {name: _shapes(name, TRAINING_TOKENS) for name in ALL_LAYERS}
 
 
 ROW_DEFAULTS = {"cpu": ("cpu",), "cuda": ("qwen3-30b-a3b", "deepseek-v3")}
@@ -34,7 +34,7 @@ def make_orders(shape: Shape, device: torch.device, routing: str, seed: int) -> 
     for _ in range(INPUT_SETS):
         ids = make_topk_ids(T, E, K, routing, generator)
         fields = (value.to(device) for value in reference.sort_by_expert(ids, E))
-        orders.append(ExpertOrder(*fields)._asdict())
+        orders.append({**ExpertOrder(*fields)._asdict(), "topk_ids": ids.to(device)})
     return orders
 
 

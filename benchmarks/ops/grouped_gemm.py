@@ -7,14 +7,14 @@ from itertools import pairwise
 
 import torch
 
-from benchmarks.ops._shapes import CPU_TOKENS, LAYERS, TRAINING_TOKENS
+from benchmarks.ops._shapes import ALL_LAYERS, CPU_TOKENS, TRAINING_TOKENS
 from benchmarks.registry import Case, Cost, Op, Shape, Truth
 from benchmarks.routing import make_topk_ids
 
 
 def _shapes(name: str, tokens: tuple[int, ...]) -> list[Shape]:
     """Both products of a layer."""
-    hidden, inner, experts, top_k = LAYERS[name]
+    hidden, inner, experts, top_k = ALL_LAYERS[name]
     sizes = ((hidden, 2 * inner), (inner, hidden))
     return [Shape({"R": t * top_k, "D": d, "N": n, "E": experts}) for t in tokens for d, n in sizes]
 
@@ -72,7 +72,7 @@ grouped_gemm = Op(
     outputs=("c",),
     shape_sets={
         "cpu": _shapes("qwen3-30b-a3b", CPU_TOKENS),
-        **{name: _shapes(name, TRAINING_TOKENS) for name in LAYERS},
+        **{name: _shapes(name, TRAINING_TOKENS) for name in ALL_LAYERS},
     },
     defaults={"cpu": ("cpu",), "cuda": ("qwen3-30b-a3b", "mixtral-8x7b")},
     make_case=_make_case,

@@ -5,10 +5,15 @@ from benchmarks.providers.copy_limit import copy_limit
 from benchmarks.providers.dense_limit import dense_limit
 from benchmarks.providers.dispatch import gloo_rows, torch_all_to_all, transports
 from benchmarks.providers.moe_kernels import moe_kernels
+from benchmarks.providers.peers import PEERS
 from benchmarks.providers.torch_chain import torch_chain
-from benchmarks.providers.transformers import transformers_batched_mm as batched_mm
-from benchmarks.providers.transformers import transformers_eager as eager
-from benchmarks.providers.transformers import transformers_grouped_mm as grouped_mm
+from benchmarks.providers.transformers import (
+    transformers_batched_mm,
+    transformers_deepgemm,
+    transformers_eager,
+    transformers_grouped_mm,
+    transformers_sonicmoe,
+)
 from benchmarks.registry import Provider
 
 OURS = moe_kernels.name
@@ -17,7 +22,8 @@ OWN = (
     our_compiled_model.name,
     *(transport.name for transport in transports),
 )  # all that this package implements
-MACHINE = (dense_limit.name, copy_limit.name)  # what the machine allows
+DENSE = dense_limit.name
+MACHINE = (DENSE, copy_limit.name)  # what the machine allows
 LIMITS = (*MACHINE, gloo_rows.name)  # what computes nothing that could be wrong
 
 PROVIDERS: dict[str, Provider] = {
@@ -25,9 +31,12 @@ PROVIDERS: dict[str, Provider] = {
     for provider in (
         moe_kernels,
         torch_chain,
-        eager,
-        grouped_mm,
-        batched_mm,
+        transformers_eager,
+        transformers_grouped_mm,
+        transformers_batched_mm,
+        transformers_sonicmoe,
+        transformers_deepgemm,
+        *PEERS,
         our_compiled_model,
         *compiled_models,
         *transports,

@@ -5,15 +5,18 @@ from __future__ import annotations
 import moe_kernels as ours
 from benchmarks.models import decoding
 from benchmarks.ops._order import order_of
+from benchmarks.ops.fused_experts import matrices, options
 from benchmarks.registry import Case, Implementation, Inputs, Output, Provider
 
 
 def _fused_experts(case: Case) -> Implementation:
-    gate_up, down = case.weights["gate_up"], case.weights["down"]
-
     def run(inputs: Inputs) -> Output:
         return ours.fused_experts(
-            inputs["x"], gate_up.mT, down.mT, inputs["topk_ids"], inputs["topk_weights"]
+            inputs["x"],
+            *matrices(case),
+            inputs["topk_ids"],
+            inputs["topk_weights"],
+            **options(case),
         )
 
     return Implementation(run)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks.ops.fused_experts import is_oai, matrices
 from benchmarks.registry import Case, Implementation, Inputs, Output, Provider
 
 
@@ -22,15 +23,28 @@ def _swiglu(h: Tensor) -> Tensor:
     return functional.silu(gate) * up
 
 
+def _swigluoai(h: Tensor) -> Tensor:
+    gate, up = h[..., ::2].clamp(max=7.0), h[..., 1::2].clamp(-7.0, 7.0)
+    return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+
+
 def _fused_experts(case: Case) -> Implementation:
-    gate_up, down = case.weights["gate_up"], case.weights["down"]
     experts, top_k = case.shape["E"], case.shape["K"]
+    activation = _swigluoai if is_oai(case) else _swiglu
+
+    def product(rows: Tensor, matrix: Tensor, bias: str, ids: Tensor, ends: Tensor) -> Tensor:
+        out = functional.grouped_mm(rows, matrix, offs=ends)
+        if bias in case.weights:  # in float32, or its gradient would be summed in the dtype
+            out = (out.float() + case.weights[bias].float()[ids]).to(out.dtype)
+        return out
 
     def run(inputs: Inputs) -> Output:
         x, weights = inputs["x"], inputs["topk_weights"]
+        gate_up, down = matrices(case)
         slots, ends = _order(inputs["topk_ids"], experts)
-        h = functional.grouped_mm(x[slots // top_k], gate_up.mT, offs=ends)
-        out = functional.grouped_mm(_swiglu(h), down.mT, offs=ends)
+        ids = inputs["topk_ids"].flatten()[slots]
+        h = product(x[slots // top_k], gate_up, "gate_up_bias", ids, ends)
+        out = product(activation(h), down, "down_bias", ids, ends)
         weighted = out.float() * weights.flatten()[slots, None].float()
         y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         return y.index_add(0, slots // top_k, weighted).to(x.dtype)

@@ -1,39 +1,28 @@
-"""Tile shapes of the GEMM kernels, as data.
+"""Tile shapes of the GEMM kernels: which a call gets.
 
-One row a kernel, architecture, precision and class of rows per expert. None of them is tuned: they
-are the largest tiles that compile without spilling, which says nothing yet about their speed.
+A tuned table decides (see ``_config_tables.py``), else the default below: one row a kernel,
+architecture, precision and class of rows per expert. No default is tuned: they are the largest
+tiles that compile without spilling, which says nothing yet about their speed.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
 
 import torch
 from torch import Tensor
 
+from moe_kernels.triton._config_tables import (
+    Bucket,
+    Config,
+    inner_class,
+    precision_class,
+    rows_class,
+    tuned,
+)
 from moe_kernels.triton._launch import architecture
 
-
-@dataclass(frozen=True)
-class Config:
-    """How a GEMM is cut.
-
-    Attributes:
-        block_m, block_n, block_k: rows, columns and contracted elements of a tile. Of the kernels
-            with a gate, block_n counts columns of the activation; a weight gradient contracts rows.
-        warps: of a program.
-        stages: how deep loads are pipelined.
-        group_m: row tiles that are walked together, so that they find a weight tile in L2.
-        programs: programs a multiprocessor holds; each walks many tiles.
-    """
-
-    block_m: int
-    block_n: int
-    block_k: int
-    warps: int
-    stages: int
-    group_m: int = 8
-    programs: int = 1
+__all__ = ["CONFIGS", "Config", "config", "default_config"]
 
 
 # the most rows an expert has on average, for which a class is meant
@@ -103,17 +92,49 @@ CONFIGS: dict[str, dict[tuple[int, str, str], Config]] = {
 }
 
 
-def config(kernel: str, tensor: Tensor, rows: int, experts: int, *, aligned: bool) -> Config:
+def config(
+    kernel: str, tensor: Tensor, rows: int, experts: int, *, aligned: bool, inner: int = 0
+) -> Config:
     """The configuration for ``rows`` rows of the tensor's dtype, spread over ``experts``.
 
-    ``aligned``: all operands are, so that TMA or wide loads and stores move them.
+    It follows from these arguments, the device and its table alone: it is the same in every call.
+
+    Args:
+        aligned: all operands are, so that TMA or wide loads and stores move them. Tables are of
+            such operands; others get the default.
+        inner: the shorter side of an expert's matrix, or 0 where that is not told.
     """
-    if tensor.dtype == torch.float32:
+    precision = precision_class(tensor.dtype)
+    rows_of = rows_class(rows, experts)
+    if aligned:
+        inner_of = inner_class(inner) if inner else "any"
+        if found := _tuned_config(tensor.device, kernel, precision, rows_of, inner_of):
+            return found
+    return default_config(
+        kernel, architecture(tensor.device), precision, rows, experts, aligned=aligned
+    )
+
+
+@functools.cache
+def _tuned_config(
+    device: torch.device, kernel: str, precision: str, rows: int | None, inner: str
+) -> Config | None:
+    for table in tuned(device, tuple(CONFIGS)):
+        for part in (inner, "any"):
+            if found := table.get(Bucket(kernel, precision, rows, part)):
+                return found
+    return None
+
+
+def default_config(
+    kernel: str, arch: int, precision: str, rows: int, experts: int, *, aligned: bool = True
+) -> Config:
+    """The untuned configuration."""
+    if precision == "full":
         return CONFIGS[kernel][80, "full", "any"]
-    arch = architecture(tensor.device)
     family = 100 if arch >= 100 else 90 if arch >= 90 else 80
     mean = rows / max(experts, 1)
     size = "few" if mean <= FEW else "some" if mean <= SOME else "many"
     if not aligned and size != "few":
         size = "unaligned"
-    return CONFIGS[kernel][family, "half", size]
+    return CONFIGS[kernel][family, precision, size]

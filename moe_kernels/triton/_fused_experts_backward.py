@@ -326,9 +326,8 @@ def fused_experts_backward(
         weighted_a = kept_a[:rows] if keep_weighted_a else None
         grad_rows, grad_source = gathered_rows(grad, order, rows)
         if known_grad_h is None and (dh is not None or needs[3]):
-            cut = config(
-                "down_backward", x, rows, E, aligned=is_aligned(grad) and weight_is_aligned(down)
-            )
+            aligned = is_aligned(grad) and weight_is_aligned(down)
+            cut = config("down_backward", x, rows, E, aligned=aligned, inner=min(H, I))
             parts = ceil_div(I, cut.block_n)
             all_parts = parts + (down_bias is not None)
             partials = row_weights.new_empty(all_parts, rows) if needs[3] else None
@@ -363,7 +362,7 @@ def fused_experts_backward(
             if needs[0]:
                 out = x.new_empty(rows, H)
                 aligned = is_aligned(dh, out) and weight_is_aligned(gate_up)
-                cut = config("grouped_gemm", x, rows, E, aligned=aligned)
+                cut = config("grouped_gemm", x, rows, E, aligned=aligned, inner=min(H, h.shape[1]))
                 multiply_rows(dh[:rows], gate_up.mT, None, out, tiles(cut.block_m), cut)
                 sum_slots(out, *order, None, dx)
     return (*grads, kept, kept_a)

@@ -102,13 +102,18 @@ def tile_bound(rows: int, experts: int, block_m: int) -> int:
     return (rows + min(experts, rows) * (block_m - 1)) // block_m
 
 
+def empty_tile_map(device: torch.device, rows: int, experts: int, block_m: int) -> TileMap:
+    """Room for the tiles of ``rows`` rows."""
+    bound = tile_bound(rows, experts, block_m)
+    return TileMap(torch.empty(1 + 3 * bound, dtype=torch.int32, device=device), bound)
+
+
 def build_tile_map(offsets: Tensor, rows: int, block_m: int) -> TileMap:
     """The tiles of the first ``rows`` rows; needs at least one row and one expert."""
     experts = offsets.numel() - 1
-    bound = tile_bound(rows, experts, block_m)
-    tiles = torch.empty(1 + 3 * bound, dtype=torch.int32, device=offsets.device)
+    tiles, bound = found = empty_tile_map(offsets.device, rows, experts, block_m)
     _tile_map_kernel[(ceil_div(bound, BLOCK_T),)](
         offsets, tiles, rows, experts, bound, BLOCK_M=block_m, BLOCK_T=BLOCK_T,
         EXPERTS=min(next_power_of_2(experts), EXPERTS),
     )  # fmt: skip
-    return TileMap(tiles, bound)
+    return found

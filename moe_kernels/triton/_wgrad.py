@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_kernels.triton._configs import config
+from moe_kernels.triton._configs import Config, config
 from moe_kernels.triton._launch import (
     ceil_div,
     dot_precision,
@@ -139,6 +139,7 @@ def weight_gradient(
     out: Tensor,
     *,
     accumulate: bool = False,
+    cut: Config | None = None,
 ) -> None:
     """``out[e] (+)= a[rows of e].T @ grad[rows of e]``, over the first ``rows`` rows.
 
@@ -147,10 +148,11 @@ def weight_gradient(
         grad: [R, N], or [T, N] if gathered.
         offsets: [E + 1], contiguous.
         out: [E, M, N], any strides.
+        cut: instead of the configuration that the call would get.
     """
     if max(out.stride()[1:]) >= LARGEST_STRIDE:
         dense = torch.empty_like(out, memory_format=torch.contiguous_format)
-        weight_gradient(a, a_source, grad, grad_source, offsets, rows, dense)
+        weight_gradient(a, a_source, grad, grad_source, offsets, rows, dense, cut=cut)
         (out.add_ if accumulate else out.copy_)(dense)
         return
     if out.stride(1) == 1 and out.stride(2) != 1:  # write rows of the transposed product
@@ -163,7 +165,8 @@ def weight_gradient(
         if not accumulate:
             out.zero_()
         return
-    cut = config("wgrad", a, rows, E, aligned=is_aligned(out, a, grad))
+    if cut is None:
+        cut = config("wgrad", a, rows, E, aligned=is_aligned(out, a, grad), inner=min(M, N))
     x = ragged_operand(a, a_source, cut.block_k, cut.block_m)
     g = ragged_operand(grad, grad_source, cut.block_k, cut.block_n)
     source = a_source or grad_source

@@ -48,7 +48,7 @@ from moe_kernels.triton._tiles import (
 )
 from moe_kernels.triton.grouped_gemm import multiply_rows, zero_tail
 from moe_kernels.triton.permute import gathered_rows
-from moe_kernels.triton.sort_by_expert import sort_by_expert
+from moe_kernels.triton.sort_by_expert import sort_and_tile, sort_by_expert
 from moe_kernels.triton.unpermute import unpermute
 
 __all__ = ["fused_experts", "fused_experts_backward", "fused_experts_wgrad_"]
@@ -194,26 +194,29 @@ def fused_experts(
     x = contiguous_rows(x)
     (E, H, W), I = gate_up.shape, down.shape[1]
     act = Activation(activation, interleaved, alpha, limit)
-    order = sort_by_expert(topk_ids, E)
+    rows = min(num_rows, topk_ids.numel())
+    idle = rows == 0 or E == 0 or H == 0
+    a, out = x.new_empty(rows, I), x.new_empty(rows, H)
+    if idle:
+        order = sort_by_expert(topk_ids, E)
+    else:
+        halves = act.gated and not interleaved
+        aligned = is_aligned(x, a) and weight_is_aligned(gate_up, halves=halves)
+        cut = config("up", x, rows, E, aligned=aligned, inner=min(H, I))
+        order, tiles = sort_and_tile(topk_ids, E, rows, cut.block_m)
     if checks_values() and int(order[2][-1]) > num_rows:
         raise ValueError(
             f"fused_experts: num_rows must be at least the number of ids in [0, E) = "
             f"{int(order[2][-1])}; got {num_rows}"
         )
     h = x.new_empty(num_rows if save_for_backward else 0, W)
-    rows = min(num_rows, topk_ids.numel())
-    if rows == 0 or E == 0 or H == 0:
+    if idle:
         y = x.new_zeros(x.shape)
         h.zero_()
     else:
-        a, out = x.new_empty(rows, I), x.new_empty(rows, H)
-        halves = act.gated and not interleaved
-        aligned = is_aligned(x, a) and weight_is_aligned(gate_up, halves=halves)
-        cut = config("up", x, rows, E, aligned=aligned)
         aligned = is_aligned(a, out) and weight_is_aligned(down)
-        cut_down = config("grouped_gemm", x, rows, E, aligned=aligned)
+        cut_down = config("grouped_gemm", x, rows, E, aligned=aligned, inner=min(H, I))
         with on_device_of(x):
-            tiles = build_tile_map(order[2], rows, cut.block_m)
             _project_up(x, gate_up, gate_up_bias, order, h, a, act, tiles, cut)
             if cut_down.block_m != cut.block_m:
                 tiles = build_tile_map(order[2], rows, cut_down.block_m)

@@ -144,7 +144,8 @@ def grouped_gemm(
         return out
     if E == 0:
         return out.zero_()
-    cut = config("grouped_gemm", a, R, E, aligned=is_aligned(a, out) and weight_is_aligned(b))
+    aligned = is_aligned(a, out) and weight_is_aligned(b)
+    cut = config("grouped_gemm", a, R, E, aligned=aligned, inner=min(b.shape[1:]))
     with on_device_of(a):
         multiply_rows(a, b, bias, out, build_tile_map(offsets, R, cut.block_m), cut)
         zero_tail(out, offsets)

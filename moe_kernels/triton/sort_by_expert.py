@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_kernels.triton._launch import ceil_div, checks_values, next_power_of_2, on_device_of
+from moe_kernels.triton._tiles import TileMap, build_tile_map, empty_tile_map
 
 ONE_BLOCK = 1024  # up to as many slots are sorted in one launch
 BLOCK = 256
@@ -41,10 +42,26 @@ def _rank_in_block(ids, bins, lane, first, R, E, BLOCK: tl.constexpr, LANES: tl.
     return rank
 
 
-@triton.jit(do_not_specialize=["R", "E"])
+@triton.jit
+def _store_tiles(tiles, bound, expert, first_row, count, E, rows, BLOCK_M: tl.constexpr):
+    """The map of ``_tiles.py``, from the rows of all experts: each writes its own tiles."""
+    begin = tl.minimum(first_row, rows)
+    end = tl.minimum(first_row + count, rows)
+    number = tl.where(expert < E, tl.cdiv(end - begin, BLOCK_M), 0)
+    first = tl.cumsum(number, 0) - number
+    tl.store(tiles, tl.minimum(tl.sum(number, 0), bound))
+    for i in range(tl.max(number, 0)):
+        inside = (i < number) & (first + i < bound)
+        cell = tiles + 1 + first + i
+        tl.store(cell, expert, mask=inside)
+        tl.store(cell + bound, begin + i * BLOCK_M, mask=inside)
+        tl.store(cell + 2 * bound, end, mask=inside)
+
+
+@triton.jit(do_not_specialize=["R", "E", "rows", "bound"])
 def _sort_one_block_kernel(
-    ids, row_to_slot, slot_to_row, offsets, R, E,
-    BINS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
+    ids, row_to_slot, slot_to_row, offsets, tiles, R, E, rows, bound,
+    BINS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     slot = tl.arange(0, BLOCK)
     bins = _load_bins(ids, slot, R, E)
@@ -52,6 +69,8 @@ def _sort_one_block_kernel(
     first_row = tl.cumsum(count, 0) - count
     expert = tl.arange(0, BINS)
     tl.store(offsets + expert, first_row, mask=expert <= E)
+    if BLOCK_M:
+        _store_tiles(tiles, bound, expert, first_row, count, E, rows, BLOCK_M)
     row = tl.gather(first_row, bins, 0) + _rank_in_block(ids, bins, slot, 0, R, E, BLOCK, LANES)
     tl.store(row_to_slot + row, slot, mask=slot < R)
     tl.store(slot_to_row + slot, row, mask=slot < R)
@@ -111,6 +130,27 @@ def check_ids(op: str, name: str, ids: Tensor, low: int, high: int, meaning: str
 
 
 def sort_by_expert(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    return _sort(topk_ids, num_experts, None)
+
+
+def sort_and_tile(
+    topk_ids: Tensor, num_experts: int, rows: int, block_m: int
+) -> tuple[tuple[Tensor, Tensor, Tensor], TileMap]:
+    """The order, and the tiles of its first ``rows`` rows: one launch where one block sorts.
+
+    Needs at least one row and one expert.
+    """
+    if topk_ids.numel() > ONE_BLOCK:
+        order = _sort(topk_ids, num_experts, None)
+        with on_device_of(topk_ids):
+            return order, build_tile_map(order[2], rows, block_m)
+    tiles = empty_tile_map(topk_ids.device, rows, num_experts, block_m)
+    return _sort(topk_ids, num_experts, tiles, rows, block_m), tiles
+
+
+def _sort(
+    topk_ids: Tensor, num_experts: int, tiles: TileMap | None, rows: int = 0, block_m: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     if checks_values():
         meaning = f" (-1 and {num_experts} mean dropped)"
         check_ids("sort_by_expert", "topk_ids", topk_ids, -1, num_experts, meaning)
@@ -126,17 +166,10 @@ def sort_by_expert(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, 
         if R <= ONE_BLOCK:
             block = max(next_power_of_2(R), 32)
             _sort_one_block_kernel[(1,)](
-                ids,
-                row_to_slot,
-                slot_to_row,
-                offsets,
-                R,
-                E,
-                BINS=bins,
-                BLOCK=block,
-                LANES=LANES,
-                num_warps=8 if block > 256 else 4,
-            )
+                ids, row_to_slot, slot_to_row, offsets, None if tiles is None else tiles.tiles, R,
+                E, rows, 0 if tiles is None else tiles.bound, BINS=bins, BLOCK=block, LANES=LANES,
+                BLOCK_M=block_m, num_warps=8 if block > 256 else 4,
+            )  # fmt: skip
             return row_to_slot, slot_to_row, offsets
         blocks = ceil_div(R, BLOCK)
         counts = ids.new_empty((blocks, E + 1), dtype=torch.int32)

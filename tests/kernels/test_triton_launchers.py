@@ -21,6 +21,7 @@ from moe_kernels.triton import (
 from moe_kernels.triton._configs import CONFIGS
 from moe_kernels.triton._math import exp, fast_sigmoid, sigmoid, softplus
 from moe_kernels.triton._tiles import build_tile_map, walk
+from moe_kernels.triton.sort_by_expert import sort_and_tile
 from tests.conftest import GPU, HAS_GPU, Implementation, poisoned_memory, triton_under_cpu
 from tests.kernels.accuracy import gradients
 from tests.kernels.test_fused_experts import check
@@ -77,6 +78,26 @@ def _case(
 def _run(impl: Implementation, inputs: dict[str, Tensor], upstream: Tensor) -> dict[str, Tensor]:
     moved = {name: value.to(impl.device) for name, value in inputs.items()}
     return gradients(lambda **kw: moe_kernels.fused_experts(**kw), moved, upstream.to(impl.device))
+
+
+@pytest.mark.parametrize("block_m", [16, 64])
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 128, 8), (37, 5, 3), (200, 3, 5)])
+def test_sorting_and_tiling_at_once(
+    impl: Implementation, tokens: int, experts: int, top_k: int, block_m: int
+) -> None:
+    """The same order and tiles as by two kernels, with dropped slots and a bound below all rows."""
+    ids = torch.randint(-1, experts + 1, (tokens, top_k), dtype=torch.int32, device=impl.device)
+    for rows in (tokens * top_k, max(1, tokens * top_k // 3)):
+        order, (found, bound) = sort_and_tile(ids, experts, rows, block_m)
+        for value, right in zip(order, ops.sort_by_expert(ids, experts), strict=True):
+            assert torch.equal(value, right)
+        expected = build_tile_map(order[2], rows, block_m)
+        count = int(expected.tiles[0])
+        assert (bound, int(found[0])) == (expected.bound, count)
+        for part in range(3):
+            start = 1 + part * bound
+            one, other = (tiles[start : start + count] for tiles in (found, expected.tiles))
+            assert torch.equal(one, other)
 
 
 def _configurations() -> list[Any]:

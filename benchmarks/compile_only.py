@@ -1,0 +1,191 @@
+"""Compile kernels for a GPU that need not be there, and read what the compiler made of them.
+
+Launchers run on CPU tensors under a driver that compiles and never launches, so specialisation
+(alignment, divisibility, strides of one) is that of a real call. Import this before kernels, where
+TRITON_INTERPRET is not set.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime.jit import JITFunction
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+# bytes of shared memory that a block may have, by architecture
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
+class CompileOnlyDriver(DriverBase):
+    """Says which GPU to compile for and has none."""
+
+    def __init__(self, arch: int) -> None:
+        self.target = GPUTarget("cuda", arch, 32)
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return True
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return ty
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_benchmarker(self) -> Any:
+        raise NotImplementedError("nothing can be timed without a GPU")
+
+
+@contextmanager
+def compile_only(arch: int, launches: list[str] | None = None) -> Iterator[list[Any]]:
+    """While open, a launch compiles its kernel for ``arch``, and puts it on the list, once.
+
+    The names of all that are launched are appended to ``launches``.
+    """
+    triton.runtime.driver.set_active(CompileOnlyDriver(arch))
+    kernels: list[Any] = []
+    run = JITFunction.run
+
+    def compile_instead(self: Any, *args: Any, warmup: bool = True, **kwargs: Any) -> Any:
+        kernel = run(self, *args, warmup=True, **kwargs)
+        if kernel not in kernels:
+            kernels.append(kernel)
+        if launches is not None:
+            launches.append(self.fn.__name__)
+        return kernel
+
+    JITFunction.run = compile_instead
+    try:
+        yield kernels
+    finally:
+        JITFunction.run = run
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the compiler made of a kernel.
+
+    Attributes:
+        registers: of a thread.
+        spilled: bytes of registers stored to and loaded from memory, and of any stack.
+        shared: bytes of shared memory of a block; ``fits`` if the architecture has them.
+        wgmma, tcgen05, mma: tensor core instructions of each kind, in the PTX.
+        tma_load, tma_store, cp_async: instructions that copy to or from shared memory.
+        detours: tiles that pass through registers on their way to a ``wgmma``, in a pipelined loop.
+        fenced: every wait for ``cp.async`` is followed by a proxy fence before a ``wgmma``.
+        serialized: ptxas could not keep ``wgmma`` asynchronous.
+    """
+
+    case: str
+    kernel: str
+    arch: int
+    warps: int
+    registers: int
+    spilled: int
+    shared: int
+    fits: bool
+    wgmma: int
+    tcgen05: int
+    mma: int
+    tma_load: int
+    tma_store: int
+    cp_async: int
+    detours: int
+    fenced: bool
+    serialized: bool
+    instructions: int
+
+
+def _run(tool: str, *args: str) -> str:
+    done = subprocess.run([str(TOOLS / tool), *args], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{tool} failed: {done.stderr}")
+    return done.stdout + done.stderr
+
+
+def _is_fenced(ptx: str) -> bool:
+    """Data copied by cp.async is read by wgmma only behind a proxy fence.
+
+    Reads straight through the text: between a wait for copies and the next wgmma there is a fence.
+    """
+    waiting = False
+    for line in ptx.splitlines():
+        if "cp.async.wait" in line and "bulk" not in line:
+            waiting = True
+        elif "fence.proxy.async" in line:
+            waiting = False
+        elif "wgmma.mma_async" in line and waiting:
+            return False
+    return True
+
+
+def _detours(ttgir: str) -> int:
+    """Allocations of shared memory inside the innermost loop with a product."""
+    lines = ttgir.splitlines()
+    products = [i for i, line in enumerate(lines) if "ttng.warp_group_dot " in line]
+    if not products:
+        return 0
+    start = max((i for i in range(products[0]) if "scf.for" in lines[i]), default=0)
+    indent = len(lines[start]) - len(lines[start].lstrip())
+    end = next(i for i in range(start + 1, len(lines)) if lines[i].startswith(" " * indent + "}"))
+    return sum("ttg.local_alloc" in line for line in lines[start:end])
+
+
+def read(case: str, kernel: Any, arch: int) -> Report:
+    ptx, meta = kernel.asm["ptx"], kernel.metadata
+    gpu = re.search(r"\.target (\w+)", ptx)
+    assert gpu is not None
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        ptxas = (
+            "ptxas-blackwell" if arch >= 100 and (TOOLS / "ptxas-blackwell").exists() else "ptxas"
+        )
+        log = _run(
+            ptxas, "-v", f"--gpu-name={gpu[1]}", str(source), "-o", str(Path(folder) / "out.cubin")
+        )
+    stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", log)
+    registers = re.search(r"Used (\d+) registers", log)
+    assert stack is not None
+    assert registers is not None
+    limit = SHARED_MEMORY[arch]
+    return Report(
+        case=case,
+        kernel=meta.name,
+        arch=arch,
+        warps=meta.num_warps,
+        registers=int(registers[1]),
+        spilled=sum(int(value) for value in stack.groups()),
+        shared=meta.shared,
+        fits=meta.shared <= limit,
+        wgmma=ptx.count("wgmma.mma_async"),
+        tcgen05=ptx.count("tcgen05.mma"),
+        mma=ptx.count("mma.sync"),
+        tma_load=len(re.findall(r"cp\.async\.bulk\.tensor\S*\.shared::c\w+\.global", ptx)),
+        tma_store=len(re.findall(r"cp\.async\.bulk\.tensor\S*\.global\.shared", ptx)),
+        cp_async=len(re.findall(r"cp\.async\.c[ag]", ptx)),
+        detours=_detours(kernel.asm["ttgir"]),
+        fenced=_is_fenced(ptx),
+        serialized="serialized" in log,
+        instructions=len(re.findall(r"^\s+[a-z@].*;", ptx, re.M)),
+    )

@@ -1,0 +1,81 @@
+"""Going on with an interrupted run: what its file has, and what ended the process.
+
+While a provider is tried, a file beside the results names it. One that takes the process with it
+(a segmentation fault, a lost device, a hang that had to be killed) leaves that file behind; the
+next run says so on the provider's rows and does not try it again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks import results
+from benchmarks.limits import Limits
+from benchmarks.runner import CaseKey
+
+Row = dict[str, Any]
+
+
+def marker(path: Path) -> Path:
+    return path.with_suffix(".trying")
+
+
+def watch(path: Path, case: CaseKey, provider: str | None) -> None:
+    """Leave word of what is tried; to be called before, and with None after."""
+    if provider is None:
+        marker(path).unlink(missing_ok=True)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    marker(path).write_text(json.dumps({"case": list(case), "provider": provider}))
+
+
+@dataclass
+class Earlier:
+    """What an earlier run left.
+
+    Attributes:
+        rows, limits: of its file.
+        crashed: by provider why it is not tried again.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    limits: dict[str, Limits] = field(default_factory=dict)
+    crashed: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def done(self) -> frozenset[CaseKey]:
+        return frozenset((row["shape"], row["dtype"], row["routing"]) for row in self.rows)
+
+
+def earlier(path: Path, described: Mapping[str, Any]) -> Earlier:
+    """What the run that wrote ``path`` left, if it was of this commit, device and packages.
+
+    Another's file is moved aside, to one that ends in ".old".
+    """
+    found = Earlier()
+    if path.exists():
+        document = results.read(path)
+        if _identity(document) != _identity(described):
+            path.replace(path.with_suffix(".old"))
+            marker(path).unlink(missing_ok=True)
+            return found
+        found.rows = document["rows"]
+        found.limits = {
+            dtype: Limits(rates["flops_per_second"], rates["bytes_per_second"])
+            for dtype, rates in document["limits"].items()
+        }
+        found.crashed = dict(document.get("crashed", {}))
+    if marker(path).exists():
+        left = json.loads(marker(path).read_text())
+        case = " ".join(left["case"])
+        found.crashed[left["provider"]] = f"does not run: it ended the process at {case}"
+        marker(path).unlink()
+    return found
+
+
+def _identity(document: Mapping[str, Any]) -> tuple[Any, ...]:
+    return document["commit"], document["versions"], document["device"]["name"]

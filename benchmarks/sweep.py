@@ -1,0 +1,197 @@
+"""``python -m benchmarks sweep``: many runs, each in a process of its own with a time limit.
+
+The most valuable come first. Each writes rows as they come and goes on where it was interrupted, so
+a sweep that is started again does only what is left. A process that dies, of a library's
+segmentation fault say, is started again without that library.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.environment import ROOT
+
+DEVICE_LOST = 3
+RESTARTS = 3  # of a run whose process died
+GRACE = 15.0  # seconds to write what is there, after an interrupt; at most a quarter of all
+LEAST = 5.0  # seconds in which a run can do anything
+
+
+@dataclass(frozen=True)
+class Part:
+    """One run.
+
+    Attributes:
+        arguments: of ``python -m benchmarks``, without the output.
+        seconds: that it may take.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    seconds: float
+
+
+def _run(name: str, text: str, seconds: float) -> Part:
+    return Part(name, ("run", *text.split()), seconds)
+
+
+# one of each group of three of the published shapes
+SOME_PUBLISHED = "T=40960,H=768,I=512,E=64,K=4 T=24576,H=1536,I=512,E=64,K=4 sonicmoe-wide"
+MODELS = (
+    *("qwen3-30b-a3b", "gpt-oss-120b", "deepseek-v3", "mixtral-8x7b"),
+    *("qwen3-235b-a22b", "kimi-k2"),
+)
+SMALL_OPS = "topk_router sort_by_expert permute unpermute expert_activation"
+
+# in under three minutes: what a reader asks for first
+MAIN = (
+    _run("layer", "fused_experts --shape qwen3-30b-a3b --seconds 1", 60),
+    _run("decode", "fused_experts --shape decode --direction forward --seconds 0.5", 40),
+    _run("published", f"fused_experts --shape {SOME_PUBLISHED} --seconds 1", 70),
+    _run("grouped_gemm", "grouped_gemm --shape qwen3-30b-a3b --seconds 0.5", 40),
+    _run("gpt-oss", "fused_experts --shape gpt-oss-120b --seconds 1", 40),
+    _run("small ops", f"{SMALL_OPS} --seconds 0.3", 60),
+    _run("published, all", "fused_experts --shape sonicmoe --seconds 1", 180),
+)
+
+
+def _everything() -> Iterator[Part]:
+    yield _run("published", "fused_experts --shape sonicmoe", 900)
+    for model in MODELS:
+        yield _run(model, f"fused_experts --shape {model}", 300)
+    yield _run("grouped_gemm", f"grouped_gemm --shape {' '.join(MODELS)}", 600)
+    for model in MODELS:
+        text = f"fused_experts --shape {model}-decode --direction forward --seconds 1"
+        yield _run(f"{model}, decode", text, 240)
+    for op in SMALL_OPS.split():
+        yield _run(op, op, 240)
+    for letter in "TEI":
+        yield _run(f"scaling with {letter}", f"fused_experts --shape scaling-{letter}", 400)
+    for routing in ("zipf", "one"):
+        for model in MODELS:
+            text = f"fused_experts --shape {model} --routing {routing}"
+            yield _run(f"{model}, {routing}", text, 300)
+        text = f"fused_experts --shape sonicmoe --routing {routing}"
+        yield _run(f"published, {routing}", text, 900)
+        yield _run(
+            f"grouped_gemm, {routing}",
+            f"grouped_gemm --shape qwen3-30b-a3b --routing {routing}",
+            200,
+        )
+
+
+PLANS: dict[str, tuple[Part, ...]] = {"main": MAIN, "full": tuple(_everything())}
+
+Start = Callable[[Sequence[str], float], int]
+
+
+def start_process(arguments: Sequence[str], seconds: float) -> int:
+    """Run the command for at most ``seconds``; its exit code, negative where a signal ended it."""
+    process = subprocess.Popen([sys.executable, "-m", "benchmarks", *arguments], cwd=ROOT)
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        process.send_signal(signal.SIGINT)
+        process.wait()
+        raise
+    try:
+        process.wait(min(GRACE, seconds / 3))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    return 124
+
+
+def outcome(code: int) -> str:
+    """What an exit code of a run means."""
+    if code == 124:
+        return "out of time"
+    if code < 0:
+        return f"died of signal {-code}"
+    known = {0: "done", 1: "rows of ours are wrong or failed", DEVICE_LOST: "lost the device"}
+    return known.get(code, f"failed with code {code}")
+
+
+def sweep(
+    parts: Sequence[Part],
+    out: Path,
+    device: str,
+    limit: float,
+    start: Start = start_process,
+    clock: Callable[[], float] = time.monotonic,
+) -> list[dict[str, Any]]:
+    """Run ``parts`` in order until ``limit`` seconds are over, and say how each went.
+
+    What is known is written to ``sweep.json`` after each.
+    """
+    began, done = clock(), []
+    for part in parts:
+        if limit - (clock() - began) < LEAST:
+            done.append({**asdict(part), "outcome": "not started: out of time", "took": 0.0})
+            continue
+        first, code, restarts = clock(), 0, 0
+        while True:
+            left = min(part.seconds - (clock() - first), limit - (clock() - began))
+            if left < LEAST:
+                code = 124
+                break
+            arguments = [*part.arguments, "--device", device, "--out", str(out), "--resume"]
+            print(f"\n== {part.name}: python -m benchmarks {' '.join(arguments)}", flush=True)
+            code = start(arguments, left - min(GRACE, left / 4))
+            if (code == DEVICE_LOST or code < 0) and restarts < RESTARTS:
+                restarts += 1
+                print(f"== {part.name}: {outcome(code)}; again without what it died of", flush=True)
+                continue
+            break
+        took = round(clock() - first, 1)
+        done.append({**asdict(part), "outcome": outcome(code), "restarts": restarts, "took": took})
+        print(f"== {part.name}: {outcome(code)}, {took} s", flush=True)
+        _write(out, done)
+    _write(out, done)
+    return done
+
+
+def _write(out: Path, done: Sequence[dict[str, Any]]) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "sweep.json").write_text(json.dumps({"parts": list(done)}, indent=1) + "\n")
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "sweep", help="many runs, each with a time limit; again to go on where it stopped"
+    )
+    parser.add_argument("plan", choices=PLANS)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--out", type=Path, required=True, help="a folder")
+    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds for all")
+    parser.add_argument("--list", action="store_true", help="say what would run, and nothing else")
+    parser.set_defaults(command=sweep_command)
+
+
+def sweep_command(options: argparse.Namespace) -> int:
+    parts = PLANS[options.plan]
+    if options.list:
+        for part in parts:
+            print(f"{part.seconds:5.0f} s  {part.name}: {' '.join(part.arguments)}")
+        print(f"{sum(part.seconds for part in parts):5.0f} s  at most")
+        return 0
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"sweep: torch {torch.__version__} finds no CUDA device")
+    done = sweep(parts, options.out.resolve(), options.device, options.limit)
+    print("\n| run | outcome | seconds |\n| --- | --- | --- |")
+    for row in done:
+        print(f"| {row['name']} | {row['outcome']} | {row['took']:.0f} |")
+    return 0 if all(row["outcome"] == "done" for row in done) else 1

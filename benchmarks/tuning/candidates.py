@@ -1,0 +1,92 @@
+"""Tile shapes that a kernel may be cut into."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+
+from moe_kernels.triton._config_tables import Config
+
+# bytes of shared memory that a block may have, and registers of a multiprocessor
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+REGISTERS = 65536
+LARGEST_SUM = 128  # float32 sums that a thread can hold besides all else
+SMALLEST_SUM = 4  # fewer leave most of a thread's time to addresses
+DEEPEST = 6
+GROUPS = (1, 4, 8, 16, 32)
+PROGRAMS = (1, 2, 3, 4)
+
+
+def family(arch: int) -> int:
+    return 100 if arch >= 100 else 90 if arch >= 90 else 80
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _row_blocks(rows: int | None) -> tuple[int, ...]:
+    """Heights of a tile of rows, for up to that many rows an expert."""
+    if rows is None or rows > 64:
+        return (64, 128, 256)
+    return (16, 32, 64, 128) if rows > 16 else (16, 32) if rows > 4 else (16,)
+
+
+def candidates(
+    kernel: str, arch: int, itemsize: int, rows: int | None, contracted: int, columns: int
+) -> list[Config]:
+    """Shapes of tiles with all that follows from them, in a fixed order.
+
+    Of the stages only the two deepest that fit are tried; walking order and programs a
+    multiprocessor are left to :func:`refinements`, which need no other tiles.
+
+    Args:
+        kernel: "grouped_gemm", "up", "down_backward" or "wgrad".
+        itemsize: bytes of an element.
+        rows: the most rows that an expert has on average, or None.
+        contracted, columns: of a product. Of "up", columns of the activation; of "wgrad", which
+            contracts rows, the two sides of the gradient.
+    """
+    memory = SHARED_MEMORY[family(arch)]
+    widths = 2 if kernel == "up" else 1  # weights of gate and up for a column
+    if kernel == "wgrad":
+        blocks_m: tuple[int, ...] = (64, 128, 256)
+        deepest_k = max(16, min(128, next_power_of_2(rows or 128)))
+        blocks_k: tuple[int, ...] = tuple(k for k in (16, 32, 64, 128) if k <= deepest_k)
+        fits_m = next_power_of_2(contracted)
+        blocks_m = tuple(m for m in blocks_m if m <= max(64, fits_m))
+    else:
+        blocks_m = _row_blocks(rows)
+        blocks_k = (32, 64, 128) if itemsize < 4 else (16, 32)
+        blocks_k = tuple(k for k in blocks_k if k <= max(32, next_power_of_2(contracted)))
+    blocks_n = tuple(n for n in (32, 64, 128, 256) if n <= max(32, next_power_of_2(columns)))
+    found = []
+    for m, n, k, warps in product(blocks_m, blocks_n, blocks_k, (4, 8)):
+        sums = m * n * widths / (32 * warps)
+        if not SMALLEST_SUM <= sums <= LARGEST_SUM:
+            continue
+        if arch >= 90 and itemsize == 2 and warps == 8 and m < 128 and kernel != "wgrad":
+            continue  # two groups of warps would share 64 rows
+        stage = (m * k + k * n * widths) * itemsize
+        fit = min(DEEPEST, memory // stage)
+        for stages in range(max(2, fit - 1), fit + 1):
+            programs = 2 if 2 * stages * stage <= memory and sums <= LARGEST_SUM / 2 else 1
+            found.append(Config(m, n, k, warps=warps, stages=stages, programs=programs))
+    return found
+
+
+def refinements(config: Config, shared: int, registers: int, arch: int) -> Iterator[Config]:
+    """The same tiles in other walking orders and numbers of programs that a multiprocessor holds.
+
+    Args:
+        shared, registers: bytes a program and registers a thread that the compiler needs.
+    """
+    memory = SHARED_MEMORY[family(arch)]
+    for group_m, programs in product(GROUPS, PROGRAMS):
+        resident = (
+            programs * shared <= memory and programs * registers * 32 * config.warps <= REGISTERS
+        )
+        other = replace(config, group_m=group_m, programs=programs)
+        if (resident or programs == 1) and other != config:
+            yield other

@@ -1,0 +1,189 @@
+"""Tables of tuned tile shapes: how they are read, checked and chosen from. Needs no GPU."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moe_kernels.triton import _config_tables as tables
+from moe_kernels.triton import _configs
+from moe_kernels.triton._config_tables import Config
+
+CPU = torch.device("cpu")
+OTHER = Config(64, 64, 32, warps=4, stages=2, group_m=4, programs=2)
+BF16 = torch.empty(0, dtype=torch.bfloat16)
+
+
+def entry(rows: int | None = 256, inner: str = "any", **changes: Any) -> dict[str, Any]:
+    config = dataclasses.asdict(OTHER)
+    base = {"kernel": "up", "precision": "half", "rows": rows, "inner": inner, "config": config}
+    return base | changes
+
+
+def write(path: Path, *entries: dict[str, Any]) -> Path:
+    path.write_text(json.dumps({"format": 1, "device": "sm_90-h200", "entries": entries}))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    """Tables are read once in a process; here, once in a test."""
+    caches = (tables.tuned, _configs._tuned_config)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+def test_the_shipped_tables_are_valid() -> None:
+    files = sorted(tables.FOLDER.glob("*.json"))
+    assert files
+    for path in files:
+        document = tables.read_table(path, _configs.CONFIGS)
+        assert document["device"] == path.stem
+
+
+def test_without_a_table_the_default_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(tables.VARIABLE, raising=False)
+    found = _configs.config("up", BF16, 256 * 8, 8, aligned=True, inner=768)
+    assert found == _configs.CONFIGS["up"][90, "half", "many"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "inner", "aligned", "expected"),
+    [
+        (256 * 8, 768, True, OTHER),
+        (65 * 8, 768, True, OTHER),  # the bucket holds 64 < rows <= 256
+        (64 * 8, 768, True, None),
+        (257 * 8, 768, True, None),
+        (256 * 8, 512, True, dataclasses.replace(OTHER, block_m=32)),  # before "any"
+        (256 * 8, 0, True, OTHER),
+        (256 * 8, 768, False, None),  # tables are of aligned operands
+        (4096 * 8, 768, True, dataclasses.replace(OTHER, block_m=128)),
+    ],
+)
+def test_a_users_table_decides_for_its_buckets(
+    rows: int,
+    inner: int,
+    aligned: bool,
+    expected: Config | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    of = dataclasses.asdict
+    narrow, large = dataclasses.replace(OTHER, block_m=32), dataclasses.replace(OTHER, block_m=128)
+    path = write(
+        tmp_path / "own.json",
+        entry(),
+        entry(inner="narrow", config=of(narrow)),
+        entry(rows=None, config=of(large)),
+    )
+    monkeypatch.setenv(tables.VARIABLE, str(path))
+    found = _configs.config("up", BF16, rows, 8, aligned=aligned, inner=inner)
+    default = _configs.default_config("up", 90, "half", rows, 8, aligned=aligned)
+    assert found == (expected or default)
+    # other kernels and dtypes are not touched
+    other = _configs.config("wgrad", BF16, rows, 8, aligned=aligned, inner=inner)
+    assert other == _configs.default_config("wgrad", 90, "half", rows, 8, aligned=aligned)
+    full = _configs.config("up", torch.empty(0), rows, 8, aligned=aligned, inner=inner)
+    assert full == _configs.CONFIGS["up"][80, "full", "any"]
+
+
+def test_a_users_table_comes_before_the_shipped_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even an entry for any side; and the model's before the architecture's."""
+    monkeypatch.setattr(tables, "FOLDER", tmp_path)
+    monkeypatch.setattr(tables, "device_class", lambda device: "sm_90-h200")
+    of = dataclasses.asdict
+    by_stages = [dataclasses.replace(OTHER, stages=stages) for stages in range(6)]
+    rows = (64, 256, 1024)
+    write(
+        tmp_path / "sm_90.json",
+        *(entry(rows=r, inner="wide", config=of(by_stages[1])) for r in rows),
+    )
+    write(
+        tmp_path / "sm_90-h200.json",
+        *(entry(rows=r, inner="wide", config=of(by_stages[2])) for r in rows[:2]),
+    )
+    own = write(tmp_path / "own.json", entry(rows=64, config=of(by_stages[3])))
+    monkeypatch.setenv(tables.VARIABLE, str(own))
+    stages = [_configs.config("up", BF16, r, 1, aligned=True, inner=768).stages for r in rows]
+    assert stages == [3, 2, 1]
+
+
+def test_a_table_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "own.json", entry())
+    monkeypatch.setenv(tables.VARIABLE, str(path))
+    for _ in range(2):
+        assert _configs.config("up", BF16, 2048, 8, aligned=True) == OTHER
+        path.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ("{", "must be JSON"),
+        ([], '"format": 1'),
+        ({"format": 2, "device": "x", "entries": []}, '"format": 1'),
+        ({"format": 1, "entries": []}, '"device"'),
+        ([entry(), entry()], "entry 1.*earlier entry"),
+        ([entry(kernel="upp")], 'kernel must be one of .*"down_backward".*got "upp"'),
+        ([entry(precision="bf16")], 'precision must be one of "half", "full", "fp8"; got "bf16"'),
+        ([entry(rows=100)], "rows must be one of 4, 16, 64, 256, 1024, null; got 100"),
+        ([entry(inner="small")], "inner must be one of"),
+        ([entry(config=None)], "config must be an object"),
+        ([entry(config={"block_m": 64})], "exactly block_m, block_n, block_k, warps"),
+        ([entry(config=dataclasses.asdict(OTHER) | {"block_n": 96})], "block_n .* power of 2"),
+        ([entry(config=dataclasses.asdict(OTHER) | {"block_k": 8})], "block_k must be at least 16"),
+        ([entry(config=dataclasses.asdict(OTHER) | {"stages": 0})], "stages must be an integer"),
+        ([entry(config=dataclasses.asdict(OTHER) | {"stages": True})], "stages must be an integer"),
+        ([entry(config=dataclasses.asdict(OTHER) | {"warps": 64})], "warps must be at most 32"),
+        ([3], "entry 0: must be an object"),
+    ],
+)
+def test_a_bad_table_is_an_error_that_names_it(
+    document: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "bad.json"
+    if isinstance(document, list) and document:
+        write(path, *document)
+    else:
+        path.write_text(document if isinstance(document, str) else json.dumps(document))
+    monkeypatch.setenv(tables.VARIABLE, str(path))
+    with pytest.raises(ValueError, match=f"(?s)bad.json.*{message}"):
+        _configs.config("up", BF16, 2048, 8, aligned=True)
+
+
+def test_a_missing_table_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(tables.VARIABLE, "/no/such/table.json")
+    with pytest.raises(FileNotFoundError, match="MOE_KERNELS_CONFIGS must name a table"):
+        _configs.config("up", BF16, 2048, 8, aligned=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "arch", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3", 90, "sm_90-h100"),
+        ("NVIDIA H200", 90, "sm_90-h200"),
+        ("NVIDIA A100-SXM4-80GB", 80, "sm_80-a100"),
+        ("NVIDIA B200", 100, "sm_100-b200"),
+        ("NVIDIA GeForce RTX 4090", 89, "sm_89"),
+    ],
+)
+def test_device_classes(
+    name: str, arch: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Properties:
+        pass
+
+    properties = Properties()
+    properties.name = name  # type: ignore[attr-defined]
+    monkeypatch.setattr(tables, "architecture", lambda device: arch)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert tables.device_class(torch.device("cuda")) == expected

@@ -1,0 +1,85 @@
+"""What the Triton launchers ask of the host, proven where nothing can be launched.
+
+That a GPU is never waited for is measured in test_gpu.py; here, that nothing is called that would.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("TRITON_INTERPRET", "MOE_KERNELS_BACKEND", "MOE_KERNELS_CHECK")
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.launch_check"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    # a read by the host ends the process
+    assert done.returncode == 0, done.stderr[-4000:]
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def test_every_way_to_read_is_caught(found: dict[str, Any]) -> None:
+    assert found["caught"] == found["reads"]
+
+
+def test_every_op_launches_its_kernels_and_reads_nothing(found: dict[str, Any]) -> None:
+    launched = set(found["launches"]["every op"]["all"])
+    assert launched >= {
+        "_topk_router_kernel",
+        "_topk_router_backward_kernel",
+        "_permute_kernel",
+        "_unpermute_kernel",
+        "_unpermute_backward_kernel",
+        "_grouped_gemm_kernel",
+        "_wgrad_kernel",
+        "_sum_rows_kernel",
+        "_up_kernel",
+        "_down_backward_kernel",
+    }
+
+
+def test_a_token_takes_few_launches(found: dict[str, Any]) -> None:
+    """Sort with tiles, up, down, combine; and the router, which clears the loads first."""
+    steps = found["launches"]["one token"]
+    assert steps["experts"] == [
+        "_sort_one_block_kernel",
+        "_up_kernel",
+        "_grouped_gemm_kernel",
+        "_unpermute_kernel",
+    ]
+    assert len(steps["router"]) <= 2
+    assert found["launches"]["one token, biased"]["experts"] == steps["experts"]
+    assert len(steps["forward"]) <= len(steps["router"]) + 5  # with the tail of h
+    assert len(steps["backward"]) <= 9
+
+
+def test_many_tokens_take_few_more(found: dict[str, Any]) -> None:
+    few, many = found["launches"]["some tokens"], found["launches"]["many tokens"]
+    assert len(few["experts"]) == 4
+    # three launches sort, one maps tiles; another where the two products differ in tiles
+    assert len(many["experts"]) <= len(few["experts"]) + 4
+    assert len(many["backward"]) <= 10
+
+
+def test_pytorch_adds_nothing_to_the_experts(found: dict[str, Any]) -> None:
+    for name, steps in found["launches"].items():
+        if name != "every op":
+            assert not [launch for launch in steps["experts"] if launch.startswith("aten::")], name

@@ -1,0 +1,289 @@
+"""Adapters to other libraries, against stand-ins that compute what those libraries document.
+
+This proves layouts, arguments as they were read, and the way back of gradients; not that the
+libraries have the functions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from benchmarks import results
+from benchmarks.cli import main
+from benchmarks.limits import Limits
+from benchmarks.providers import PROVIDERS
+from benchmarks.providers.peers import PEERS
+from moe_kernels import reference
+
+SHAPE = "T=6,H=32,I=16,E=4,K=2"
+
+
+def swiglu(h: Tensor) -> Tensor:
+    gate, up = h.chunk(2, dim=-1)
+    return functional.silu(gate) * up
+
+
+def module(monkeypatch: pytest.MonkeyPatch, name: str, **contents: Any) -> None:
+    """``name`` and its parents can be imported."""
+    parts = name.split(".")
+    for end in range(1, len(parts) + 1):
+        path = ".".join(parts[:end])
+        if path not in sys.modules:
+            monkeypatch.setitem(sys.modules, path, types.ModuleType(path))
+        if end > 1:
+            monkeypatch.setattr(
+                sys.modules[".".join(parts[: end - 1])], parts[end - 1], sys.modules[path], False
+            )
+    for key, value in contents.items():
+        monkeypatch.setattr(sys.modules[name], key, value, raising=False)
+
+
+def per_expert(rows: Tensor, weights: Tensor, counts: list[int]) -> Tensor:
+    """Grouped rows times each expert's [inner, outer]."""
+    return torch.cat(
+        [part @ weight for part, weight in zip(rows.split(counts), weights, strict=True)]
+    )
+
+
+def counts_of(ids: Tensor, experts: int) -> list[int]:
+    return torch.bincount(ids.flatten(), minlength=experts).tolist()
+
+
+def fake_scattermoe(monkeypatch: pytest.MonkeyPatch) -> None:
+    def flatten_sort_count(expert_idxs: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+        ids, order = expert_idxs.flatten().sort(stable=True)
+        return ids, order, torch.bincount(ids, minlength=num_experts).cumsum(0)
+
+    def parallel_linear(
+        inputs: Tensor, expert_weights: Tensor, k: int, sorted_expert_idxs: Tensor,
+        sorted_scattered_idxs: Tensor, expert_offsets: Tensor, expert_biases: Any = None,
+        gates: Tensor | None = None, grouped_in: bool = False, grouped_out: bool = False,
+    ) -> Tensor:  # fmt: skip
+        rows = inputs if grouped_in else inputs[sorted_scattered_idxs // k]
+        counts = expert_offsets.diff(prepend=torch.zeros(1, dtype=torch.long)).tolist()
+        out = per_expert(rows, expert_weights, counts)
+        if grouped_out:
+            return out
+        assert gates is not None
+        by_slot = out[sorted_scattered_idxs.argsort()].view(*gates.shape, -1)
+        return (gates[:, None] @ by_slot)[:, 0]
+
+    module(
+        monkeypatch, "scattermoe.parallel_experts", flatten_sort_count=flatten_sort_count,
+        parallel_linear=parallel_linear,
+    )  # fmt: skip
+
+
+def fake_liger(monkeypatch: pytest.MonkeyPatch) -> None:
+    class LigerFusedMoEFunction:
+        @staticmethod
+        def apply(x: Tensor, w13: Tensor, w2: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+            assert ids.dtype == torch.int32
+            return reference.fused_experts(x, w13.mT, w2.mT, ids, weights)
+
+    module(monkeypatch, "liger_kernel.ops", LigerFusedMoEFunction=LigerFusedMoEFunction)
+
+
+def fake_sonicmoe(monkeypatch: pytest.MonkeyPatch) -> None:
+    def moe_general_routing_inputs(
+        x: Tensor, router_scores: Tensor, token_indices: Tensor, expert_indices: Tensor,
+        w1: Tensor, b1: None, w2: Tensor, b2: None, E: int, stream_id: int, activation_type: str,
+        is_inference_mode_enabled: bool = False,
+    ) -> tuple[Tensor, None]:  # fmt: skip
+        assert (activation_type, w1.shape[2], w2.shape[2]) == ("swiglu", E, E)
+        assert token_indices.dtype == expert_indices.dtype == torch.int32
+        h = torch.einsum("rh,whr->rw", x[token_indices], w1[..., expert_indices])
+        a = functional.silu(h[:, ::2]) * h[:, 1::2]
+        out = torch.einsum("ri,hir->rh", a, w2[..., expert_indices]) * router_scores[:, None]
+        return torch.zeros_like(x).index_add(0, token_indices, out), None
+
+    stream = types.SimpleNamespace(cuda_stream=0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    module(monkeypatch, "sonicmoe.enums", ActivationType=types.SimpleNamespace(SWIGLU="swiglu"))
+    module(
+        monkeypatch, "sonicmoe.functional", moe_general_routing_inputs=moe_general_routing_inputs
+    )
+
+
+def fake_megablocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Arguments(types.SimpleNamespace):
+        pass
+
+    class ParallelDroplessMLP(torch.nn.Module):
+        def __init__(self, args: Arguments) -> None:
+            super().__init__()
+            self.args, self.mlp = args, torch.nn.Module()
+            assert (args.mlp_type, args.mlp_impl, args.return_bias) == ("glu", "grouped", False)
+
+        def forward(self, x: Tensor, scores: None, weights: Tensor, ids: Tensor) -> Tensor:
+            E, H = self.args.moe_num_experts, self.args.hidden_size
+            w1, v1, w2 = (getattr(self.mlp, name).view(E, -1, H) for name in ("w1", "v1", "w2"))
+            return reference.fused_experts(x, torch.cat([w1, v1], 1).mT, w2, ids, weights)
+
+    module(monkeypatch, "megablocks.layers.arguments", Arguments=Arguments)
+    module(monkeypatch, "megablocks.layers.dmoe", ParallelDroplessMLP=ParallelDroplessMLP)
+
+
+def fake_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    class GroupedLinear(torch.nn.Module):
+        def __init__(
+            self, num_gemms: int, in_features: int, out_features: int, *, bias: bool,
+            params_dtype: torch.dtype, device: torch.device,
+        ) -> None:  # fmt: skip
+            super().__init__()
+            self.count = num_gemms
+            for number in range(num_gemms):
+                value = torch.empty(out_features, in_features, dtype=params_dtype, device=device)
+                setattr(self, f"weight{number}", torch.nn.Parameter(value))
+
+        def forward(self, inp: Tensor, m_splits: list[int]) -> Tensor:
+            assert all(isinstance(rows, int) for rows in m_splits)
+            weights = torch.stack([getattr(self, f"weight{n}") for n in range(self.count)])
+            return per_expert(inp, weights.mT, m_splits)
+
+    def moe_permute(x: Tensor, ids: Tensor, *, map_type: str) -> tuple[Tensor, Tensor]:
+        assert (map_type, ids.dtype) == ("index", torch.int32)
+        order = ids.flatten().argsort(stable=True)
+        return x[order // ids.shape[1]], order
+
+    def moe_unpermute(out: Tensor, order: Tensor, probs: Tensor, *, map_type: str) -> Tensor:
+        assert (map_type, probs.dtype) == ("index", torch.float32)
+        rows = out[order.argsort()].view(*probs.shape, -1).float()
+        return (rows * probs[..., None]).sum(1).to(out.dtype)
+
+    module(
+        monkeypatch, "transformer_engine.pytorch", GroupedLinear=GroupedLinear,
+        moe_permute=moe_permute, moe_unpermute=moe_unpermute,
+    )  # fmt: skip
+
+
+def fake_triton_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    def routing(logits: Tensor, top_k: int, expt_indx: Tensor) -> tuple[Any, Tensor, Tensor, Any]:
+        assert expt_indx.dtype == torch.int32
+        weights = logits.gather(1, expt_indx.long()).softmax(1).flatten()
+        order = expt_indx.flatten().argsort(stable=True)
+        counts = counts_of(expt_indx, logits.shape[1])
+        data = types.SimpleNamespace(gate_scal=weights[order], counts=counts, top_k=top_k)
+        return data, order, order, expt_indx
+
+    def matmul_ogs(
+        x: Tensor, w: Tensor, bias: Tensor | None, data: Any, gather_indx: Tensor | None = None,
+        scatter_indx: Tensor | None = None, gammas: Tensor | None = None,
+        precision_config: Any = None, fused_activation: Any = None,
+    ) -> Tensor:  # fmt: skip
+        rows = x if gather_indx is None else x[gather_indx // data.top_k]
+        out = per_expert(rows, w, data.counts)
+        if bias is not None:
+            assert bias.dtype == torch.float32
+            out = out + bias.repeat_interleave(torch.tensor(data.counts), 0)
+        if fused_activation is not None:
+            assert fused_activation == (("swiglu", None, ("alpha", "limit")), (1.702, 7.0), 2)
+            out = reference.expert_activation(out, "swigluoai", None, True, 1.702, 7.0)
+        if gammas is not None:
+            out = out * gammas[:, None]
+        if scatter_indx is not None:
+            out = torch.zeros(len(x) // data.top_k, w.shape[2]).index_add(
+                0, scatter_indx // data.top_k, out.float()
+            )
+        return out.to(precision_config)
+
+    module(
+        monkeypatch, "triton_kernels.matmul_ogs", matmul_ogs=matmul_ogs,
+        FnSpecs=lambda *args: args, FusedActivation=lambda *args: args,
+        PrecisionConfig=lambda out_dtype: out_dtype,
+    )  # fmt: skip
+    module(monkeypatch, "triton_kernels.routing", routing=routing)
+    module(monkeypatch, "triton_kernels.swiglu", swiglu_fn=None)
+
+
+FAKES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "scattermoe": fake_scattermoe,
+    "liger": fake_liger,
+    "sonicmoe": fake_sonicmoe,
+    "megablocks": fake_megablocks,
+    "transformer_engine": fake_transformer_engine,
+    "triton_kernels": fake_triton_kernels,
+}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = Limits(flops=1e11, bytes=1e10)
+    monkeypatch.setattr("benchmarks.runner.measure_limits", lambda *arguments: limits)
+    for peer in PEERS:
+        monkeypatch.setitem(PROVIDERS, peer.name, dataclasses.replace(peer, devices=("cpu",)))
+
+
+def run(name: str, out: Path, shape: str = SHAPE, op: str = "fused_experts") -> list[dict]:
+    options = ["--dtype", "fp32", "--rounds", "1", "--seconds", "1", "--shape", shape]
+    options += ["--direction", "forward", "backward", "--provider", "torch", name]
+    assert main(["run", op, "--device", "cpu", "--out", str(out), *options]) == 0
+    return [row for row in results.read(out)["rows"] if row["provider"] == name]
+
+
+def test_every_peer_has_a_stand_in() -> None:
+    assert set(FAKES) == {peer.name for peer in PEERS}
+
+
+@pytest.mark.parametrize("name", FAKES)
+def test_adapters_compute_the_layer(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FAKES[name](monkeypatch)
+    forward, backward = run(name, tmp_path / "out.json")
+    assert (forward["void"], forward["note"]) == ("", "")
+    assert forward["ms"] > 0
+    if name == "triton_kernels":
+        assert (backward["note"], backward["unsupported"]) == ("has no backward", True)
+    else:
+        assert (backward["void"], backward["note"]) == ("", "")
+        assert backward["error"] < 1e-5
+
+
+@pytest.mark.parametrize("name", FAKES)
+def test_what_adapters_do_with_gpt_oss(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FAKES[name](monkeypatch)
+    forward, _ = run(name, tmp_path / "out.json", f"{SHAPE},swigluoai")
+    if name == "triton_kernels":
+        assert (forward["void"], forward["note"]) == ("", "")
+    else:
+        assert forward["note"] == "computes swiglu without biases only"
+
+
+@pytest.mark.parametrize("name", FAKES)
+def test_a_library_with_other_functions_is_a_row_that_says_so(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FAKES[name](monkeypatch)
+    for path, found in list(sys.modules.items()):
+        if path.split(".")[0] == PROVIDERS[name].requires[0].split(".")[0]:
+            for key, value in list(vars(found).items()):
+                if callable(value) and not isinstance(value, types.ModuleType):
+                    monkeypatch.setattr(found, key, lambda: None)
+    forward, backward = run(name, tmp_path / "out.json")
+    for row in (forward, backward):
+        assert row["note"].startswith("does not run: ")
+        assert row["ms"] is None
+
+
+def test_rows_that_transformer_engine_permutes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_transformer_engine(monkeypatch)
+    forward, backward = run(
+        "transformer_engine", tmp_path / "out.json", "T=5,H=16,E=4,K=2", op="permute"
+    )
+    assert forward["error"] == 0.0
+    assert (backward["void"], backward["note"]) == ("", "")

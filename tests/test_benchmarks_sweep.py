@@ -1,0 +1,299 @@
+"""Runs that are interrupted, die or find too little memory lose nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import environment, results, resume, runner
+from benchmarks.accuracy import Accuracy
+from benchmarks.cli import main
+from benchmarks.limits import Limits
+from benchmarks.ops import OPS
+from benchmarks.providers import OURS, PROVIDERS
+from benchmarks.registry import Case, Implementation, Inputs, Output
+from benchmarks.sweep import DEVICE_LOST, PLANS, Part, outcome, start_process, sweep
+from benchmarks.tables import vs_best_peer
+from tests.conftest import HAS_GPU
+
+FIRST, SECOND = "T=3,H=16,I=8,E=4,K=2", "T=5,H=16,I=8,E=4,K=2"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = Limits(flops=1e11, bytes=1e10)
+    monkeypatch.setattr("benchmarks.runner.measure_limits", lambda *arguments: limits)
+
+
+def run(out: Path, *options: str, shapes: Sequence[str] = (FIRST, SECOND)) -> int:
+    arguments = ["run", "fused_experts", "--device", "cpu", "--dtype", "fp32", "--rounds", "1"]
+    arguments += ["--seconds", "1", "--out", str(out), "--direction", "forward", "--shape"]
+    return main([*arguments, *shapes, "--provider", OURS, "torch", *options])
+
+
+def provider(monkeypatch: pytest.MonkeyPatch, name: str, call: Any) -> None:
+    """A provider whose calls go through ``call``, after plain PyTorch."""
+
+    torch_chain = PROVIDERS["torch"].builders["fused_experts"]
+
+    def build(case: Case) -> Implementation:
+        right = torch_chain(case)
+
+        def computed(inputs: Inputs) -> Output:
+            call(case)
+            return right.run(inputs)
+
+        return Implementation(computed)
+
+    made = dataclasses.replace(PROVIDERS["torch"], name=name, builders={"fused_experts": build})
+    monkeypatch.setitem(PROVIDERS, name, made)
+
+
+# ----------------------------------------------------------------------------------------- resume
+
+
+def test_a_resumed_run_does_what_is_left(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "out.json"
+    assert run(out, "--resume", shapes=[FIRST]) == 0
+    before = results.read(out)["rows"]
+    assert run(out, "--resume") == 0
+    after = results.read(out)["rows"]
+    assert after[: len(before)] == before
+    assert [row["shape"] for row in after] == ["T3 H16 I8 E4 K2"] * 2 + ["T5 H16 I8 E4 K2"] * 2
+    text = out.read_text()
+    assert run(out, "--resume") == 0
+    assert out.read_text() == text
+    assert not resume.marker(out).exists()
+    capsys.readouterr()
+
+
+def test_another_commits_file_is_moved_aside(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    run(out, shapes=[FIRST])
+    document = json.loads(out.read_text())
+    document["commit"]["hash"] = "0" * 40
+    out.write_text(json.dumps(document))
+    run(out, "--resume", shapes=[SECOND])
+    assert {row["shape"] for row in results.read(out)["rows"]} == {"T5 H16 I8 E4 K2"}
+    assert json.loads(out.with_suffix(".old").read_text()) == document
+
+
+def test_what_ends_the_process_is_not_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process really dies, and the next one says of what."""
+    out = tmp_path / "out.json"
+    provider(monkeypatch, "deadly", lambda case: os._exit(7) if case.shape["T"] == 5 else None)
+    child = os.fork()
+    if child == 0:
+        try:
+            run(out, "deadly", "--resume")
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert json.loads(resume.marker(out).read_text())["provider"] == "deadly"
+    assert run(out, "deadly", "--resume") == 0
+    found = results.read(out)
+    rows = {(row["shape"], row["provider"]): row for row in found["rows"]}
+    assert rows["T3 H16 I8 E4 K2", "deadly"]["ms"] > 0
+    note = rows["T5 H16 I8 E4 K2", "deadly"]["note"]
+    assert note == "does not run: it ended the process at T5 H16 I8 E4 K2 fp32 uniform"
+    assert rows["T5 H16 I8 E4 K2", OURS]["ms"] > 0
+    assert found["crashed"] == {"deadly": note}
+
+
+def test_an_interrupt_blames_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(case: Case) -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out.json"
+    provider(monkeypatch, "slow", interrupted)
+    assert run(out, "slow", "--resume") == 130
+    assert not resume.marker(out).exists()
+
+
+def test_a_lost_device_ends_the_process_and_names_the_provider(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(case: Case) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    def lost(device: torch.device, name: str) -> None:
+        raise runner.DeviceLostError(f"{name} left the GPU unusable")
+
+    out = tmp_path / "out.json"
+    provider(monkeypatch, "deadly", fail)
+    monkeypatch.setattr(runner, "check_device", lost)
+    assert run(out, "deadly", "--resume") == DEVICE_LOST
+    assert "deadly left the GPU unusable; --resume goes on without" in capsys.readouterr().err
+    assert run(out, "deadly", "--resume") == 0
+    assert {row["provider"] for row in results.read(out)["rows"] if row["ms"]} == {OURS, "torch"}
+
+
+# ----------------------------------------------------------------------------------- little memory
+
+
+def test_a_case_that_does_not_fit_is_said_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    op = OPS["fused_experts"]
+
+    def make_case(shape: Any, *arguments: Any) -> Case:
+        if shape["T"] == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return op.make_case(shape, *arguments)
+
+    monkeypatch.setitem(OPS, op.name, dataclasses.replace(op, make_case=make_case))
+    out = tmp_path / "out.json"
+    assert run(out) == 1
+    rows = results.read(out)["rows"]
+    assert [row["note"] for row in rows if row["shape"].startswith("T3")] == [
+        "its inputs do not fit: CUDA out of memory"
+    ] * 2
+    assert all(row["ms"] > 0 for row in rows if row["shape"].startswith("T5"))
+
+
+def test_without_the_yardstick_a_bound_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(case: Case) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    provider(monkeypatch, "torch", no_memory)
+    out = tmp_path / "out.json"
+    assert run(out) == 0
+    rows = {row["provider"]: row for row in results.read(out)["rows"]}
+    assert rows["torch"]["note"] == "does not run: OutOfMemoryError: CUDA out of memory"
+    assert rows[OURS]["ms"] > 0
+    bad = Accuracy(errors={"y": 0.05})
+    assert bad.verdict(Accuracy(), torch.bfloat16) == "error of y is above 2e-02"
+    assert Accuracy(errors={"y": 0.004}).verdict(None, torch.bfloat16) == ""
+    assert "above" in Accuracy(errors={"y": float("nan")}).verdict(None, torch.bfloat16)
+
+
+# ------------------------------------------------------------------------------------------ gpt-oss
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_layer_of_gpt_oss(direction: str, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    options = ["--device", "cpu", "--dtype", "bf16", "fp32", "--rounds", "1", "--seconds", "1"]
+    options += ["--shape", "T=6,H=32,I=16,E=8,K=2,swigluoai", "--direction", direction]
+    assert main(["run", "fused_experts", "--out", str(out), *options]) == 0
+    rows = results.read(out)["rows"]
+    names = {row["provider"] for row in rows if row["ms"]}
+    assert {OURS, "torch", "transformers_eager", "transformers_grouped_mm"} <= names
+    for row in rows:
+        assert row["shape"] == "T6 H32 I16 E8 K2 swigluoai"
+        assert (row["void"], row["note"]) == ("", "")
+
+
+def test_every_model_of_the_sweep_is_a_shape_set() -> None:
+    for plan in PLANS.values():
+        for part in plan:
+            ops, shapes = [], []
+            words = iter(part.arguments[1:])
+            for word in words:
+                if word in OPS:
+                    ops.append(word)
+                elif word == "--shape":
+                    break
+            for word in words:
+                if word.startswith("--"):
+                    break
+                shapes.append(word)
+            for op in ops:
+                found = OPS[op].shapes("cuda", shapes)
+                assert len(found) >= max(1, len(shapes)), part
+
+
+# ------------------------------------------------------------------------------------------- ratios
+
+
+def test_the_ratio_to_the_best_peer() -> None:
+    group = [
+        {"provider": name, "ms_min": ms}
+        for name, ms in {OURS: 2.0, "torch": 4.0, "liger": 3.0, "dense_limit": 1.0}.items()
+    ] + [{"provider": "sonicmoe", "ms_min": None}]
+    ratios = [vs_best_peer(row, group) for row in group]
+    assert ratios == [1.5, 0.5, pytest.approx(2 / 3), None, None]
+
+
+# -------------------------------------------------------------------------------------------- sweep
+
+
+class Runs:
+    """Exit codes by part, in turn, on a clock of its own."""
+
+    def __init__(self, codes: dict[str, list[int]], seconds: float) -> None:
+        self.codes, self.seconds, self.now = codes, seconds, 0.0
+        self.started: list[tuple[str, float]] = []
+
+    def start(self, arguments: Sequence[str], seconds: float) -> int:
+        assert arguments[-1] == "--resume"
+        self.started.append((arguments[1], seconds))
+        self.now += min(self.seconds, seconds)
+        return self.codes[arguments[1]].pop(0)
+
+
+def test_a_sweep_restarts_what_dies_and_goes_on(tmp_path: Path) -> None:
+    parts = [Part(name, ("run", name), 100.0) for name in ("a", "b", "c", "d")]
+    runs = Runs({"a": [DEVICE_LOST, -11, 0], "b": [1], "c": [-9] * 9, "d": [2]}, 10.0)
+    done = sweep(parts, tmp_path, "cuda", 1000.0, runs.start, lambda: runs.now)
+    assert [part["outcome"] for part in done] == [
+        "done",
+        "rows of ours are wrong or failed",
+        "died of signal 9",
+        "failed with code 2",
+    ]
+    assert [part["restarts"] for part in done] == [2, 0, 3, 0]
+    assert json.loads((tmp_path / "sweep.json").read_text())["parts"] == [
+        {**part, "arguments": list(part["arguments"])} for part in done
+    ]
+
+
+def test_a_sweep_ends_in_time(tmp_path: Path) -> None:
+    parts = [Part(name, ("run", name), 60.0) for name in ("a", "b", "c")]
+    runs = Runs({"a": [124], "b": [124], "c": [0]}, 1e9)
+    done = sweep(parts, tmp_path, "cuda", 100.0, runs.start, lambda: runs.now)
+    assert [part["outcome"] for part in done][:2] == ["out of time", "out of time"]
+    # the limit of the part, then what is left of all; with time to write after an interrupt
+    assert runs.started[0] == ("a", 45.0)
+    assert runs.started[1] == ("b", 41.25)
+    assert runs.now <= 100.0
+
+
+@pytest.mark.skipif(HAS_GPU, reason="there is one")
+def test_a_sweep_of_a_gpu_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sweep", "main", "--out", "nowhere"]) == 2
+    assert "finds no CUDA device" in capsys.readouterr().err
+
+
+def test_installed_libraries_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "PEERS", ("pytest", "no-such-library"))
+    versions = environment.describe(torch.device("cpu"))["versions"]
+    assert versions["pytest"] == pytest.__version__
+    assert "no-such-library" not in versions
+
+
+def test_a_process_that_takes_too_long_is_ended() -> None:
+    assert outcome(start_process(["list", "--device", "cpu"], 0.3)) == "out of time"
+
+
+def test_device_and_commit_are_said(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    run(out, shapes=[FIRST])
+    found = results.read(out)
+    assert found["commit"] == environment.commit()
+    for row in found["rows"]:
+        assert {
+            *("op", "shape", "direction", "provider", "ms", "tflops", "over_floor"),
+            *("peak_bytes", "error"),
+        } <= set(row)
