@@ -18,11 +18,20 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = ("torch", "triton", "transformers", "moe_kernels", "numpy")
 # other libraries, by what pip calls them
-PEERS = ("scattermoe", "liger-kernel", "sonic-moe", "sonicmoe", "megablocks", "transformer-engine")
-PEERS += ("triton-kernels", "kernels")
+PEERS = (
+    "scattermoe",
+    "liger-kernel",
+    "sonic-moe",
+    "sonicmoe",
+    "megablocks",
+    "transformer-engine",
+    "triton-kernels",
+    "kernels",
+)
 # settings that change times
 VARIABLES = (
     "MOE_KERNELS_BACKEND",
+    "MOE_KERNELS_KEEP_BUFFERS",
     "OMP_NUM_THREADS",
     "OMP_PROC_BIND",
     "KMP_AFFINITY",
