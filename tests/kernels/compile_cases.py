@@ -72,12 +72,21 @@ def _router(dtype: torch.dtype = torch.float32, experts: int = E, **changes: obj
         "token_mask": None,
         "given_ids": None,
         "return_scores": True,
+        "candidates": 0,
         **changes,
     }
     logits = torch.empty(T, experts, dtype=dtype)
     weights, ids, scores, _ = topk_router(logits, K, **options)  # type: ignore[arg-type]
-    keys = ("score_func", "softmax_before_topk", "renormalize", "route_scale")
+    keys = ("score_func", "softmax_before_topk", "renormalize", "route_scale", "candidates")
     topk_router_backward(weights, scores, logits, ids, *(options[key] for key in keys))
+
+
+def _round(mode: str, dtype: torch.dtype = torch.float32, masked: bool = False) -> None:
+    from moe_kernels.triton.round_tokens import round_tokens
+
+    weights, ids = torch.empty(T, 2 * K, dtype=dtype), torch.empty(T, 2 * K, dtype=torch.int32)
+    mask = torch.empty(T, dtype=torch.bool) if masked else None
+    round_tokens(weights, ids, mask, E, K, 128, mode)
 
 
 def _grouped_gemm(
@@ -162,6 +171,10 @@ CASES: dict[str, Callable[[], None]] = {
         topk_groups=4,
         token_mask=torch.empty(T, dtype=torch.bool),
     ),
+    "router_candidates": partial(
+        _router, softmax_before_topk=False, candidates=8, return_scores=False
+    ),
+    "round": partial(_round, "nearest", masked=True),
     "activation": partial(_activation, "swiglu", BF16),
     "gemm_many": partial(_grouped_gemm, T * K, BF16, False),
     "experts": partial(_fused_experts, "swiglu"),
@@ -177,6 +190,8 @@ CASES: dict[str, Callable[[], None]] = {
 MORE_CASES: dict[str, Callable[[], None]] = {
     "sort_many_experts": partial(_sort, T, 2000),
     "router_many_experts": partial(_router, experts=512),
+    "round_up": partial(_round, "up", BF16),
+    "round_double": partial(_round, "down", torch.float64),
     "activation_oai": partial(_activation, "swigluoai", torch.float32),
     "activation_double": partial(_activation, "geglu", torch.float64),
     "permute_double": partial(_permute, torch.float64),
