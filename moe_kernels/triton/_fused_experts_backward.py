@@ -26,6 +26,7 @@ from moe_kernels.triton._activation import (
     activate_backward,
     activate_gated_backward,
 )
+from moe_kernels.triton._combine import multiply_and_sum
 from moe_kernels.triton._configs import Config, config
 from moe_kernels.triton._launch import (
     ceil_div,
@@ -55,9 +56,7 @@ from moe_kernels.triton._tiles import (
 )
 from moe_kernels.triton._wgrad import empty_like_weight, sum_rows, weight_gradient
 from moe_kernels.triton.expert_activation import expert_activation
-from moe_kernels.triton.grouped_gemm import multiply_rows
 from moe_kernels.triton.permute import gathered_rows
-from moe_kernels.triton.unpermute import sum_slots
 
 Order = tuple[Tensor, Tensor, Tensor]
 
@@ -343,26 +342,31 @@ def fused_experts_backward(
                 _sum_partials_kernel[(ceil_div(R, 1024),)](
                     partials, row_to_slot, offsets, dweights, all_parts, rows, R, E, BLOCK=1024
                 )
+            del partials
         elif needs[2]:
             weighted_a = expert_activation(
                 h[:rows], activation, row_weights, interleaved, alpha, limit
             )
         if weighted_a is not None:
             weight_gradient(weighted_a, None, grad_rows, grad_source, offsets, rows, ddown)
+            del weighted_a
         if needs[5]:
             sum_rows(grad_rows, grad_source, row_weights, offsets, rows, ddown_bias)
+        del grad_rows, grad_source  # perhaps a copy
         if dh is not None:
             if needs[1]:
                 x_rows, x_source = gathered_rows(x, order, rows)
                 weight_gradient(x_rows, x_source, dh, None, offsets, rows, dgate_up)
+                del x_rows, x_source
             if needs[4]:
                 sum_rows(dh, None, None, offsets, rows, dbias)
             if needs[0]:
-                out = x.new_empty(rows, H)
-                aligned = is_aligned(dh, out) and weight_is_aligned(gate_up)
+                aligned = is_aligned(dh) and H * x.element_size() % 16 == 0
+                aligned = aligned and weight_is_aligned(gate_up)
                 cut = config("grouped_gemm", x, rows, E, aligned=aligned)
-                multiply_rows(dh[:rows], gate_up.mT, None, out, tiles(cut.block_m), cut)
-                sum_slots(out, *order, None, dx)
+                multiply_and_sum(
+                    dh[:rows], gate_up.mT, None, order, None, dx, tiles(cut.block_m), cut
+                )
     return (*grads, kept)
 
 

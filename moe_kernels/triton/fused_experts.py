@@ -4,7 +4,8 @@ T tokens, K experts a token, R = T * K slots, H hidden size, I intermediate size
 W = 2 * I columns for gated activations, else I. Rows are slots in the order of their experts.
 
 The first GEMM gathers its rows from x and applies the activation to its sums, before they are
-rounded; the second reads contiguous rows; the last kernel sums each token's rows in slot order.
+rounded; the second reads contiguous rows; the last kernel sums each token's rows in slot order. The
+last two run a chunk of columns at a time where their rows would take much memory.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_kernels.triton._activation import Activation, activate, activate_gated
+from moe_kernels.triton._combine import multiply_and_sum
 from moe_kernels.triton._configs import Config, config
 from moe_kernels.triton._fused_experts_backward import fused_experts_backward
 from moe_kernels.triton._launch import (
@@ -43,10 +45,9 @@ from moe_kernels.triton._tiles import (
     tile_count,
     walk,
 )
-from moe_kernels.triton.grouped_gemm import multiply_rows, zero_tail
+from moe_kernels.triton.grouped_gemm import zero_tail
 from moe_kernels.triton.permute import gathered_rows
 from moe_kernels.triton.sort_by_expert import sort_by_expert
-from moe_kernels.triton.unpermute import unpermute
 
 __all__ = ["fused_experts", "fused_experts_backward"]
 
@@ -201,20 +202,19 @@ def fused_experts(
         y = x.new_zeros(x.shape)
         h.zero_()
     else:
-        a, out = x.new_empty(rows, I), x.new_empty(rows, H)
+        y, a = x.new_empty(x.shape), x.new_empty(rows, I)
         halves = act.gated and not interleaved
         aligned = is_aligned(x, a) and weight_is_aligned(gate_up, halves=halves)
         cut = config("up", x, rows, E, aligned=aligned)
-        aligned = is_aligned(a, out) and weight_is_aligned(down)
+        aligned = is_aligned(a) and H * x.element_size() % 16 == 0 and weight_is_aligned(down)
         cut_down = config("grouped_gemm", x, rows, E, aligned=aligned)
         with on_device_of(x):
             tiles = build_tile_map(order[2], rows, cut.block_m)
             _project_up(x, gate_up, gate_up_bias, order, h, a, act, tiles, cut)
             if cut_down.block_m != cut.block_m:
                 tiles = build_tile_map(order[2], rows, cut_down.block_m)
-            multiply_rows(a, down, down_bias, out, tiles, cut_down)
+            multiply_and_sum(a, down, down_bias, order, topk_weights, y, tiles, cut_down)
             zero_tail(h, order[2])
-        y = unpermute(out, *order, topk_weights)
     if save_for_backward:
         return y, h, *order
     return (
