@@ -14,8 +14,6 @@ so that the rows of the down-projection are not needed. The weights' gradients t
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -47,12 +45,16 @@ from moe_kernels.triton._operands import (
     weight_operand,
 )
 from moe_kernels.triton._tiles import (
+    BLOCK_T,
     TileMap,
     build_tile_map,
     column_halves,
+    empty_tile_map,
     load_tile,
     tile_count,
+    tile_map_cut,
     walk,
+    write_tile_map,
 )
 from moe_kernels.triton._wgrad import empty_like_weight, sum_rows, weight_gradient
 from moe_kernels.triton.expert_activation import expert_activation
@@ -61,17 +63,26 @@ from moe_kernels.triton.permute import gathered_rows
 Order = tuple[Tensor, Tensor, Tensor]
 
 
-@triton.jit(do_not_specialize=["rows", "E", "top_k"])
-def _row_weights_kernel(
-    topk_weights, row_to_slot, offsets, row_weights, rows, E, top_k, stride_t, stride_k,
-    BLOCK: tl.constexpr,
+@triton.jit(do_not_specialize=["rows", "E", "top_k", "bound"])
+def _prepare_kernel(
+    topk_weights, row_to_slot, offsets, row_weights, tiles, rows, E, top_k, bound,
+    stride_t, stride_k,
+    BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    valid = row < tl.minimum(tl.load(offsets + E), rows)
-    slot = tl.load(row_to_slot + row, mask=valid, other=0).to(tl.int64)
-    cell = topk_weights + (slot // top_k) * stride_t + (slot % top_k) * stride_k
-    weight = tl.load(cell, mask=valid, other=0.0).to(tl.float32)
-    tl.store(row_weights + row, weight, mask=row < rows)
+    """The rows' weights; programs past the last row write the tile map."""
+    program = tl.program_id(0)
+    row_programs = tl.cdiv(rows, BLOCK)
+    if program < row_programs:
+        row = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        valid = row < tl.minimum(tl.load(offsets + E), rows)
+        slot = tl.load(row_to_slot + row, mask=valid, other=0).to(tl.int64)
+        cell = topk_weights + (slot // top_k) * stride_t + (slot % top_k) * stride_k
+        weight = tl.load(cell, mask=valid, other=0.0).to(tl.float32)
+        tl.store(row_weights + row, weight, mask=row < rows)
+    else:
+        write_tile_map(
+            program - row_programs, offsets, tiles, rows, E, bound, BLOCK_M, BLOCK_T, EXPERTS
+        )
 
 
 @triton.jit
@@ -219,14 +230,16 @@ def _sum_partials_kernel(
     tl.store(grad_weights + slot, total.to(grad_weights.dtype.element_ty), mask=sane)
 
 
-def _row_weights(topk_weights: Tensor, order: Order, rows: int) -> Tensor:
-    """Each row's routing weight, ``[rows]`` float32, zero in rows of no expert."""
+def _prepare(topk_weights: Tensor, order: Order, rows: int, block_m: int) -> tuple[Tensor, TileMap]:
+    """Each row's routing weight, ``[rows]`` float32, zero in rows of no expert; and the tiles."""
+    E = order[2].numel() - 1
     row_weights = torch.empty(rows, dtype=torch.float32, device=topk_weights.device)
-    _row_weights_kernel[(ceil_div(rows, 1024),)](
-        topk_weights, order[0], order[2], row_weights, rows, order[2].numel() - 1,
-        topk_weights.shape[1], *topk_weights.stride(), BLOCK=1024,
+    tiles, bound = empty_tile_map(topk_weights.device, rows, E, block_m)
+    _prepare_kernel[(ceil_div(rows, 1024) + ceil_div(bound, BLOCK_T),)](
+        topk_weights, order[0], order[2], row_weights, tiles, rows, E, topk_weights.shape[1],
+        bound, *topk_weights.stride(), BLOCK=1024, **tile_map_cut(E, block_m),
     )  # fmt: skip
-    return row_weights
+    return row_weights, TileMap(tiles, bound)
 
 
 def _through_down(
@@ -313,32 +326,24 @@ def fused_experts_backward(
             value.zero_()
         return (*grads, kept)
     with on_device_of(x):
-
-        @functools.cache
-        def tiles(block_m: int) -> TileMap:
-            return build_tile_map(offsets, rows, block_m)
-
-        row_weights = _row_weights(topk_weights, order, rows)
+        aligned = is_aligned(grad) and weight_is_aligned(down)
+        cut = config("down_backward", x, rows, E, aligned=aligned)
+        row_weights, tiles = _prepare(topk_weights, order, rows, cut.block_m)
         grad_rows, grad_source = gathered_rows(grad, order, rows)
         weighted_a = None
         if known_grad_h is None and (dh is not None or needs[3]):
-            cut = config(
-                "down_backward", x, rows, E, aligned=is_aligned(grad) and weight_is_aligned(down)
-            )
             parts = ceil_div(I, cut.block_n)
             all_parts = parts + (down_bias is not None)
             partials = row_weights.new_empty(all_parts, rows) if needs[3] else None
             weighted_a = h.new_empty(rows, I) if needs[2] else None
             _through_down(
                 grad_rows, grad_source, down, h, row_weights, act, dh, weighted_a, partials,
-                tiles(cut.block_m), cut,
+                tiles, cut,
             )  # fmt: skip
             if partials is not None:
                 if down_bias is not None:
                     source = Source(row_to_slot, topk_weights.shape[1])
-                    _bias_dots(
-                        grad, source, down_bias, partials[parts], tiles(cut.block_m), cut.block_m
-                    )
+                    _bias_dots(grad, source, down_bias, partials[parts], tiles, cut.block_m)
                 _sum_partials_kernel[(ceil_div(R, 1024),)](
                     partials, row_to_slot, offsets, dweights, all_parts, rows, R, E, BLOCK=1024
                 )
@@ -363,10 +368,10 @@ def fused_experts_backward(
             if needs[0]:
                 aligned = is_aligned(dh) and H * x.element_size() % 16 == 0
                 aligned = aligned and weight_is_aligned(gate_up)
-                cut = config("grouped_gemm", x, rows, E, aligned=aligned)
-                multiply_and_sum(
-                    dh[:rows], gate_up.mT, None, order, None, dx, tiles(cut.block_m), cut
-                )
+                last = config("grouped_gemm", x, rows, E, aligned=aligned)
+                if last.block_m != cut.block_m:
+                    tiles = build_tile_map(offsets, rows, last.block_m)
+                multiply_and_sum(dh[:rows], gate_up.mT, None, order, None, dx, tiles, last)
     return (*grads, kept)
 
 

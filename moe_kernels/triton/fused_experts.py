@@ -47,7 +47,7 @@ from moe_kernels.triton._tiles import (
 )
 from moe_kernels.triton.grouped_gemm import zero_tail
 from moe_kernels.triton.permute import gathered_rows
-from moe_kernels.triton.sort_by_expert import sort_by_expert
+from moe_kernels.triton.sort_by_expert import sort_and_map, sort_by_expert
 
 __all__ = ["fused_experts", "fused_experts_backward"]
 
@@ -171,6 +171,14 @@ def _project_up(
     )  # fmt: skip
 
 
+def _check_bound(offsets: Tensor, num_rows: int) -> None:
+    if checks_values() and int(offsets[-1]) > num_rows:
+        raise ValueError(
+            f"fused_experts: num_rows must be at least the number of ids in [0, E) = "
+            f"{int(offsets[-1])}; got {num_rows}"
+        )
+
+
 def fused_experts(
     x: Tensor,
     gate_up: Tensor,
@@ -190,15 +198,11 @@ def fused_experts(
     x = contiguous_rows(x)
     (E, H, W), I = gate_up.shape, down.shape[1]
     act = Activation(activation, interleaved, alpha, limit)
-    order = sort_by_expert(topk_ids, E)
-    if checks_values() and int(order[2][-1]) > num_rows:
-        raise ValueError(
-            f"fused_experts: num_rows must be at least the number of ids in [0, E) = "
-            f"{int(order[2][-1])}; got {num_rows}"
-        )
     h = x.new_empty(num_rows if save_for_backward else 0, W)
     rows = min(num_rows, topk_ids.numel())
     if rows == 0 or E == 0 or H == 0:
+        order = sort_by_expert(topk_ids, E)
+        _check_bound(order[2], num_rows)
         y = x.new_zeros(x.shape)
         h.zero_()
     else:
@@ -208,8 +212,9 @@ def fused_experts(
         cut = config("up", x, rows, E, aligned=aligned)
         aligned = is_aligned(a) and H * x.element_size() % 16 == 0 and weight_is_aligned(down)
         cut_down = config("grouped_gemm", x, rows, E, aligned=aligned)
+        order, tiles = sort_and_map(topk_ids, E, rows, cut.block_m)
+        _check_bound(order[2], num_rows)
         with on_device_of(x):
-            tiles = build_tile_map(order[2], rows, cut.block_m)
             _project_up(x, gate_up, gate_up_bias, order, h, a, act, tiles, cut)
             if cut_down.block_m != cut.block_m:
                 tiles = build_tile_map(order[2], rows, cut_down.block_m)

@@ -96,7 +96,8 @@ def _topk_router_kernel(
     T, E, S, K, candidates, topk_groups, route_scale, stride_t, stride_e, stride_b, stride_m,
     SCORE: tl.constexpr, AFTER_TOPK: tl.constexpr, RENORMALIZE: tl.constexpr,
     BIASED: tl.constexpr, MASKED: tl.constexpr, GIVEN: tl.constexpr, GROUPED: tl.constexpr,
-    TOP2: tl.constexpr, FILL_ZERO: tl.constexpr, RETURN_SCORES: tl.constexpr, WIDE: tl.constexpr,
+    TOP2: tl.constexpr, FILL_ZERO: tl.constexpr, RETURN_SCORES: tl.constexpr, ALONE: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK_T: tl.constexpr, GP: tl.constexpr, SP: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -159,8 +160,12 @@ def _topk_router_kernel(
         counted &= tl.load(token_mask + token * stride_m, mask=token < T, other=0) != 0
     count = tl.sum(tl.where(counted[:, None], hits, 0), 0)
     expert = (lane // SP) * S + lane % SP
-    # integers: the sum does not depend on the order of programs
-    tl.atomic_add(load + expert, count, mask=(lane % SP < S) & (expert < E), sem="relaxed")
+    mask = (lane % SP < S) & (expert < E)
+    if ALONE:
+        tl.store(load + expert, count, mask=mask)
+    else:
+        # integers: the sum does not depend on the order of programs
+        tl.atomic_add(load + expert, count, mask=mask, sem="relaxed")
 
 
 @triton.jit
@@ -268,12 +273,13 @@ def topk_router(
     topk_weights = logits.new_empty(T, columns, dtype=wide)
     topk_ids = logits.new_empty(T, columns, dtype=torch.int32)
     scores = logits.new_empty(T if return_scores else 0, E, dtype=wide)
-    load = logits.new_zeros(E, dtype=torch.int32)
-    if T == 0:
-        return topk_weights, topk_ids, scores, load
     group_size = E // num_groups
     gp, sp = next_power_of_2(num_groups), next_power_of_2(group_size)
     block_t = max(TILE // (gp * sp), 1)
+    alone = 0 < T <= block_t  # one program counts all the load: no zeros to add to
+    load = (logits.new_empty if alone else logits.new_zeros)(E, dtype=torch.int32)
+    if T == 0:
+        return topk_weights, topk_ids, scores, load
     with on_device_of(logits):
         _topk_router_kernel[(ceil_div(T, block_t),)](
             logits, correction_bias, token_mask,
@@ -286,7 +292,7 @@ def topk_router(
             RENORMALIZE=renormalize, BIASED=correction_bias is not None,
             MASKED=token_mask is not None, GIVEN=given_ids is not None, GROUPED=num_groups > 1,
             TOP2=group_score == "top2" and group_size > 1, FILL_ZERO=group_fill == 0.0,
-            RETURN_SCORES=return_scores, WIDE=float_type(logits),
+            RETURN_SCORES=return_scores, ALONE=alone, WIDE=float_type(logits),
             BLOCK_T=block_t, GP=gp, SP=sp, KP=next_power_of_2(columns),
         )  # fmt: skip
     return topk_weights, topk_ids, scores, load

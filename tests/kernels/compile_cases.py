@@ -27,6 +27,12 @@ def _sort(tokens: int, experts: int = E) -> None:
     sort_by_expert(torch.empty(tokens, K, dtype=torch.int32), experts)
 
 
+def _sort_and_map(tokens: int) -> None:
+    from moe_kernels.triton.sort_by_expert import sort_and_map
+
+    sort_and_map(torch.empty(tokens, K, dtype=torch.int32), E, tokens * K, 128)
+
+
 def _permute(dtype: torch.dtype) -> None:
     from moe_kernels.triton.permute import permute
     from moe_kernels.triton.unpermute import unpermute, unpermute_backward
@@ -56,7 +62,9 @@ def _activation(kind: str, dtype: torch.dtype) -> None:
     expert_activation_backward(grad.to(dtype), h.to(dtype), *options)
 
 
-def _router(dtype: torch.dtype = torch.float32, experts: int = E, **changes: object) -> None:
+def _router(
+    dtype: torch.dtype = torch.float32, experts: int = E, tokens: int = T, **changes: object
+) -> None:
     from moe_kernels.triton.topk_router import topk_router, topk_router_backward
 
     options = {
@@ -75,7 +83,7 @@ def _router(dtype: torch.dtype = torch.float32, experts: int = E, **changes: obj
         "candidates": 0,
         **changes,
     }
-    logits = torch.empty(T, experts, dtype=dtype)
+    logits = torch.empty(tokens, experts, dtype=dtype)
     weights, ids, scores, _ = topk_router(logits, K, **options)  # type: ignore[arg-type]
     keys = ("score_func", "softmax_before_topk", "renormalize", "route_scale", "candidates")
     topk_router_backward(weights, scores, logits, ids, *(options[key] for key in keys))
@@ -160,6 +168,9 @@ def _with_tf32(call: Callable[[], None]) -> None:
 CASES: dict[str, Callable[[], None]] = {
     "sort_small": partial(_sort, 64),
     "sort": partial(_sort, T),
+    "sort_and_map_small": partial(_sort_and_map, 64),
+    "sort_and_map": partial(_sort_and_map, T),
+    "router_of_one_program": partial(_router, tokens=8),
     "permute": partial(_permute, BF16),
     "chunk_permute": _chunk_permute,
     "router": _router,

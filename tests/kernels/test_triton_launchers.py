@@ -147,9 +147,8 @@ def test_unknown_ids_are_dropped_unless_checked(
 def test_unknown_ids_are_sorted_as_dropped_ones(
     impl: Implementation, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        sort_by_expert, "SCAN_BLOCKS", 4
-    )  # so that summing them takes several steps
+    monkeypatch.setattr(sort_by_expert, "PARTS", 7)  # of three blocks, but for the last
+    monkeypatch.setattr(sort_by_expert, "SCAN", 64)  # so that summing them takes several steps
     ids = torch.randint(-3, 12, (tokens, 3))
     known = torch.where((ids >= 0) & (ids < 7), ids, -1)
     order = moe_kernels.sort_by_expert(ids.to(impl.device), 7)
@@ -266,6 +265,30 @@ def test_tiles_cover_every_row_once(impl: Implementation, experts: int, block_m:
     assert found[0] == len(expected) <= tiles.bound
     columns = [found[1 + i * tiles.bound :][: len(expected)] for i in range(3)]
     assert list(zip(*columns, strict=True)) == expected
+
+
+@pytest.mark.parametrize("block_m", [16, 128])
+@pytest.mark.parametrize(("tokens", "experts"), [(20, 7), (300, 1), (1400, 7), (700, 67)])
+def test_sorting_writes_the_map(
+    impl: Implementation, tokens: int, experts: int, block_m: int
+) -> None:
+    """Of fewer rows than have an expert, and of more."""
+    ids = torch.randint(-1, experts + 1, (tokens, 3), dtype=torch.int32)
+    ids[: tokens // 3] = experts - 1
+    expected = reference.sort_by_expert(ids, experts)
+    for rows in (int(expected[2][-1]) * 2 // 3, ids.numel()):
+        order, tiles = sort_by_expert.sort_and_map(ids.to(impl.device), experts, rows, block_m)
+        for actual, wanted in zip(order, expected, strict=True):
+            assert torch.equal(actual.cpu(), wanted)
+        other = build_tile_map(order[2], rows, block_m)
+        count = int(other.tiles[0])
+        assert count > 0
+        assert tiles.bound == other.bound
+        assert int(tiles.tiles[0]) == count
+        for i in range(3):
+            begin = 1 + i * tiles.bound
+            ours, theirs = (m.tiles[begin : begin + count].tolist() for m in (tiles, other))
+            assert ours == theirs
 
 
 def test_overlapping_groups_stay_within_the_map(impl: Implementation) -> None:
