@@ -5,6 +5,7 @@ from benchmarks.ops.expert_activation import expert_activation
 from benchmarks.ops.fused_experts import fused_experts
 from benchmarks.ops.grouped_gemm import grouped_gemm
 from benchmarks.ops.permute import permute
+from benchmarks.ops.round_tokens import round_tokens
 from benchmarks.ops.sort_by_expert import sort_by_expert
 from benchmarks.ops.topk_router import topk_router
 from benchmarks.ops.unpermute import unpermute
@@ -20,6 +21,7 @@ OPS: dict[str, Op] = {
         unpermute,
         sort_by_expert,
         topk_router,
+        round_tokens,
         dispatch,
     )
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import moe_kernels as ours
 from benchmarks.ops._order import order_of
+from benchmarks.ops.round_tokens import MODE, TILE
 from benchmarks.registry import Case, Implementation, Inputs, Output, Provider
 
 
@@ -38,6 +39,16 @@ def _sort_by_expert(case: Case) -> Implementation:
     return Implementation(lambda i: ours.sort_by_expert(i["topk_ids"], experts))
 
 
+def _round_tokens(case: Case) -> Implementation:
+    experts, top_k = case.shape["E"], case.shape["K"]
+
+    def run(inputs: Inputs) -> Output:
+        weights, ids = inputs["topk_weights"], inputs["topk_ids"]
+        return ours.round_tokens(weights, ids, experts, top_k=top_k, tile=TILE, mode=MODE)
+
+    return Implementation(run)
+
+
 moe_kernels = Provider(
     "moe_kernels",
     {
@@ -52,5 +63,6 @@ moe_kernels = Provider(
         ),
         "sort_by_expert": _sort_by_expert,
         "topk_router": _topk_router,
+        "round_tokens": _round_tokens,
     },
 )
