@@ -21,17 +21,34 @@ from moe_kernels.triton._tiles import TileMap
 from moe_kernels.triton.grouped_gemm import multiply_rows
 from moe_kernels.triton.unpermute import sum_slots
 
-WHOLE_BYTES = 2**28  # a buffer of at most as many bytes is made whole
+WHOLE_BYTES = 2**27  # a buffer of at most as many bytes is made whole
 CHUNK = 2048  # columns
 STEP = 256  # chunks start at multiples: bounds of every configuration's tiles, and aligned
 
 
-def chunk_width(rows: int, columns: int, element_size: int) -> int:
-    """Columns of the buffer of ``rows`` rows that results of ``columns`` columns go through."""
-    if rows * columns * element_size <= WHOLE_BYTES:
+def chunk_width(rows: int, columns: int, element_size: int, least: int = 1) -> int:
+    """Columns of the buffer of ``rows`` rows that results of ``columns`` columns go through.
+
+    Where the whole would be large there are ``least`` chunks or more, if columns suffice.
+    """
+    if rows * columns * element_size * least <= WHOLE_BYTES:
         return columns
-    even = ceil_div(columns, ceil_div(columns, CHUNK))
+    even = ceil_div(columns, max(ceil_div(columns, CHUNK), least))
     return min(ceil_div(even, STEP) * STEP, columns)
+
+
+def backward_widths(rows: int, inner: int, hidden: int, element_size: int) -> tuple[int, int]:
+    """Columns of backward's buffers for activations [R, inner] and for rows of dX [R, hidden].
+
+    Beside the gradient of h there is only one of them at a time. Where experts are wide, halves
+    keep both together below two buffers [R, hidden]. Activations are whole otherwise: each chunk of
+    them reads the gradient of the layer's output again, whose rows are long compared to theirs.
+    """
+    wide = 3 * inner >= 2 * hidden - STEP
+    return (
+        chunk_width(rows, inner, element_size, 2) if wide else inner,
+        chunk_width(rows, hidden, element_size, 2 if wide else 1),
+    )
 
 
 def multiply_and_sum(
@@ -43,6 +60,7 @@ def multiply_and_sum(
     out: Tensor,
     tiles: TileMap,
     cut: Config,
+    width: int,
 ) -> None:
     """``out[t]``, the (weighted) sum over the token's rows r of ``a[r] @ b[e] + bias[e]``.
 
@@ -53,11 +71,11 @@ def multiply_and_sum(
         order: of the slots by expert.
         weights: [T, K], or None for ones.
         out: [T, N], contiguous.
+        width: columns of a chunk.
     """
     rows, columns = a.shape[0], b.shape[2]
     if out.numel() == 0:
         return
-    width = chunk_width(rows, columns, out.element_size())
     buffer = torch.empty(rows * width, dtype=out.dtype, device=out.device)
     for start in range(0, columns, width):
         chunk = slice(start, min(start + width, columns))

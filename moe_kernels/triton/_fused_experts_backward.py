@@ -24,7 +24,7 @@ from moe_kernels.triton._activation import (
     activate_backward,
     activate_gated_backward,
 )
-from moe_kernels.triton._combine import multiply_and_sum
+from moe_kernels.triton._combine import backward_widths, multiply_and_sum
 from moe_kernels.triton._configs import Config, config
 from moe_kernels.triton._launch import (
     ceil_div,
@@ -87,12 +87,15 @@ def _prepare_kernel(
 
 @triton.jit
 def _through_activation(
-    grad, h, grad_h, weighted_a, first, valid, weight, n, I, W, alpha, limit,
+    grad, h, grad_h, weighted_a, first, valid, weight, n, I, W, begin, columns, alpha, limit,
     KIND: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, CLAMP: tl.constexpr,
     PRECISE: tl.constexpr, NEEDS_H: tl.constexpr, NEEDS_A: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Write dH and s * A for the columns from ``n`` on; returns each row's <dA', A> over them."""
+    """Write dH and s * A for the columns from ``n`` on; returns each row's <dA', A> over them.
+
+    s * A has ``columns`` columns, those of A from ``begin`` on.
+    """
     column = n + tl.arange(0, BLOCK_N)
     mask = valid[:, None] & (column < I)[None, :]
     scaled = grad * weight[:, None]
@@ -126,8 +129,9 @@ def _through_activation(
             if GATED:
                 tl.store(grad_h + cell + I, grad_up.to(grad_h.dtype.element_ty), mask=mask)
     if NEEDS_A:
+        own = row[:, None] * columns + (column - begin)[None, :]
         tl.store(
-            weighted_a + first.to(tl.int64) * I + (row[:, None] * I + column[None, :]),
+            weighted_a + first.to(tl.int64) * columns + own,
             (a * weight[:, None]).to(weighted_a.dtype.element_ty),
             mask=mask,
         )
@@ -137,7 +141,7 @@ def _through_activation(
 @triton.jit(do_not_specialize=["bound", "rows", "top_k"])
 def _down_backward_kernel(
     grad, row_to_slot, w, h, row_weights, grad_h, weighted_a, partials, tiles, bound,
-    rows, H, I, W, top_k, alpha, limit,
+    rows, H, I, W, begin, columns, top_k, alpha, limit,
     stride_gm, stride_gk, stride_we, stride_wk, stride_wn,
     G_MODE: tl.constexpr, GATHERED: tl.constexpr, W_MODE: tl.constexpr,
     KIND: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, CLAMP: tl.constexpr,
@@ -146,11 +150,11 @@ def _down_backward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    row_tiles, column_tiles = tile_count(tiles), tl.cdiv(I, BLOCK_N)
+    row_tiles, column_tiles = tile_count(tiles), tl.cdiv(columns, BLOCK_N)
     for step in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0)):
         tile, column_tile = walk(step, row_tiles, column_tiles, GROUP_M)
         expert, first, end = load_tile(tiles, bound, tile)
-        n = column_tile * BLOCK_N
+        n = begin + column_tile * BLOCK_N
         row = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
         valid = row < end
         source = row
@@ -176,16 +180,17 @@ def _down_backward_kernel(
                 for quarter in tl.static_range(2):
                     dot += _through_activation(
                         pair[quarter], h, grad_h, weighted_a, first, valid, scale,
-                        n + (2 * half + quarter) * (BLOCK_N // 4), I, W, alpha, limit, KIND, GATED,
-                        INTERLEAVED, CLAMP, PRECISE, NEEDS_H, NEEDS_A, BLOCK_M, BLOCK_N // 4,
+                        n + (2 * half + quarter) * (BLOCK_N // 4), I, W, begin, columns, alpha,
+                        limit, KIND, GATED, INTERLEAVED, CLAMP, PRECISE, NEEDS_H, NEEDS_A, BLOCK_M,
+                        BLOCK_N // 4,
                     )  # fmt: skip
         else:
             dot = _through_activation(
-                total, h, grad_h, weighted_a, first, valid, scale, n, I, W, alpha, limit,
-                KIND, GATED, INTERLEAVED, CLAMP, PRECISE, NEEDS_H, NEEDS_A, BLOCK_M, BLOCK_N,
+                total, h, grad_h, weighted_a, first, valid, scale, n, I, W, begin, columns, alpha,
+                limit, KIND, GATED, INTERLEAVED, CLAMP, PRECISE, NEEDS_H, NEEDS_A, BLOCK_M, BLOCK_N,
             )  # fmt: skip
         if NEEDS_S:
-            tl.store(partials + column_tile.to(tl.int64) * rows + row, dot, mask=valid)
+            tl.store(partials + (n // BLOCK_N).to(tl.int64) * rows + row, dot, mask=valid)
 
 
 @triton.jit(do_not_specialize=["bound", "top_k"])
@@ -249,23 +254,24 @@ def _through_down(
     h: Tensor,
     row_weights: Tensor,
     activation: Activation,
+    columns: range,
     grad_h: Tensor | None,
     weighted_a: Tensor | None,
     partials: Tensor | None,
     tiles: TileMap,
     cut: Config,
 ) -> None:
-    """Write dH [rows, W], s * A [rows, I] and the parts of dS [P, rows] that are given."""
+    """Write some columns of A, of the values that are given: dH [rows, W], s * A [rows, columns]
+    and the parts of dS [P, rows]."""
     _, I, H = down.shape
-    if I == 0:
-        return
     g = row_operand(grad, source, cut.block_m, cut.block_k)
     w = weight_operand(down.mT, cut.block_k, cut.block_n)
-    steps = tiles.bound * ceil_div(I, cut.block_n)
+    steps = tiles.bound * ceil_div(len(columns), cut.block_n)
     _down_backward_kernel[(min(steps, processors(grad.device) * cut.programs),)](
         g.value, None if source is None else source.row_to_slot, w.value, h, row_weights,
         grad_h, weighted_a, partials, tiles.tiles, tiles.bound, row_weights.numel(), H, I,
-        h.shape[1], 1 if source is None else source.top_k, activation.alpha, activation.limit,
+        h.shape[1], columns.start, len(columns), 1 if source is None else source.top_k,
+        activation.alpha, activation.limit,
         *g.strides, *w.strides, G_MODE=g.mode, GATHERED=source is not None, W_MODE=w.mode,
         **activation.constants(h), NEEDS_H=grad_h is not None, NEEDS_A=weighted_a is not None,
         NEEDS_S=partials is not None, EVEN_K=H % cut.block_k == 0, PRECISION=dot_precision(h),
@@ -330,16 +336,27 @@ def fused_experts_backward(
         cut = config("down_backward", x, rows, E, aligned=aligned)
         row_weights, tiles = _prepare(topk_weights, order, rows, cut.block_m)
         grad_rows, grad_source = gathered_rows(grad, order, rows)
-        weighted_a = None
+        widths = backward_widths(rows, I, H, h.element_size())
         if known_grad_h is None and (dh is not None or needs[3]):
             parts = ceil_div(I, cut.block_n)
             all_parts = parts + (down_bias is not None)
             partials = row_weights.new_empty(all_parts, rows) if needs[3] else None
-            weighted_a = h.new_empty(rows, I) if needs[2] else None
-            _through_down(
-                grad_rows, grad_source, down, h, row_weights, act, dh, weighted_a, partials,
-                tiles, cut,
-            )  # fmt: skip
+            width = widths[0] if needs[2] else I
+            buffer = h.new_empty(rows * width) if needs[2] else None
+            weighted_a = None
+            for start in range(0, I, max(width, 1)):
+                columns = range(start, min(start + width, I))
+                weighted_a = None
+                if buffer is not None:
+                    weighted_a = buffer[: rows * len(columns)].view(rows, len(columns))
+                _through_down(
+                    grad_rows, grad_source, down, h, row_weights, act, columns, dh, weighted_a,
+                    partials, tiles, cut,
+                )  # fmt: skip
+                if weighted_a is not None:
+                    part = ddown[:, start : columns.stop]
+                    weight_gradient(weighted_a, None, grad_rows, grad_source, offsets, rows, part)
+            del buffer, weighted_a
             if partials is not None:
                 if down_bias is not None:
                     source = Source(row_to_slot, topk_weights.shape[1])
@@ -352,7 +369,6 @@ def fused_experts_backward(
             weighted_a = expert_activation(
                 h[:rows], activation, row_weights, interleaved, alpha, limit
             )
-        if weighted_a is not None:
             weight_gradient(weighted_a, None, grad_rows, grad_source, offsets, rows, ddown)
             del weighted_a
         if needs[5]:
@@ -371,7 +387,9 @@ def fused_experts_backward(
                 last = config("grouped_gemm", x, rows, E, aligned=aligned)
                 if last.block_m != cut.block_m:
                     tiles = build_tile_map(offsets, rows, last.block_m)
-                multiply_and_sum(dh[:rows], gate_up.mT, None, order, None, dx, tiles, last)
+                multiply_and_sum(
+                    dh[:rows], gate_up.mT, None, order, None, dx, tiles, last, widths[1]
+                )
     return (*grads, kept)
 
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_kernels.triton._activation import Activation, activate, activate_gated
-from moe_kernels.triton._combine import multiply_and_sum
+from moe_kernels.triton._combine import chunk_width, multiply_and_sum
 from moe_kernels.triton._configs import Config, config
 from moe_kernels.triton._fused_experts_backward import fused_experts_backward
 from moe_kernels.triton._launch import (
@@ -218,7 +218,8 @@ def fused_experts(
             _project_up(x, gate_up, gate_up_bias, order, h, a, act, tiles, cut)
             if cut_down.block_m != cut.block_m:
                 tiles = build_tile_map(order[2], rows, cut_down.block_m)
-            multiply_and_sum(a, down, down_bias, order, topk_weights, y, tiles, cut_down)
+            width = chunk_width(rows, H, x.element_size())
+            multiply_and_sum(a, down, down_bias, order, topk_weights, y, tiles, cut_down, width)
             zero_tail(h, order[2])
     if save_for_backward:
         return y, h, *order

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_kernels.triton._launch import checks_values, float_type, next_power_of_2, on_device_of
+from moe_kernels.triton._launch import checks_values, float_type, on_device_of
 from moe_kernels.triton._math import sort_key
 from moe_kernels.triton._tiles import row_range
 from moe_kernels.triton.sort_by_expert import check_ids, sort_by_expert
@@ -161,6 +161,6 @@ def round_tokens(
             R, E, topk_ids.shape[1], top_k, tile, *topk_weights.stride(),
             0 if token_mask is None else token_mask.stride(0),
             MODE=mode, MASKED=token_mask is not None, WIDE=wide, BITS=wide.primitive_bitwidth,
-            BLOCK=min(max(next_power_of_2(R), 32), BLOCK),
+            BLOCK=BLOCK,
         )  # fmt: skip
     return out_weights, out_ids, load

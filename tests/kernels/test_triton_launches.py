@@ -65,8 +65,8 @@ def test_backward() -> None:
     assert names == [
         "_prepare_kernel",
         "_down_backward_kernel",
-        "_sum_partials_kernel",
         "_wgrad_kernel",
+        "_sum_partials_kernel",
         "_wgrad_kernel",
         "_grouped_gemm_kernel",
         "_unpermute_kernel",

@@ -85,7 +85,10 @@ class Allocations(TorchDispatchMode):
 def without_launches() -> Iterator[None]:
     from triton.runtime.interpreter import InterpretedFunction
 
-    with mock.patch.object(InterpretedFunction, "run", return_value=None):
+    def skip(*args: Any, **kwargs: Any) -> None:  # a mock would keep what it was called with
+        pass
+
+    with mock.patch.object(InterpretedFunction, "run", skip):
         yield
 
 
@@ -101,24 +104,37 @@ def test_chunks_change_no_bits(
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    inputs, upstream = _case(dtype, hidden=600, inner=40)
+    inputs, upstream = _case(dtype, hidden=272, inner=264)
+    for name in ("x", "topk_ids", "topk_weights"):
+        inputs[name] = inputs[name][:40]
+    upstream = upstream[:40]
     if transposed:
         for name in ("gate_up", "down"):
             inputs[name] = inputs[name].mT.contiguous().mT
     whole = _run(impl, inputs, upstream)
     monkeypatch.setattr(_combine, "WHOLE_BYTES", 0)
     monkeypatch.setattr(_combine, "CHUNK", 256)
-    assert _combine.chunk_width(300, 600, 2) == 256
+    assert _combine.chunk_width(80, 272, 2) == 256
+    assert _combine.backward_widths(80, 264, 272, 2) == (256, 256)
     chunked = _run(impl, inputs, upstream)
     for name, value in whole.items():
         assert torch.equal(value, chunked[name]), name
 
 
 def test_chunks_are_few_and_only_of_large_buffers() -> None:
-    assert _combine.chunk_width(2**16, 2048, 2) == 2048  # 256 MiB
+    assert _combine.chunk_width(2**13, 8192, 2) == 8192  # 128 MiB
+    assert _combine.chunk_width(2**13 + 1, 8192, 2) == 2048
     for columns, width in ((768, 768), (2048, 2048), (2880, 1536), (4096, 2048), (7168, 1792)):
         assert _combine.chunk_width(2**18, columns, 2) == width
         assert _combine.chunk_width(2**10, columns, 2) == columns
+    for inner, hidden, widths in (
+        (1024, 2048, (1024, 2048)),
+        (2048, 4096, (2048, 2048)),
+        (512, 768, (256, 512)),
+        (2880, 2880, (1536, 1536)),
+    ):
+        assert _combine.backward_widths(2**18, inner, hidden, 2) == widths
+        assert _combine.backward_widths(2**10, inner, hidden, 2) == (inner, hidden)
 
 
 @pytest.mark.skipif(HAS_GPU, reason="counts allocations of interpreted launchers, without launches")
@@ -126,8 +142,11 @@ def test_chunks_are_few_and_only_of_large_buffers() -> None:
 def test_peaks_are_as_documented(name: str) -> None:
     """2TH + 4RI saved, as SonicMoE; at work activations, gradients of h and a chunk of columns.
 
-    That is less than the two buffers [R, H] that the published formula leaves out as long as
-    3I < 2H: backward holds the gradient of h, 4RI, and the weighted activations, 2RI.
+    That is less than the two buffers [R, H] that the published formula leaves out as long as I is
+    less than about 4/5 of H, which it is in ten of its twelve shapes: backward holds the gradient
+    of h, 4RI, and beside it weighted activations or rows of dX, at most about half of them where I
+    is more than about 2/3 of H.
+
     Counted are all allocations of forward and backward but the results and their upstream, whose
     memory is the caller's; x is, as saved. Row weights, ids and maps are counted too.
     """
@@ -143,6 +162,7 @@ def test_peaks_are_as_documented(name: str) -> None:
     saved, buffer = 2 * tokens * hidden + 4 * rows * inner, 2 * rows * hidden
     order_bytes = 12 * rows + 4 * (experts + 1)
     chunk = 2 * rows * _combine.chunk_width(rows, hidden, 2)
+    width = max(_combine.backward_widths(rows, inner, hidden, 2))
     small = (64 + inner // 16) * rows  # weights of rows, their gradient by column tile, maps
 
     with without_launches(), Allocations() as forward:
@@ -159,8 +179,8 @@ def test_peaks_are_as_documented(name: str) -> None:
         )
     assert backward.alive() == nbytes(*grads)
     backward_peak = nbytes(x, h, *order) + backward.peak - nbytes(*grads)
-    assert backward_peak <= saved + 4 * rows * inner + max(2 * rows * inner, chunk) + small
-    if 3 * inner < 2 * hidden - 64:
+    assert backward_peak <= saved + 4 * rows * inner + 2 * rows * width + small
+    if 2 * inner + width < 2 * hidden:
         assert max(forward_peak, backward_peak) <= saved + 2 * buffer
     if chunk < buffer:
         # no buffer [R, H], unless h [R, 2I] is as large
