@@ -85,7 +85,11 @@ def rounded_rows(tokens: int, top_k: int, num_experts: int, *, tile: int, mode: 
 
     A bound for ``num_rows`` of :func:`fused_experts`, known on the host: rounding down adds
     nothing, to the nearest at most tile / 2 tokens an expert, up at most tile - 1.
+
+    Raises:
+        ValueError: another mode.
     """
+    check_choice("rounded_rows", "mode", mode, MODES)
     chosen = tokens * top_k
     most = {"down": 0, "nearest": tile // 2, "up": tile - 1}[mode]
     return chosen + min(num_experts, chosen) * most

@@ -249,6 +249,8 @@ def test_refuses_wrong_arguments() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             moe_kernels.round_tokens(weights, ids, 5, **options)
+    with pytest.raises(ValueError, match="rounded_rows: mode must be one of nearest, up, down"):
+        moe_kernels.rounded_rows(4, 2, 5, tile=8, mode="even")
     with pytest.raises(ValueError, match=r"topk_ids must be \[4, 3\] as topk_weights"):
         moe_kernels.round_tokens(weights, ids[:, :2], 5, top_k=2)
     with pytest.raises(TypeError, match="topk_weights must be one of"):
