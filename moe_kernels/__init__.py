@@ -6,6 +6,7 @@ Triton on NVIDIA GPUs, C++ on CPUs, plain PyTorch elsewhere, behind one function
 from moe_kernels._version import __version__
 from moe_kernels.ops import (
     ExpertOrder,
+    RoundedTokens,
     RouterOutput,
     chunk_permute,
     expert_activation,
@@ -15,6 +16,8 @@ from moe_kernels.ops import (
     grouped_gemm,
     grouped_gemm_wgrad,
     permute,
+    round_tokens,
+    rounded_rows,
     sort_by_expert,
     topk_router,
     unpermute,
@@ -23,6 +26,7 @@ from moe_kernels.ops import (
 
 __all__ = [
     "ExpertOrder",
+    "RoundedTokens",
     "RouterOutput",
     "__version__",
     "chunk_permute",
@@ -33,6 +37,8 @@ __all__ = [
     "grouped_gemm",
     "grouped_gemm_wgrad",
     "permute",
+    "round_tokens",
+    "rounded_rows",
     "sort_by_expert",
     "topk_router",
     "unpermute",

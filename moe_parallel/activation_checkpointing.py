@@ -38,6 +38,7 @@ _CHOICES = (
     "aten::topk.default",
     "aten::max.dim",
     "moe_kernels::topk_router.default",
+    "moe_kernels::round_tokens.default",
 )
 _ALTERNATING = (
     "aten::mm.default",

@@ -11,6 +11,8 @@ import torch
 
 from moe_parallel.dispatch import TRANSPORTS
 
+ROUNDING_MODES = ("nearest", "up", "down")
+
 _DTYPES = {
     "float": torch.float32,
     "float32": torch.float32,
@@ -84,6 +86,15 @@ class MoEConfig:
         force_e_score_correction_bias: keep a correction bias although nothing updates it.
         moe_latent_size: hidden size of the routed experts, if it is not ``dim``.
         enable_routing_replay: give the gate a :class:`RoutingReplay`.
+        token_rounding: "nearest", "up" or "down" to round each expert's number of tokens to a
+            multiple of ``token_rounding_tile``, in training mode alone, by
+            :func:`moe_kernels.round_tokens`; None for plain top-k. It spares the grouped GEMM tiles
+            that are filled in part, and drops or adds the tokens that matter least to an expert:
+            what a token gets then depends on the rest of the batch. Up to as many experts as it
+            chose may be added to a token. Evaluation, the load and the auxiliary loss are those of
+            plain top-k.
+        token_rounding_tile: rows of a tile of the grouped GEMM. Give each expert two tiles or more
+            on average: with "nearest" and "down", one with few tokens gets none in that step.
 
     Raises:
         ValueError: a size, number, group or dtype that no layer can have. The names of activations
@@ -118,6 +129,8 @@ class MoEConfig:
     force_e_score_correction_bias: bool = False
     moe_latent_size: int | None = None
     enable_routing_replay: bool = False
+    token_rounding: str | None = None
+    token_rounding_tile: int = 128
 
     def __post_init__(self) -> None:
         self.dtype = dtype_from_str(self.dtype)
@@ -158,6 +171,7 @@ class MoEConfig:
             )
         if self.n_expert_groups > 1:
             self._check_groups()
+        self._check_token_rounding()
         if self.gate_bias_update_factor > 0 and self.score_func == "softmax":
             warnings.warn(
                 "MoEConfig: gate_bias_update_factor has no effect with score_func 'softmax', which "
@@ -186,6 +200,29 @@ class MoEConfig:
                 "MoEConfig: n_activated_experts must be at most the experts of n_limited_groups, "
                 f"{self.n_limited_groups} * {experts // groups}; got {self.n_activated_experts}"
             )
+
+    def _check_token_rounding(self) -> None:
+        if self.token_rounding not in (None, *ROUNDING_MODES):
+            raise ValueError(
+                f"MoEConfig: token_rounding must be None or one of {', '.join(ROUNDING_MODES)}; "
+                f"got {self.token_rounding!r}"
+            )
+        self._check_at_least("token_rounding_tile", 1)
+        if self.token_rounding is not None and self.enable_routing_replay:
+            raise ValueError(
+                "MoEConfig: token_rounding must be None with enable_routing_replay, which repeats "
+                f"a choice as it was; got {self.token_rounding!r}"
+            )
+
+    @property
+    def rounding_candidates(self) -> int:
+        """How many experts token rounding may add to a token, of those that may be chosen."""
+        if self.token_rounding in (None, "down"):
+            return 0
+        allowed = self.n_routed_experts
+        if self.n_expert_groups > 1:
+            allowed = allowed // self.n_expert_groups * self.n_limited_groups
+        return min(self.n_activated_experts, allowed - self.n_activated_experts)
 
     @property
     def expert_dim(self) -> int:

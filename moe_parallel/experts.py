@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from moe_kernels import fused_experts, reference
+from moe_kernels import fused_experts, reference, rounded_rows
 from moe_parallel.config import BackendConfig, MoEConfig
 from moe_parallel.dispatch import Dispatched, LocalDispatcher, TokenDispatcher, build_dispatcher
 from moe_parallel.tensors import draw_normal, local_tensor
@@ -149,7 +149,21 @@ class GroupedExperts(nn.Module):
         }
         if self.backend.experts == "reference":
             return reference.fused_experts(*arguments, **options)
-        return fused_experts(*arguments, **options, num_rows=tokens.num_rows)
+        return fused_experts(*arguments, **options, num_rows=self._num_rows(tokens))
+
+    def _num_rows(self, tokens: Dispatched) -> int | None:
+        """The dispatcher's bound of the slots in use, or that of token rounding without one."""
+        config = self.config
+        rounded = tokens.topk_ids.shape[1] > config.n_activated_experts
+        if tokens.num_rows is not None or not rounded or config.token_rounding is None:
+            return tokens.num_rows
+        return rounded_rows(
+            tokens.topk_ids.shape[0],
+            config.n_activated_experts,
+            config.n_routed_experts,
+            tile=config.token_rounding_tile,
+            mode=config.token_rounding,
+        )
 
     @torch.no_grad()
     def init_weights(

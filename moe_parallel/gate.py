@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.nn import functional
 
-from moe_kernels import topk_router
+from moe_kernels import round_tokens, topk_router
 from moe_parallel.config import MoEConfig
 from moe_parallel.routing_replay import RoutingReplay, is_recomputing
 from moe_parallel.tensors import draw_normal, local_tensor
@@ -60,6 +60,9 @@ class Gate(nn.Module):
         self.aux_loss_coeff = config.aux_loss_coeff
         self.norm_topk_prob = config.norm_topk_prob
         self.gate_precision = gate_precision
+        self.token_rounding = config.token_rounding
+        self.rounding_tile = config.token_rounding_tile
+        self.rounding_candidates = config.rounding_candidates
         if self.bias_update_factor > 0:
             assert self.train_gate, (
                 "Gate: gate_bias_update_factor > 0 needs train_gate; "
@@ -130,11 +133,13 @@ class Gate(nn.Module):
         Returns:
             ``(weights [T, K] in x.dtype, indices [T, K] int64, aux)``: aux is the unscaled
             auxiliary loss, a float32 scalar (None outside training or without a coefficient).
-            ``aux_loss_coeff * aux`` is already part of the graph of ``weights``.
+            ``aux_loss_coeff * aux`` is already part of the graph of ``weights``. With token
+            rounding, in training, there are more columns, and -1 among the indices.
         """
         logits = self.logits(x)
         correction = self.e_score_correction_bias
         with_aux = self.training and self.aux_loss_coeff > 0
+        rounding = self.token_rounding if self.training else None
         routed = topk_router(
             logits,
             self.topk,
@@ -143,9 +148,21 @@ class Gate(nn.Module):
             token_mask=token_mask,
             given_ids=None if self.routing_replay is None else self.routing_replay.given_ids(),
             return_scores=with_aux,
+            candidates=0 if rounding is None else self.rounding_candidates,
             **self._router_options(None if correction is None else local_tensor(correction)),
         )
-        weights, indices = routed.topk_weights, routed.topk_ids.to(torch.int64)
+        weights, indices = routed.topk_weights, routed.topk_ids
+        if rounding is not None:
+            weights, indices, _ = round_tokens(
+                weights,
+                indices,
+                self.n_experts,
+                top_k=self.topk,
+                tile=self.rounding_tile,
+                mode=rounding,
+                token_mask=token_mask,
+            )
+        indices = indices.to(torch.int64)
         if self.routing_replay is not None:
             self.routing_replay.note(indices)
         aux = None

@@ -31,6 +31,7 @@ OPS = (
     "expert_activation_backward",
     "topk_router",
     "topk_router_backward",
+    "round_tokens",
     "grouped_gemm",
     "grouped_gemm_wgrad",
     "grouped_gemm_wgrad_",

@@ -6,6 +6,7 @@ from benchmarks.ops.fused_experts import fused_experts
 from benchmarks.ops.grouped_gemm import grouped_gemm
 from benchmarks.ops.model_decode import model_decode
 from benchmarks.ops.permute import permute
+from benchmarks.ops.round_tokens import round_tokens
 from benchmarks.ops.sort_by_expert import sort_by_expert
 from benchmarks.ops.topk_router import topk_router
 from benchmarks.ops.unpermute import unpermute
@@ -22,6 +23,7 @@ OPS: dict[str, Op] = {
         sort_by_expert,
         topk_router,
         model_decode,
+        round_tokens,
         dispatch,
     )
 }

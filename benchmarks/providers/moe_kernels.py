@@ -6,6 +6,7 @@ import moe_kernels as ours
 from benchmarks.models import decoding
 from benchmarks.ops._order import order_of
 from benchmarks.ops.fused_experts import matrices, options
+from benchmarks.ops.round_tokens import MODE, TILE
 from benchmarks.registry import Case, Implementation, Inputs, Output, Provider
 
 
@@ -42,6 +43,16 @@ def _sort_by_expert(case: Case) -> Implementation:
     return Implementation(lambda i: ours.sort_by_expert(i["topk_ids"], experts))
 
 
+def _round_tokens(case: Case) -> Implementation:
+    experts, top_k = case.shape["E"], case.shape["K"]
+
+    def run(inputs: Inputs) -> Output:
+        weights, ids = inputs["topk_weights"], inputs["topk_ids"]
+        return ours.round_tokens(weights, ids, experts, top_k=top_k, tile=TILE, mode=MODE)
+
+    return Implementation(run)
+
+
 moe_kernels = Provider(
     "moe_kernels",
     {
@@ -57,5 +68,6 @@ moe_kernels = Provider(
         "sort_by_expert": _sort_by_expert,
         "topk_router": _topk_router,
         "model_decode": decoding("moe_kernels"),
+        "round_tokens": _round_tokens,
     },
 )

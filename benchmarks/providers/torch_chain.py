@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.ops.fused_experts import is_oai, matrices
+from benchmarks.ops.round_tokens import TILE
 from benchmarks.registry import Case, Implementation, Inputs, Output, Provider
 
 
@@ -95,6 +96,34 @@ def _topk_router(case: Case) -> Implementation:
     return Implementation(run)
 
 
+def _round_tokens(case: Case) -> Implementation:
+    """To the nearest multiple: two stable sorts, by weight and then by expert and kind."""
+    experts, top_k = case.shape["E"], case.shape["K"]
+
+    def run(inputs: Inputs) -> Output:
+        ids, weights = inputs["topk_ids"], inputs["topk_weights"]
+        candidate = torch.arange(ids.shape[1], device=ids.device) >= top_k
+        kind = (2 * ids.long() + candidate).flatten()
+        order = weights.flatten().argsort(descending=True, stable=True)
+        order = order[kind[order].argsort(stable=True)]
+        counts = torch.zeros(2 * experts, dtype=torch.int64, device=ids.device)
+        counts = counts.scatter_add_(0, kind, torch.ones_like(kind)).view(experts, 2)
+        chosen, available = counts.unbind(1)
+        rest = chosen % TILE
+        missing = (TILE - rest) % TILE
+        grows = (2 * rest >= TILE) & (missing <= available)
+        load = torch.where(grows, chosen + missing, chosen - rest)
+        total = counts.sum(1)
+        expert = kind[order] // 2
+        rank = torch.arange(len(order), device=ids.device) - (total.cumsum(0) - total)[expert]
+        kept = torch.empty_like(order, dtype=torch.bool)
+        kept[order] = rank < load[expert]
+        kept = kept.view(ids.shape)
+        return torch.where(kept, weights, 0), torch.where(kept, ids, -1), load.int()
+
+    return Implementation(run)
+
+
 torch_chain = Provider(
     "torch",
     {
@@ -105,5 +134,6 @@ torch_chain = Provider(
         "unpermute": _unpermute,
         "sort_by_expert": _sort_by_expert,
         "topk_router": _topk_router,
+        "round_tokens": _round_tokens,
     },
 )

@@ -231,8 +231,8 @@ def _down_backward(layer: Layer) -> Problem:
 
     def run(cut: Config) -> None:
         _through_down(
-            rows, source, layer.down.mT, layer.h, layer.row_weights, layer.activation, dh, weighted,
-            parts, layer.tiles(cut.block_m), cut,
+            rows, source, layer.down.mT, layer.h, layer.row_weights, layer.activation, range(I), dh,
+            weighted, parts, layer.tiles(cut.block_m), cut,
         )  # fmt: skip
 
     def finish(cut: Config) -> None:

@@ -7,6 +7,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <numeric>
 #include <vector>
@@ -36,13 +37,26 @@ A sum(const A* values, int64_t n) {
   return total;
 }
 
-// Through values / (sum(values) + epsilon), in place on grad.
+// Through values / (sum of the first n + epsilon), in place on grad.
 template <typename A>
-void normalize_backward(A* grad, const A* values, int64_t n) {
+void normalize_backward(A* grad, const A* values, int64_t n, int64_t all) {
   A product = 0;
-  for (int64_t i = 0; i < n; ++i) product += grad[i] * values[i];
+  for (int64_t i = 0; i < all; ++i) product += grad[i] * values[i];
   const A total = sum(values, n) + A(kEpsilon);
   for (int64_t i = 0; i < n; ++i) grad[i] = (grad[i] - product / total) / total;
+  for (int64_t i = n; i < all; ++i) grad[i] /= total;
+}
+
+// Softmax over the first n logits, in place; the others on the same scale.
+template <typename A>
+void softmax_over_first(const ScoreKernels<A>& functions, A* values, int64_t n, int64_t all) {
+  if (n < all) {
+    const A top = *std::max_element(values, values + n);
+    A total = 0;
+    for (int64_t i = 0; i < n; ++i) total += std::exp(values[i] - top);
+    for (int64_t i = n; i < all; ++i) values[i] = std::exp(values[i] - top) / total;
+  }
+  functions.scores(ScoreFunc::kSoftmax, values, values, n);
 }
 
 struct Groups {
@@ -105,12 +119,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> topk_router(
     bool softmax_before_topk, bool renormalize, const std::optional<at::Tensor>& correction_bias,
     int64_t num_groups, int64_t topk_groups, std::string_view group_score, double group_fill,
     double route_scale, const std::optional<at::Tensor>& token_mask,
-    const std::optional<at::Tensor>& given_ids, bool return_scores) {
+    const std::optional<at::Tensor>& given_ids, bool return_scores, int64_t candidates) {
   const ScoreFunc func = parse_score_func(score_func);
   const bool after_topk = func == ScoreFunc::kSoftmax && !softmax_before_topk;
   const int64_t tokens = logits_TE.size(0), experts = logits_TE.size(1);
   TORCH_CHECK_VALUE(top_k >= 0 && top_k <= experts,
                     "topk_router: top_k must be in [0, E = ", experts, "]; got ", top_k);
+  TORCH_CHECK_VALUE(candidates >= 0 && candidates <= experts - top_k,
+                    "topk_router: candidates must be in [0, E - top_k = ", experts - top_k,
+                    "]; got ", candidates);
+  const int64_t columns = top_k + candidates;
   TORCH_CHECK_VALUE(num_groups >= 1 && experts % num_groups == 0 && topk_groups <= num_groups,
                     "topk_router: num_groups must divide E = ", experts,
                     " and be at least topk_groups");
@@ -127,8 +145,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> topk_router(
                         "topk_router: given_ids must be in [0, E = ", experts, "); got ", id[i]);
     }
   }
-  const at::Tensor weights = at::empty({tokens, top_k}, options.dtype(wide));
-  const at::Tensor ids = at::empty({tokens, top_k}, options.dtype(at::kInt));
+  const at::Tensor weights = at::empty({tokens, columns}, options.dtype(wide));
+  const at::Tensor ids = at::empty({tokens, columns}, options.dtype(at::kInt));
   const at::Tensor scores = at::empty({return_scores ? tokens : 0, experts}, options.dtype(wide));
   const at::Tensor load = at::zeros({experts}, options.dtype(at::kInt));
   const Groups groups{num_groups, topk_groups, group_score == "top2", group_fill};
@@ -139,26 +157,26 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> topk_router(
     const auto& functions = kernels<ScoreKernels<A>>();
     const A scale = static_cast<A>(route_scale);
     parallel_rows(tokens, 16 * experts * sizeof(A), [&](int64_t begin, int64_t end) {
-      Selector<A> selector(experts, top_k, groups);
+      Selector<A> selector(experts, columns, groups);
       std::vector<A> raw(experts), score(experts), choice(experts);
       for (int64_t t = begin; t < end; ++t) {
         rows.widen(raw.data(), data<T>(logits) + t * logits.stride(0), experts);
         if (!after_topk || return_scores) {
           functions.scores(func, score.data(), raw.data(), experts);
         }
-        int32_t* id = mutable_data<int32_t>(ids) + t * top_k;
+        int32_t* id = mutable_data<int32_t>(ids) + t * columns;
         if (given.defined()) {
-          std::copy_n(data<int64_t>(given) + t * top_k, top_k, id);
+          std::copy_n(data<int64_t>(given) + t * columns, columns, id);
         } else {
           choice = after_topk ? raw : score;
           for (int64_t e = 0; bias.defined() && e < experts; ++e) choice[e] += data<A>(bias)[e];
           selector.select(choice.data(), id);
         }
-        A* weight = mutable_data<A>(weights) + t * top_k;
-        for (int64_t k = 0; k < top_k; ++k) weight[k] = after_topk ? raw[id[k]] : score[id[k]];
-        if (after_topk) functions.scores(ScoreFunc::kSoftmax, weight, weight, top_k);
+        A* weight = mutable_data<A>(weights) + t * columns;
+        for (int64_t k = 0; k < columns; ++k) weight[k] = after_topk ? raw[id[k]] : score[id[k]];
+        if (after_topk) softmax_over_first(functions, weight, top_k, columns);
         const A total = renormalize ? sum(weight, top_k) + A(kEpsilon) : A(1);
-        for (int64_t k = 0; k < top_k; ++k) weight[k] = weight[k] / total * scale;
+        for (int64_t k = 0; k < columns; ++k) weight[k] = weight[k] / total * scale;
         if (return_scores) {
           A* out = mutable_data<A>(scores) + t * experts;
           const A row_total = renormalize ? sum(score.data(), experts) + A(kEpsilon) : A(1);
@@ -170,7 +188,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> topk_router(
   int32_t* count = mutable_data<int32_t>(load);
   for (int64_t t = 0; t < tokens; ++t) {
     if (mask.defined() && !data<bool>(mask)[t]) continue;
-    for (int64_t k = 0; k < top_k; ++k) ++count[data<int32_t>(ids)[t * top_k + k]];
+    for (int64_t k = 0; k < top_k; ++k) ++count[data<int32_t>(ids)[t * columns + k]];
   }
   return {weights, ids, scores, load};
 }
@@ -179,10 +197,14 @@ at::Tensor topk_router_backward(const std::optional<at::Tensor>& grad_weights,
                                 const std::optional<at::Tensor>& grad_scores,
                                 const at::Tensor& logits_TE, const at::Tensor& topk_ids,
                                 std::string_view score_func, bool softmax_before_topk,
-                                bool renormalize, double route_scale) {
+                                bool renormalize, double route_scale, int64_t candidates) {
   const ScoreFunc func = parse_score_func(score_func);
   const bool after_topk = func == ScoreFunc::kSoftmax && !softmax_before_topk;
-  const int64_t tokens = logits_TE.size(0), experts = logits_TE.size(1), top_k = topk_ids.size(1);
+  const int64_t tokens = logits_TE.size(0), experts = logits_TE.size(1);
+  const int64_t columns = topk_ids.size(1), top_k = columns - candidates;
+  TORCH_CHECK_VALUE(candidates >= 0 && top_k >= 0,
+                    "topk_router_backward: candidates must be in [0, topk_ids.shape[1] = ", columns,
+                    "]; got ", candidates);
   const at::ScalarType wide = accumulate_dtype(logits_TE.scalar_type());
   const at::Tensor logits = with_unit_stride(logits_TE);
   const at::Tensor ids = topk_ids.to(at::kInt).contiguous();
@@ -201,7 +223,7 @@ at::Tensor topk_router_backward(const std::optional<at::Tensor>& grad_weights,
     const A scale = static_cast<A>(route_scale);
     parallel_rows(tokens, 16 * experts * sizeof(A), [&](int64_t begin, int64_t end) {
       std::vector<A> raw(experts), score(experts), grad_score(experts), grad(experts);
-      std::vector<A> value(top_k), grad_value(top_k);
+      std::vector<A> value(columns), grad_value(columns);
       for (int64_t t = begin; t < end; ++t) {
         rows.widen(raw.data(), data<T>(logits) + t * logits.stride(0), experts);
         functions.scores(func, score.data(), raw.data(), experts);
@@ -209,26 +231,34 @@ at::Tensor topk_router_backward(const std::optional<at::Tensor>& grad_weights,
         std::fill(grad_score.begin(), grad_score.end(), A(0));
         if (dscores.defined()) {
           std::copy_n(data<A>(dscores) + t * experts, experts, grad_score.data());
-          if (renormalize) normalize_backward(grad_score.data(), score.data(), experts);
+          if (renormalize) {
+            normalize_backward(grad_score.data(), score.data(), experts, experts);
+          }
         }
         if (dweights.defined()) {
-          const int32_t* id = data<int32_t>(ids) + t * top_k;
-          for (int64_t k = 0; k < top_k; ++k) {
+          const int32_t* id = data<int32_t>(ids) + t * columns;
+          for (int64_t k = 0; k < columns; ++k) {
             value[k] = after_topk ? raw[id[k]] : score[id[k]];
-            grad_value[k] = data<A>(dweights)[t * top_k + k] * scale;
+            grad_value[k] = data<A>(dweights)[t * columns + k] * scale;
           }
+          if (after_topk) softmax_over_first(functions, value.data(), top_k, columns);
+          if (renormalize) normalize_backward(grad_value.data(), value.data(), top_k, columns);
           if (after_topk) {
-            functions.scores(ScoreFunc::kSoftmax, value.data(), value.data(), top_k);
-          }
-          if (renormalize) normalize_backward(grad_value.data(), value.data(), top_k);
-          if (after_topk) {
-            std::vector<A> grad_chosen(top_k, A(0));
+            std::vector<A> grad_chosen(columns, A(0));
             functions.scores_backward(ScoreFunc::kSoftmax, grad_chosen.data(), grad_value.data(),
                                       value.data(), value.data(), top_k);
+            A product = 0;  // of the candidates, which are no part of the denominator
+            for (int64_t k = top_k; k < columns; ++k) {
+              grad_chosen[k] = grad_value[k] * value[k];
+              product += grad_chosen[k];
+            }
+            for (int64_t k = 0; candidates > 0 && k < top_k; ++k) {
+              grad_chosen[k] -= value[k] * product;
+            }
             grad_value.swap(grad_chosen);
           }
           std::vector<A>& target = after_topk ? grad : grad_score;
-          for (int64_t k = 0; k < top_k; ++k) target[id[k]] += grad_value[k];
+          for (int64_t k = 0; k < columns; ++k) target[id[k]] += grad_value[k];
         }
         functions.scores_backward(func, grad.data(), grad_score.data(), score.data(), raw.data(),
                                   experts);

@@ -7,12 +7,14 @@ from moe_kernels.ops.grouped_gemm import grouped_gemm, grouped_gemm_wgrad
 from moe_kernels.ops.kept_buffers import free_kept_buffers
 from moe_kernels.ops.large_pages import use_large_pages
 from moe_kernels.ops.permute import permute
+from moe_kernels.ops.round_tokens import RoundedTokens, round_tokens, rounded_rows
 from moe_kernels.ops.sort_by_expert import ExpertOrder, sort_by_expert
 from moe_kernels.ops.topk_router import RouterOutput, topk_router
 from moe_kernels.ops.unpermute import unpermute
 
 __all__ = [
     "ExpertOrder",
+    "RoundedTokens",
     "RouterOutput",
     "chunk_permute",
     "expert_activation",
@@ -22,6 +24,8 @@ __all__ = [
     "grouped_gemm",
     "grouped_gemm_wgrad",
     "permute",
+    "round_tokens",
+    "rounded_rows",
     "sort_by_expert",
     "topk_router",
     "unpermute",

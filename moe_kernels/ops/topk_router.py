@@ -35,8 +35,8 @@ class RouterOutput(NamedTuple):
     """What :func:`topk_router` returns.
 
     Attributes:
-        topk_weights: [T, K] float32, routing weights.
-        topk_ids: [T, K] int32, chosen experts, best first.
+        topk_weights: [T, K] float32, routing weights; [T, K + candidates] if asked for.
+        topk_ids: as topk_weights, int32, chosen experts, best first.
         scores: [T, E] float32, every expert's score, for auxiliary losses; [0, E] if not asked for.
         load: [E] int32, how many (token, choice) pairs of unmasked tokens each expert got.
     """
@@ -66,9 +66,10 @@ def _fake(
     token_mask: Tensor | None,
     given_ids: Tensor | None,
     return_scores: bool,
+    candidates: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens, experts = logits.shape
-    wide = _wide(logits.dtype)
+    wide, top_k = _wide(logits.dtype), top_k + candidates
     return (
         logits.new_empty(tokens, top_k, dtype=wide),
         logits.new_empty(tokens, top_k, dtype=torch.int32),
@@ -85,14 +86,14 @@ _op = define(
     "topk_router(Tensor logits, int top_k, str score_func, bool softmax_before_topk,"
     " bool renormalize, Tensor? correction_bias, int num_groups, int topk_groups, str group_score,"
     " float group_fill, float route_scale, Tensor? token_mask, Tensor? given_ids,"
-    " bool return_scores) -> (Tensor, Tensor, Tensor, Tensor)",
+    " bool return_scores, int candidates=0) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=topk_router_reference,
     fake=_fake,
 )
 _backward_op = define(
     "topk_router_backward(Tensor? grad_weights, Tensor? grad_scores, Tensor logits,"
     " Tensor topk_ids, str score_func, bool softmax_before_topk, bool renormalize,"
-    " float route_scale) -> Tensor",
+    " float route_scale, int candidates=0) -> Tensor",
     reference=topk_router_backward_reference,
     fake=_backward_fake,
 )
@@ -102,7 +103,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     _, topk_ids, _, load = output
     ctx.mark_non_differentiable(topk_ids, load)
     ctx.set_materialize_grads(False)
-    ctx.options = (*inputs[2:5], inputs[10])
+    ctx.options = (*inputs[2:5], inputs[10], inputs[14])
     ctx.return_scores = inputs[13]
     ctx.save_for_backward(inputs[0], topk_ids)
 
@@ -117,9 +118,9 @@ def _backward(
     logits, topk_ids = ctx.saved_tensors
     grad_scores = grad_scores if ctx.return_scores else None
     if grad_weights is None and grad_scores is None:
-        return (None,) * 14
+        return (None,) * 15
     grad = _backward_op(grad_weights, grad_scores, logits, topk_ids, *ctx.options)
-    return grad, *(None,) * 13
+    return grad, *(None,) * 14
 
 
 register_autograd("topk_router", _backward, _setup_context)
@@ -143,7 +144,7 @@ def _check_groups(
     if num_groups > 1 and top_k > topk_groups * (experts // num_groups):
         raise ValueError(
             f"{op}: top_k must be at most the experts of the chosen groups, "
-            f"{topk_groups} * {experts // num_groups}; got {top_k}"
+            f"{topk_groups} * {experts // num_groups}, candidates included; got {top_k}"
         )
 
 
@@ -163,6 +164,7 @@ def topk_router(
     token_mask: Tensor | None = None,
     given_ids: Tensor | None = None,
     return_scores: bool = False,
+    candidates: int = 0,
 ) -> RouterOutput:
     """Choose K experts a token and weigh them; differentiable in the logits.
 
@@ -187,8 +189,13 @@ def topk_router(
             negative scores, as some published routers have it.
         route_scale: multiplies the weights.
         token_mask: [T] bool; False tokens are left out of ``load``.
-        given_ids: [T, K], int32 or int64 in [0, E): use this selection instead (routing replay).
+        given_ids: [T, K] (or [T, K + candidates]), int32 or int64 in [0, E): use this selection
+            instead (routing replay).
         return_scores: also return every expert's score, differentiable, for auxiliary losses.
+        candidates: also return as many next best experts, in columns from K on, for
+            :func:`round_tokens`. Their weights are on the scale of the K chosen (softmax over the
+            chosen and renormalisation keep the denominators of the K, so that the first K columns
+            do not change), and they are left out of ``load``.
 
     Returns:
         ``(topk_weights [T, K] f32, topk_ids [T, K] i32, scores [T, E] f32, load [E] i32)``, with
@@ -208,7 +215,13 @@ def topk_router(
     check_count(op, "top_k", top_k)
     if not 1 <= top_k <= experts:
         raise ValueError(f"{op}: top_k must be in [1, E = {experts}]; got {top_k}")
-    _check_groups(experts, top_k, num_groups, topk_groups, group_fill)
+    check_count(op, "candidates", candidates)
+    columns = top_k + candidates
+    if columns > experts:
+        raise ValueError(
+            f"{op}: candidates must be at most E - top_k = {experts - top_k}; got {candidates}"
+        )
+    _check_groups(experts, columns, num_groups, topk_groups, group_fill)
     if not abs(route_scale) < math.inf:
         raise ValueError(f"{op}: route_scale must be finite; got {route_scale}")
     if correction_bias is not None:
@@ -231,9 +244,9 @@ def topk_router(
         check_tensor(op, "given_ids", given_ids, 2, "[T, K]")
         check_dtype(op, "given_ids", given_ids, INDEX_DTYPES)
         check_device(op, "logits", logits, "given_ids", given_ids)
-        if given_ids.shape[0] != logits.shape[0] or given_ids.shape[1] != top_k:
+        if given_ids.shape[0] != logits.shape[0] or given_ids.shape[1] != columns:
             raise ValueError(
-                f"{op}: given_ids must be [T, K] = {[logits.shape[0], top_k]}; "
+                f"{op}: given_ids must be [T, K] = {[logits.shape[0], columns]}; "
                 f"got {shape(given_ids)}"
             )
     return RouterOutput(
@@ -252,5 +265,6 @@ def topk_router(
             token_mask,
             given_ids,
             return_scores,
+            candidates,
         )
     )

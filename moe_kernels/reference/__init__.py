@@ -9,6 +9,7 @@ from moe_kernels.reference.expert_activation import ACTIVATIONS, expert_activati
 from moe_kernels.reference.fused_experts import fused_experts
 from moe_kernels.reference.grouped_gemm import grouped_gemm
 from moe_kernels.reference.permute import permute
+from moe_kernels.reference.round_tokens import round_tokens
 from moe_kernels.reference.sort_by_expert import sort_by_expert
 from moe_kernels.reference.topk_router import topk_router
 from moe_kernels.reference.unpermute import unpermute
@@ -21,6 +22,7 @@ __all__ = [
     "grouped_gemm",
     "is_gated",
     "permute",
+    "round_tokens",
     "sort_by_expert",
     "topk_router",
     "unpermute",

@@ -24,6 +24,14 @@ def _all_scores(logits: Tensor, score_func: str) -> Tensor:
     return functional.softplus(logits).sqrt()
 
 
+def _softmax_over_first(x: Tensor, count: int) -> Tensor:
+    """Softmax over the first ``count`` columns; the others on the same scale."""
+    if count == x.shape[1]:
+        return x.softmax(-1)
+    e = (x - x[:, :count].amax(-1, keepdim=True).detach()).exp()
+    return e / e[:, :count].sum(-1, keepdim=True)
+
+
 def select_experts(
     choice: Tensor, top_k: int, num_groups: int, topk_groups: int, group_score: str, fill: float
 ) -> Tensor:
@@ -59,11 +67,12 @@ def topk_router(
     token_mask: Tensor | None = None,
     given_ids: Tensor | None = None,
     return_scores: bool = True,
+    candidates: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``topk_weights [T, K]``, ``topk_ids [T, K]`` i32, ``scores [T, E]``, ``load [E]`` i32.
 
-    Weights and scores are float32 (float64 for float64 logits). See
-    :func:`moe_kernels.topk_router` for the meaning of each argument.
+    With ``candidates`` more columns, which denominators and load leave out. Weights and scores are
+    float32 (float64 for float64 logits). See :func:`moe_kernels.topk_router` for each argument.
     """
     wide = logits.to(accumulate_dtype(logits.dtype))
     scores = _all_scores(wide, score_func)
@@ -81,23 +90,31 @@ def topk_router(
         if correction_bias is not None:
             choice = choice + correction_bias.to(choice.dtype)
         ids = select_experts(
-            choice.detach(), top_k, num_groups, topk_groups, group_score, group_fill
+            choice.detach(), top_k + candidates, num_groups, topk_groups, group_score, group_fill
         )
-    weights = wide.gather(-1, ids).softmax(-1) if after_topk else scores.gather(-1, ids)
+    weights = (wide if after_topk else scores).gather(-1, ids)
+    if after_topk:
+        weights = _softmax_over_first(weights, top_k)
     if renormalize:
-        weights = weights / (weights.sum(-1, keepdim=True) + EPSILON)
+        weights = weights / (weights[:, :top_k].sum(-1, keepdim=True) + EPSILON)
         scores = scores / (scores.sum(-1, keepdim=True) + EPSILON)
-    counted = ids if token_mask is None else ids[token_mask]
+    counted = ids[:, :top_k] if token_mask is None else ids[token_mask, :top_k]
     load = torch.bincount(counted.reshape(-1), minlength=logits.shape[1])
     if not return_scores:
         scores = scores.new_empty(0, logits.shape[1])
     return weights * route_scale, ids.to(torch.int32), scores, load.to(torch.int32)
 
 
-def _normalize_backward(grad: Tensor, value: Tensor) -> Tensor:
-    """Through ``value / (value.sum(-1) + EPSILON)``."""
-    total = value.sum(-1, keepdim=True) + EPSILON
-    return (grad - (grad * value).sum(-1, keepdim=True) / total) / total
+def _normalize_backward(grad: Tensor, value: Tensor, count: int) -> Tensor:
+    """Through ``value / (value[:, :count].sum(-1) + EPSILON)``."""
+    total = value[:, :count].sum(-1, keepdim=True) + EPSILON
+    inner = (grad * value).sum(-1, keepdim=True) / total
+    return (grad - inner * _is_first(value, count)) / total
+
+
+def _is_first(value: Tensor, count: int) -> Tensor:
+    """``[1, columns]``: whether a column is one of the first ``count``."""
+    return torch.arange(value.shape[1], device=value.device)[None, :] < count
 
 
 def topk_router_backward(
@@ -109,23 +126,26 @@ def topk_router_backward(
     softmax_before_topk: bool,
     renormalize: bool,
     route_scale: float,
+    candidates: int = 0,
 ) -> Tensor:
     """Gradient to the logits; the selection itself has none."""
     wide = logits.to(accumulate_dtype(logits.dtype))
-    ids = topk_ids.to(torch.int64)
+    ids, experts, top_k = topk_ids.to(torch.int64), wide.shape[1], topk_ids.shape[1] - candidates
     raw = _all_scores(wide, score_func)
     after_topk = score_func == "softmax" and not softmax_before_topk
     grad_raw = torch.zeros_like(wide)
     grad_logits = torch.zeros_like(wide)
     if grad_scores is not None:
         wide_grad = grad_scores.to(wide.dtype)
-        grad_raw += _normalize_backward(wide_grad, raw) if renormalize else wide_grad
+        grad_raw += _normalize_backward(wide_grad, raw, experts) if renormalize else wide_grad
     if grad_weights is not None:
         grad = grad_weights.to(wide.dtype) * route_scale
-        value = wide.gather(-1, ids).softmax(-1) if after_topk else raw.gather(-1, ids)
-        grad = _normalize_backward(grad, value) if renormalize else grad
+        value = (wide if after_topk else raw).gather(-1, ids)
+        value = _softmax_over_first(value, top_k) if after_topk else value
+        grad = _normalize_backward(grad, value, top_k) if renormalize else grad
         if after_topk:
-            grad = value * (grad - (grad * value).sum(-1, keepdim=True))
+            inner = (grad * value).sum(-1, keepdim=True)
+            grad = value * (grad - inner * _is_first(value, top_k))
             grad_logits.scatter_add_(-1, ids, grad)
         else:
             grad_raw.scatter_add_(-1, ids, grad)

@@ -14,8 +14,6 @@ so that the rows of the down-projection are not needed. The weights' gradients t
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -26,6 +24,7 @@ from moe_kernels.triton._activation import (
     activate_backward,
     activate_gated_backward,
 )
+from moe_kernels.triton._combine import backward_widths, multiply_and_sum
 from moe_kernels.triton._configs import Config, config
 from moe_kernels.triton._launch import (
     ceil_div,
@@ -46,43 +45,57 @@ from moe_kernels.triton._operands import (
     weight_operand,
 )
 from moe_kernels.triton._tiles import (
+    BLOCK_T,
     TileMap,
     build_tile_map,
     column_halves,
+    empty_tile_map,
     load_tile,
     tile_count,
+    tile_map_cut,
     walk,
+    write_tile_map,
 )
 from moe_kernels.triton._wgrad import empty_like_weight, sum_rows, weight_gradient
 from moe_kernels.triton.expert_activation import expert_activation
-from moe_kernels.triton.grouped_gemm import multiply_rows
 from moe_kernels.triton.permute import gathered_rows
-from moe_kernels.triton.unpermute import sum_slots
 
 Order = tuple[Tensor, Tensor, Tensor]
 
 
-@triton.jit(do_not_specialize=["rows", "E", "top_k"])
-def _row_weights_kernel(
-    topk_weights, row_to_slot, offsets, row_weights, rows, E, top_k, stride_t, stride_k,
-    BLOCK: tl.constexpr,
+@triton.jit(do_not_specialize=["rows", "E", "top_k", "bound"])
+def _prepare_kernel(
+    topk_weights, row_to_slot, offsets, row_weights, tiles, rows, E, top_k, bound,
+    stride_t, stride_k,
+    BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    valid = row < tl.minimum(tl.load(offsets + E), rows)
-    slot = tl.load(row_to_slot + row, mask=valid, other=0).to(tl.int64)
-    cell = topk_weights + (slot // top_k) * stride_t + (slot % top_k) * stride_k
-    weight = tl.load(cell, mask=valid, other=0.0).to(tl.float32)
-    tl.store(row_weights + row, weight, mask=row < rows)
+    """The rows' weights; programs past the last row write the tile map."""
+    program = tl.program_id(0)
+    row_programs = tl.cdiv(rows, BLOCK)
+    if program < row_programs:
+        row = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        valid = row < tl.minimum(tl.load(offsets + E), rows)
+        slot = tl.load(row_to_slot + row, mask=valid, other=0).to(tl.int64)
+        cell = topk_weights + (slot // top_k) * stride_t + (slot % top_k) * stride_k
+        weight = tl.load(cell, mask=valid, other=0.0).to(tl.float32)
+        tl.store(row_weights + row, weight, mask=row < rows)
+    else:
+        write_tile_map(
+            program - row_programs, offsets, tiles, rows, E, bound, BLOCK_M, BLOCK_T, EXPERTS
+        )
 
 
 @triton.jit
 def _through_activation(
-    grad, h, grad_h, weighted_a, first, valid, weight, n, I, W, alpha, limit,
+    grad, h, grad_h, weighted_a, first, valid, weight, n, I, W, begin, columns, alpha, limit,
     KIND: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, CLAMP: tl.constexpr,
     PRECISE: tl.constexpr, NEEDS_H: tl.constexpr, NEEDS_A: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Write dH and s * A for the columns from ``n`` on; returns each row's <dA', A> over them."""
+    """Write dH and s * A for the columns from ``n`` on; returns each row's <dA', A> over them.
+
+    s * A has ``columns`` columns, those of A from ``begin`` on.
+    """
     column = n + tl.arange(0, BLOCK_N)
     mask = valid[:, None] & (column < I)[None, :]
     scaled = grad * weight[:, None]
@@ -116,8 +129,9 @@ def _through_activation(
             if GATED:
                 tl.store(grad_h + cell + I, grad_up.to(grad_h.dtype.element_ty), mask=mask)
     if NEEDS_A:
+        own = row[:, None] * columns + (column - begin)[None, :]
         tl.store(
-            weighted_a + first.to(tl.int64) * I + (row[:, None] * I + column[None, :]),
+            weighted_a + first.to(tl.int64) * columns + own,
             (a * weight[:, None]).to(weighted_a.dtype.element_ty),
             mask=mask,
         )
@@ -127,7 +141,7 @@ def _through_activation(
 @triton.jit(do_not_specialize=["bound", "rows", "top_k"])
 def _down_backward_kernel(
     grad, row_to_slot, w, h, row_weights, grad_h, weighted_a, partials, tiles, bound,
-    rows, H, I, W, top_k, alpha, limit,
+    rows, H, I, W, begin, columns, top_k, alpha, limit,
     stride_gm, stride_gk, stride_we, stride_wk, stride_wn,
     G_MODE: tl.constexpr, GATHERED: tl.constexpr, W_MODE: tl.constexpr,
     KIND: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, CLAMP: tl.constexpr,
@@ -136,11 +150,11 @@ def _down_backward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    row_tiles, column_tiles = tile_count(tiles), tl.cdiv(I, BLOCK_N)
+    row_tiles, column_tiles = tile_count(tiles), tl.cdiv(columns, BLOCK_N)
     for step in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0)):
         tile, column_tile = walk(step, row_tiles, column_tiles, GROUP_M)
         expert, first, end = load_tile(tiles, bound, tile)
-        n = column_tile * BLOCK_N
+        n = begin + column_tile * BLOCK_N
         row = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
         valid = row < end
         source = row
@@ -166,16 +180,17 @@ def _down_backward_kernel(
                 for quarter in tl.static_range(2):
                     dot += _through_activation(
                         pair[quarter], h, grad_h, weighted_a, first, valid, scale,
-                        n + (2 * half + quarter) * (BLOCK_N // 4), I, W, alpha, limit, KIND, GATED,
-                        INTERLEAVED, CLAMP, PRECISE, NEEDS_H, NEEDS_A, BLOCK_M, BLOCK_N // 4,
+                        n + (2 * half + quarter) * (BLOCK_N // 4), I, W, begin, columns, alpha,
+                        limit, KIND, GATED, INTERLEAVED, CLAMP, PRECISE, NEEDS_H, NEEDS_A, BLOCK_M,
+                        BLOCK_N // 4,
                     )  # fmt: skip
         else:
             dot = _through_activation(
-                total, h, grad_h, weighted_a, first, valid, scale, n, I, W, alpha, limit,
-                KIND, GATED, INTERLEAVED, CLAMP, PRECISE, NEEDS_H, NEEDS_A, BLOCK_M, BLOCK_N,
+                total, h, grad_h, weighted_a, first, valid, scale, n, I, W, begin, columns, alpha,
+                limit, KIND, GATED, INTERLEAVED, CLAMP, PRECISE, NEEDS_H, NEEDS_A, BLOCK_M, BLOCK_N,
             )  # fmt: skip
         if NEEDS_S:
-            tl.store(partials + column_tile.to(tl.int64) * rows + row, dot, mask=valid)
+            tl.store(partials + (n // BLOCK_N).to(tl.int64) * rows + row, dot, mask=valid)
 
 
 @triton.jit(do_not_specialize=["bound", "top_k"])
@@ -220,14 +235,16 @@ def _sum_partials_kernel(
     tl.store(grad_weights + slot, total.to(grad_weights.dtype.element_ty), mask=sane)
 
 
-def _row_weights(topk_weights: Tensor, order: Order, rows: int) -> Tensor:
-    """Each row's routing weight, ``[rows]`` float32, zero in rows of no expert."""
+def _prepare(topk_weights: Tensor, order: Order, rows: int, block_m: int) -> tuple[Tensor, TileMap]:
+    """Each row's routing weight, ``[rows]`` float32, zero in rows of no expert; and the tiles."""
+    E = order[2].numel() - 1
     row_weights = torch.empty(rows, dtype=torch.float32, device=topk_weights.device)
-    _row_weights_kernel[(ceil_div(rows, 1024),)](
-        topk_weights, order[0], order[2], row_weights, rows, order[2].numel() - 1,
-        topk_weights.shape[1], *topk_weights.stride(), BLOCK=1024,
+    tiles, bound = empty_tile_map(topk_weights.device, rows, E, block_m)
+    _prepare_kernel[(ceil_div(rows, 1024) + ceil_div(bound, BLOCK_T),)](
+        topk_weights, order[0], order[2], row_weights, tiles, rows, E, topk_weights.shape[1],
+        bound, *topk_weights.stride(), BLOCK=1024, **tile_map_cut(E, block_m),
     )  # fmt: skip
-    return row_weights
+    return row_weights, TileMap(tiles, bound)
 
 
 def _through_down(
@@ -237,23 +254,24 @@ def _through_down(
     h: Tensor,
     row_weights: Tensor,
     activation: Activation,
+    columns: range,
     grad_h: Tensor | None,
     weighted_a: Tensor | None,
     partials: Tensor | None,
     tiles: TileMap,
     cut: Config,
 ) -> None:
-    """Write dH [rows, W], s * A [rows, I] and the parts of dS [P, rows] that are given."""
+    """Write some columns of A, of the values that are given: dH [rows, W], s * A [rows, columns]
+    and the parts of dS [P, rows]."""
     _, I, H = down.shape
-    if I == 0:
-        return
     g = row_operand(grad, source, cut.block_m, cut.block_k)
     w = weight_operand(down.mT, cut.block_k, cut.block_n)
-    steps = tiles.bound * ceil_div(I, cut.block_n)
+    steps = tiles.bound * ceil_div(len(columns), cut.block_n)
     _down_backward_kernel[(min(steps, processors(grad.device) * cut.programs),)](
         g.value, None if source is None else source.row_to_slot, w.value, h, row_weights,
         grad_h, weighted_a, partials, tiles.tiles, tiles.bound, row_weights.numel(), H, I,
-        h.shape[1], 1 if source is None else source.top_k, activation.alpha, activation.limit,
+        h.shape[1], columns.start, len(columns), 1 if source is None else source.top_k,
+        activation.alpha, activation.limit,
         *g.strides, *w.strides, G_MODE=g.mode, GATHERED=source is not None, W_MODE=w.mode,
         **activation.constants(h), NEEDS_H=grad_h is not None, NEEDS_A=weighted_a is not None,
         NEEDS_S=partials is not None, EVEN_K=H % cut.block_k == 0, PRECISION=dot_precision(h),
@@ -310,61 +328,75 @@ def fused_experts_backward(
     if dh is None and (needs[0] or needs[1] or needs[4] or keep_grad_h):
         dh = h.new_empty(h.shape)
     kept = dh if keep_grad_h and dh is not None else x.new_empty(0)
-    wants_a = needs[2] or keep_weighted_a
     kept_a = x.new_empty((h.shape[0], I) if keep_weighted_a else 0)
     if rows == 0 or E == 0:
         for value in (*grads, kept, kept_a):
             value.zero_()
         return (*grads, kept, kept_a)
     with on_device_of(x):
-
-        @functools.cache
-        def tiles(block_m: int) -> TileMap:
-            return build_tile_map(offsets, rows, block_m)
-
-        row_weights = _row_weights(topk_weights, order, rows)
-        weighted_a = kept_a[:rows] if keep_weighted_a else None
+        aligned = is_aligned(grad) and weight_is_aligned(down)
+        cut = config("down_backward", x, rows, E, aligned=aligned, inner=min(H, I))
+        row_weights, tiles = _prepare(topk_weights, order, rows, cut.block_m)
         grad_rows, grad_source = gathered_rows(grad, order, rows)
+        widths = backward_widths(rows, I, H, h.element_size())
         if known_grad_h is None and (dh is not None or needs[3]):
-            aligned = is_aligned(grad) and weight_is_aligned(down)
-            cut = config("down_backward", x, rows, E, aligned=aligned, inner=min(H, I))
             parts = ceil_div(I, cut.block_n)
             all_parts = parts + (down_bias is not None)
             partials = row_weights.new_empty(all_parts, rows) if needs[3] else None
-            if wants_a and weighted_a is None:
-                weighted_a = h.new_empty(rows, I)
-            _through_down(
-                grad_rows, grad_source, down, h, row_weights, act, dh, weighted_a, partials,
-                tiles(cut.block_m), cut,
-            )  # fmt: skip
+            width = widths[0] if needs[2] and not keep_weighted_a else I
+            buffer = kept_a.view(-1) if keep_weighted_a else None
+            if needs[2] and buffer is None:
+                buffer = h.new_empty(rows * width)
+            weighted_a = None
+            for start in range(0, I, max(width, 1)):
+                columns = range(start, min(start + width, I))
+                weighted_a = None
+                if buffer is not None:
+                    weighted_a = buffer[: rows * len(columns)].view(rows, len(columns))
+                _through_down(
+                    grad_rows, grad_source, down, h, row_weights, act, columns, dh, weighted_a,
+                    partials, tiles, cut,
+                )  # fmt: skip
+                if needs[2] and weighted_a is not None:
+                    part = ddown[:, start : columns.stop]
+                    weight_gradient(weighted_a, None, grad_rows, grad_source, offsets, rows, part)
+            del buffer, weighted_a
             if partials is not None:
                 if down_bias is not None:
                     source = Source(row_to_slot, topk_weights.shape[1])
-                    _bias_dots(
-                        grad, source, down_bias, partials[parts], tiles(cut.block_m), cut.block_m
-                    )
+                    _bias_dots(grad, source, down_bias, partials[parts], tiles, cut.block_m)
                 _sum_partials_kernel[(ceil_div(R, 1024),)](
                     partials, row_to_slot, offsets, dweights, all_parts, rows, R, E, BLOCK=1024
                 )
-        elif wants_a:
-            found = expert_activation(h[:rows], activation, row_weights, interleaved, alpha, limit)
-            weighted_a = found if weighted_a is None else weighted_a.copy_(found)
-        if needs[2] and weighted_a is not None:
-            weight_gradient(weighted_a, None, grad_rows, grad_source, offsets, rows, ddown)
+            del partials
+        elif needs[2] or keep_weighted_a:
+            weighted_a = expert_activation(
+                h[:rows], activation, row_weights, interleaved, alpha, limit
+            )
+            if keep_weighted_a:
+                kept_a[:rows] = weighted_a
+            if needs[2]:
+                weight_gradient(weighted_a, None, grad_rows, grad_source, offsets, rows, ddown)
+            del weighted_a
         if needs[5]:
             sum_rows(grad_rows, grad_source, row_weights, offsets, rows, ddown_bias)
+        del grad_rows, grad_source  # perhaps a copy
         if dh is not None:
             if needs[1]:
                 x_rows, x_source = gathered_rows(x, order, rows)
                 weight_gradient(x_rows, x_source, dh, None, offsets, rows, dgate_up)
+                del x_rows, x_source
             if needs[4]:
                 sum_rows(dh, None, None, offsets, rows, dbias)
             if needs[0]:
-                out = x.new_empty(rows, H)
-                aligned = is_aligned(dh, out) and weight_is_aligned(gate_up)
-                cut = config("grouped_gemm", x, rows, E, aligned=aligned, inner=min(H, h.shape[1]))
-                multiply_rows(dh[:rows], gate_up.mT, None, out, tiles(cut.block_m), cut)
-                sum_slots(out, *order, None, dx)
+                aligned = is_aligned(dh) and H * x.element_size() % 16 == 0
+                aligned = aligned and weight_is_aligned(gate_up)
+                last = config("grouped_gemm", x, rows, E, aligned=aligned, inner=min(H, h.shape[1]))
+                if last.block_m != cut.block_m:
+                    tiles = build_tile_map(offsets, rows, last.block_m)
+                multiply_and_sum(
+                    dh[:rows], gate_up.mT, None, order, None, dx, tiles, last, widths[1]
+                )
     return (*grads, kept, kept_a)
 
 

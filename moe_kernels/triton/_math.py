@@ -50,3 +50,16 @@ def fast_sigmoid(x):
     # quotient of two tiles makes kernels spill
     r = tl.rsqrt(1.0 + tl.exp2(x * -1.4426950408889634))
     return r * r
+
+
+@triton.jit
+def sort_key(x):
+    """An integer that orders as the float does, NaN above all; the least integer stays unused."""
+    x = tl.where(x == 0.0, 0.0, x)  # -0 equals 0
+    if x.dtype == tl.float64:
+        bits = x.to(tl.int64, bitcast=True)
+        most = tl.full(x.shape, 0x7FFFFFFFFFFFFFFF, tl.int64)
+    else:
+        bits = x.to(tl.int32, bitcast=True)
+        most = tl.full(x.shape, 0x7FFFFFFF, tl.int32)
+    return tl.where(x != x, most, tl.where(bits < 0, bits ^ most, bits))

@@ -41,12 +41,13 @@ def row_range(offsets, expert, mask, rows):
     return begin, tl.minimum(tl.maximum(end, begin), rows)
 
 
-@triton.jit(do_not_specialize=["rows", "E", "bound"])
-def _tile_map_kernel(
-    offsets, tiles, rows, E, bound,
+@triton.jit
+def write_tile_map(
+    program, offsets, tiles, rows, E, bound,
     BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    """A program's part of the map: BLOCK_T tiles."""
+    tile = program * BLOCK_T + tl.arange(0, BLOCK_T)
     expert = tl.zeros((BLOCK_T,), tl.int32)  # how many experts end before the tile
     first = tl.zeros((BLOCK_T,), tl.int32)  # how many tiles they have
     total = tl.zeros((), tl.int32)
@@ -60,13 +61,21 @@ def _tile_map_kernel(
         first += tl.sum(tl.where(before, count[None, :], 0), 1)
         total += tl.sum(count, 0)
     total = tl.minimum(total, bound)
-    if tl.program_id(0) == 0:
+    if program == 0:
         tl.store(tiles, total)
     inside = tile < total
     begin, end = row_range(offsets, expert, inside, rows)
     tl.store(tiles + 1 + tile, expert, mask=inside)
     tl.store(tiles + 1 + bound + tile, begin + (tile - first) * BLOCK_M, mask=inside)
     tl.store(tiles + 1 + 2 * bound + tile, end, mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "E", "bound"])
+def _tile_map_kernel(
+    offsets, tiles, rows, E, bound,
+    BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, EXPERTS: tl.constexpr,
+):  # fmt: skip
+    write_tile_map(tl.program_id(0), offsets, tiles, rows, E, bound, BLOCK_M, BLOCK_T, EXPERTS)
 
 
 @triton.jit
@@ -103,17 +112,25 @@ def tile_bound(rows: int, experts: int, block_m: int) -> int:
 
 
 def empty_tile_map(device: torch.device, rows: int, experts: int, block_m: int) -> TileMap:
-    """Room for the tiles of ``rows`` rows."""
+    """A map to be written, of ``rows`` rows: at least one, and one expert."""
     bound = tile_bound(rows, experts, block_m)
     return TileMap(torch.empty(1 + 3 * bound, dtype=torch.int32, device=device), bound)
+
+
+def tile_map_cut(experts: int, block_m: int) -> dict[str, int]:
+    """How :func:`write_tile_map` is cut."""
+    return {
+        "BLOCK_M": block_m,
+        "BLOCK_T": BLOCK_T,
+        "EXPERTS": min(next_power_of_2(experts), EXPERTS),
+    }
 
 
 def build_tile_map(offsets: Tensor, rows: int, block_m: int) -> TileMap:
     """The tiles of the first ``rows`` rows; needs at least one row and one expert."""
     experts = offsets.numel() - 1
-    tiles, bound = found = empty_tile_map(offsets.device, rows, experts, block_m)
+    tiles, bound = empty_tile_map(offsets.device, rows, experts, block_m)
     _tile_map_kernel[(ceil_div(bound, BLOCK_T),)](
-        offsets, tiles, rows, experts, bound, BLOCK_M=block_m, BLOCK_T=BLOCK_T,
-        EXPERTS=min(next_power_of_2(experts), EXPERTS),
-    )  # fmt: skip
-    return found
+        offsets, tiles, rows, experts, bound, **tile_map_cut(experts, block_m)
+    )
+    return TileMap(tiles, bound)

@@ -4,7 +4,8 @@ T tokens, K experts a token, R = T * K slots, H hidden size, I intermediate size
 W = 2 * I columns for gated activations, else I. Rows are slots in the order of their experts.
 
 The first GEMM gathers its rows from x and applies the activation to its sums, before they are
-rounded; the second reads contiguous rows; the last kernel sums each token's rows in slot order.
+rounded; the second reads contiguous rows; the last kernel sums each token's rows in slot order. The
+last two run a chunk of columns at a time where their rows would take much memory.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_kernels.triton._activation import Activation, activate, activate_gated
+from moe_kernels.triton._combine import chunk_width, multiply_and_sum
 from moe_kernels.triton._configs import Config, config
 from moe_kernels.triton._fused_experts_backward import (
     fused_experts_backward,
@@ -46,10 +48,9 @@ from moe_kernels.triton._tiles import (
     tile_count,
     walk,
 )
-from moe_kernels.triton.grouped_gemm import multiply_rows, zero_tail
+from moe_kernels.triton.grouped_gemm import zero_tail
 from moe_kernels.triton.permute import gathered_rows
-from moe_kernels.triton.sort_by_expert import sort_and_tile, sort_by_expert
-from moe_kernels.triton.unpermute import unpermute
+from moe_kernels.triton.sort_by_expert import sort_and_map, sort_by_expert
 
 __all__ = ["fused_experts", "fused_experts_backward", "fused_experts_wgrad_"]
 
@@ -173,6 +174,14 @@ def _project_up(
     )  # fmt: skip
 
 
+def _check_bound(offsets: Tensor, num_rows: int) -> None:
+    if checks_values() and int(offsets[-1]) > num_rows:
+        raise ValueError(
+            f"fused_experts: num_rows must be at least the number of ids in [0, E) = "
+            f"{int(offsets[-1])}; got {num_rows}"
+        )
+
+
 def fused_experts(
     x: Tensor,
     gate_up: Tensor,
@@ -194,35 +203,29 @@ def fused_experts(
     x = contiguous_rows(x)
     (E, H, W), I = gate_up.shape, down.shape[1]
     act = Activation(activation, interleaved, alpha, limit)
-    rows = min(num_rows, topk_ids.numel())
-    idle = rows == 0 or E == 0 or H == 0
-    a, out = x.new_empty(rows, I), x.new_empty(rows, H)
-    if idle:
-        order = sort_by_expert(topk_ids, E)
-    else:
-        halves = act.gated and not interleaved
-        aligned = is_aligned(x, a) and weight_is_aligned(gate_up, halves=halves)
-        cut = config("up", x, rows, E, aligned=aligned, inner=min(H, I))
-        order, tiles = sort_and_tile(topk_ids, E, rows, cut.block_m)
-    if checks_values() and int(order[2][-1]) > num_rows:
-        raise ValueError(
-            f"fused_experts: num_rows must be at least the number of ids in [0, E) = "
-            f"{int(order[2][-1])}; got {num_rows}"
-        )
     h = x.new_empty(num_rows if save_for_backward else 0, W)
-    if idle:
+    rows = min(num_rows, topk_ids.numel())
+    if rows == 0 or E == 0 or H == 0:
+        order = sort_by_expert(topk_ids, E)
+        _check_bound(order[2], num_rows)
         y = x.new_zeros(x.shape)
         h.zero_()
     else:
-        aligned = is_aligned(a, out) and weight_is_aligned(down)
+        y, a = x.new_empty(x.shape), x.new_empty(rows, I)
+        halves = act.gated and not interleaved
+        aligned = is_aligned(x, a) and weight_is_aligned(gate_up, halves=halves)
+        cut = config("up", x, rows, E, aligned=aligned, inner=min(H, I))
+        aligned = is_aligned(a) and H * x.element_size() % 16 == 0 and weight_is_aligned(down)
         cut_down = config("grouped_gemm", x, rows, E, aligned=aligned, inner=min(H, I))
+        order, tiles = sort_and_map(topk_ids, E, rows, cut.block_m)
+        _check_bound(order[2], num_rows)
         with on_device_of(x):
             _project_up(x, gate_up, gate_up_bias, order, h, a, act, tiles, cut)
             if cut_down.block_m != cut.block_m:
                 tiles = build_tile_map(order[2], rows, cut_down.block_m)
-            multiply_rows(a, down, down_bias, out, tiles, cut_down)
+            width = chunk_width(rows, H, x.element_size())
+            multiply_and_sum(a, down, down_bias, order, topk_weights, y, tiles, cut_down, width)
             zero_tail(h, order[2])
-        y = unpermute(out, *order, topk_weights)
     if save_for_backward:
         return y, h, *order
     return (

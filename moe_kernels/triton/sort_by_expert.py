@@ -1,11 +1,15 @@
 """Order slots by expert: a stable counting sort.
 
-R slots, E experts, B blocks of BLOCK slots. Slots that belong to no expert have bin E, and lanes
-past the last slot bin E + 1.
+R slots, E experts, B blocks of BLOCK slots, P parts of as many blocks each. Slots that belong to no
+expert have bin E, and lanes past the last slot bin E + 1.
 
 A slot's row is the first row of its bin, plus the slots of that bin in earlier blocks, plus those
 earlier in its block: integers only, so the order is the same however programs are scheduled.
-Several blocks take three launches: count bins in each, sum the counts over earlier blocks, scatter.
+Several blocks take two launches: one counts, a part a program, the bins of earlier blocks of the
+part and of all; the other sums those over the parts and scatters, a block a program.
+
+A slot whose row begins a tile of a grouped GEMM knows all of that tile, so that the tile map costs
+no launch where slots are sorted for one.
 """
 
 from __future__ import annotations
@@ -16,12 +20,13 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_kernels.triton._launch import ceil_div, checks_values, next_power_of_2, on_device_of
-from moe_kernels.triton._tiles import TileMap, build_tile_map, empty_tile_map
+from moe_kernels.triton._tiles import TileMap, empty_tile_map
 
 ONE_BLOCK = 1024  # up to as many slots are sorted in one launch
 BLOCK = 256
 LANES = 16  # slots that every slot of a block is compared with at a time
-SCAN_BLOCKS, SCAN_BINS = 32, 32  # tile of the sum over blocks
+PARTS = 64  # the most
+SCAN = 4096  # counts that are summed at a time
 
 
 @triton.jit
@@ -43,19 +48,23 @@ def _rank_in_block(ids, bins, lane, first, R, E, BLOCK: tl.constexpr, LANES: tl.
 
 
 @triton.jit
-def _store_tiles(tiles, bound, expert, first_row, count, E, rows, BLOCK_M: tl.constexpr):
-    """The map of ``_tiles.py``, from the rows of all experts: each writes its own tiles."""
+def _write_tiles(
+    tiles, bound, bins, row, inside, first_row, count, E, rows,
+    BLOCK_M: tl.constexpr, BINS: tl.constexpr,
+):  # fmt: skip
+    """Write the tiles that begin at these slots; see ``TileMap``. Returns how many there are."""
+    # within the rows of the map, as row_range has it
     begin = tl.minimum(first_row, rows)
     end = tl.minimum(first_row + count, rows)
-    number = tl.where(expert < E, tl.cdiv(end - begin, BLOCK_M), 0)
-    first = tl.cumsum(number, 0) - number
-    tl.store(tiles, tl.minimum(tl.sum(number, 0), bound))
-    for i in range(tl.max(number, 0)):
-        inside = (i < number) & (first + i < bound)
-        cell = tiles + 1 + first + i
-        tl.store(cell, expert, mask=inside)
-        tl.store(cell + bound, begin + i * BLOCK_M, mask=inside)
-        tl.store(cell + 2 * bound, end, mask=inside)
+    number = tl.where(tl.arange(0, BINS) < E, tl.cdiv(end - begin, BLOCK_M), 0)
+    first_tile = tl.cumsum(number, 0) - number
+    within = row - tl.gather(begin, bins, 0)
+    starts = inside & (bins < E) & (row < rows) & (within % BLOCK_M == 0)
+    cell = tiles + 1 + tl.gather(first_tile, bins, 0) + within // BLOCK_M
+    tl.store(cell, bins, mask=starts)
+    tl.store(cell + bound, row, mask=starts)
+    tl.store(cell + 2 * bound, tl.gather(end, bins, 0), mask=starts)
+    return tl.sum(number, 0)
 
 
 @triton.jit(do_not_specialize=["R", "E", "rows", "bound"])
@@ -69,55 +78,65 @@ def _sort_one_block_kernel(
     first_row = tl.cumsum(count, 0) - count
     expert = tl.arange(0, BINS)
     tl.store(offsets + expert, first_row, mask=expert <= E)
-    if BLOCK_M:
-        _store_tiles(tiles, bound, expert, first_row, count, E, rows, BLOCK_M)
     row = tl.gather(first_row, bins, 0) + _rank_in_block(ids, bins, slot, 0, R, E, BLOCK, LANES)
     tl.store(row_to_slot + row, slot, mask=slot < R)
     tl.store(slot_to_row + slot, row, mask=slot < R)
+    if BLOCK_M > 0:
+        number = _write_tiles(
+            tiles, bound, bins, row, slot < R, first_row, count, E, rows, BLOCK_M, BINS
+        )
+        tl.store(tiles, number)
 
 
-@triton.jit(do_not_specialize=["R", "E"])
-def _count_kernel(ids, counts, R, E, BINS: tl.constexpr, BLOCK: tl.constexpr):
-    block = tl.program_id(0).to(tl.int64)
-    bins = _load_bins(ids, block * BLOCK + tl.arange(0, BLOCK), R, E)
+@triton.jit(do_not_specialize=["R", "E", "B", "blocks"])
+def _count_kernel(ids, earlier, totals, R, E, B, blocks, BINS: tl.constexpr, BLOCK: tl.constexpr):
+    """For each of a part's blocks, the bins of those before it in the part; and of all of them."""
+    part = tl.program_id(0)
     expert = tl.arange(0, BINS)
-    tl.store(counts + block * (E + 1) + expert, tl.histogram(bins, BINS), mask=expert <= E)
+    count = tl.zeros((BINS,), tl.int32)
+    for block in range(part * blocks, tl.minimum((part + 1) * blocks, B)):
+        first = tl.cast(block, tl.int64)
+        tl.store(earlier + first * (E + 1) + expert, count, mask=expert <= E)
+        count += tl.histogram(_load_bins(ids, first * BLOCK + tl.arange(0, BLOCK), R, E), BINS)
+    tl.store(totals + part * (E + 1) + expert, count, mask=expert <= E)
 
 
-@triton.jit(do_not_specialize=["B", "E"])
-def _sum_earlier_kernel(counts, totals, B, E, SCAN_BLOCKS: tl.constexpr, SCAN_BINS: tl.constexpr):
-    """Replace each block's counts by their sum over the blocks before it."""
-    expert = tl.program_id(0) * SCAN_BINS + tl.arange(0, SCAN_BINS)
-    earlier = tl.zeros((SCAN_BINS,), tl.int32)
-    for start in range(0, B, SCAN_BLOCKS):
-        block = start + tl.arange(0, SCAN_BLOCKS)
-        cell = counts + block[:, None].to(tl.int64) * (E + 1) + expert[None, :]
-        inside = (block < B)[:, None] & (expert <= E)[None, :]
-        count = tl.load(cell, mask=inside, other=0)
-        tl.store(cell, tl.cumsum(count, 0) - count + earlier[None, :], mask=inside)
-        earlier += tl.sum(count, 0)
-    tl.store(totals + expert, earlier, mask=expert <= E)
-
-
-@triton.jit(do_not_specialize=["R", "E"])
+@triton.jit(do_not_specialize=["R", "E", "P", "blocks", "rows", "bound"])
 def _scatter_kernel(
-    ids, counts, totals, row_to_slot, slot_to_row, offsets, R, E,
-    BINS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
+    ids, earlier, totals, row_to_slot, slot_to_row, offsets, tiles,
+    R, E, P, blocks, rows, bound,
+    BINS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, BLOCK_M: tl.constexpr,
+    SCAN: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0).to(tl.int64)
+    expert = tl.arange(0, BINS)
+    count = tl.zeros((BINS,), tl.int32)
+    before = tl.zeros((BINS,), tl.int32)  # in earlier parts
+    for start in range(0, P, SCAN):
+        part = start + tl.arange(0, SCAN)
+        cell = totals + part[:, None] * (E + 1) + expert[None, :]
+        inside = (part < P)[:, None] & (expert <= E)[None, :]
+        found = tl.load(cell, mask=inside, other=0)
+        count += tl.sum(found, 0)
+        before += tl.sum(tl.where((part < block // blocks)[:, None], found, 0), 0)
+    first_row = tl.cumsum(count, 0) - count
+    if block == 0:
+        tl.store(offsets + expert, first_row, mask=expert <= E)
+    before += first_row + tl.load(earlier + block * (E + 1) + expert, mask=expert <= E, other=0)
+
     lane = tl.arange(0, BLOCK)
     slot = block * BLOCK + lane
     bins = _load_bins(ids, slot, R, E)
-    expert = tl.arange(0, BINS)
-    total = tl.load(totals + expert, mask=expert <= E, other=0)
-    first_row = tl.cumsum(total, 0) - total
-    if block == 0:
-        tl.store(offsets + expert, first_row, mask=expert <= E)
-    earlier = tl.load(counts + block * (E + 1) + bins, mask=bins <= E, other=0)
     rank = _rank_in_block(ids, bins, lane, block * BLOCK, R, E, BLOCK, LANES)
-    row = tl.gather(first_row, bins, 0) + earlier + rank
+    row = tl.gather(before, bins, 0) + rank
     tl.store(row_to_slot + row, slot.to(tl.int32), mask=slot < R)
     tl.store(slot_to_row + slot, row, mask=slot < R)
+    if BLOCK_M > 0:
+        number = _write_tiles(
+            tiles, bound, bins, row, slot < R, first_row, count, E, rows, BLOCK_M, BINS
+        )
+        if block == 0:
+            tl.store(tiles, number)
 
 
 def check_ids(op: str, name: str, ids: Tensor, low: int, high: int, meaning: str) -> None:
@@ -130,26 +149,19 @@ def check_ids(op: str, name: str, ids: Tensor, low: int, high: int, meaning: str
 
 
 def sort_by_expert(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    return _sort(topk_ids, num_experts, None)
+    return _sort(topk_ids, num_experts, None, 0, 0)
 
 
-def sort_and_tile(
+def sort_and_map(
     topk_ids: Tensor, num_experts: int, rows: int, block_m: int
 ) -> tuple[tuple[Tensor, Tensor, Tensor], TileMap]:
-    """The order, and the tiles of its first ``rows`` rows: one launch where one block sorts.
-
-    Needs at least one row and one expert.
-    """
-    if topk_ids.numel() > ONE_BLOCK:
-        order = _sort(topk_ids, num_experts, None)
-        with on_device_of(topk_ids):
-            return order, build_tile_map(order[2], rows, block_m)
-    tiles = empty_tile_map(topk_ids.device, rows, num_experts, block_m)
-    return _sort(topk_ids, num_experts, tiles, rows, block_m), tiles
+    """The order, and the tiles of its first ``rows`` rows: at least one, and one expert."""
+    tile_map = empty_tile_map(topk_ids.device, rows, num_experts, block_m)
+    return _sort(topk_ids, num_experts, tile_map, rows, block_m), tile_map
 
 
 def _sort(
-    topk_ids: Tensor, num_experts: int, tiles: TileMap | None, rows: int = 0, block_m: int = 0
+    topk_ids: Tensor, num_experts: int, tile_map: TileMap | None, rows: int, block_m: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     if checks_values():
         meaning = f" (-1 and {num_experts} mean dropped)"
@@ -161,25 +173,26 @@ def _sort(
     if R == 0:
         return row_to_slot, slot_to_row, ids.new_zeros(E + 1, dtype=torch.int32)
     offsets = ids.new_empty(E + 1, dtype=torch.int32)
+    tiles, bound = (None, 0) if tile_map is None else tile_map
     bins = max(next_power_of_2(E + 2), 32)
     with on_device_of(ids):
         if R <= ONE_BLOCK:
             block = max(next_power_of_2(R), 32)
             _sort_one_block_kernel[(1,)](
-                ids, row_to_slot, slot_to_row, offsets, None if tiles is None else tiles.tiles, R,
-                E, rows, 0 if tiles is None else tiles.bound, BINS=bins, BLOCK=block, LANES=LANES,
-                BLOCK_M=block_m, num_warps=8 if block > 256 else 4,
+                ids, row_to_slot, slot_to_row, offsets, tiles, R, E, rows, bound,
+                BINS=bins, BLOCK=block, LANES=LANES, BLOCK_M=block_m,
+                num_warps=8 if block > 256 else 4,
             )  # fmt: skip
             return row_to_slot, slot_to_row, offsets
-        blocks = ceil_div(R, BLOCK)
-        counts = ids.new_empty((blocks, E + 1), dtype=torch.int32)
-        totals = ids.new_empty(E + 1, dtype=torch.int32)
-        _count_kernel[(blocks,)](ids, counts, R, E, BINS=bins, BLOCK=BLOCK)
-        _sum_earlier_kernel[(ceil_div(E + 1, SCAN_BINS),)](
-            counts, totals, blocks, E, SCAN_BLOCKS=SCAN_BLOCKS, SCAN_BINS=SCAN_BINS
-        )
-        _scatter_kernel[(blocks,)](
-            ids, counts, totals, row_to_slot, slot_to_row, offsets, R, E,
-            BINS=bins, BLOCK=BLOCK, LANES=LANES,
+        count = ceil_div(R, BLOCK)
+        blocks = ceil_div(count, PARTS)  # of a part
+        parts = ceil_div(count, blocks)
+        earlier = ids.new_empty((count, E + 1), dtype=torch.int32)
+        totals = ids.new_empty((parts, E + 1), dtype=torch.int32)
+        _count_kernel[(parts,)](ids, earlier, totals, R, E, count, blocks, BINS=bins, BLOCK=BLOCK)
+        _scatter_kernel[(count,)](
+            ids, earlier, totals, row_to_slot, slot_to_row, offsets, tiles,
+            R, E, parts, blocks, rows, bound, BINS=bins, BLOCK=BLOCK, LANES=LANES,
+            BLOCK_M=block_m, SCAN=max(min(SCAN // bins, next_power_of_2(PARTS)), 1),
         )  # fmt: skip
     return row_to_slot, slot_to_row, offsets

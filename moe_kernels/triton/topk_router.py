@@ -18,7 +18,7 @@ from moe_kernels.triton._launch import (
     next_power_of_2,
     on_device_of,
 )
-from moe_kernels.triton._math import divide, exp, sigmoid, softplus, square_root
+from moe_kernels.triton._math import divide, exp, sigmoid, softplus, sort_key, square_root
 from moe_kernels.triton.sort_by_expert import check_ids
 
 TILE = 1024  # lanes of a program
@@ -39,19 +39,6 @@ def _scores(x, valid, SCORE: tl.constexpr):
         tl.static_assert(SCORE == "sqrtsoftplus")
         raw = square_root(softplus(x))
     return tl.where(valid, raw, 0.0)
-
-
-@triton.jit
-def _sort_key(x):
-    """An integer that orders as the float does, NaN above all; the least integer stays unused."""
-    x = tl.where(x == 0.0, 0.0, x)  # -0 equals 0
-    if x.dtype == tl.float64:
-        bits = x.to(tl.int64, bitcast=True)
-        most = tl.full(x.shape, 0x7FFFFFFFFFFFFFFF, tl.int64)
-    else:
-        bits = x.to(tl.int32, bitcast=True)
-        most = tl.full(x.shape, 0x7FFFFFFF, tl.int32)
-    return tl.where(x != x, most, tl.where(bits < 0, bits ^ most, bits))
 
 
 @triton.jit
@@ -83,7 +70,7 @@ def _mask_groups(
         rest = tl.max(tl.where(lane == first[:, :, None], float("-inf"), grouped), 2)
         score += rest
     group = tl.broadcast_to(tl.arange(0, GP)[None, :], score.shape)
-    key = _sort_key(score)
+    key = sort_key(score)
     key = tl.where(present, key, _unused_key(key))
     wins = tl.zeros(score.shape, tl.int32)
     for _ in range(topk_groups):
@@ -95,19 +82,22 @@ def _mask_groups(
 
 
 @triton.jit
-def _softmax_of_chosen(x, k, K):
-    top = tl.max(tl.where(k < K, x, float("-inf")), 1)
+def _softmax_of_chosen(x, k, chosen, K):
+    """Softmax over the first ``chosen`` of K columns; the others on the same scale."""
+    top = tl.max(tl.where(k < chosen, x, float("-inf")), 1)
     e = tl.where(k < K, exp(x - top[:, None]), 0.0)
-    return divide(e, tl.broadcast_to(tl.sum(e, 1)[:, None], e.shape))
+    total = tl.sum(tl.where(k < chosen, e, 0.0), 1)
+    return divide(e, tl.broadcast_to(total[:, None], e.shape))
 
 
 @triton.jit(do_not_specialize=["T"])
 def _topk_router_kernel(
     logits, bias, token_mask, given_ids, topk_weights, topk_ids, scores, load,
-    T, E, S, K, topk_groups, route_scale, stride_t, stride_e, stride_b, stride_m,
+    T, E, S, K, candidates, topk_groups, route_scale, stride_t, stride_e, stride_b, stride_m,
     SCORE: tl.constexpr, AFTER_TOPK: tl.constexpr, RENORMALIZE: tl.constexpr,
     BIASED: tl.constexpr, MASKED: tl.constexpr, GIVEN: tl.constexpr, GROUPED: tl.constexpr,
-    TOP2: tl.constexpr, FILL_ZERO: tl.constexpr, RETURN_SCORES: tl.constexpr, WIDE: tl.constexpr,
+    TOP2: tl.constexpr, FILL_ZERO: tl.constexpr, RETURN_SCORES: tl.constexpr, ALONE: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK_T: tl.constexpr, GP: tl.constexpr, SP: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -132,10 +122,11 @@ def _topk_router_kernel(
         choice += shift.to(WIDE)
     if GROUPED:
         choice = _mask_groups(choice, real, topk_groups, TOP2, FILL_ZERO, BLOCK_T, GP, SP)
-    key = _sort_key(choice)
+    key = sort_key(choice)
     key = tl.where(real, key, _unused_key(key))
 
     k = tl.broadcast_to(tl.arange(0, KP)[None, :], (BLOCK_T, KP))
+    top_k = K - candidates  # columns that count
     weights = tl.zeros((BLOCK_T, KP), WIDE)
     ids = tl.zeros((BLOCK_T, KP), tl.int32)
     hits = tl.zeros((BLOCK_T, GP * SP), tl.int32)
@@ -145,15 +136,15 @@ def _topk_router_kernel(
         else:
             chosen, key = _pick(key, expert)
         hit = expert == chosen[:, None]
-        hits += hit.to(tl.int32)
+        hits += (hit & (i < top_k)).to(tl.int32)
         weight = tl.sum(tl.where(hit, value, 0.0), 1)
         weights = tl.where(k == i, weight[:, None], weights)
         ids = tl.where(k == i, chosen[:, None], ids)
 
     if AFTER_TOPK:
-        weights = _softmax_of_chosen(weights, k, K)
+        weights = _softmax_of_chosen(weights, k, top_k, K)
     if RENORMALIZE:
-        total = tl.sum(weights, 1)[:, None] + EPSILON
+        total = tl.sum(tl.where(k < top_k, weights, 0.0), 1)[:, None] + EPSILON
         weights = divide(weights, tl.broadcast_to(total, weights.shape))
     cell = token[:, None] * K + k
     stored = (token < T)[:, None] & (k < K)
@@ -169,22 +160,27 @@ def _topk_router_kernel(
         counted &= tl.load(token_mask + token * stride_m, mask=token < T, other=0) != 0
     count = tl.sum(tl.where(counted[:, None], hits, 0), 0)
     expert = (lane // SP) * S + lane % SP
-    # integers: the sum does not depend on the order of programs
-    tl.atomic_add(load + expert, count, mask=(lane % SP < S) & (expert < E), sem="relaxed")
+    mask = (lane % SP < S) & (expert < E)
+    if ALONE:
+        tl.store(load + expert, count, mask=mask)
+    else:
+        # integers: the sum does not depend on the order of programs
+        tl.atomic_add(load + expert, count, mask=mask, sem="relaxed")
 
 
 @triton.jit
-def _normalize_backward(grad, value):
-    """Through ``value / (value.sum(-1) + EPSILON)``."""
-    total = tl.sum(value, 1)[:, None] + EPSILON
+def _normalize_backward(grad, value, summed):
+    """Through ``value / (sum of the summed values + EPSILON)``."""
+    total = tl.sum(tl.where(summed, value, 0.0), 1)[:, None] + EPSILON
     inner = tl.sum(grad * value, 1)[:, None]
     total = tl.broadcast_to(total, grad.shape)
-    return divide(grad - divide(tl.broadcast_to(inner, grad.shape), total), total)
+    share = divide(tl.broadcast_to(inner, grad.shape), total)
+    return divide(grad - tl.where(summed, share, 0.0), total)
 
 
 @triton.jit(do_not_specialize=["T"])
 def _topk_router_backward_kernel(
-    grad_weights, grad_scores, logits, topk_ids, grad_logits, T, E, K, route_scale,
+    grad_weights, grad_scores, logits, topk_ids, grad_logits, T, E, K, candidates, route_scale,
     stride_t, stride_e, stride_wt, stride_wk, stride_st, stride_se,
     SCORE: tl.constexpr, AFTER_TOPK: tl.constexpr, RENORMALIZE: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr, HAS_SCORES: tl.constexpr, WIDE: tl.constexpr,
@@ -208,7 +204,7 @@ def _topk_router_backward_kernel(
             other=0.0,
         ).to(WIDE)
         if RENORMALIZE:
-            grad_raw = _normalize_backward(grad_raw, raw)
+            grad_raw = _normalize_backward(grad_raw, raw, present)
     if HAS_WEIGHTS:
         k = tl.broadcast_to(tl.arange(0, KP)[None, :], (BLOCK_T, KP))
         inside = (token < T)[:, None] & (k < K)
@@ -218,17 +214,19 @@ def _topk_router_backward_kernel(
             other=0.0,
         ).to(WIDE)
         grad *= route_scale
+        first = k < K - candidates
         value = tl.zeros((BLOCK_T, KP), WIDE)
         for i in range(K):
             chosen = tl.load(topk_ids + token * K + i, mask=token < T, other=-1)
             here = tl.where(expert == chosen[:, None], x if AFTER_TOPK else raw, 0.0)
             value = tl.where(k == i, tl.sum(here, 1)[:, None], value)
         if AFTER_TOPK:
-            value = _softmax_of_chosen(value, k, K)
+            value = _softmax_of_chosen(value, k, K - candidates, K)
         if RENORMALIZE:
-            grad = _normalize_backward(grad, value)
+            grad = _normalize_backward(grad, value, first)
         if AFTER_TOPK:
-            grad = value * (grad - tl.sum(grad * value, 1)[:, None])
+            inner = tl.sum(grad * value, 1)[:, None]
+            grad = value * (grad - tl.where(first, inner, 0.0))
         for i in range(K):
             chosen = tl.load(topk_ids + token * K + i, mask=token < T, other=-1)
             share = tl.sum(tl.where(k == i, grad, 0.0), 1)
@@ -266,34 +264,36 @@ def topk_router(
     token_mask: Tensor | None,
     given_ids: Tensor | None,
     return_scores: bool,
+    candidates: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    T, E = logits.shape
+    (T, E), columns = logits.shape, top_k + candidates
     if given_ids is not None and checks_values():
         check_ids("topk_router", "given_ids", given_ids, 0, E - 1, "")
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    topk_weights = logits.new_empty(T, top_k, dtype=wide)
-    topk_ids = logits.new_empty(T, top_k, dtype=torch.int32)
+    topk_weights = logits.new_empty(T, columns, dtype=wide)
+    topk_ids = logits.new_empty(T, columns, dtype=torch.int32)
     scores = logits.new_empty(T if return_scores else 0, E, dtype=wide)
-    load = logits.new_zeros(E, dtype=torch.int32)
-    if T == 0:
-        return topk_weights, topk_ids, scores, load
     group_size = E // num_groups
     gp, sp = next_power_of_2(num_groups), next_power_of_2(group_size)
     block_t = max(TILE // (gp * sp), 1)
+    alone = 0 < T <= block_t  # one program counts all the load: no zeros to add to
+    load = (logits.new_empty if alone else logits.new_zeros)(E, dtype=torch.int32)
+    if T == 0:
+        return topk_weights, topk_ids, scores, load
     with on_device_of(logits):
         _topk_router_kernel[(ceil_div(T, block_t),)](
             logits, correction_bias, token_mask,
             None if given_ids is None else given_ids.contiguous(),
             topk_weights, topk_ids, scores, load,
-            T, E, group_size, top_k, topk_groups, route_scale, *logits.stride(),
+            T, E, group_size, columns, candidates, topk_groups, route_scale, *logits.stride(),
             0 if correction_bias is None else correction_bias.stride(0),
             0 if token_mask is None else token_mask.stride(0),
             SCORE=score_func, AFTER_TOPK=score_func == "softmax" and not softmax_before_topk,
             RENORMALIZE=renormalize, BIASED=correction_bias is not None,
             MASKED=token_mask is not None, GIVEN=given_ids is not None, GROUPED=num_groups > 1,
             TOP2=group_score == "top2" and group_size > 1, FILL_ZERO=group_fill == 0.0,
-            RETURN_SCORES=return_scores, WIDE=float_type(logits),
-            BLOCK_T=block_t, GP=gp, SP=sp, KP=next_power_of_2(top_k),
+            RETURN_SCORES=return_scores, ALONE=alone, WIDE=float_type(logits),
+            BLOCK_T=block_t, GP=gp, SP=sp, KP=next_power_of_2(columns),
         )  # fmt: skip
     return topk_weights, topk_ids, scores, load
 
@@ -307,6 +307,7 @@ def topk_router_backward(
     softmax_before_topk: bool,
     renormalize: bool,
     route_scale: float,
+    candidates: int = 0,
 ) -> Tensor:
     (T, E), K = logits.shape, topk_ids.shape[1]
     grad_logits = logits.new_empty(T, E)
@@ -317,7 +318,7 @@ def topk_router_backward(
     with on_device_of(logits):
         _topk_router_backward_kernel[(ceil_div(T, block_t),)](
             grad_weights, grad_scores, logits, topk_ids.contiguous(), grad_logits,
-            T, E, K, route_scale, *logits.stride(),
+            T, E, K, candidates, route_scale, *logits.stride(),
             *((0, 0) if grad_weights is None else grad_weights.stride()),
             *((0, 0) if grad_scores is None else grad_scores.stride()),
             SCORE=score_func, AFTER_TOPK=score_func == "softmax" and not softmax_before_topk,

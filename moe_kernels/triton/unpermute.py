@@ -16,7 +16,7 @@ from moe_kernels.triton.permute import copy_tile
 @triton.jit(do_not_specialize=["num_rows", "T", "E", "top_k"])
 def _unpermute_kernel(
     rows, slot_to_row, offsets, weights, out, num_rows, T, H, E, top_k,
-    stride_r, stride_h, stride_wt, stride_wk,
+    stride_r, stride_h, stride_wt, stride_wk, stride_o,
     WEIGHTED: tl.constexpr, WIDE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -37,7 +37,7 @@ def _unpermute_kernel(
             tile *= weight.to(WIDE)[:, None]
         total += tile
     tl.store(
-        out + token[:, None] * H + column[None, :],
+        out + token[:, None] * stride_o + column[None, :],
         total.to(out.dtype.element_ty),
         mask=(token < T)[:, None] & inside,
     )
@@ -93,7 +93,7 @@ def sum_slots(
     weights: Tensor | None,
     out: Tensor,
 ) -> None:
-    """Write ``out [T, H]``, contiguous; see :func:`unpermute`."""
+    """Write ``out [T, H]``, of contiguous rows; see :func:`unpermute`."""
     (T, K), (num_rows, H) = slot_to_row.shape, rows.shape
     if out.numel() == 0:
         return
@@ -101,7 +101,7 @@ def sum_slots(
     with on_device_of(rows):
         _unpermute_kernel[(ceil_div(T, block_t), ceil_div(H, block_h))](
             rows, slot_to_row, offsets, weights, out, num_rows, T, H, offsets.numel() - 1, K,
-            *rows.stride(), *(weights.stride() if weights is not None else (0, 0)),
+            *rows.stride(), *(weights.stride() if weights is not None else (0, 0)), out.stride(0),
             WEIGHTED=weights is not None, WIDE=float_type(rows), BLOCK_T=block_t, BLOCK_H=block_h,
         )  # fmt: skip
 

@@ -27,6 +27,12 @@ def _sort(tokens: int, experts: int = E) -> None:
     sort_by_expert(torch.empty(tokens, K, dtype=torch.int32), experts)
 
 
+def _sort_and_map(tokens: int) -> None:
+    from moe_kernels.triton.sort_by_expert import sort_and_map
+
+    sort_and_map(torch.empty(tokens, K, dtype=torch.int32), E, tokens * K, 128)
+
+
 def _permute(dtype: torch.dtype) -> None:
     from moe_kernels.triton.permute import permute
     from moe_kernels.triton.unpermute import unpermute, unpermute_backward
@@ -56,7 +62,9 @@ def _activation(kind: str, dtype: torch.dtype) -> None:
     expert_activation_backward(grad.to(dtype), h.to(dtype), *options)
 
 
-def _router(dtype: torch.dtype = torch.float32, experts: int = E, **changes: object) -> None:
+def _router(
+    dtype: torch.dtype = torch.float32, experts: int = E, tokens: int = T, **changes: object
+) -> None:
     from moe_kernels.triton.topk_router import topk_router, topk_router_backward
 
     options = {
@@ -72,12 +80,21 @@ def _router(dtype: torch.dtype = torch.float32, experts: int = E, **changes: obj
         "token_mask": None,
         "given_ids": None,
         "return_scores": True,
+        "candidates": 0,
         **changes,
     }
-    logits = torch.empty(T, experts, dtype=dtype)
+    logits = torch.empty(tokens, experts, dtype=dtype)
     weights, ids, scores, _ = topk_router(logits, K, **options)  # type: ignore[arg-type]
-    keys = ("score_func", "softmax_before_topk", "renormalize", "route_scale")
+    keys = ("score_func", "softmax_before_topk", "renormalize", "route_scale", "candidates")
     topk_router_backward(weights, scores, logits, ids, *(options[key] for key in keys))
+
+
+def _round(mode: str, dtype: torch.dtype = torch.float32, masked: bool = False) -> None:
+    from moe_kernels.triton.round_tokens import round_tokens
+
+    weights, ids = torch.empty(T, 2 * K, dtype=dtype), torch.empty(T, 2 * K, dtype=torch.int32)
+    mask = torch.empty(T, dtype=torch.bool) if masked else None
+    round_tokens(weights, ids, mask, E, K, 128, mode)
 
 
 def _grouped_gemm(
@@ -161,6 +178,9 @@ def _with_tf32(call: Callable[[], None]) -> None:
 CASES: dict[str, Callable[[], None]] = {
     "sort_small": partial(_sort, 64),
     "sort": partial(_sort, T),
+    "sort_and_map_small": partial(_sort_and_map, 64),
+    "sort_and_map": partial(_sort_and_map, T),
+    "router_of_one_program": partial(_router, tokens=8),
     "permute": partial(_permute, BF16),
     "chunk_permute": _chunk_permute,
     "router": _router,
@@ -172,6 +192,10 @@ CASES: dict[str, Callable[[], None]] = {
         topk_groups=4,
         token_mask=torch.empty(T, dtype=torch.bool),
     ),
+    "router_candidates": partial(
+        _router, softmax_before_topk=False, candidates=8, return_scores=False
+    ),
+    "round": partial(_round, "nearest", masked=True),
     "activation": partial(_activation, "swiglu", BF16),
     "gemm_many": partial(_grouped_gemm, T * K, BF16, False),
     "experts": partial(_fused_experts, "swiglu"),
@@ -188,6 +212,8 @@ CASES: dict[str, Callable[[], None]] = {
 MORE_CASES: dict[str, Callable[[], None]] = {
     "sort_many_experts": partial(_sort, T, 2000),
     "router_many_experts": partial(_router, experts=512),
+    "round_up": partial(_round, "up", BF16),
+    "round_double": partial(_round, "down", torch.float64),
     "activation_oai": partial(_activation, "swigluoai", torch.float32),
     "activation_double": partial(_activation, "geglu", torch.float64),
     "permute_double": partial(_permute, torch.float64),

@@ -94,6 +94,9 @@ def test_nothing_synchronises_with_the_host() -> None:
         _step(layer, upstream)
         route = moe_kernels.topk_router(logits, 4, renormalize=True, return_scores=True)
         route.scores.sum().backward(retain_graph=True)
+        wider = moe_kernels.topk_router(logits, 4, candidates=4)
+        rounded = moe_kernels.round_tokens(*wider[:2], 16, top_k=4, tile=16)
+        rounded.topk_weights.sum().backward()
         expert_order = moe_kernels.sort_by_expert(route.topk_ids, 16)
         rows = moe_kernels.permute(layer["x"], expert_order)
         h = moe_kernels.grouped_gemm(

@@ -48,6 +48,14 @@ def _op_samples(device: torch.device) -> dict[str, tuple[Any, tuple[Any, ...]]]:
             ops.topk_router,
             (logits, 3, "softmax", True, True, None, 1, 1, "max", 0.0, 1.0, None, None, True),
         ),
+        "topk_router_candidates": (
+            ops.topk_router,
+            (logits, 3, "softmax", False, True, None, 1, 1, "max", 0.0, 1.0, None, None, False, 2),
+        ),
+        "round_tokens": (
+            ops.round_tokens,
+            (weights, ids, torch.rand(len(ids), device=device) < 0.8, 6, 2, 3, "nearest"),
+        ),
         "grouped_gemm": (
             ops.grouped_gemm,
             (rows, case["gate_up"], order.offsets, case["gate_up_bias"], None),
@@ -106,6 +114,8 @@ OPCHECKED = (
     "chunk_permute",
     "expert_activation",
     "topk_router",
+    "topk_router_candidates",
+    "round_tokens",
     "grouped_gemm",
     "grouped_gemm_wgrad",
     "grouped_gemm_wgrad_",
@@ -126,7 +136,8 @@ def test_compiles_whole(impl: Implementation) -> None:
     logits = torch.randn(29, 6).to(impl.device)
 
     def layer(**kwargs: Tensor) -> Tensor:
-        route = moe_kernels.topk_router(logits, 4, renormalize=True)
+        route = moe_kernels.topk_router(logits, 3, renormalize=True, candidates=1)
+        route = moe_kernels.round_tokens(*route[:2], 6, top_k=3, tile=4)
         y = moe_kernels.fused_experts(**kwargs)
         order = moe_kernels.sort_by_expert(route.topk_ids, 6)
         rows = moe_kernels.grouped_gemm(
@@ -270,6 +281,10 @@ def test_forward_mode_is_refused(impl: Implementation) -> None:
         "weights": (lambda v: moe_kernels.unpermute(rows, order, v), case["topk_weights"]),
         "grouped_gemm": (lambda v: moe_kernels.grouped_gemm(rows, v, offsets), case["gate_up"]),
         "topk_router": (lambda v: moe_kernels.topk_router(v, 2).topk_weights, h),
+        "round_tokens": (
+            lambda v: moe_kernels.round_tokens(v, ids, 8, top_k=2).topk_weights,
+            case["topk_weights"],
+        ),
         "expert_activation": (lambda v: moe_kernels.expert_activation(v, "swiglu"), h),
         "chunk_permute": (lambda v: moe_kernels.chunk_permute(v, sizes, sizes.argsort()), h),
     }

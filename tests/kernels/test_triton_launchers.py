@@ -21,7 +21,7 @@ from moe_kernels.triton import (
 from moe_kernels.triton._configs import CONFIGS
 from moe_kernels.triton._math import exp, fast_sigmoid, sigmoid, softplus
 from moe_kernels.triton._tiles import build_tile_map, walk
-from moe_kernels.triton.sort_by_expert import sort_and_tile
+from moe_kernels.triton.sort_by_expert import sort_and_map
 from tests.conftest import GPU, HAS_GPU, Implementation, poisoned_memory, triton_under_cpu
 from tests.kernels.accuracy import gradients
 from tests.kernels.test_fused_experts import check
@@ -88,7 +88,7 @@ def test_sorting_and_tiling_at_once(
     """The same order and tiles as by two kernels, with dropped slots and a bound below all rows."""
     ids = torch.randint(-1, experts + 1, (tokens, top_k), dtype=torch.int32, device=impl.device)
     for rows in (tokens * top_k, max(1, tokens * top_k // 3)):
-        order, (found, bound) = sort_and_tile(ids, experts, rows, block_m)
+        order, (found, bound) = sort_and_map(ids, experts, rows, block_m)
         for value, right in zip(order, ops.sort_by_expert(ids, experts), strict=True):
             assert torch.equal(value, right)
         expected = build_tile_map(order[2], rows, block_m)
@@ -168,9 +168,8 @@ def test_unknown_ids_are_dropped_unless_checked(
 def test_unknown_ids_are_sorted_as_dropped_ones(
     impl: Implementation, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        sort_by_expert, "SCAN_BLOCKS", 4
-    )  # so that summing them takes several steps
+    monkeypatch.setattr(sort_by_expert, "PARTS", 7)  # of three blocks, but for the last
+    monkeypatch.setattr(sort_by_expert, "SCAN", 64)  # so that summing them takes several steps
     ids = torch.randint(-3, 12, (tokens, 3))
     known = torch.where((ids >= 0) & (ids < 7), ids, -1)
     order = moe_kernels.sort_by_expert(ids.to(impl.device), 7)
@@ -287,6 +286,30 @@ def test_tiles_cover_every_row_once(impl: Implementation, experts: int, block_m:
     assert found[0] == len(expected) <= tiles.bound
     columns = [found[1 + i * tiles.bound :][: len(expected)] for i in range(3)]
     assert list(zip(*columns, strict=True)) == expected
+
+
+@pytest.mark.parametrize("block_m", [16, 128])
+@pytest.mark.parametrize(("tokens", "experts"), [(20, 7), (300, 1), (1400, 7), (700, 67)])
+def test_sorting_writes_the_map(
+    impl: Implementation, tokens: int, experts: int, block_m: int
+) -> None:
+    """Of fewer rows than have an expert, and of more."""
+    ids = torch.randint(-1, experts + 1, (tokens, 3), dtype=torch.int32)
+    ids[: tokens // 3] = experts - 1
+    expected = reference.sort_by_expert(ids, experts)
+    for rows in (int(expected[2][-1]) * 2 // 3, ids.numel()):
+        order, tiles = sort_by_expert.sort_and_map(ids.to(impl.device), experts, rows, block_m)
+        for actual, wanted in zip(order, expected, strict=True):
+            assert torch.equal(actual.cpu(), wanted)
+        other = build_tile_map(order[2], rows, block_m)
+        count = int(other.tiles[0])
+        assert count > 0
+        assert tiles.bound == other.bound
+        assert int(tiles.tiles[0]) == count
+        for i in range(3):
+            begin = 1 + i * tiles.bound
+            ours, theirs = (m.tiles[begin : begin + count].tolist() for m in (tiles, other))
+            assert ours == theirs
 
 
 def test_overlapping_groups_stay_within_the_map(impl: Implementation) -> None:

@@ -57,6 +57,15 @@ def test_moe_config() -> None:
         ({"n_routed_experts": 0}, "n_routed_experts must be finite and at least 1; got 0"),
         ({"n_activated_experts": 0}, "n_activated_experts must be .* at least 1; got 0"),
         ({"n_activated_experts": 9}, "n_activated_experts must be at most n_routed_experts 8; got"),
+        (
+            {"token_rounding": "even"},
+            "token_rounding must be None or one of nearest, up, down; got",
+        ),
+        ({"token_rounding_tile": 0}, "token_rounding_tile must be .* at least 1; got 0"),
+        (
+            {"token_rounding": "up", "enable_routing_replay": True},
+            "token_rounding must be None with enable_routing_replay",
+        ),
         ({"n_shared_experts": -1}, "n_shared_experts must be .* at least 0; got -1"),
         ({"n_expert_groups": -2}, "n_expert_groups must be .* at least 0; got -2"),
         ({"n_expert_groups": 3}, "n_expert_groups must divide n_routed_experts 8; got 3"),

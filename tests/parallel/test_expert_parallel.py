@@ -201,6 +201,24 @@ def test_all_tokens_to_one_expert() -> None:
     run_ranks(4, _all_to_one)
 
 
+def _token_rounding(rank: int, ranks: int) -> None:
+    torch.set_default_dtype(torch.float64)
+    config = make_config(token_rounding="nearest", token_rounding_tile=4, norm_topk_prob=True)
+    counts = [21, 14]
+    x, upstream = make_inputs(counts, config.dim, torch.float64)
+    parts = zip(x.split(counts), upstream.split(counts), strict=True)
+    alone = [run_layer(make_layer(config), *part) for part in parts]  # each rank rounds its own
+    actual = run_expert_parallel(rank, ranks, make_layer(config), counts)
+    for name, value in actual.items():
+        results = [result[name] for result in alone]
+        assert value is not None
+        assert_close(value, torch.cat(results) if name in ("y", "x") else sum(results), msg=name)
+
+
+def test_each_rank_rounds_its_own_tokens() -> None:
+    run_ranks(2, _token_rounding)
+
+
 def _half_precision(rank: int, ranks: int) -> dict[str, Tensor | None]:
     torch.set_default_dtype(torch.bfloat16)
     config = make_config(dtype=torch.bfloat16, dim=64, moe_inter_dim=48, expert_bias=True)

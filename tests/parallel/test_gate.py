@@ -354,6 +354,49 @@ def test_replay_under_checkpointing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(used, choices, strict=True))
 
 
+@pytest.mark.parametrize("mode", ["nearest", "up", "down"])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_token_rounding_is_for_training_alone(mode: str, groups: int) -> None:
+    """Counts are multiples of the tile; evaluation, load and auxiliary loss are those without."""
+    changes = {
+        "score_func": "sigmoid_with_bias",
+        "norm_topk_prob": True,
+        "n_expert_groups": groups,
+        "n_limited_groups": 2 if groups > 1 else 1,
+        "aux_loss_coeff": 0.01,
+        "force_e_score_correction_bias": True,
+    }
+    gate = make_gate(**changes, token_rounding=mode, token_rounding_tile=4)
+    plain = Gate(make_config(**changes))
+    plain.load_state_dict(gate.state_dict())
+    x, mask = torch.randn(93, gate.dim, dtype=torch.float64), torch.rand(93) < 0.9
+    for module in (gate, plain):
+        module._track_load_balance = True
+    weights, indices, aux = run(gate, x, mask)
+    plain_weights, plain_indices, plain_aux = run(plain, x, mask)
+    assert_close(aux, plain_aux, rtol=0, atol=0)
+    assert torch.equal(gate._last_expert_load, plain._last_expert_load)
+
+    top_k, used = gate.topk, indices >= 0
+    assert indices.shape == (93, top_k + gate.rounding_candidates)
+    assert not used[~mask].any()
+    counts = torch.bincount(indices[used], minlength=gate.n_experts)
+    before = torch.bincount(plain_indices[mask].flatten(), minlength=gate.n_experts)
+    assert (counts % 4 == 0).all()
+    assert ((counts - before).abs() < 4).all()
+    assert (counts != before).any()
+    assert {"up": counts >= before, "down": counts <= before}.get(mode, counts == counts).all()
+    kept = used[:, :top_k]
+    assert torch.equal(indices[:, :top_k][kept], plain_indices[kept])
+    assert torch.equal(weights[:, :top_k][kept], plain_weights[kept])
+    assert (weights[~used] == 0).all()
+
+    for module in (gate.eval(), plain.eval()):
+        weights, indices, _ = run(module, x, mask)
+        assert torch.equal(weights, plain_weights)
+        assert torch.equal(indices, plain_indices)
+
+
 def test_fake_gate_balances_perfectly() -> None:
     gate = FakeBalancedGate(make_config(), skip_first_n_experts=3)
     x = torch.randn(10, 13, dtype=torch.bfloat16)

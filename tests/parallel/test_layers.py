@@ -301,6 +301,31 @@ def test_row_buffers_are_as_long_as_the_dispatcher_says() -> None:
     assert (ids.numel(), width) not in kept
 
 
+def test_row_buffers_are_as_long_as_token_rounding_can_fill() -> None:
+    layer, config = make_moe(token_rounding="nearest", token_rounding_tile=4)
+    kept: list[int] = []
+
+    def pack(value: Tensor) -> Tensor:
+        if value.dim() == 2 and value.shape[1] == 2 * config.moe_inter_dim:
+            kept.append(value.shape[0])
+        return value
+
+    x = torch.randn(40, config.dim, dtype=torch.float64)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        layer(x)
+        layer.eval()(x)
+    # at most half a tile more for each of the 8 experts, though there are twice as many columns
+    assert kept == [40 * 3 + 8 * 2, 40 * 3]
+
+
+def test_a_layer_with_token_rounding_compiles_whole() -> None:
+    layer, config = make_moe(token_rounding="up", token_rounding_tile=4)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    for tokens in (40, 17):
+        x = torch.randn(tokens, config.dim, dtype=torch.float64)
+        assert_close(compiled(x), layer(x))
+
+
 def test_autocast_computes_the_experts_narrow_and_returns_what_came() -> None:
     layer, config = make_moe(dtype="float32", n_shared_experts=1)
     x = torch.randn(9, config.dim, requires_grad=True)

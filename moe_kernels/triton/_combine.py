@@ -1,0 +1,86 @@
+"""A product of rows and the sum of each token's results, without keeping all of them at once.
+
+T tokens, R rows, Kd contracted size, N columns. The results [R, N] are as wide as the hidden size
+and K times as many as the tokens: the largest buffer of a layer of narrow experts. Where it would
+be large, it is made and summed a chunk of columns at a time, in one buffer [R, chunk]. A sum runs
+over the contracted size within a tile and over a token's slots within a column, so that its bits do
+not depend on the chunks, whose bounds are bounds of tiles.
+
+A chunk reads the product's left operand again. With 2048 columns that is Kd / 2048 of the bytes
+that a chunk writes, which a product bound by tensor cores hides; more chunks would cost more.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_kernels.triton._configs import Config
+from moe_kernels.triton._launch import ceil_div
+from moe_kernels.triton._tiles import TileMap
+from moe_kernels.triton.grouped_gemm import multiply_rows
+from moe_kernels.triton.unpermute import sum_slots
+
+WHOLE_BYTES = 2**27  # a buffer of at most as many bytes is made whole
+CHUNK = 2048  # columns
+STEP = 256  # chunks start at multiples: bounds of every configuration's tiles, and aligned
+
+
+def chunk_width(rows: int, columns: int, element_size: int, least: int = 1) -> int:
+    """Columns of the buffer of ``rows`` rows that results of ``columns`` columns go through.
+
+    Where the whole would be large there are ``least`` chunks or more, if columns suffice.
+    """
+    if rows * columns * element_size * least <= WHOLE_BYTES:
+        return columns
+    even = ceil_div(columns, max(ceil_div(columns, CHUNK), least))
+    return min(ceil_div(even, STEP) * STEP, columns)
+
+
+def backward_widths(rows: int, inner: int, hidden: int, element_size: int) -> tuple[int, int]:
+    """Columns of backward's buffers for activations [R, inner] and for rows of dX [R, hidden].
+
+    Beside the gradient of h there is only one of them at a time. Where experts are wide, halves
+    keep both together below two buffers [R, hidden]. Activations are whole otherwise: each chunk of
+    them reads the gradient of the layer's output again, whose rows are long compared to theirs.
+    """
+    wide = 3 * inner >= 2 * hidden - STEP
+    return (
+        chunk_width(rows, inner, element_size, 2) if wide else inner,
+        chunk_width(rows, hidden, element_size, 2 if wide else 1),
+    )
+
+
+def multiply_and_sum(
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    order: tuple[Tensor, Tensor, Tensor],
+    weights: Tensor | None,
+    out: Tensor,
+    tiles: TileMap,
+    cut: Config,
+    width: int,
+) -> None:
+    """``out[t]``, the (weighted) sum over the token's rows r of ``a[r] @ b[e] + bias[e]``.
+
+    Args:
+        a: [R, Kd], the rows of the map.
+        b: [E, Kd, N], any strides.
+        bias: [E, N].
+        order: of the slots by expert.
+        weights: [T, K], or None for ones.
+        out: [T, N], contiguous.
+        width: columns of a chunk.
+    """
+    rows, columns = a.shape[0], b.shape[2]
+    if out.numel() == 0:
+        return
+    buffer = torch.empty(rows * width, dtype=out.dtype, device=out.device)
+    for start in range(0, columns, width):
+        chunk = slice(start, min(start + width, columns))
+        size = chunk.stop - start
+        part = buffer[: rows * size].view(rows, size)
+        shift = None if bias is None else bias[:, chunk]
+        multiply_rows(a, b[:, :, chunk], shift, part, tiles, cut)
+        sum_slots(part, *order, weights, out[:, chunk])

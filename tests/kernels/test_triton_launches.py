@@ -1,0 +1,98 @@
+"""How many kernels a layer launches, and which: what small batches pay for."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from moe_kernels.triton.fused_experts import fused_experts, fused_experts_backward
+from moe_kernels.triton.round_tokens import round_tokens
+from moe_kernels.triton.topk_router import topk_router, topk_router_backward
+from tests.conftest import HAS_GPU
+
+pytestmark = pytest.mark.skipif(HAS_GPU, reason="counts launches of interpreted kernels")
+E, K, H, INNER = 128, 8, 2048, 768
+SORT_ONCE = ["_sort_one_block_kernel"]
+SORT = ["_count_kernel", "_scatter_kernel"]
+EXPERTS = ["_up_kernel", "_grouped_gemm_kernel", "_unpermute_kernel"]
+
+
+def launches(function: Any, *args: Any) -> tuple[list[str], Any]:
+    """The kernels that a launcher launches, none of which runs, and its result."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    names: list[str] = []
+
+    def note(self: Any, *args: Any, **kwargs: Any) -> None:
+        names.append(self.fn.__name__)
+
+    with mock.patch.object(InterpretedFunction, "run", note):
+        result = function(*args)
+    return names, result
+
+
+def experts(tokens: int, save: bool) -> tuple[Any, ...]:
+    meta = {"device": "meta"}
+    return (
+        torch.empty(tokens, H, dtype=torch.bfloat16, **meta),
+        torch.empty(E, H, 2 * INNER, dtype=torch.bfloat16, **meta),
+        torch.empty(E, INNER, H, dtype=torch.bfloat16, **meta),
+        torch.empty(tokens, K, dtype=torch.int32, **meta),
+        torch.empty(tokens, K, **meta),
+        *(None, None, "swiglu", False, 1.702, float("inf"), tokens * K, save, None, None),
+    )
+
+
+@pytest.mark.parametrize(("tokens", "sort"), [(1, SORT_ONCE), (64, SORT_ONCE), (4096, SORT)])
+def test_forward(tokens: int, sort: list[str]) -> None:
+    """The tile map comes with the sort."""
+    assert launches(fused_experts, *experts(tokens, False))[0] == [*sort, *EXPERTS]
+    trained = launches(fused_experts, *experts(tokens, True))[0]
+    assert trained == [*sort, *EXPERTS, "_zero_tail_kernel"]
+
+
+def test_backward() -> None:
+    x, gate_up, down, _, weights, *options = experts(4096, True)
+    y, h, *order = fused_experts_outputs = launches(fused_experts, *experts(4096, True))[1]
+    assert len(fused_experts_outputs) == 5
+    names, _ = launches(
+        fused_experts_backward,
+        *(y, x, gate_up, down, weights, h, *order, *options[:6], [True] * 4 + [False] * 2),
+    )
+    assert names == [
+        "_prepare_kernel",
+        "_down_backward_kernel",
+        "_wgrad_kernel",
+        "_sum_partials_kernel",
+        "_wgrad_kernel",
+        "_grouped_gemm_kernel",
+        "_unpermute_kernel",
+    ]
+
+
+def test_large_layers_launch_a_product_and_a_sum_a_chunk() -> None:
+    names = launches(fused_experts, *experts(2**17, False))[0]
+    assert names == [*SORT, *EXPERTS]  # 2048 columns are one chunk
+    wide = list(experts(2**17, False))
+    wide[0] = torch.empty(2**17, 2 * H, dtype=torch.bfloat16, device="meta")
+    wide[1] = torch.empty(E, 2 * H, 2 * INNER, dtype=torch.bfloat16, device="meta")
+    wide[2] = torch.empty(E, INNER, 2 * H, dtype=torch.bfloat16, device="meta")
+    assert launches(fused_experts, *wide)[0] == [*SORT, *EXPERTS, *EXPERTS[1:]]
+
+
+def test_router_and_token_rounding() -> None:
+    options = ("softmax", True, True, None, 1, 1, "max", 0.0, 1.0, None, None, False)
+    logits = torch.empty(4096, E, device="meta")
+    names, (weights, ids, *_) = launches(topk_router, logits, K, *options, K)
+    assert names == ["_topk_router_kernel"]
+    names, _ = launches(
+        topk_router_backward, weights, None, logits, ids, "softmax", True, True, 1.0, K
+    )
+    assert names == ["_topk_router_backward_kernel"]
+    assert launches(round_tokens, weights, ids, None, E, K, 128, "nearest")[0] == [
+        *SORT,
+        "_round_tokens_kernel",
+    ]

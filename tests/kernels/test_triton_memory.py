@@ -1,0 +1,190 @@
+"""What the Triton launchers of a layer allocate: chunks change no bits, and peaks keep a bound.
+
+T tokens, K experts a token, R = T * K slots, H hidden size, I intermediate size, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from moe_kernels.triton import _combine
+from moe_kernels.triton.fused_experts import fused_experts, fused_experts_backward
+from tests.conftest import GPU, HAS_GPU, Implementation, triton_under_cpu
+from tests.kernels.test_triton_launchers import _case, _run
+
+# name: T, H, I, E, K; the published shapes of SonicMoE (arXiv:2512.14080), then some models' layers
+SHAPES = {
+    "sonic_768_256": (40960, 768, 256, 128, 8),
+    "sonic_768_512": (40960, 768, 512, 64, 4),
+    "sonic_768_1024": (40960, 768, 1024, 32, 2),
+    "sonic_1536_256": (24576, 1536, 256, 128, 8),
+    "sonic_1536_512": (24576, 1536, 512, 64, 4),
+    "sonic_1536_1024": (24576, 1536, 1024, 32, 2),
+    "sonic_4096_256": (32768, 4096, 256, 256, 16),
+    "sonic_4096_512": (32768, 4096, 512, 128, 8),
+    "sonic_4096_1024": (32768, 4096, 1024, 64, 4),
+    "sonic_4096_512_16": (32768, 4096, 512, 256, 16),
+    "sonic_4096_1024_8": (32768, 4096, 1024, 128, 8),
+    "sonic_4096_2048": (32768, 4096, 2048, 64, 4),
+    "qwen3_30b": (32768, 2048, 768, 128, 8),
+    "qwen3_235b": (32768, 4096, 1536, 128, 8),
+    "deepseek_v3": (32768, 7168, 2048, 256, 8),
+    "gpt_oss_120b": (32768, 2880, 2880, 128, 4),
+    "mixtral_8x7b": (32768, 4096, 14336, 8, 2),
+}
+
+
+@pytest.fixture(params=[GPU if HAS_GPU else "interpreter"])
+def impl(request: pytest.FixtureRequest) -> Iterator[Implementation]:
+    if HAS_GPU:
+        yield Implementation("cuda", torch.device("cuda"))
+    else:
+        with triton_under_cpu():
+            yield Implementation("interpreter", torch.device("cpu"))
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of the tensors made meanwhile that still live: the most at any time, and of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self.largest = 0
+        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def alive(self) -> int:
+        return sum(size for ref, size in self._storages.values() if not ref.expired())
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {v.untyped_storage()._cdata for v in tree_leaves(args) if isinstance(v, Tensor)}
+        for value in tree_leaves(out):
+            if not isinstance(value, Tensor):
+                continue
+            storage = value.untyped_storage()
+            if storage._cdata in given or storage._cdata in self._storages:
+                continue
+            self._storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+            self.largest = max(self.largest, storage.nbytes())
+        self.peak = max(self.peak, self.alive())
+        return out
+
+
+@contextmanager
+def without_launches() -> Iterator[None]:
+    from triton.runtime.interpreter import InterpretedFunction
+
+    def skip(*args: Any, **kwargs: Any) -> None:  # a mock would keep what it was called with
+        pass
+
+    with mock.patch.object(InterpretedFunction, "run", skip):
+        yield
+
+
+def nbytes(*tensors: Tensor) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+def test_chunks_change_no_bits(
+    impl: Implementation,
+    transposed: bool,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    inputs, upstream = _case(dtype, hidden=272, inner=264)
+    for name in ("x", "topk_ids", "topk_weights"):
+        inputs[name] = inputs[name][:40]
+    upstream = upstream[:40]
+    if transposed:
+        for name in ("gate_up", "down"):
+            inputs[name] = inputs[name].mT.contiguous().mT
+    whole = _run(impl, inputs, upstream)
+    monkeypatch.setattr(_combine, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(_combine, "CHUNK", 256)
+    assert _combine.chunk_width(80, 272, 2) == 256
+    assert _combine.backward_widths(80, 264, 272, 2) == (256, 256)
+    chunked = _run(impl, inputs, upstream)
+    for name, value in whole.items():
+        assert torch.equal(value, chunked[name]), name
+
+
+def test_chunks_are_few_and_only_of_large_buffers() -> None:
+    assert _combine.chunk_width(2**13, 8192, 2) == 8192  # 128 MiB
+    assert _combine.chunk_width(2**13 + 1, 8192, 2) == 2048
+    for columns, width in ((768, 768), (2048, 2048), (2880, 1536), (4096, 2048), (7168, 1792)):
+        assert _combine.chunk_width(2**18, columns, 2) == width
+        assert _combine.chunk_width(2**10, columns, 2) == columns
+    for inner, hidden, widths in (
+        (1024, 2048, (1024, 2048)),
+        (2048, 4096, (2048, 2048)),
+        (512, 768, (256, 512)),
+        (2880, 2880, (1536, 1536)),
+    ):
+        assert _combine.backward_widths(2**18, inner, hidden, 2) == widths
+        assert _combine.backward_widths(2**10, inner, hidden, 2) == (inner, hidden)
+
+
+@pytest.mark.skipif(HAS_GPU, reason="counts allocations of interpreted launchers, without launches")
+@pytest.mark.parametrize("name", SHAPES)
+def test_peaks_are_as_documented(name: str) -> None:
+    """2TH + 4RI saved, as SonicMoE; at work activations, gradients of h and a chunk of columns.
+
+    That is less than the two buffers [R, H] that the published formula leaves out as long as I is
+    less than about 4/5 of H, which it is in ten of its twelve shapes: backward holds the gradient
+    of h, 4RI, and beside it weighted activations or rows of dX, at most about half of them where I
+    is more than about 2/3 of H.
+
+    Counted are all allocations of forward and backward but the results and their upstream, whose
+    memory is the caller's; x is, as saved. Row weights, ids and maps are counted too.
+    """
+    tokens, hidden, inner, experts, top_k = SHAPES[name]
+    rows = tokens * top_k
+    make = {"dtype": torch.bfloat16, "device": "meta"}
+    x = torch.empty(tokens, hidden, **make)
+    gate_up = torch.empty(experts, hidden, 2 * inner, **make)
+    down = torch.empty(experts, inner, hidden, **make)
+    ids = torch.empty(tokens, top_k, dtype=torch.int32, device="meta")
+    weights = torch.empty(tokens, top_k, device="meta")
+    options = (None, None, "swiglu", False, 1.702, float("inf"))
+    saved, buffer = 2 * tokens * hidden + 4 * rows * inner, 2 * rows * hidden
+    order_bytes = 12 * rows + 4 * (experts + 1)
+    chunk = 2 * rows * _combine.chunk_width(rows, hidden, 2)
+    width = max(_combine.backward_widths(rows, inner, hidden, 2))
+    small = (64 + inner // 16) * rows  # weights of rows, their gradient by column tile, maps
+
+    with without_launches(), Allocations() as forward:
+        y, h, *order = fused_experts(
+            x, gate_up, down, ids, weights, *options, rows, True, None, None
+        )
+    kept = forward.alive()
+    assert kept == nbytes(y, h, *order)
+    assert nbytes(x, h, *order, weights) == saved + order_bytes
+    forward_peak = nbytes(x) + forward.peak - nbytes(y)
+    assert forward_peak <= saved + 2 * rows * inner + chunk + small
+
+    with without_launches(), Allocations() as backward:
+        grads = fused_experts_backward(
+            y, x, gate_up, down, weights, h, *order, *options, [True] * 4 + [False] * 2
+        )
+    assert backward.alive() == nbytes(*grads)
+    backward_peak = nbytes(x, h, *order) + backward.peak - nbytes(*grads)
+    assert backward_peak <= saved + 4 * rows * inner + 2 * rows * width + small
+    if 2 * inner + width < 2 * hidden:
+        assert max(forward_peak, backward_peak) <= saved + 2 * buffer
+    if chunk < buffer:
+        # no buffer [R, H], unless h [R, 2I] is as large
+        largest = max(forward.largest, backward.largest)
+        assert largest <= max(0.55 * buffer, nbytes(h), nbytes(gate_up)), (largest, buffer)
