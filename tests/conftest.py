@@ -38,6 +38,12 @@ OPS = (
     "fused_experts",
     "fused_experts_backward",
     "fused_experts_wgrad_",
+    "quantize_rows",
+    "quantize_weights",
+    "dequantize_rows",
+    "permute_quantize",
+    "scaled_grouped_gemm",
+    "fp8_grouped_gemm",
 )
 
 

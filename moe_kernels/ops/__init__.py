@@ -6,6 +6,13 @@ from moe_kernels.ops.fused_experts import fused_experts, fused_moe
 from moe_kernels.ops.grouped_gemm import grouped_gemm, grouped_gemm_wgrad
 from moe_kernels.ops.large_pages import use_large_pages
 from moe_kernels.ops.permute import permute
+from moe_kernels.ops.quantize import (
+    dequantize_rows,
+    permute_quantize,
+    quantize_rows,
+    quantize_weights,
+)
+from moe_kernels.ops.scaled_grouped_gemm import fp8_grouped_gemm, scaled_grouped_gemm
 from moe_kernels.ops.sort_by_expert import ExpertOrder, sort_by_expert
 from moe_kernels.ops.topk_router import RouterOutput, topk_router
 from moe_kernels.ops.unpermute import unpermute
@@ -14,12 +21,18 @@ __all__ = [
     "ExpertOrder",
     "RouterOutput",
     "chunk_permute",
+    "dequantize_rows",
     "expert_activation",
+    "fp8_grouped_gemm",
     "fused_experts",
     "fused_moe",
     "grouped_gemm",
     "grouped_gemm_wgrad",
     "permute",
+    "permute_quantize",
+    "quantize_rows",
+    "quantize_weights",
+    "scaled_grouped_gemm",
     "sort_by_expert",
     "topk_router",
     "unpermute",
