@@ -4,6 +4,7 @@ from benchmarks.providers.compiled_models import compiled_models, our_compiled_m
 from benchmarks.providers.copy_limit import copy_limit
 from benchmarks.providers.dense_limit import dense_limit
 from benchmarks.providers.dispatch import gloo_rows, torch_all_to_all, transports
+from benchmarks.providers.float8_chain import torch_scaled_mm
 from benchmarks.providers.moe_kernels import moe_kernels
 from benchmarks.providers.torch_chain import torch_chain
 from benchmarks.providers.transformers import transformers_batched_mm as batched_mm
@@ -28,6 +29,7 @@ PROVIDERS: dict[str, Provider] = {
         eager,
         grouped_mm,
         batched_mm,
+        torch_scaled_mm,
         our_compiled_model,
         *compiled_models,
         *transports,

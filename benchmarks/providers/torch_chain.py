@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks.providers.float8_chain import CHAIN
 from benchmarks.registry import Case, Implementation, Inputs, Output, Provider
 
 
@@ -91,5 +92,6 @@ torch_chain = Provider(
         "unpermute": _unpermute,
         "sort_by_expert": _sort_by_expert,
         "topk_router": _topk_router,
+        **CHAIN,
     },
 )
