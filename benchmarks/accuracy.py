@@ -66,7 +66,8 @@ def judge(results: Mapping[str, Tensor], truth: Mapping[str, Truth]) -> Accuracy
     accuracy = Accuracy()
     for name, right in truth.items():
         found = results[name].detach()
-        norms = _row_norms(found if found.is_floating_point() else found.double())
+        narrow = found.element_size() == 1 or not found.is_floating_point()
+        norms = _row_norms(found.double() if narrow else found)
         if not bool(norms.isfinite().all()):
             accuracy.wrong = f"{name} is not finite"
         rows = found[right.rows].double()

@@ -90,6 +90,7 @@ class Report:
         spilled: bytes of registers stored to and loaded from memory, and of any stack.
         shared: bytes of shared memory of a block; ``fits`` if the architecture has them.
         wgmma, tcgen05, mma: tensor core instructions of each kind, in the PTX.
+        float8: those among them that multiply float8.
         tma_load, tma_store, cp_async: instructions that copy to or from shared memory.
         detours: tiles that pass through registers on their way to a ``wgmma``, in a pipelined loop.
         fenced: every wait for ``cp.async`` is followed by a proxy fence before a ``wgmma``.
@@ -107,6 +108,7 @@ class Report:
     wgmma: int
     tcgen05: int
     mma: int
+    float8: int
     tma_load: int
     tma_store: int
     cp_async: int
@@ -181,6 +183,7 @@ def read(case: str, kernel: Any, arch: int) -> Report:
         wgmma=ptx.count("wgmma.mma_async"),
         tcgen05=ptx.count("tcgen05.mma"),
         mma=ptx.count("mma.sync"),
+        float8=len(re.findall(r"mma\S*(?:e4m3\S*e4m3|kind::f8f6f4)", ptx)),
         tma_load=len(re.findall(r"cp\.async\.bulk\.tensor\S*\.shared::c\w+\.global", ptx)),
         tma_store=len(re.findall(r"cp\.async\.bulk\.tensor\S*\.global\.shared", ptx)),
         cp_async=len(re.findall(r"cp\.async\.c[ag]", ptx)),

@@ -39,6 +39,12 @@ OPS = (
     "fused_experts",
     "fused_experts_backward",
     "fused_experts_wgrad_",
+    "quantize_rows",
+    "quantize_weights",
+    "dequantize_rows",
+    "permute_quantize",
+    "scaled_grouped_gemm",
+    "fp8_grouped_gemm",
 )
 
 
@@ -58,7 +64,7 @@ class Implementation:
 def triton_under_cpu() -> Iterator[None]:
     """Put the Triton launchers under the CPU key for a while, in the mended interpreter."""
     from moe_kernels.ops._library import NAMESPACE, _lazy_triton
-    from tests.kernels.interpreter import bfloat16_interpreter
+    from tests.kernels.interpreter import mended_interpreter
 
     library = torch.library.Library(NAMESPACE, "IMPL")
     with warnings.catch_warnings():
@@ -66,7 +72,7 @@ def triton_under_cpu() -> Iterator[None]:
         for op in OPS:
             library.impl(op, _lazy_triton(op), "CPU")
     try:
-        with bfloat16_interpreter():
+        with mended_interpreter():
             yield
     finally:
         library._destroy()

@@ -27,7 +27,20 @@ TINY = {
     "sort_by_expert": "T=5,E=4,K=2",
     "topk_router": "T=5,E=8,K=2",
     "round_tokens": "T=900,E=3,K=1",
+    "quantize_rows": "T=5,H=144",
+    "permute_quantize": "T=5,H=144,E=4,K=2",
+    "quantize_weights": "E=2,H=144,N=40",
+    "scaled_grouped_gemm": "R=20,D=144,N=24,E=4",
+    "fp8_grouped_gemm": "R=20,D=144,N=24,E=4",
 }
+FORWARD_ONLY = (
+    "sort_by_expert",
+    "quantize_rows",
+    "permute_quantize",
+    "quantize_weights",
+    "scaled_grouped_gemm",
+    "round_tokens",
+)
 
 
 @pytest.fixture
@@ -60,8 +73,7 @@ def test_rows_are_complete(op: str, device: str, tmp_path: Path) -> None:
     options = ("--device", device, "--direction", *directions)
     code, found = run(op, tmp_path / "out.json", *options)
     assert code == 0
-    one_way = ("sort_by_expert", "round_tokens")
-    expected = ["forward"] if op in one_way else list(directions)
+    expected = ["forward"] if op in FORWARD_ONLY else list(directions)
     for dtype in OPS[op].dtypes[device]:
         for direction in expected:
             rows = rows_of(found, dtype=dtype, direction=direction)

@@ -6,7 +6,9 @@ from benchmarks.ops.fused_experts import fused_experts
 from benchmarks.ops.grouped_gemm import grouped_gemm
 from benchmarks.ops.model_decode import model_decode
 from benchmarks.ops.permute import permute
+from benchmarks.ops.quantize import permute_quantize, quantize_rows, quantize_weights
 from benchmarks.ops.round_tokens import round_tokens
+from benchmarks.ops.scaled_grouped_gemm import fp8_grouped_gemm, scaled_grouped_gemm
 from benchmarks.ops.sort_by_expert import sort_by_expert
 from benchmarks.ops.topk_router import topk_router
 from benchmarks.ops.unpermute import unpermute
@@ -22,6 +24,11 @@ OPS: dict[str, Op] = {
         unpermute,
         sort_by_expert,
         topk_router,
+        quantize_rows,
+        permute_quantize,
+        quantize_weights,
+        scaled_grouped_gemm,
+        fp8_grouped_gemm,
         model_decode,
         round_tokens,
         dispatch,

@@ -4,6 +4,7 @@ from benchmarks.providers.compiled_models import compiled_models, our_compiled_m
 from benchmarks.providers.copy_limit import copy_limit
 from benchmarks.providers.dense_limit import dense_limit
 from benchmarks.providers.dispatch import gloo_rows, torch_all_to_all, transports
+from benchmarks.providers.float8_chain import torch_scaled_mm
 from benchmarks.providers.moe_kernels import moe_kernels
 from benchmarks.providers.peers import PEERS
 from benchmarks.providers.torch_chain import torch_chain
@@ -37,6 +38,7 @@ PROVIDERS: dict[str, Provider] = {
         transformers_sonicmoe,
         transformers_deepgemm,
         *PEERS,
+        torch_scaled_mm,
         our_compiled_model,
         *compiled_models,
         *transports,

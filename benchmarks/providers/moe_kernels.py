@@ -28,6 +28,27 @@ def _grouped_gemm(case: Case) -> Implementation:
     return Implementation(lambda i: ours.grouped_gemm(i["a"], w.mT, i["offsets"]))
 
 
+def _scaled_grouped_gemm(case: Case) -> Implementation:
+    w, scales_w, dtype = case.weights["w"], case.weights["scales_w"], case.dtype
+
+    def run(inputs: Inputs) -> Output:
+        return ours.scaled_grouped_gemm(
+            inputs["a"], w.mT, inputs["scales_a"], scales_w.mT, inputs["offsets"], out_dtype=dtype
+        )
+
+    return Implementation(run)
+
+
+def _fp8_grouped_gemm(case: Case) -> Implementation:
+    w = case.weights["w"]
+    return Implementation(lambda i: ours.fp8_grouped_gemm(i["a"], w.mT, i["offsets"]))
+
+
+def _quantize_weights(case: Case) -> Implementation:
+    w = case.weights["w"]
+    return Implementation(lambda i: ours.quantize_weights(w.mT))
+
+
 def _topk_router(case: Case) -> Implementation:
     top_k = case.shape["K"]
 
@@ -67,6 +88,13 @@ moe_kernels = Provider(
         ),
         "sort_by_expert": _sort_by_expert,
         "topk_router": _topk_router,
+        "quantize_rows": lambda case: Implementation(lambda i: ours.quantize_rows(i["x"])),
+        "permute_quantize": lambda case: Implementation(
+            lambda i: ours.permute_quantize(i["x"], order_of(i))
+        ),
+        "quantize_weights": _quantize_weights,
+        "scaled_grouped_gemm": _scaled_grouped_gemm,
+        "fp8_grouped_gemm": _fp8_grouped_gemm,
         "model_decode": decoding("moe_kernels"),
         "round_tokens": _round_tokens,
     },

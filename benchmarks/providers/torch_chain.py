@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from benchmarks.ops.fused_experts import is_oai, matrices
 from benchmarks.ops.round_tokens import TILE
+from benchmarks.providers.float8_chain import CHAIN
 from benchmarks.registry import Case, Implementation, Inputs, Output, Provider
 
 
@@ -135,5 +136,6 @@ torch_chain = Provider(
         "sort_by_expert": _sort_by_expert,
         "topk_router": _topk_router,
         "round_tokens": _round_tokens,
+        **CHAIN,
     },
 )

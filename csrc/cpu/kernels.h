@@ -120,7 +120,7 @@ struct WeightGradKernels {
 
 // Memory of the calling thread, 64-byte aligned, one piece for each use: good until the next call
 // for the same use.
-enum class Scratch { kKernel, kRows, kTile, kNarrowTile, kCount };
+enum class Scratch { kKernel, kRows, kTile, kNarrowTile, kPart, kPanel, kCount };
 void* thread_scratch(Scratch use, int64_t bytes);
 
 // Fills a table with the functions of one instruction set.

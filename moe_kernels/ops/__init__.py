@@ -7,7 +7,14 @@ from moe_kernels.ops.grouped_gemm import grouped_gemm, grouped_gemm_wgrad
 from moe_kernels.ops.kept_buffers import free_kept_buffers
 from moe_kernels.ops.large_pages import use_large_pages
 from moe_kernels.ops.permute import permute
+from moe_kernels.ops.quantize import (
+    dequantize_rows,
+    permute_quantize,
+    quantize_rows,
+    quantize_weights,
+)
 from moe_kernels.ops.round_tokens import RoundedTokens, round_tokens, rounded_rows
+from moe_kernels.ops.scaled_grouped_gemm import fp8_grouped_gemm, scaled_grouped_gemm
 from moe_kernels.ops.sort_by_expert import ExpertOrder, sort_by_expert
 from moe_kernels.ops.topk_router import RouterOutput, topk_router
 from moe_kernels.ops.unpermute import unpermute
@@ -17,15 +24,21 @@ __all__ = [
     "RoundedTokens",
     "RouterOutput",
     "chunk_permute",
+    "dequantize_rows",
     "expert_activation",
+    "fp8_grouped_gemm",
     "free_kept_buffers",
     "fused_experts",
     "fused_moe",
     "grouped_gemm",
     "grouped_gemm_wgrad",
     "permute",
+    "permute_quantize",
+    "quantize_rows",
+    "quantize_weights",
     "round_tokens",
     "rounded_rows",
+    "scaled_grouped_gemm",
     "sort_by_expert",
     "topk_router",
     "unpermute",

@@ -22,6 +22,14 @@ import torch
 
 NAMESPACE = "moe_kernels"
 BACKENDS = ("native", "reference")
+# ops in a file of another name, beside the parts of a backward
+FILES = {
+    "quantize_rows": "quantize",
+    "quantize_weights": "quantize",
+    "dequantize_rows": "quantize",
+    "permute_quantize": "quantize",
+    "fp8_grouped_gemm": "scaled_grouped_gemm",
+}
 
 _lib = torch.library.Library(NAMESPACE, "DEF")
 
@@ -68,13 +76,14 @@ _load_native()
 
 
 def _lazy_triton(name: str) -> Callable[..., Any]:
-    """The Triton launcher ``moe_kernels.triton.<name>.<name>``, imported when first called."""
+    """The Triton launcher ``name`` of ``moe_kernels.triton.<file>``, imported when first called."""
     launcher: list[Callable[..., Any]] = []
 
     def call(*args: Any) -> Any:
         if not launcher:
             module = name.removesuffix("_backward")
             module = module.removesuffix("_").removesuffix("_wgrad").removesuffix("_dbias")
+            module = FILES.get(module, module)
             try:
                 loaded = importlib.import_module(f"{NAMESPACE}.triton.{module}")
             except ModuleNotFoundError as error:
@@ -127,16 +136,12 @@ def register_autograd(
     )
 
 
-def refuse_double_backward(*names: str) -> None:
-    """Make differentiating a backward op a clear error instead of a wrong gradient."""
+def refuse_backward(reason: str, *names: str) -> None:
+    """Make differentiating an op a clear error instead of a wrong gradient."""
 
     def refuse(name: str) -> Callable[..., Any]:
         def backward(ctx: Any, *grads: Any) -> None:
-            raise RuntimeError(
-                f"{name}: double backward is not supported. Differentiate once, or set "
-                "MOE_KERNELS_BACKEND=reference and call moe_kernels.reference's functions, which "
-                "autograd differentiates any number of times."
-            )
+            raise RuntimeError(f"{name}: {reason}")
 
         return backward
 
@@ -146,6 +151,16 @@ def refuse_double_backward(*names: str) -> None:
             refuse(name),
             lib=_lib,
         )
+
+
+def refuse_double_backward(*names: str) -> None:
+    """The same for ops that backward calls."""
+    refuse_backward(
+        "double backward is not supported. Differentiate once, or set "
+        "MOE_KERNELS_BACKEND=reference and call moe_kernels.reference's functions, which "
+        "autograd differentiates any number of times.",
+        *names,
+    )
 
 
 def remember_inputs(ctx: Any, inputs: Sequence[Any]) -> None:

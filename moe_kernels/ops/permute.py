@@ -5,7 +5,7 @@ T tokens, K experts a token, R = T * K rows, H hidden size, E experts.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -76,28 +76,67 @@ def check_order(op: str, order: Any, x: Tensor | None = None) -> None:
         )
 
 
-def permute(x: Tensor, order: ExpertOrder, *, num_rows: int | None = None) -> Tensor:
+@overload
+def permute(
+    x: Tensor, order: ExpertOrder, *, num_rows: int | None = None, scales: None = None
+) -> Tensor: ...
+
+
+@overload
+def permute(
+    x: Tensor, order: ExpertOrder, *, num_rows: int | None = None, scales: Tensor
+) -> tuple[Tensor, Tensor]: ...
+
+
+def permute(
+    x: Tensor,
+    order: ExpertOrder,
+    *,
+    num_rows: int | None = None,
+    scales: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Copy each token's row to the rows of its experts.
 
     Args:
-        x: [T, H], any float dtype, any strides.
+        x: [T, H], any float dtype or float8_e4m3fn, any strides.
         order: from :func:`sort_by_expert`.
         num_rows: how many rows to return, at least ``offsets[E]`` (a bound the caller knows; with
             fewer, rows are lost). Default R = T * K.
+        scales: [T, ceil(H / block)], of float8 rows (:func:`quantize_rows`), to be copied alike.
+            To quantise on the way, see :func:`permute_quantize`.
 
     Returns:
         [num_rows, H]: rows of expert e at ``offsets[e]:offsets[e + 1]``; rows of dropped slots, at
-        the tail, are zero. Backward sums a token's row gradients in slot order in float32.
+        the tail, are zero. Backward sums a token's row gradients in slot order in float32. With
+        scales also theirs, [num_rows, ceil(H / block)].
 
     Raises:
-        ValueError: x is not [T, H] with the T of the order, or lies on another device.
-        TypeError: x is not floating point.
+        ValueError: x is not [T, H] with the T of the order, or lies on another device; scales have
+            another T.
+        TypeError: x is neither floating point nor float8_e4m3fn; scales come with what is not
+            float8, or are not float32.
+        RuntimeError: x is float8 and requires a gradient, which float8 cannot hold.
     """
     check_tensor("permute", "x", x, 2, "[T, H]")
-    check_dtype("permute", "x", x, FLOAT_DTYPES)
+    check_dtype("permute", "x", x, (*FLOAT_DTYPES, torch.float8_e4m3fn))
     check_order("permute", order, x)
     check_device("permute", "x", x, "order", order.row_to_slot)
     rows = order.row_to_slot.shape[0] if num_rows is None else num_rows
     check_count("permute", "num_rows", rows)
+    if x.dtype == torch.float8_e4m3fn and x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            "permute: x is float8_e4m3fn and requires a gradient, which float8 cannot hold. "
+            "Permute unquantised rows and train with fp8_grouped_gemm, or use torch.no_grad()."
+        )
+    if scales is not None:
+        check_tensor("permute", "scales", scales, 2, "[T, ceil(H / block)]")
+        check_dtype("permute", "scales", scales, (torch.float32,))
+        check_device("permute", "x", x, "scales", scales)
+        check_dtype("permute", "x, with scales,", x, (torch.float8_e4m3fn,))
+        if scales.shape[0] != x.shape[0]:
+            raise ValueError(
+                f"permute: scales must be [T, ceil(H / block)] with T = {x.shape[0]} "
+                f"(x.shape[0]); got {list(scales.shape)}"
+            )
     out: Tensor = _op(x, *order, rows)
-    return out
+    return out if scales is None else (out, _op(scales, *order, rows))

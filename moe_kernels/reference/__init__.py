@@ -9,7 +9,15 @@ from moe_kernels.reference.expert_activation import ACTIVATIONS, expert_activati
 from moe_kernels.reference.fused_experts import fused_experts
 from moe_kernels.reference.grouped_gemm import grouped_gemm
 from moe_kernels.reference.permute import permute
+from moe_kernels.reference.quantize import (
+    dequantize_rows,
+    dequantize_weights,
+    permute_quantize,
+    quantize_rows,
+    quantize_weights,
+)
 from moe_kernels.reference.round_tokens import round_tokens
+from moe_kernels.reference.scaled_grouped_gemm import fp8_grouped_gemm, scaled_grouped_gemm
 from moe_kernels.reference.sort_by_expert import sort_by_expert
 from moe_kernels.reference.topk_router import topk_router
 from moe_kernels.reference.unpermute import unpermute
@@ -17,12 +25,19 @@ from moe_kernels.reference.unpermute import unpermute
 __all__ = [
     "ACTIVATIONS",
     "chunk_permute",
+    "dequantize_rows",
+    "dequantize_weights",
     "expert_activation",
+    "fp8_grouped_gemm",
     "fused_experts",
     "grouped_gemm",
     "is_gated",
     "permute",
+    "permute_quantize",
+    "quantize_rows",
+    "quantize_weights",
     "round_tokens",
+    "scaled_grouped_gemm",
     "sort_by_expert",
     "topk_router",
     "unpermute",

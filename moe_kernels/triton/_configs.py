@@ -44,6 +44,21 @@ CONFIGS: dict[str, dict[tuple[int, str, str], Config]] = {
         (100, "half", "some"): Config(64, 128, 64, warps=4, stages=4),
         (100, "half", "many"): Config(128, 256, 64, warps=8, stages=3),
     },
+    # at most 128 columns and contracted elements, which share a scale
+    "scaled_grouped_gemm": {
+        (80, "fp8", "unaligned"): Config(64, 64, 64, warps=8, stages=2, programs=2),
+        (90, "fp8", "unaligned"): Config(64, 64, 64, warps=8, stages=2, programs=2),
+        (100, "fp8", "unaligned"): Config(64, 64, 64, warps=8, stages=2, programs=2),
+        (80, "fp8", "few"): Config(16, 128, 128, warps=4, stages=3, programs=2),
+        (80, "fp8", "some"): Config(64, 128, 32, warps=4, stages=4, programs=2),
+        (80, "fp8", "many"): Config(128, 128, 32, warps=8, stages=4),
+        (90, "fp8", "few"): Config(16, 128, 128, warps=4, stages=4, programs=2),
+        (90, "fp8", "some"): Config(64, 128, 128, warps=4, stages=4, programs=2),
+        (90, "fp8", "many"): Config(128, 128, 128, warps=8, stages=5),
+        (100, "fp8", "few"): Config(16, 128, 128, warps=4, stages=4, programs=2),
+        (100, "fp8", "some"): Config(64, 128, 128, warps=4, stages=4),
+        (100, "fp8", "many"): Config(128, 128, 128, warps=8, stages=5),
+    },
     "up": {
         (80, "full", "any"): Config(64, 32, 16, warps=4, stages=2, programs=2),
         (80, "half", "unaligned"): Config(64, 64, 32, warps=4, stages=2),
@@ -135,6 +150,6 @@ def default_config(
     family = 100 if arch >= 100 else 90 if arch >= 90 else 80
     mean = rows / max(experts, 1)
     size = "few" if mean <= FEW else "some" if mean <= SOME else "many"
-    if not aligned and size != "few":
+    if not aligned and (size != "few" or precision == "fp8"):
         size = "unaligned"
     return CONFIGS[kernel][family, precision, size]

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_kernels.triton._fp8 import raw
 from moe_kernels.triton._launch import (
     ceil_div,
     next_power_of_2,
@@ -73,7 +74,8 @@ def permute(
     block_r, block_h = copy_tile(H)
     with on_device_of(x):
         _permute_kernel[(ceil_div(num_rows, block_r), ceil_div(H, block_h))](
-            x, row_to_slot, offsets, out, num_rows, row_to_slot.numel(), H, offsets.numel() - 1,
-            slot_to_row.shape[1], *x.stride(), BLOCK_R=block_r, BLOCK_H=block_h,
+            raw(x), row_to_slot, offsets, raw(out), num_rows, row_to_slot.numel(), H,
+            offsets.numel() - 1, slot_to_row.shape[1], *x.stride(),
+            BLOCK_R=block_r, BLOCK_H=block_h, num_warps=8 if x.element_size() == 1 else 4,
         )  # fmt: skip
     return out

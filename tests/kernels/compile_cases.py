@@ -114,6 +114,41 @@ def _grouped_gemm(
         module.grouped_gemm_dbias(grad, offsets, dtype)
 
 
+def _quantize(dtype: torch.dtype, block: int = 128, hidden: int = H) -> None:
+    from moe_kernels.triton import quantize as module
+
+    x, float8 = torch.empty(T, hidden, dtype=dtype), torch.float8_e4m3fn
+    values, scales = module.quantize_rows(x, float8, block, False)
+    module.permute_quantize(x, *_order(), T * K, float8, block, True)
+    module.dequantize_rows(values, scales, dtype, block)
+    for stored in (False, True):
+        w = torch.empty(E, INNER, hidden, dtype=dtype).mT if stored else None
+        w = torch.empty(E, hidden, INNER, dtype=dtype) if w is None else w
+        for transposed in (False, True):
+            module.quantize_weights(w, float8, block, False, transposed)
+
+
+def _scaled_gemm(
+    rows: int,
+    dtype: torch.dtype = BF16,
+    hidden: int = H,
+    biased: bool = False,
+    transposed: bool = True,
+) -> None:
+    from moe_kernels.triton.permute import permute
+    from moe_kernels.triton.scaled_grouped_gemm import scaled_grouped_gemm
+
+    float8, blocks = torch.float8_e4m3fn, -(-hidden // 128)
+    a = torch.empty(rows, hidden, dtype=float8)
+    b = torch.empty(E, INNER, hidden, dtype=float8).mT if transposed else None
+    b = torch.empty(E, hidden, INNER, dtype=float8) if b is None else b
+    scales = torch.empty(blocks, rows).t(), torch.empty(E, blocks, -(-INNER // 128))
+    offsets = torch.empty(E + 1, dtype=torch.int32)
+    bias = torch.empty(E, INNER, dtype=dtype) if biased else None
+    scaled_grouped_gemm(a, b, *scales, offsets, bias, dtype)
+    permute(torch.empty(T, hidden, dtype=float8), *_order(), T * K)
+
+
 def _fused_experts(
     activation: str,
     dtype: torch.dtype = BF16,
@@ -198,6 +233,8 @@ CASES: dict[str, Callable[[], None]] = {
     "round": partial(_round, "nearest", masked=True),
     "activation": partial(_activation, "swiglu", BF16),
     "gemm_many": partial(_grouped_gemm, T * K, BF16, False),
+    "quantize": partial(_quantize, BF16),
+    "scaled_many": partial(_scaled_gemm, T * K),
     "experts": partial(_fused_experts, "swiglu"),
     "experts_interleaved": partial(
         _fused_experts, "swigluoai", transposed=False, interleaved=True, biased=True
@@ -224,6 +261,13 @@ MORE_CASES: dict[str, Callable[[], None]] = {
     "gemm_full": partial(_grouped_gemm, T * K, torch.float32, True),
     "gemm_tf32": partial(_with_tf32, partial(_grouped_gemm, T * K, torch.float32, True)),
     "gemm_unaligned": partial(_grouped_gemm, T * K, BF16, False, hidden=H + 1),
+    "quantize_wide": partial(_quantize, torch.float32, block=64),
+    "quantize_odd": partial(_quantize, torch.float16, hidden=H + 1),
+    "scaled_many_biased": partial(_scaled_gemm, T * K, torch.float32, biased=True),
+    "scaled_some": partial(_scaled_gemm, 32 * E, torch.float16),
+    "scaled_few": partial(_scaled_gemm, 64),
+    "scaled_unaligned": partial(_scaled_gemm, T * K, hidden=H + 1),
+    "scaled_n_contiguous": partial(_scaled_gemm, T * K, transposed=False),
     "experts_biased": partial(_fused_experts, "swigluoai", biased=True),
     "main_grads_few": partial(_main_grads, 8, BF16),
     "main_grads_full": partial(_main_grads, T, torch.float32),

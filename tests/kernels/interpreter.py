@@ -1,8 +1,9 @@
-"""Triton's interpreter with bfloat16 that computes, and a little faster.
+"""Triton's interpreter with bfloat16 and float8_e4m3fn that compute, and a little faster.
 
 It keeps bfloat16 as uint16, and multiplies, adds and compares those bits as integers. Here operands
 are widened to float32 and results rounded to nearest even, as the hardware does. Reductions of
-bfloat16 tiles, ``tl.sum`` for one, remain wrong: kernels widen first.
+bfloat16 tiles, ``tl.sum`` for one, remain wrong: kernels widen first. Its conversion to
+float8_e4m3fn loses the carry of a mantissa that is rounded up, and takes NaN for a number.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import torch
 
 
 def _round(values: Any) -> Any:
@@ -30,8 +32,21 @@ def _widen(bits: Any) -> Any:
     return (np.ascontiguousarray(bits).astype(np.uint32) << 16).view(np.float32).reshape(bits.shape)
 
 
+def _round_float8(values: Any) -> Any:
+    """float32 to the bits of float8_e4m3fn."""
+    values = np.asarray(values, dtype=np.float32)
+    rounded = torch.from_numpy(values.reshape(-1).copy()).to(torch.float8_e4m3fn)
+    return rounded.view(torch.uint8).numpy().reshape(values.shape)
+
+
+def _widen_float8(bits: Any) -> Any:
+    """The bits of float8_e4m3fn to float32."""
+    flat = torch.from_numpy(bits.reshape(-1).astype(np.uint8)).view(torch.float8_e4m3fn)
+    return flat.float().numpy().reshape(bits.shape)
+
+
 @contextmanager
-def bfloat16_interpreter() -> Iterator[None]:
+def mended_interpreter() -> Iterator[None]:
     """Mend the interpreter for a while. Has no effect on compiled kernels."""
     import triton.language as tl
     from triton.runtime import interpreter
@@ -48,6 +63,8 @@ def bfloat16_interpreter() -> Iterator[None]:
         return bool(handle.dtype.scalar == tl.bfloat16)
 
     def wide(handle: Any) -> Any:
+        if handle.dtype.scalar == tl.float8e4nv:
+            return TensorHandle(_widen_float8(handle.data), tl.float32)
         return TensorHandle(_widen(handle.data), tl.float32) if narrow(handle) else handle
 
     def create_dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
@@ -63,6 +80,10 @@ def bfloat16_interpreter() -> Iterator[None]:
 
     def create_fp_to_fp(self: Any, source: Any, target: Any, mode: Any) -> Any:
         pair = {source.dtype.scalar, target.scalar}
+        if pair == {tl.float8e4nv, tl.float32}:
+            if target.scalar == tl.float32:
+                return wide(source)
+            return TensorHandle(_round_float8(source.data), tl.float8e4nv)
         if tl.bfloat16 in pair and pair <= {tl.bfloat16, tl.float16, tl.float32, tl.float64}:
             return cast_impl(self, source, target)
         return convert(self, source, target, mode)

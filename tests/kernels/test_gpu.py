@@ -107,6 +107,18 @@ def test_nothing_synchronises_with_the_host() -> None:
         y = moe_kernels.unpermute(out, expert_order, route.topk_weights)
         y.backward(upstream)
         moe_kernels.chunk_permute(layer["x"], sizes, order).sum().backward()
+        rounded = moe_kernels.fp8_grouped_gemm(
+            rows.detach().requires_grad_(),
+            layer["gate_up"].mT,
+            expert_order.offsets,
+            bias=layer["gate_up_bias"],
+        )
+        rounded.sum().backward()
+        with torch.no_grad():
+            values, scales = moe_kernels.permute_quantize(layer["x"], expert_order)
+            w, w_scales = moe_kernels.quantize_weights(layer["gate_up"].mT)
+            moe_kernels.scaled_grouped_gemm(values, w, scales, w_scales, expert_order.offsets)
+            moe_kernels.permute(values[:300], expert_order, scales=scales[:300])
         with torch.inference_mode():
             moe_kernels.fused_experts(
                 layer["x"], layer["gate_up"].mT, layer["down"].mT, route.topk_ids,

@@ -1,0 +1,194 @@
+"""float8 values with a float32 scale for each block: of a row, or of a matrix.
+
+T tokens, K experts a token, R rows, E experts, Kd contracted size, N columns; blocks of ``block``
+along Kd and N.
+
+The largest magnitude of a block is found among its bits, as integers: exact in any order, and an
+infinity or a NaN is larger than all else.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moe_kernels.triton._fp8 import LARGEST, decode, encode, has_float8, raw
+from moe_kernels.triton._launch import ceil_div, on_device_of, refuse_float64
+from moe_kernels.triton._math import divide
+from moe_kernels.triton._wgrad import empty_like_weight
+
+TILE = 4096  # elements a program quantises
+INFINITY = tl.constexpr(0x7F800000)
+SMALLEST_SCALE = tl.constexpr(0x00800000)  # 2**-126
+MAXIMUM = tl.constexpr(LARGEST)
+
+
+@triton.jit
+def magnitude(x):
+    return x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def block_scales(largest, POWER_OF_TWO: tl.constexpr):
+    """The scales of blocks from the bits of their largest magnitudes, and the reciprocals."""
+    limit = tl.full(largest.shape, MAXIMUM, tl.float32)
+    bits = divide(largest.to(tl.float32, bitcast=True), limit).to(tl.int32, bitcast=True)
+    if POWER_OF_TWO:  # the next one up
+        bits = (bits + 0x7FFFFF) & INFINITY
+    bits = tl.maximum(bits, SMALLEST_SCALE)
+    bits = tl.where(largest < INFINITY, bits, 0x7FC00000)
+    scale = bits.to(tl.float32, bitcast=True)
+    reciprocal = divide(tl.full(largest.shape, 1.0, tl.float32), scale)
+    return tl.where(largest == 0, 0.0, scale), tl.where(largest == 0, 0.0, reciprocal)
+
+
+@triton.jit(do_not_specialize=["rows", "R", "E", "top_k"])
+def _quantize_rows_kernel(
+    x, row_to_slot, offsets, values, scales, rows, R, Kd, E, top_k, stride_r, stride_k,
+    GATHERED: tl.constexpr, POWER_OF_TWO: tl.constexpr, BYTES: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    block = tl.program_id(1)
+    column = block * BLOCK_K + tl.arange(0, BLOCK_K)
+    inside = (column < Kd)[None, :]
+    if GATHERED:
+        used = tl.minimum(tl.load(offsets + E), R)
+        slot = tl.load(row_to_slot + row, mask=row < used, other=-1)
+        valid = (slot >= 0) & (slot < R)
+        source = (slot // top_k).to(tl.int64)
+    else:
+        valid = row < rows
+        source = row
+    tile = tl.load(
+        x + source[:, None] * stride_r + column[None, :].to(tl.int64) * stride_k,
+        mask=valid[:, None] & inside,
+        other=0.0,
+    ).to(tl.float32)
+    scale, reciprocal = block_scales(tl.max(magnitude(tile), 1), POWER_OF_TWO)
+    tl.store(
+        values + row[:, None] * Kd + column[None, :],
+        encode(tile * reciprocal[:, None], BYTES),
+        mask=(row < rows)[:, None] & inside,
+    )
+    tl.store(scales + block.to(tl.int64) * rows + row, scale, mask=row < rows)
+
+
+@triton.jit
+def _quantize_weights_kernel(
+    w, values, scales, Kd, N, stride_e, stride_k, stride_n, stride_vk, stride_vn,
+    POWER_OF_TWO: tl.constexpr, BYTES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    blocks_k, blocks_n = tl.cdiv(Kd, BLOCK), tl.cdiv(N, BLOCK)
+    program = tl.program_id(0).to(tl.int64)
+    expert = program // (blocks_k * blocks_n)
+    row = program // blocks_n % blocks_k * BLOCK + tl.arange(0, BLOCK)
+    column = program % blocks_n * BLOCK + tl.arange(0, BLOCK)
+    inside = (row < Kd)[:, None] & (column < N)[None, :]
+    tile = tl.load(
+        w + expert * stride_e + row[:, None] * stride_k + column[None, :] * stride_n,
+        mask=inside,
+        other=0.0,
+    ).to(tl.float32)
+    largest = tl.max(tl.max(magnitude(tile), 1), 0, keep_dims=True)
+    scale, reciprocal = block_scales(largest, POWER_OF_TWO)
+    cell = values + expert * Kd * N + row[:, None] * stride_vk + column[None, :] * stride_vn
+    tl.store(cell, encode(tile * reciprocal[:, None], BYTES), mask=inside)
+    tl.store(scales + program + tl.arange(0, 1), scale)
+
+
+@triton.jit(do_not_specialize=["R"])
+def _dequantize_rows_kernel(
+    values, scales, out, R, Kd, stride_r, stride_k, stride_sr, stride_sk,
+    BYTES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    block = tl.program_id(1).to(tl.int64)
+    column = block * BLOCK + tl.arange(0, BLOCK)
+    inside = (row < R)[:, None] & (column < Kd)[None, :]
+    tile = tl.load(values + row[:, None] * stride_r + column[None, :] * stride_k, mask=inside)
+    scale = tl.load(scales + row * stride_sr + block * stride_sk, mask=row < R, other=0.0)
+    wide = decode(tile, BYTES) * scale[:, None]
+    cell = out + row[:, None] * Kd + column[None, :]
+    tl.store(cell, wide.to(out.dtype.element_ty), mask=inside)
+
+
+def _empty_rows(
+    x: Tensor, rows: int, dtype: torch.dtype, block: int
+) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    """Values, scales, and the grid that fills them."""
+    Kd = x.shape[1]
+    values = x.new_empty(rows, Kd, dtype=dtype)
+    scales = x.new_empty(ceil_div(Kd, block), rows, dtype=torch.float32).t()
+    return values, scales, (ceil_div(rows, TILE // block), scales.shape[1])
+
+
+def quantize_rows(
+    x: Tensor, dtype: torch.dtype, block: int, power_of_two: bool
+) -> tuple[Tensor, Tensor]:
+    refuse_float64("quantize_rows", "x", x)
+    values, scales, grid = _empty_rows(x, x.shape[0], dtype, block)
+    if values.numel():
+        with on_device_of(x):
+            _quantize_rows_kernel[grid](
+                x, None, None, raw(values), scales, *x.shape[:1], 0, x.shape[1], 0, 1, *x.stride(),
+                GATHERED=False, POWER_OF_TWO=power_of_two, BYTES=not has_float8(x.device),
+                BLOCK_R=TILE // block, BLOCK_K=block,
+            )  # fmt: skip
+    return values, scales
+
+
+def permute_quantize(
+    x: Tensor,
+    row_to_slot: Tensor,
+    slot_to_row: Tensor,
+    offsets: Tensor,
+    num_rows: int,
+    dtype: torch.dtype,
+    block: int,
+    power_of_two: bool,
+) -> tuple[Tensor, Tensor]:
+    refuse_float64("permute_quantize", "x", x)
+    values, scales, grid = _empty_rows(x, num_rows, dtype, block)
+    if values.numel() and row_to_slot.numel() == 0:
+        return raw(values).zero_().view(dtype), scales.zero_()
+    if values.numel():
+        with on_device_of(x):
+            _quantize_rows_kernel[grid](
+                x, row_to_slot, offsets, raw(values), scales, num_rows, row_to_slot.numel(),
+                x.shape[1], offsets.numel() - 1, slot_to_row.shape[1], *x.stride(),
+                GATHERED=True, POWER_OF_TWO=power_of_two, BYTES=not has_float8(x.device),
+                BLOCK_R=TILE // block, BLOCK_K=block,
+            )  # fmt: skip
+    return values, scales
+
+
+def quantize_weights(
+    w: Tensor, dtype: torch.dtype, block: int, power_of_two: bool, transposed: bool
+) -> tuple[Tensor, Tensor]:
+    refuse_float64("quantize_weights", "w", w)
+    E, Kd, N = w.shape
+    values = empty_like_weight(w, E, Kd, N, dtype, transposed=transposed)
+    scales = w.new_empty(E, ceil_div(Kd, block), ceil_div(N, block), dtype=torch.float32)
+    if values.numel():
+        with on_device_of(w):
+            _quantize_weights_kernel[(scales.numel(),)](
+                w, raw(values), scales, Kd, N, *w.stride(), *values.stride()[1:],
+                POWER_OF_TWO=power_of_two, BYTES=not has_float8(w.device), BLOCK=block,
+                num_warps=8 if block == 128 else 4,
+            )  # fmt: skip
+    return values, scales
+
+
+def dequantize_rows(values: Tensor, scales: Tensor, dtype: torch.dtype, block: int) -> Tensor:
+    out = values.new_empty(values.shape, dtype=dtype)
+    R, Kd = values.shape
+    if out.numel():
+        with on_device_of(values):
+            _dequantize_rows_kernel[(ceil_div(R, TILE // block), ceil_div(Kd, block))](
+                raw(values), scales, out, R, Kd, *values.stride(), *scales.stride(),
+                BYTES=not has_float8(values.device), BLOCK=block, BLOCK_R=TILE // block,
+            )  # fmt: skip
+    return out

@@ -1,0 +1,147 @@
+"""Products of float8 row groups with their expert's float8 matrix, both scaled by blocks.
+
+R rows, E experts, Kd contracted size, N columns; blocks of 128 along Kd and N.
+
+Every 128 of Kd, tensor cores sum anew: they keep fewer bits than float32, and scales change there.
+Each of these sums is multiplied by its scales and added in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moe_kernels.triton._configs import config
+from moe_kernels.triton._fp8 import has_float8, multipliable, raw
+from moe_kernels.triton._launch import (
+    ceil_div,
+    checks_values,
+    on_device_of,
+    processors,
+    refuse_float64,
+)
+from moe_kernels.triton._operands import (
+    is_aligned,
+    load_rows,
+    load_weight,
+    pipeline_stages,
+    row_operand,
+    weight_is_aligned,
+    weight_operand,
+)
+from moe_kernels.triton._tiles import build_tile_map, load_tile, tile_count, walk
+from moe_kernels.triton.grouped_gemm import check_offsets, zero_tail
+from moe_kernels.triton.quantize import quantize_rows, quantize_weights
+
+BLOCK = tl.constexpr(128)
+
+
+@triton.jit(do_not_specialize=["bound"])
+def _scaled_grouped_gemm_kernel(
+    a, b, scales_a, scales_b, bias, out, tiles, bound, N, Kd,
+    stride_am, stride_ak, stride_be, stride_bk, stride_bn, stride_sam, stride_sak,
+    stride_sbe, stride_sbk, stride_sbn, stride_bias_e, stride_bias_n,
+    A_MODE: tl.constexpr, B_MODE: tl.constexpr, BIASED: tl.constexpr, EVEN_K: tl.constexpr,
+    BYTES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    # what is multiplied at once has one scale a row, and one for all columns
+    tl.static_assert(BLOCK % BLOCK_N == 0)
+    tl.static_assert(BLOCK % BLOCK_K == 0)
+    row_tiles, column_tiles = tile_count(tiles), tl.cdiv(N, BLOCK_N)
+    for step in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0)):
+        tile, column_tile = walk(step, row_tiles, column_tiles, GROUP_M)
+        expert, first, end = load_tile(tiles, bound, tile)
+        n = column_tile * BLOCK_N
+        row = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
+        valid = row < end
+        row_scale = scales_a + row * stride_sam
+        column_scale = scales_b + expert.to(tl.int64) * stride_sbe + n // BLOCK * stride_sbn
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        # scales are loaded a block ahead, while the tensor cores are busy
+        next_row_scale = tl.load(row_scale, mask=valid & (Kd > 0), other=0.0)
+        next_column_scale = tl.load(column_scale, mask=Kd > 0, other=0.0)
+        for k in tl.range(0, Kd, BLOCK_K, num_stages=STAGES):
+            scale = next_row_scale * next_column_scale
+            block, more = tl.cast((k + BLOCK_K) // BLOCK, tl.int64), k + BLOCK_K < Kd
+            next_row_scale = tl.load(row_scale + block * stride_sak, mask=valid & more, other=0.0)
+            next_column_scale = tl.load(column_scale + block * stride_sbk, mask=more, other=0.0)
+            x = load_rows(
+                a, first, row, valid, k, Kd, stride_am, stride_ak, A_MODE, EVEN_K, BLOCK_K
+            )
+            w = load_weight(
+                b, expert, k, n, Kd, N, stride_be, stride_bk, stride_bn,
+                B_MODE, False, BLOCK_K, BLOCK_N,
+            )  # fmt: skip
+            total += tl.dot(multipliable(x, BYTES), multipliable(w, BYTES)) * scale[:, None]
+        column = n + tl.arange(0, BLOCK_N)
+        if BIASED:
+            shift = bias + expert.to(tl.int64) * stride_bias_e + column * stride_bias_n
+            total += tl.load(shift, mask=column < N, other=0.0).to(tl.float32)[None, :]
+        tl.store(
+            out + first.to(tl.int64) * N + (tl.arange(0, BLOCK_M)[:, None] * N + column[None, :]),
+            total.to(out.dtype.element_ty),
+            mask=valid[:, None] & (column < N)[None, :],
+        )
+
+
+def scaled_grouped_gemm(
+    a: Tensor,
+    b: Tensor,
+    scales_a: Tensor,
+    scales_b: Tensor,
+    offsets: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    if out_dtype == torch.float64:
+        raise TypeError(
+            "scaled_grouped_gemm: out_dtype must be bfloat16, float16 or float32 on CUDA; got "
+            "float64. Convert the result, or set MOE_KERNELS_BACKEND=reference."
+        )
+    R, (E, Kd, N) = a.shape[0], b.shape
+    if checks_values():
+        check_offsets(offsets, R)
+    offsets = offsets.contiguous()
+    out = a.new_empty(R, N, dtype=out_dtype)
+    if out.numel() == 0:
+        return out
+    if E == 0:
+        return out.zero_()
+    aligned = is_aligned(a, out) and weight_is_aligned(b)
+    cut = config("scaled_grouped_gemm", a, R, E, aligned=aligned)
+    x = row_operand(raw(a), None, cut.block_m, cut.block_k)
+    w = weight_operand(raw(b), cut.block_k, cut.block_n)
+    tiles = build_tile_map(offsets, R, cut.block_m)
+    steps = tiles.bound * ceil_div(N, cut.block_n)
+    with on_device_of(a):
+        _scaled_grouped_gemm_kernel[(min(steps, processors(a.device) * cut.programs),)](
+            x.value, w.value, scales_a, scales_b, bias, out, tiles.tiles, tiles.bound, N, Kd,
+            *x.strides, *w.strides, *scales_a.stride(), *scales_b.stride(),
+            *(bias.stride() if bias is not None else (0, 0)),
+            A_MODE=x.mode, B_MODE=w.mode, BIASED=bias is not None, EVEN_K=Kd % cut.block_k == 0,
+            BYTES=not has_float8(a.device), BLOCK_M=cut.block_m, BLOCK_N=cut.block_n,
+            BLOCK_K=cut.block_k, GROUP_M=cut.group_m, STAGES=pipeline_stages(cut.stages, x, w),
+            num_warps=cut.warps,
+        )  # fmt: skip
+        zero_tail(out, offsets)
+    return out
+
+
+def fp8_grouped_gemm(
+    a: Tensor,
+    b: Tensor,
+    offsets: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype | None,
+    power_of_two: bool,
+    save_float8: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    refuse_float64("fp8_grouped_gemm", "a", a)
+    dtype = torch.float8_e4m3fn
+    values, scales = quantize_rows(a, dtype, BLOCK.value, power_of_two)
+    w, w_scales = quantize_weights(b, dtype, BLOCK.value, power_of_two, True)
+    out = scaled_grouped_gemm(values, w, scales, w_scales, offsets, bias, out_dtype or a.dtype)
+    return out, values, scales

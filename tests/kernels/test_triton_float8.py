@@ -1,0 +1,165 @@
+"""What the Triton kernels of float8 promise beyond their ops: any device, any tile, any offsets."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import moe_kernels
+from moe_kernels import reference
+from moe_kernels.triton import _fp8, permute, quantize, scaled_grouped_gemm
+from moe_kernels.triton._configs import CONFIGS
+from tests.conftest import GPU, HAS_GPU, Implementation, poisoned_memory, triton_under_cpu
+from tests.kernels.accuracy import frobenius_error
+from tests.kernels.test_quantize import assert_same
+
+FLOAT8 = torch.float8_e4m3fn
+
+
+@pytest.fixture(params=[GPU if HAS_GPU else "interpreter"])
+def impl(request: pytest.FixtureRequest) -> Iterator[Implementation]:
+    with poisoned_memory():
+        if HAS_GPU:
+            yield Implementation("cuda", torch.device("cuda"))
+        else:
+            with triton_under_cpu():
+                yield Implementation("interpreter", torch.device("cpu"))
+
+
+@pytest.fixture
+def without_float8(impl: Implementation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels take bytes and compute the format themselves, as before sm_89."""
+    for module in (_fp8, quantize, scaled_grouped_gemm):
+        monkeypatch.setattr(module, "has_float8", lambda device: False)
+    assert permute.raw(torch.empty(1, dtype=FLOAT8)).dtype == torch.uint8
+
+
+def _numbers() -> Tensor:
+    """Every number of the format, the middle of each two, and what is next to that."""
+    numbers = torch.arange(127, dtype=torch.uint8).view(FLOAT8).float()
+    middle = (numbers[1:] + numbers[:-1]) / 2
+    near = [middle, middle.nextafter(numbers[1:]), middle.nextafter(numbers[:-1])]
+    x = torch.cat([numbers, *near])
+    return torch.cat([x, -x])
+
+
+@pytest.mark.usefixtures("without_float8")
+def test_bytes_are_rounded_as_the_format_is(impl: Implementation) -> None:
+    x = _numbers().view(-1, 1).repeat(1, 2)
+    x[:, 0] = 448  # so that the scale is 1
+    x[0, 1] = torch.nan
+    values, _ = moe_kernels.quantize_rows(x.to(impl.device))
+    x[0, 0] = torch.nan
+    assert_same(values, x.to(FLOAT8))
+    codes = torch.arange(256, dtype=torch.uint8).view(FLOAT8).view(8, 32)
+    scales = torch.ones(8, 1)
+    back = moe_kernels.dequantize_rows(
+        codes.to(impl.device), scales.to(impl.device), dtype=torch.float32, block=32
+    )
+    assert_same(back, codes.float())
+
+
+@pytest.mark.usefixtures("without_float8")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_bytes_equal_the_definition(impl: Implementation, dtype: torch.dtype) -> None:
+    x = (torch.randn(37, 300) * torch.logspace(-6, 4, 37)[:, None]).to(dtype)
+    x[3], x[5, 7], x[6, 8] = 0, torch.inf, torch.nan
+    for options in ({}, {"power_of_two": True}, {"block": 32}):
+        expected = reference.quantize_rows(x, **options)
+        found = moe_kernels.quantize_rows(x.to(impl.device), **options)
+        for actual, right in zip(found, expected, strict=True):
+            assert_same(actual, right)
+    w = torch.randn(2, 130, 65).to(dtype)
+    for transposed in (True, False):
+        for actual, right in zip(
+            moe_kernels.quantize_weights(w.to(impl.device), transposed=transposed),
+            reference.quantize_weights(w, transposed=transposed),
+            strict=True,
+        ):
+            assert_same(actual, right)
+    ids = torch.rand(37, 6).topk(2).indices
+    ids[ids == 2] = -1
+    order = moe_kernels.sort_by_expert(ids.to(impl.device), 6)
+    rows = moe_kernels.permute_quantize(x.to(impl.device), order, num_rows=80)
+    values, scales = reference.quantize_rows(x)
+    copied = moe_kernels.permute(
+        values.to(impl.device), order, num_rows=80, scales=scales.to(impl.device)
+    )
+    assert_same(copied[0], rows[0])
+    torch.testing.assert_close(copied[1], rows[1], rtol=0, atol=0, equal_nan=True)
+
+
+def _operands(inner: int = 392, columns: int = 264) -> tuple[tuple[Tensor, ...], Tensor]:
+    """One expert has more rows than any tile, one has none, and some rows have no expert."""
+    a = torch.randn(190, inner) * torch.logspace(-2, 2, 190)[:, None]
+    b = torch.randn(4, inner, columns)
+    offsets = torch.tensor([0, 150, 150, 151, 180], dtype=torch.int32)
+    values, scales = reference.quantize_rows(a)
+    weights, weight_scales = reference.quantize_weights(b)
+    operands = (values, weights, scales, weight_scales)
+    return operands, reference.scaled_grouped_gemm(*operands, offsets, None, torch.float64)
+
+
+def _multiply(impl: Implementation, operands: tuple[Tensor, ...]) -> Tensor:
+    offsets = torch.tensor([0, 150, 150, 151, 180], dtype=torch.int32)
+    moved = (value.to(impl.device) for value in (*operands, offsets))
+    return moe_kernels.scaled_grouped_gemm(*moved, out_dtype=torch.float32)
+
+
+def _configurations() -> list[Any]:
+    return [
+        pytest.param(key, id=f"{key[0]}-{key[2]}", marks=[] if key[0] == 90 else pytest.mark.slow)
+        for key in CONFIGS["scaled_grouped_gemm"]
+    ]
+
+
+@pytest.mark.parametrize("key", _configurations())
+def test_every_configuration(
+    impl: Implementation, key: tuple[int, str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if HAS_GPU and key[0] > 10 * torch.cuda.get_device_capability()[0]:
+        pytest.skip(f"the device cannot run what is meant for sm_{key[0]}")
+    cut = CONFIGS["scaled_grouped_gemm"][key]
+    monkeypatch.setattr(scaled_grouped_gemm, "config", lambda *_, **__: cut)
+    if key[0] == 80:
+        for module in (_fp8, scaled_grouped_gemm):
+            monkeypatch.setattr(module, "has_float8", lambda device: False)
+    operands, truth = _operands(*((391, 265) if key[2] == "unaligned" else ()))
+    out = _multiply(impl, operands)
+    # on a GPU tensor cores keep fewer bits of the sums of 128 products
+    assert frobenius_error(out, truth) < (1e-3 if HAS_GPU else 1e-6)
+
+
+@pytest.mark.parametrize("offsets", [[0, 9, 4, 40], [-3, 2, 99, 7], [30, 20, 10, 0], [0, 5, 8, 99]])
+def test_offsets_that_do_not_fit_stay_in_bounds(
+    impl: Implementation, offsets: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = torch.tensor(offsets, dtype=torch.int32, device=impl.device)
+    a = torch.randn(23, 40, device=impl.device)
+    b = torch.randn(3, 40, 16, device=impl.device)
+    moe_kernels.fp8_grouped_gemm(a, b, bad)
+    monkeypatch.setenv("MOE_KERNELS_CHECK", "1")
+    with pytest.raises(ValueError, match="offsets must rise from 0"):
+        moe_kernels.fp8_grouped_gemm(a, b, bad)
+
+
+def test_float64_is_refused(impl: Implementation) -> None:
+    x = torch.randn(3, 4, dtype=torch.float64, device=impl.device)
+    offsets = torch.tensor([0, 3], dtype=torch.int32, device=impl.device)
+    order = moe_kernels.sort_by_expert(torch.zeros(3, 1, dtype=torch.int32).to(impl.device), 1)
+    operands, _ = _operands()
+    for name, call in {
+        "quantize_rows: x": lambda: moe_kernels.quantize_rows(x),
+        "permute_quantize: x": lambda: moe_kernels.permute_quantize(x, order),
+        "quantize_weights: w": lambda: moe_kernels.quantize_weights(x[None]),
+        "fp8_grouped_gemm: a": lambda: moe_kernels.fp8_grouped_gemm(x, x.mT[None], offsets),
+        "scaled_grouped_gemm: out_dtype": lambda: moe_kernels.scaled_grouped_gemm(
+            *(value.to(impl.device) for value in operands),
+            torch.zeros(5, dtype=torch.int32, device=impl.device),
+            out_dtype=torch.float64,
+        ),
+    }.items():
+        with pytest.raises(TypeError, match=f"{name} must be .* got float64"):
+            call()
