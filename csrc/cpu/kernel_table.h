@@ -8,8 +8,8 @@
 namespace moe {
 
 template <typename T>
-using KernelsOf =
-    std::tuple<RowKernels<T>, ActivationKernels<T>, GemmKernels<T>, WeightGradKernels<T>>;
+using KernelsOf = std::tuple<RowKernels<T>, ActivationKernels<T>, GemmKernels<T>,
+                             WeightGradKernels<T>, QuantizedKernels<T>>;
 
 using KernelTable = decltype(std::tuple_cat(
     KernelsOf<bf16>{}, KernelsOf<fp16>{}, KernelsOf<float>{}, KernelsOf<double>{},

@@ -3,23 +3,29 @@
 from moe_kernels.ops.chunk_permute import chunk_permute
 from moe_kernels.ops.expert_activation import expert_activation
 from moe_kernels.ops.fused_experts import fused_experts, fused_moe
+from moe_kernels.ops.fused_experts_quantized import fused_experts_quantized
 from moe_kernels.ops.grouped_gemm import grouped_gemm, grouped_gemm_wgrad
 from moe_kernels.ops.large_pages import use_large_pages
 from moe_kernels.ops.permute import permute
+from moe_kernels.ops.quantized_experts import QuantizedExperts, experts_from_mxfp4, quantize_experts
 from moe_kernels.ops.sort_by_expert import ExpertOrder, sort_by_expert
 from moe_kernels.ops.topk_router import RouterOutput, topk_router
 from moe_kernels.ops.unpermute import unpermute
 
 __all__ = [
     "ExpertOrder",
+    "QuantizedExperts",
     "RouterOutput",
     "chunk_permute",
     "expert_activation",
+    "experts_from_mxfp4",
     "fused_experts",
+    "fused_experts_quantized",
     "fused_moe",
     "grouped_gemm",
     "grouped_gemm_wgrad",
     "permute",
+    "quantize_experts",
     "sort_by_expert",
     "topk_router",
     "unpermute",
