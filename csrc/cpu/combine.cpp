@@ -34,10 +34,11 @@ void PackedBlocks<T>::store(int64_t block, const T* first, int64_t stride, Range
 template <typename T>
 void Combine<T>::run(T* y) const {
   using A = acc_t<T>;
-  const int64_t hidden = b.columns();
+  const int64_t hidden = b.columns(), k = b.inner();
   const int64_t step = columns_per_unit(hidden, 1, b.k_contiguous() ? 96 : 256, 32);
   const int64_t threads = at::get_num_threads();
   const at::Tensor buffer = empty_large({threads, used, step}, at::dtype(scalar_type<A>()));
+  const auto& gemm = kernels<GemmKernels<T>>();
   const auto& functions = kernels<RowKernels<T>>();
   parallel_units((hidden + step - 1) / step, [&](int64_t unit, int thread) {
     const Range columns{unit * step, std::min((unit + 1) * step, hidden)};
@@ -46,7 +47,7 @@ void Combine<T>::run(T* y) const {
     for (size_t i = 0; i < blocks.size(); ++i) {
       const RowBlock& block = blocks[i];
       A* out = products + block.begin * step;
-      b.template multiply<T>(rows.get(i), block.count, block.expert, columns, out, step);
+      gemm.multiply(rows.get(i), block.count, k, b.of<T>(block.expert), columns, out, step);
       for (int64_t r = 0; bias && r < block.count; ++r) {
         functions.add_scaled(out + r * step, bias + block.expert * hidden + columns.begin, A(1), n);
       }

@@ -19,9 +19,6 @@ namespace moe {
 
 namespace {
 
-// More slots than this are worked on in parts where nothing is kept for backward.
-int64_t slots_at_a_time(int64_t experts) { return std::max<int64_t>(32768, 256 * experts); }
-
 // The activations of all rows, packed for the second product; h [R, W] is kept if not null.
 template <typename T>
 void project_up(const Layer& layer, const at::Tensor& x, const Sorted& order, int64_t top_k,
@@ -35,6 +32,7 @@ void project_up(const Layer& layer, const at::Tensor& x, const Sorted& order, in
   const int32_t* row_to_slot = data<int32_t>(order.row_to_slot_R);
   const T* bias = data_or_null<T>(layer.gate_up_bias);
   PackedRows<T> packed_rows(layer.gate_up.k_contiguous(), hidden);
+  const auto& gemm = kernels<GemmKernels<T>>();
   const auto& rows = kernels<RowKernels<T>>();
   const auto& activations = kernels<ActivationKernels<T>>();
 
@@ -56,7 +54,8 @@ void project_up(const Layer& layer, const at::Tensor& x, const Sorted& order, in
     for (size_t p = 0; p < pieces.size(); ++p) {
       const Range& columns = pieces[p];
       A* sums = tile + p * piece_stride;
-      layer.gate_up.multiply<T>(packed, block.count, block.expert, columns, sums, stride);
+      gemm.multiply(packed, block.count, hidden, layer.gate_up.of<T>(block.expert), columns, sums,
+                    stride);
       for (int64_t i = 0; i < block.count; ++i) {
         A* row = sums + i * stride;
         if (bias) {
@@ -98,27 +97,9 @@ void run_layer(const Layer& layer, const at::Tensor& x, const Sorted& order,
   combine.run(mutable_data<T>(y));
 }
 
-template <typename T>
-void run_layer_in_parts(const char* op, const Layer& layer, const at::Tensor& x,
-                        const at::Tensor& topk_ids, const Sorted& order,
-                        const at::Tensor& topk_weights, const at::Tensor& y) {
-  const int64_t tokens = topk_ids.size(0), experts = layer.gate_up.experts();
-  const int64_t step =
-      std::max<int64_t>(slots_at_a_time(experts) / std::max<int64_t>(topk_ids.size(1), 1), 1);
-  if (tokens <= step) return run_layer<T>(layer, x, order, topk_weights, y, {});
-  for (int64_t t = 0; t < tokens; t += step) {
-    const int64_t n = std::min(step, tokens - t);
-    run_layer<T>(layer, x.narrow(0, t, n), sort_slots(op, topk_ids.narrow(0, t, n), experts),
-                 topk_weights.narrow(0, t, n), y.narrow(0, t, n), {});
-  }
-}
-
 #define MOE_INSTANTIATE(T)                                                                      \
   template void run_layer<T>(const Layer&, const at::Tensor&, const Sorted&, const at::Tensor&, \
-                             const at::Tensor&, const at::Tensor&);                             \
-  template void run_layer_in_parts<T>(const char*, const Layer&, const at::Tensor&,             \
-                                      const at::Tensor&, const Sorted&, const at::Tensor&,      \
-                                      const at::Tensor&);
+                             const at::Tensor&, const at::Tensor&);
 MOE_INSTANTIATE(bf16)
 MOE_INSTANTIATE(fp16)
 MOE_INSTANTIATE(float)
@@ -154,7 +135,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> fused_exp
   if (save_for_backward && used < num_rows) h.narrow(0, used, num_rows - used).zero_();
   dispatch_float(x.scalar_type(), kOp, [&]<typename T>() {
     if (save_for_backward) return run_layer<T>(layer, x, order, weights, y, h);
-    run_layer_in_parts<T>(kOp, layer, x, topk_ids, order, weights, y);
+    const int64_t step = tokens_at_a_time(experts, top_k);
+    if (tokens <= step) return run_layer<T>(layer, x, order, weights, y, {});
+    for (int64_t t = 0; t < tokens; t += step) {
+      const int64_t n = std::min(step, tokens - t);
+      run_layer<T>(layer, x.narrow(0, t, n), sort_slots(kOp, topk_ids.narrow(0, t, n), experts),
+                   weights.narrow(0, t, n), y.narrow(0, t, n), {});
+    }
   });
   if (!save_for_backward) {
     order = {at::empty({0}, index), at::empty({0, top_k}, index), at::empty({0}, index)};

@@ -75,10 +75,11 @@ template <typename T>
 void run_layer(const Layer& layer, const at::Tensor& x, const Sorted& order,
                const at::Tensor& topk_weights, const at::Tensor& y, const at::Tensor& h);
 
-// The same in parts of the tokens where there are so many that the rows of all would fill memory.
-template <typename T>
-void run_layer_in_parts(const char* op, const Layer& layer, const at::Tensor& x,
-                        const at::Tensor& topk_ids, const Sorted& order,
-                        const at::Tensor& topk_weights, const at::Tensor& y);
+// How many tokens are worked on together where nothing is kept for backward: the rows of more would
+// fill memory.
+inline int64_t tokens_at_a_time(int64_t experts, int64_t top_k) {
+  const int64_t slots = std::max<int64_t>(32768, 256 * experts);
+  return std::max<int64_t>(slots / std::max<int64_t>(top_k, 1), 1);
+}
 
 }  // namespace moe

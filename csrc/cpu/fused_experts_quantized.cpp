@@ -3,11 +3,14 @@
 // T tokens, K experts a token, R rows that belong to an expert, H hidden size, I intermediate size,
 // E experts, W = 2 * I columns for gated activations, else I.
 //
-// Few rows an expert: the weights are multiplied as they are stored, each read once, in two passes
-// over units of columns. Many: a unit's columns are written out in x's dtype, and the rest is that
-// of fused_experts.
+// The weights are multiplied as they are stored, in two passes over units of columns; where experts
+// have few rows (decode), each is read once and that is what takes the time. For double, which is
+// there to compare with, they are written out, and the rest is that of fused_experts.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
+
+#include <cmath>
+#include <cstring>
 
 #include "common/parallel.h"
 #include "cpu/fused_experts.h"
@@ -19,8 +22,21 @@ namespace {
 
 constexpr const char* kOp = "fused_experts_quantized";
 
-// With more rows an expert, on average, writing the weights out costs less than it saves.
-constexpr int64_t kFewRows = 16;
+// Matrices of all experts.
+struct QuantizedWeights {
+  at::Tensor codes, scales;  // contiguous
+  Format format;
+  int64_t inner, columns;
+
+  int64_t experts() const { return codes.size(0); }
+  int64_t groups() const { return codes.size(2); }
+
+  QuantizedMatrix of(int64_t expert) const {
+    return {data<uint8_t>(codes) + expert * codes.stride(0),
+            data<char>(scales) + expert * scales.stride(0) * scales.element_size(), format,
+            groups()};
+  }
+};
 
 Format parse_format(std::string_view name) {
   if (name == "int8") return Format::kInt8;
@@ -48,11 +64,55 @@ QuantizedWeights quantized(const char* name, const at::Tensor& codes, const at::
   return {codes.contiguous(), scales.contiguous(), format, inner, columns};
 }
 
+double code_value(Format format, uint8_t byte, bool high) {
+  constexpr double kE2m1[] = {0, 0.5, 1, 1.5, 2, 3, 4, 6};
+  const int nibble = high ? byte >> 4 : byte & 15;
+  switch (format) {
+    case Format::kInt8:
+      return byte - 128;
+    case Format::kFp8:  // no subnormal numbers
+      return (byte & 0x80 ? -1 : 1) *
+             (byte & 0x7f ? std::ldexp(8 + (byte & 7), (byte >> 3 & 15) - 10) : 0.0);
+    case Format::kInt4:
+      return nibble - 8;
+    default:
+      return nibble & 8 ? -kE2m1[nibble & 7] : kE2m1[nibble];
+  }
+}
+
+// [E, Kd, N] in double.
+at::Tensor written_out(const QuantizedWeights& b) {
+  const at::Tensor out = at::empty({b.experts(), b.inner, b.columns}, at::kDouble);
+  const bool grouped = has_group_scales(b.format);
+  parallel_units(b.experts() * b.inner, [&](int64_t unit, int) {
+    const int64_t e = unit / b.inner, k = unit % b.inner, group = k / kGroupSize;
+    const int64_t i = k % kGroupSize, step = grouped ? i / 8 : i / 4;
+    const QuantizedMatrix matrix = b.of(e);
+    for (int64_t n = 0; n < b.columns; ++n) {
+      const int64_t tile = n / kTileColumns, column = n % kTileColumns;
+      const uint8_t* codes = matrix.codes + (tile * b.groups() + group) * matrix.group_bytes();
+      const uint8_t byte = codes[(step * kTileColumns + column) * 4 + i % 4];
+      float scale;
+      if (grouped) {
+        const bf16* scales = static_cast<const bf16*>(matrix.scales);
+        const bf16 rounded = scales[(tile * b.groups() + group) * kTileColumns + column];
+        const uint32_t bits = static_cast<uint32_t>(rounded.bits) << 16;
+        std::memcpy(&scale, &bits, sizeof(scale));
+      } else {
+        scale = static_cast<const float*>(matrix.scales)[n];
+      }
+      mutable_data<double>(out)[unit * b.columns + n] =
+          code_value(b.format, byte, i % 8 >= 4) * scale;
+    }
+  });
+  return out;
+}
+
 // Rows of one matrix, packed for products with quantised ones.
 template <typename T>
-class PackedFewRows {
+class PackedForQuantized {
  public:
-  PackedFewRows(Format format, int64_t rows, int64_t k)
+  PackedForQuantized(Format format, int64_t rows, int64_t k)
       : format_(format),
         size_(
             kernels<QuantizedKernels<T>>().packed_size(format, (k + kGroupSize - 1) / kGroupSize)),
@@ -84,10 +144,19 @@ const float* multiply_columns(const QuantizedWeights& b, int64_t expert, const v
 // Floats from one row of products of `columns` columns to the next, wherever those begin.
 int64_t products_stride(int64_t columns) { return round_up(columns, kTileColumns) + kTileColumns; }
 
+struct QuantizedLayer {
+  QuantizedWeights gate_up, down;
+  at::Tensor gate_up_bias, down_bias;  // contiguous, or undefined
+  ActivationOptions activation;
+  bool interleaved;
+};
+
 template <typename T>
-void decode(const QuantizedWeights& gate_up, const QuantizedWeights& down, const Layer& layer,
-            const at::Tensor& x, const Sorted& order, const std::vector<RowBlock>& blocks,
-            const at::Tensor& topk_weights, const at::Tensor& y) {
+void run_quantized(const QuantizedLayer& layer, const at::Tensor& x, const Sorted& order,
+                   const at::Tensor& topk_weights, const at::Tensor& y) {
+  const QuantizedWeights &gate_up = layer.gate_up, &down = layer.down;
+  const std::vector<RowBlock> blocks =
+      row_blocks(data<int32_t>(order.offsets_E1), gate_up.experts());
   const int64_t tokens = x.size(0), hidden = x.size(1), inner = down.inner;
   const int64_t top_k = order.slot_to_row_TK.size(1);
   const int64_t used = data<int32_t>(order.offsets_E1)[gate_up.experts()];
@@ -98,7 +167,7 @@ void decode(const QuantizedWeights& gate_up, const QuantizedWeights& down, const
           *down_bias = data_or_null<T>(layer.down_bias);
   const auto& functions = kernels<RowKernels<T>>();
 
-  PackedFewRows<T> packed_x(gate_up.format, tokens, hidden);
+  PackedForQuantized<T> packed_x(gate_up.format, tokens, hidden);
   parallel_rows(tokens, hidden * 16, [&](int64_t begin, int64_t end) {
     float* row = static_cast<float*>(thread_scratch(Scratch::kRows, hidden * sizeof(float)));
     for (int64_t t = begin; t < end; ++t) {
@@ -107,7 +176,7 @@ void decode(const QuantizedWeights& gate_up, const QuantizedWeights& down, const
     }
   });
 
-  PackedFewRows<T> activated(down.format, used, inner);
+  PackedForQuantized<T> activated(down.format, used, inner);
   // Units begin at multiples of a group, so that each packs whole ones.
   const int64_t step = columns_per_unit(inner, blocks.size(), 128, kGroupSize);
   const int64_t parts = (inner + step - 1) / step;
@@ -191,29 +260,39 @@ at::Tensor fused_experts_quantized(const at::Tensor& x_TH, const at::Tensor& gat
                 hidden, options.gated() ? 2 * inner : inner);
   const QuantizedWeights down =
       quantized("down", down_codes, down_scales, parse_format(down_format), experts, inner, hidden);
-  const Layer layer{Weights(gate_up),
-                    Weights(down),
-                    contiguous_or_undefined(gate_up_bias),
-                    contiguous_or_undefined(down_bias),
-                    options,
-                    interleaved};
+  const at::Tensor first_bias = contiguous_or_undefined(gate_up_bias),
+                   second_bias = contiguous_or_undefined(down_bias);
   const at::Tensor x = with_unit_stride(x_TH);
   const at::Tensor weights = topk_weights.to(accumulate_dtype(x.scalar_type())).contiguous();
-  const Sorted order = sort_slots(kOp, topk_ids, experts);
-  const std::vector<RowBlock> blocks = row_blocks(data<int32_t>(order.offsets_E1), experts);
-  const int64_t used = data<int32_t>(order.offsets_E1)[experts];
-  int64_t hit = 0;
-  for (size_t i = 0; i < blocks.size(); ++i) {
-    hit += i == 0 || blocks[i].expert != blocks[i - 1].expert;
-  }
   const at::Tensor y = at::empty(x.sizes(), x.options());
-  dispatch_float(x.scalar_type(), kOp, [&]<typename T>() {
-    if constexpr (!std::is_same_v<T, double>) {
-      if (used <= kFewRows * hit) {
-        return decode<T>(gate_up, down, layer, x, order, blocks, weights, y);
-      }
+  const int64_t tokens = x.size(0), step = tokens_at_a_time(experts, topk_ids.size(1));
+  // Before anything is written: an id that is out of range raises.
+  const Sorted all = sort_slots(kOp, topk_ids, experts);
+  const auto in_parts = [&](auto run) {
+    if (tokens <= step) return run(x, all, weights, y);
+    for (int64_t t = 0; t < tokens; t += step) {
+      const int64_t n = std::min(step, tokens - t);
+      run(x.narrow(0, t, n), sort_slots(kOp, topk_ids.narrow(0, t, n), experts),
+          weights.narrow(0, t, n), y.narrow(0, t, n));
     }
-    run_layer_in_parts<T>(kOp, layer, x, topk_ids, order, weights, y);
+  };
+  dispatch_float(x.scalar_type(), kOp, [&]<typename T>() {
+    if constexpr (std::is_same_v<T, double>) {
+      const Layer layer{Weights(written_out(gate_up)),
+                        Weights(written_out(down)),
+                        first_bias,
+                        second_bias,
+                        options,
+                        interleaved};
+      in_parts([&](const auto& part, const Sorted& order, const auto& scales, const auto& out) {
+        run_layer<T>(layer, part, order, scales, out, {});
+      });
+    } else {
+      const QuantizedLayer layer{gate_up, down, first_bias, second_bias, options, interleaved};
+      in_parts([&](const auto& part, const Sorted& order, const auto& scales, const auto& out) {
+        run_quantized<T>(layer, part, order, scales, out);
+      });
+    }
   });
   return y;
 }

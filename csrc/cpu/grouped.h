@@ -7,7 +7,6 @@
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
-#include <optional>
 #include <vector>
 
 #include "common/dtypes.h"
@@ -15,29 +14,9 @@
 
 namespace moe {
 
-// Quantised matrices of all experts: codes [E, tiles, groups, ...] as QuantizedMatrix has them.
-struct QuantizedWeights {
-  at::Tensor codes, scales;  // contiguous
-  Format format;
-  int64_t inner, columns;
-
-  int64_t experts() const { return codes.size(0); }
-  int64_t groups() const { return codes.size(2); }
-
-  QuantizedMatrix of(int64_t expert) const {
-    return {data<uint8_t>(codes) + expert * codes.stride(0),
-            data<char>(scales) + expert * scales.stride(0) * scales.element_size(), format,
-            groups()};
-  }
-};
-
-// One matrix for each expert: [E, Kd, N], with the strides it came with if it can be multiplied so,
-// or quantised.
+// One matrix for each expert: [E, Kd, N], with the strides it came with if it can be multiplied so.
 class Weights {
  public:
-  explicit Weights(const QuantizedWeights& quantized)
-      : k_contiguous_(false), quantized_(quantized) {}
-
   explicit Weights(const at::Tensor& weights) : weights_(weights) {
     k_contiguous_ = weights.size(1) <= 1 || weights.stride(1) == 1;
     const bool n_contiguous = weights.size(2) <= 1 || weights.stride(2) == 1;
@@ -45,9 +24,9 @@ class Weights {
     if (!k_contiguous_ && !n_contiguous) weights_ = weights.contiguous();
   }
 
-  int64_t experts() const { return quantized_ ? quantized_->experts() : weights_.size(0); }
-  int64_t inner() const { return quantized_ ? quantized_->inner : weights_.size(1); }
-  int64_t columns() const { return quantized_ ? quantized_->columns : weights_.size(2); }
+  int64_t experts() const { return weights_.size(0); }
+  int64_t inner() const { return weights_.size(1); }
+  int64_t columns() const { return weights_.size(2); }
   bool k_contiguous() const { return k_contiguous_; }
 
   template <typename T>
@@ -56,30 +35,9 @@ class Weights {
             k_contiguous_};
   }
 
-  // GemmKernels::multiply with an expert's matrix, of whose columns a quantised one has those
-  // wanted written out first.
-  template <typename T>
-  void multiply(const void* packed, int64_t m, int64_t expert, Range wanted, acc_t<T>* out,
-                int64_t out_stride) const {
-    const auto& gemm = kernels<GemmKernels<T>>();
-    if (!quantized_) {
-      return gemm.multiply(packed, m, inner(), of<T>(expert), wanted, out, out_stride);
-    }
-    const QuantizedMatrix matrix = quantized_->of(expert);
-    const Range tiles{wanted.begin / kTileColumns, (wanted.end + kTileColumns - 1) / kTileColumns};
-    const int64_t width = tiles.size() * kTileColumns;
-    const int64_t size = matrix.groups * kGroupSize * width;
-    T* values = static_cast<T*>(thread_scratch(Scratch::kMatrix, size * sizeof(T)));
-    kernels<QuantizedKernels<T>>().dequantize(matrix, tiles, values, width);
-    const int64_t first = wanted.begin % kTileColumns;
-    gemm.multiply(packed, m, inner(), MatrixOf<T>{values, width, 1, false},
-                  Range{first, first + wanted.size()}, out, out_stride);
-  }
-
  private:
   at::Tensor weights_;
   bool k_contiguous_;
-  std::optional<QuantizedWeights> quantized_;
 };
 
 // Consecutive rows of one expert that are packed and multiplied together.

@@ -8,12 +8,13 @@
 namespace moe {
 
 template <typename T>
-using KernelsOf = std::tuple<RowKernels<T>, ActivationKernels<T>, GemmKernels<T>,
-                             WeightGradKernels<T>, QuantizedKernels<T>>;
+using KernelsOf =
+    std::tuple<RowKernels<T>, ActivationKernels<T>, GemmKernels<T>, WeightGradKernels<T>>;
 
 using KernelTable = decltype(std::tuple_cat(
     KernelsOf<bf16>{}, KernelsOf<fp16>{}, KernelsOf<float>{}, KernelsOf<double>{},
-    std::tuple<ScoreKernels<float>, ScoreKernels<double>>{}));
+    std::tuple<ScoreKernels<float>, ScoreKernels<double>>{},
+    std::tuple<QuantizedKernels<bf16>, QuantizedKernels<fp16>, QuantizedKernels<float>>{}));
 
 const KernelTable& kernel_table();
 

@@ -144,25 +144,23 @@ struct QuantizedMatrix {
   }
 };
 
-// Products of few rows with quantised matrices, bound by reading those. Rows of T are rounded to
-// integers of 16 bits, of 24 where T has more, with a scale for each group of 32: integer sums then
-// are exact, and the rounding is below that of T itself. For kFp8 they stay floating numbers.
+// Products with quantised matrices. Rows of T are rounded to integers of 16 bits, of 24 where T has
+// more, with a scale for each group of 32: integer sums then are exact, and the rounding is below
+// that of T itself. For kFp8 they stay floating numbers.
 template <typename T>
 struct QuantizedKernels {
   // Bytes of a packed row of so many groups.
   int64_t (*packed_size)(Format format, int64_t groups);
-  // Packs n elements, the last groups of which may be short, as groups first_group and following.
+  // Packs n elements, the last group of which may be short, as groups first_group and following.
   void (*pack)(Format format, void* packed, const float* row, int64_t first_group, int64_t n);
   // out[i, j] = row i times column tiles.begin * 16 + j.
   void (*multiply)(const QuantizedMatrix& b, const void* const* rows, int64_t m, Range tiles,
                    float* out, int64_t out_stride);
-  // out[i, j] = element i of column tiles.begin * 16 + j, for all i < 32 * groups.
-  void (*dequantize)(const QuantizedMatrix& b, Range tiles, T* out, int64_t out_stride);
 };
 
 // Memory of the calling thread, 64-byte aligned, one piece for each use: good until the next call
 // for the same use.
-enum class Scratch { kKernel, kRows, kTile, kNarrowTile, kMatrix, kCount };
+enum class Scratch { kKernel, kRows, kTile, kNarrowTile, kCount };
 void* thread_scratch(Scratch use, int64_t bytes);
 
 // Fills a table with the functions of one instruction set.

@@ -1,4 +1,4 @@
-// Few rows times quantised matrices.
+// Rows times quantised matrices.
 //
 // A tile of 16 columns is read once, a group of 32 of k at a time, for up to kMaxRows rows. Codes
 // are unpacked to unsigned bytes, four consecutive k of a column in a 32-bit lane, and multiplied
@@ -400,74 +400,11 @@ void multiply(const QuantizedMatrix& b, const void* const* rows, int64_t m, Rang
   }
 }
 
-// value * scale, rounded once.
-template <typename T>
-MOE_INLINE void store_product(T* out, Vec<float> value, Vec<float> scale) {
-  if constexpr (std::is_same_v<T, double>) {
-    for (int i = 0; i < L; ++i) out[i] = double(value[i]) * scale[i];
-  } else {
-    store(out, value * scale);
-  }
-}
-
-template <Format format, typename T>
-void dequantize_tile(const Tile& tile, T* out, int64_t stride) {
-  const uint8_t* codes = tile.codes;
-  for (int64_t g = 0; g < tile.groups; ++g) {
-    Vec<float> scale;
-    if constexpr (has_group_scales(format)) {
-      scale = load(static_cast<const bf16*>(tile.scales) + g * kTileColumns);
-    } else {
-      scale = load(static_cast<const float*>(tile.scales));
-    }
-    if (format == Format::kMxfp4) scale *= 0.5f;
-    for (int64_t k = g * kGroupSize; k < (g + 1) * kGroupSize; codes += kStepBytes) {
-      if constexpr (format == Format::kFp8) {
-        const VecU32 lanes = load_raw<VecU32>(codes);
-        for (int i = 0; i < 4; ++i, ++k) {
-          store_product(out + k * stride, fp8_value(lanes, i) * 0x1p120f, scale);
-        }
-      } else {
-        using Code = Codes<format>;
-        VecU8 values[Code::kPerByte];
-        Code::unpack(load_raw<VecU8>(codes), values);
-        for (const VecU8& four : values) {
-          for (int i = 0; i < 4; ++i, ++k) {
-            const VecI32 code = bit_cast<VecI32>((bit_cast<VecU32>(four) >> (8 * i)) & 0xffu);
-            const Vec<float> value = __builtin_convertvector(code - Code::kOffset, Vec<float>);
-            store_product(out + k * stride, value, scale);
-          }
-        }
-      }
-    }
-  }
-}
-
-template <typename T, size_t... format>
-MOE_INLINE auto dequantize_function(Format wanted, std::index_sequence<format...>) {
-  static constexpr void (*table[])(const Tile&, T*,
-                                   int64_t) = {dequantize_tile<static_cast<Format>(format), T>...};
-  return table[static_cast<int>(wanted)];
-}
-
-template <typename T>
-void dequantize(const QuantizedMatrix& b, Range tiles, T* out, int64_t out_stride) {
-  const auto run = dequantize_function<T>(b.format, std::make_index_sequence<4>());
-  for (int64_t t = tiles.begin; t < tiles.end; ++t) {
-    for (int v = 0; v < kTileVectors; ++v) {
-      run(tile_of(b, t, v), out + (t - tiles.begin) * kTileColumns + v * L, out_stride);
-    }
-  }
-}
-
 template <typename T>
 void fill_quantized(QuantizedKernels<T>& kernels) {
-  if constexpr (!std::is_same_v<T, double>) {  // which needs more digits than packed rows have
-    kernels.packed_size = packed_size<T>;
-    kernels.pack = pack<T>;
-    kernels.multiply = multiply<T>;
-  }
-  kernels.dequantize = dequantize<T>;
+  kernels.packed_size = packed_size<T>;
+  kernels.pack = pack<T>;
+  kernels.multiply = multiply<T>;
 }
 
 }  // namespace
@@ -476,7 +413,6 @@ void fill_quantized(QuantizedKernels<T>& kernels) {
 template <> void fill(QuantizedKernels<bf16>& kernels) { fill_quantized(kernels); }
 template <> void fill(QuantizedKernels<fp16>& kernels) { fill_quantized(kernels); }
 template <> void fill(QuantizedKernels<float>& kernels) { fill_quantized(kernels); }
-template <> void fill(QuantizedKernels<double>& kernels) { fill_quantized(kernels); }
 // clang-format on
 
 }  // namespace moe::CPU_CAPABILITY

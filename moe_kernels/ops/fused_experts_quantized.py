@@ -155,14 +155,15 @@ def fused_experts_quantized(
     """:func:`fused_experts` with weights of 8 or 4 bits, for inference.
 
     Computes what ``fused_experts`` computes with ``gate_up.dequantize()`` and
-    ``down.dequantize()``. On CPU, where experts have few tokens (decode), each needed expert's
-    codes are read once and never written out; x and the activations are then rounded to integers of
-    16 bits, of 24 for float32, with a scale for each 32 of them, and the sums of a group are exact.
-    The error of that is below that of rounding to x's dtype. With fp8 codes they stay in bf16 (x's
-    dtype where that is wider). With many tokens an expert, and for float64, codes are written out
-    in x's dtype, a few columns at a time, and multiplied as in ``fused_experts``. On CUDA and
-    elsewhere it is the plain PyTorch definition, which writes all weights out at once and waits for
-    the device.
+    ``down.dequantize()``.
+
+    On CPU codes are multiplied as they lie in memory, and where experts have few tokens (decode)
+    each needed expert is read once. x and the activations are rounded to integers of 16 bits, of 24
+    for float32, with a scale for each 32 of them, and the sums of a group are exact. The error of
+    that is below that of rounding to x's dtype. With fp8 codes they stay in bf16 (float32 where x
+    is not bf16, or the processor has no bf16 products). For float64 all weights are written out
+    first. On CUDA and elsewhere it is the plain PyTorch definition, which writes them out too and
+    waits for the device.
 
     Args:
         x: [T, H], bf16, fp16, fp32, fp64.

@@ -84,7 +84,7 @@ def _compare_in_float64(
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("tokens", [1, 7, 200])
 def test_fused_experts_quantized(tokens: int, format: str, dtype: torch.dtype) -> None:
-    """One row to more than fill a tile, and codes that are written out; sizes that fill nothing."""
+    """One row to many more than a tile of them, and sizes that fill no vector, tile or group."""
     hidden, inner = 323, 131
     inputs = {
         "x": torch.randn(tokens, hidden),

@@ -252,7 +252,7 @@ def test_sizes_without_alignment(
 def test_one_expert_with_everything(
     device: torch.device, tokens: int, format: str, dtype: torch.dtype
 ) -> None:
-    """Many rows an expert: more than a tile or a block of rows has, and codes written out."""
+    """More rows an expert than a tile and than a block of rows has; float64 writes codes out."""
     inputs, _ = make_case("plain", dtype, hidden=70, inner=45, bias=True)
     inputs["x"] = torch.randn(tokens, 70).to(dtype)
     inputs["topk_ids"] = torch.full((tokens, 1), 2)
@@ -265,6 +265,14 @@ def test_one_expert_with_everything(
     weights = {name: case[name].dequantize(dtype) for name in ("gate_up", "down")}
     truth = reference.fused_experts(**{**inputs, **weights})
     torch.testing.assert_close(y.cpu(), truth, rtol=1e-11, atol=1e-11)
+
+
+def test_very_many_tokens_are_worked_on_in_parts(device: torch.device) -> None:
+    inputs, _ = make_case("plain", torch.bfloat16, hidden=8, inner=4, bias=True)
+    inputs["x"] = torch.randn(33_000, 8).bfloat16()
+    inputs["topk_ids"] = torch.randint(-1, 8, (33_000, 1))
+    inputs["topk_weights"] = torch.rand(33_000, 1)
+    check(inputs, "int4", device=device)
 
 
 @pytest.mark.parametrize("gate_up", FORMATS)
