@@ -73,6 +73,7 @@ class Case:
         differentiable: the names in weights and inputs that backward yields gradients of.
         check: further inputs of the call whose results are checked; it is not the one timed.
         group: the process group of the ranks that compute the case together, if several do.
+        large_pages: the weights lie on large pages of memory; those made of them should too.
     """
 
     shape: Shape
@@ -83,6 +84,7 @@ class Case:
     differentiable: tuple[str, ...] = ()
     check: Inputs = field(default_factory=dict)
     group: Any = None
+    large_pages: bool = False
 
     def leaves(self, index: int) -> dict[str, Tensor]:
         """The differentiable tensors of input set ``index``."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -129,6 +129,7 @@ def run_op(op: Op, settings: Settings) -> Iterator[tuple[list[Row], str, Limits]
                 if settings.large_pages:
                     for weight in case.weights.values():
                         use_large_pages(weight)
+                    case = replace(case, large_pages=True)
                 cost = op.cost(case)
             except torch.OutOfMemoryError as error:  # a smaller GPU: other shapes go on
                 note = f"its inputs do not fit: {error}".split("\n")[0]

@@ -11,7 +11,7 @@ from tests.parallel.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-ONE_LAYER, IMPLEMENTATION, TWO_RANKS = SNIPPETS
+ONE_LAYER, IMPLEMENTATION, QUANTISED, TWO_RANKS = SNIPPETS
 
 
 def execute(snippet: str, **names: Any) -> dict[str, Any]:
@@ -48,6 +48,16 @@ def test_experts_implementation(tmp_path):
     assert model.config._experts_implementation == "moe_kernels"
     ids = batch(0)
     torch.testing.assert_close(model(ids).logits, expected(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_quantised_experts(tmp_path):
+    expected, name = model_to_load(tmp_path)
+    model = execute(IMPLEMENTATION, name=name)["model"]
+    execute(QUANTISED, model=model)
+    with torch.no_grad():
+        error = model(batch(0)).logits - expected(batch(0)).logits
+    assert 0 < error.norm() < 0.2 * expected(batch(0)).logits.norm()
+    assert not any("experts" in parameter for parameter, _ in model.named_parameters())
 
 
 def run_two_ranks(rank: int, ranks: int, name: str, directory: str) -> dict[str, torch.Tensor]:

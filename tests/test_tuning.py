@@ -23,7 +23,7 @@ from benchmarks.tuning.search import Found, search
 from moe_kernels.triton._config_tables import ROWS, Bucket, Config, read_table
 from moe_kernels.triton._configs import CONFIGS, default_config
 from tests.conftest import HAS_GPU
-from tests.kernels.interpreter import bfloat16_interpreter
+from tests.kernels.interpreter import mended_interpreter
 
 BUCKET = Bucket("up", "half", 256, "wide")
 DEFAULT = Config(128, 128, 64, warps=8, stages=4)
@@ -119,7 +119,7 @@ def test_small_shapes_compile_the_same_kernels() -> None:
 
 @pytest.fixture
 def device() -> Iterator[torch.device]:
-    with nullcontext() if HAS_GPU else bfloat16_interpreter():
+    with nullcontext() if HAS_GPU else mended_interpreter():
         yield torch.device("cuda" if HAS_GPU else "cpu")
 
 
@@ -342,7 +342,7 @@ def test_a_whole_run(
     monkeypatch.setattr(command.torch, "device", lambda name: torch.empty(0).device)
     out = tmp_path / "table.json"
     arguments = ["tune", "up", "wgrad", "--shape", "T=6,H=64,I=32,E=4,K=2", "--out", str(out)]
-    with bfloat16_interpreter():
+    with mended_interpreter():
         assert main(arguments) == 0
     text = capsys.readouterr().out
     document = json.loads(out.read_text())
@@ -350,7 +350,7 @@ def test_a_whole_run(
     assert read_table(out, CONFIGS) == document
     assert "MOE_KERNELS_CONFIGS=FILE" in text
     before = out.read_text()
-    with bfloat16_interpreter():
+    with mended_interpreter():
         assert main(arguments) == 0
     assert "already in" in capsys.readouterr().out
     assert out.read_text() == before

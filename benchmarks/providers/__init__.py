@@ -7,6 +7,12 @@ from benchmarks.providers.dispatch import gloo_rows, torch_all_to_all, transport
 from benchmarks.providers.float8_chain import torch_scaled_mm
 from benchmarks.providers.moe_kernels import moe_kernels
 from benchmarks.providers.peers import PEERS
+from benchmarks.providers.quantized import (
+    moe_kernels_fp8,
+    moe_kernels_mxfp4,
+    moe_kernels_unquantized,
+    torch_packed,
+)
 from benchmarks.providers.torch_chain import torch_chain
 from benchmarks.providers.transformers import (
     transformers_batched_mm,
@@ -18,11 +24,14 @@ from benchmarks.providers.transformers import (
 from benchmarks.registry import Provider
 
 OURS = moe_kernels.name
+# all that this package implements, and would rather be compared with others
 OWN = (
     OURS,
+    moe_kernels_fp8.name,
+    moe_kernels_mxfp4.name,
     our_compiled_model.name,
     *(transport.name for transport in transports),
-)  # all that this package implements
+)
 DENSE = dense_limit.name
 MACHINE = (DENSE, copy_limit.name)  # what the machine allows
 LIMITS = (*MACHINE, gloo_rows.name)  # what computes nothing that could be wrong
@@ -41,6 +50,10 @@ PROVIDERS: dict[str, Provider] = {
         torch_scaled_mm,
         our_compiled_model,
         *compiled_models,
+        moe_kernels_fp8,
+        moe_kernels_mxfp4,
+        moe_kernels_unquantized,
+        torch_packed,
         *transports,
         torch_all_to_all,
         gloo_rows,

@@ -7,7 +7,7 @@ from benchmarks.models import decoding
 from benchmarks.ops._order import order_of
 from benchmarks.ops.fused_experts import matrices, options
 from benchmarks.ops.round_tokens import MODE, TILE
-from benchmarks.registry import Case, Implementation, Inputs, Output, Provider
+from benchmarks.registry import Builder, Case, Implementation, Inputs, Output, Provider, Unsupported
 
 
 def _fused_experts(case: Case) -> Implementation:
@@ -21,6 +21,29 @@ def _fused_experts(case: Case) -> Implementation:
         )
 
     return Implementation(run)
+
+
+def quantized_experts(formats: dict[int, str]) -> Builder:
+    """Ours in a format for each number of bits."""
+
+    def build(case: Case) -> Implementation:
+        format = formats.get(case.shape["B"])
+        if format is None:
+            raise Unsupported(f"has no format of {case.shape['B']} bits")
+        gate_up = ours.quantize_experts(case.weights["gate_up"].mT, format)
+        down = ours.quantize_experts(case.weights["down"].mT, format)
+        for weight in (gate_up, down) if case.large_pages else ():
+            ours.use_large_pages(weight.codes)
+            ours.use_large_pages(weight.scales)
+
+        def run(inputs: Inputs) -> Output:
+            return ours.fused_experts_quantized(
+                inputs["x"], gate_up, down, inputs["topk_ids"], inputs["topk_weights"]
+            )
+
+        return Implementation(run)
+
+    return build
 
 
 def _grouped_gemm(case: Case) -> Implementation:
@@ -78,6 +101,7 @@ moe_kernels = Provider(
     "moe_kernels",
     {
         "fused_experts": _fused_experts,
+        "fused_experts_quantized": quantized_experts({8: "int8", 4: "int4"}),
         "grouped_gemm": _grouped_gemm,
         "expert_activation": lambda case: Implementation(
             lambda i: ours.expert_activation(i["h"], "swiglu")

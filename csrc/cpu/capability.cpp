@@ -38,7 +38,9 @@ std::vector<Level> make_levels() {
                       __builtin_cpu_supports("avx512dq");
   add("avx2", avx2, MOE_FILL(AVX2));
   add("avx512", avx512, MOE_FILL(AVX512));
-  add("avx512_bf16", avx512 && __builtin_cpu_supports("avx512bf16"), MOE_FILL(AVX512_BF16));
+  // Every processor with the one has the other.
+  const bool bf16 = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+  add("avx512_bf16", avx512 && bf16, MOE_FILL(AVX512_BF16));
 #endif
   return levels;
 }

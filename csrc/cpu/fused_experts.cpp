@@ -19,24 +19,6 @@ namespace moe {
 
 namespace {
 
-// More slots than this are worked on in parts where nothing is kept for backward.
-int64_t slots_at_a_time(int64_t experts) { return std::max<int64_t>(32768, 256 * experts); }
-
-struct Layer {
-  Weights gate_up, down;
-  at::Tensor gate_up_bias, down_bias;  // contiguous, or undefined
-  ActivationOptions activation;
-  bool interleaved;
-
-  int64_t inner() const { return down.inner(); }
-  int64_t width() const { return gate_up.columns(); }
-};
-
-template <typename T>
-const T* data_or_null(const at::Tensor& tensor) {
-  return tensor.defined() ? data<T>(tensor) : nullptr;
-}
-
 // The activations of all rows, packed for the second product; h [R, W] is kept if not null.
 template <typename T>
 void project_up(const Layer& layer, const at::Tensor& x, const Sorted& order, int64_t top_k,
@@ -91,9 +73,11 @@ void project_up(const Layer& layer, const at::Tensor& x, const Sorted& order, in
   });
 }
 
+}  // namespace
+
 template <typename T>
-void forward(const Layer& layer, const at::Tensor& x, const Sorted& order,
-             const at::Tensor& topk_weights, const at::Tensor& y, const at::Tensor& h) {
+void run_layer(const Layer& layer, const at::Tensor& x, const Sorted& order,
+               const at::Tensor& topk_weights, const at::Tensor& y, const at::Tensor& h) {
   const int64_t tokens = order.slot_to_row_TK.size(0), top_k = order.slot_to_row_TK.size(1);
   const int64_t experts = layer.gate_up.experts();
   const int32_t* offsets = data<int32_t>(order.offsets_E1);
@@ -113,9 +97,15 @@ void forward(const Layer& layer, const at::Tensor& x, const Sorted& order,
   combine.run(mutable_data<T>(y));
 }
 
-at::Tensor contiguous_or_undefined(const std::optional<at::Tensor>& tensor) {
-  return tensor ? tensor->contiguous() : at::Tensor();
-}
+#define MOE_INSTANTIATE(T)                                                                      \
+  template void run_layer<T>(const Layer&, const at::Tensor&, const Sorted&, const at::Tensor&, \
+                             const at::Tensor&, const at::Tensor&);
+MOE_INSTANTIATE(bf16)
+MOE_INSTANTIATE(fp16)
+MOE_INSTANTIATE(float)
+MOE_INSTANTIATE(double)
+
+namespace {
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> fused_experts(
     const at::Tensor& x_TH, const at::Tensor& gate_up, const at::Tensor& down,
@@ -145,15 +135,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> fused_exp
   const at::Tensor h = empty_large({save_for_backward ? num_rows : 0, layer.width()}, rows);
   if (save_for_backward && used < num_rows) h.narrow(0, used, num_rows - used).zero_();
   dispatch_float(x.scalar_type(), kOp, [&]<typename T>() {
-    const int64_t step =
-        std::max<int64_t>(slots_at_a_time(experts) / std::max<int64_t>(top_k, 1), 1);
-    if (save_for_backward || tokens <= step) {
-      return forward<T>(layer, x, order, weights, y, save_for_backward ? h : at::Tensor());
-    }
+    if (save_for_backward) return run_layer<T>(layer, x, order, weights, y, h);
+    const int64_t step = tokens_at_a_time(experts, top_k);
+    if (tokens <= step) return run_layer<T>(layer, x, order, weights, y, {});
     for (int64_t t = 0; t < tokens; t += step) {
       const int64_t n = std::min(step, tokens - t);
-      forward<T>(layer, x.narrow(0, t, n), sort_slots(kOp, topk_ids.narrow(0, t, n), experts),
-                 weights.narrow(0, t, n), y.narrow(0, t, n), {});
+      run_layer<T>(layer, x.narrow(0, t, n), sort_slots(kOp, topk_ids.narrow(0, t, n), experts),
+                   weights.narrow(0, t, n), y.narrow(0, t, n), {});
     }
   });
   if (!save_for_backward) {

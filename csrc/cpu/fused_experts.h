@@ -4,10 +4,12 @@
 // E experts, W = 2 * I columns for gated activations, else I.
 #pragma once
 
+#include <optional>
 #include <vector>
 
 #include "cpu/expert_activation.h"
 #include "cpu/grouped.h"
+#include "cpu/order.h"
 
 namespace moe {
 
@@ -47,5 +49,37 @@ struct Combine {
 
   void run(T* y) const;  // [T, H]
 };
+
+// The layer without x and routing.
+struct Layer {
+  Weights gate_up, down;
+  at::Tensor gate_up_bias, down_bias;  // contiguous, or undefined
+  ActivationOptions activation;
+  bool interleaved;
+
+  int64_t inner() const { return down.inner(); }
+  int64_t width() const { return gate_up.columns(); }
+};
+
+template <typename T>
+const T* data_or_null(const at::Tensor& tensor) {
+  return tensor.defined() ? data<T>(tensor) : nullptr;
+}
+
+inline at::Tensor contiguous_or_undefined(const std::optional<at::Tensor>& tensor) {
+  return tensor ? tensor->contiguous() : at::Tensor();
+}
+
+// y [T, H], and h [R, W] unless it is undefined. topk_weights are contiguous and of acc_t<T>.
+template <typename T>
+void run_layer(const Layer& layer, const at::Tensor& x, const Sorted& order,
+               const at::Tensor& topk_weights, const at::Tensor& y, const at::Tensor& h);
+
+// How many tokens are worked on together where nothing is kept for backward: the rows of more would
+// fill memory.
+inline int64_t tokens_at_a_time(int64_t experts, int64_t top_k) {
+  const int64_t slots = std::max<int64_t>(32768, 256 * experts);
+  return std::max<int64_t>(slots / std::max<int64_t>(top_k, 1), 1);
+}
 
 }  // namespace moe

@@ -13,7 +13,8 @@ using KernelsOf =
 
 using KernelTable = decltype(std::tuple_cat(
     KernelsOf<bf16>{}, KernelsOf<fp16>{}, KernelsOf<float>{}, KernelsOf<double>{},
-    std::tuple<ScoreKernels<float>, ScoreKernels<double>>{}));
+    std::tuple<ScoreKernels<float>, ScoreKernels<double>>{},
+    std::tuple<QuantizedKernels<bf16>, QuantizedKernels<fp16>, QuantizedKernels<float>>{}));
 
 const KernelTable& kernel_table();
 

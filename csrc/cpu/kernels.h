@@ -118,6 +118,46 @@ struct WeightGradKernels {
                       const OutputOf<T>& out);
 };
 
+// How the elements of a quantised matrix are written. Each code is an integer times a scale, but
+// kFp8, which is e4m3 without subnormal numbers. Codes of 4 bits have a scale for each column of
+// each group of k, the others one for each column.
+enum class Format { kInt8, kFp8, kInt4, kMxfp4 };
+
+constexpr bool has_group_scales(Format format) {
+  return format == Format::kInt4 || format == Format::kMxfp4;
+}
+
+// A quantised matrix [k, n] lies in tiles of 16 columns, each in groups of 32 of k, and both are
+// filled up with zeros. In a group of 8 bits a code, byte (k / 4, column, k % 4) is one code; of 4
+// bits, byte (k / 8, column, k % 4) holds codes k and k + 4, low bits first.
+constexpr int64_t kTileColumns = 16;
+constexpr int64_t kGroupSize = 32;
+
+struct QuantizedMatrix {
+  const uint8_t* codes;
+  const void* scales;  // bf16 [tile, group, column], or float [tile, column]
+  Format format;
+  int64_t groups;  // along k
+
+  int64_t group_bytes() const {
+    return kTileColumns * kGroupSize / (has_group_scales(format) ? 2 : 1);
+  }
+};
+
+// Products with quantised matrices. Rows of T are rounded to integers of 16 bits, of 24 where T has
+// more, with a scale for each group of 32: integer sums then are exact, and the rounding is below
+// that of T itself. For kFp8 they stay floating numbers.
+template <typename T>
+struct QuantizedKernels {
+  // Bytes of a packed row of so many groups.
+  int64_t (*packed_size)(Format format, int64_t groups);
+  // Packs n elements, the last group of which may be short, as groups first_group and following.
+  void (*pack)(Format format, void* packed, const float* row, int64_t first_group, int64_t n);
+  // out[i, j] = row i times column tiles.begin * 16 + j.
+  void (*multiply)(const QuantizedMatrix& b, const void* const* rows, int64_t m, Range tiles,
+                   float* out, int64_t out_stride);
+};
+
 // Memory of the calling thread, 64-byte aligned, one piece for each use: good until the next call
 // for the same use.
 enum class Scratch { kKernel, kRows, kTile, kNarrowTile, kPart, kPanel, kCount };

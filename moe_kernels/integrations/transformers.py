@@ -3,7 +3,10 @@
     moe_kernels.integrations.transformers.register()
     model = AutoModelForCausalLM.from_pretrained(name, experts_implementation="moe_kernels")
 
-It serves every experts module behind transformers' ``use_experts_implementation``. Two paths:
+:func:`quantize_experts_of` instead replaces the experts of a loaded model by ones of 8 or 4 bits.
+
+The implementation serves every experts module behind transformers' ``use_experts_implementation``.
+Two paths:
 
     fused    the module's gate is one of :func:`moe_kernels.expert_activation`: one fused op
     rows     any other gate: our ops sort, multiply and sum the rows, and the module's own
@@ -21,15 +24,18 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import _disable_current_modes
 
 from moe_kernels.ops import (
+    QuantizedExperts,
     expert_activation,
     fused_experts,
+    fused_experts_quantized,
     grouped_gemm,
     permute,
+    quantize_experts,
     sort_by_expert,
     unpermute,
 )
@@ -194,6 +200,19 @@ def fused_options(experts: Any) -> dict[str, Any] | None:
     return options
 
 
+def _weights(experts: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """[E, H, W], [E, I, H] and the biases [E, W] and [E, H] of a module of transformers."""
+    first = experts.gate_up_proj if experts.has_gate else experts.up_proj
+    second = experts.down_proj
+    first_bias = second_bias = None
+    if experts.has_bias:
+        first_bias = experts.gate_up_proj_bias if experts.has_gate else experts.up_proj_bias
+        second_bias = experts.down_proj_bias
+    if not experts.is_transposed:  # stored as [E, W, H] and [E, H, I]
+        first, second = first.mT, second.mT
+    return first, second, first_bias, second_bias
+
+
 def experts_forward(
     experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
@@ -208,14 +227,7 @@ def experts_forward(
     Returns:
         [T, H] in hidden_states.dtype.
     """
-    first = experts.gate_up_proj if experts.has_gate else experts.up_proj
-    second = experts.down_proj
-    first_bias = second_bias = None
-    if experts.has_bias:
-        first_bias = experts.gate_up_proj_bias if experts.has_gate else experts.up_proj_bias
-        second_bias = experts.down_proj_bias
-    if not experts.is_transposed:  # stored as [E, W, H] and [E, H, I]
-        first, second = first.mT, second.mT
+    first, second, first_bias, second_bias = _weights(experts)
     x = hidden_states.to(first.dtype)
     options = fused_options(experts)
     if options is not None:
@@ -236,3 +248,118 @@ def experts_forward(
         rows = grouped_gemm(a.to(h.dtype), second, order.offsets, bias=second_bias)
         y = unpermute(rows, order, top_k_weights)
     return y.to(hidden_states.dtype)
+
+
+class QuantizedExpertsLayer(nn.Module):
+    """The experts of a model in 8 or 4 bits, in place of the module that had them.
+
+    Codes and scales are buffers. Scales are stored as the integers of their bits, so that
+    converting the model to another dtype leaves them as they are; x decides what is computed in.
+    """
+
+    def __init__(self, experts: Any, format: str, options: dict[str, Any]) -> None:
+        super().__init__()
+        first, second, first_bias, second_bias = _weights(experts)
+        self.format, self.options = format, options
+        self.sizes: dict[str, tuple[int, int, int]] = {}
+        for name, weight in (("gate_up", first), ("down", second)):
+            packed = quantize_experts(weight, format)
+            self.sizes[name] = packed.shape
+            self.register_buffer(f"{name}_codes", packed.codes)
+            bits = torch.int32 if packed.scales.dtype == torch.float32 else torch.int16
+            self.register_buffer(f"{name}_scales", packed.scales.view(bits))
+        for name, bias in (("gate_up_bias", first_bias), ("down_bias", second_bias)):
+            self.register_buffer(name, None if bias is None else bias.detach())
+
+    def _packed(self, name: str) -> QuantizedExperts:
+        scales = getattr(self, f"{name}_scales")
+        dtype = torch.float32 if scales.dtype == torch.int32 else torch.bfloat16
+        codes = getattr(self, f"{name}_codes")
+        return QuantizedExperts(codes, scales.view(dtype), self.format, self.sizes[name])
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """As the module's own: [T, H], [T, K] and [T, K] to [T, H]."""
+        dtype = hidden_states.dtype
+        biases = [
+            bias.to(dtype) if isinstance(bias, Tensor) else None
+            for bias in (self.gate_up_bias, self.down_bias)
+        ]
+        return fused_experts_quantized(
+            hidden_states,
+            self._packed("gate_up"),
+            self._packed("down"),
+            top_k_index,
+            top_k_weights,
+            gate_up_bias=biases[0],
+            down_bias=biases[1],
+            **self.options,
+        ).to(dtype)
+
+    def extra_repr(self) -> str:
+        experts, hidden, width = self.sizes["gate_up"]
+        return f"{self.format}, experts={experts}, hidden={hidden}, width={width}, {self.options}"
+
+
+def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
+    raise RuntimeError(
+        "save_pretrained: the model's experts were quantised by quantize_experts_of, and what "
+        "from_pretrained reads has no place for their codes. Save the model before quantising it, "
+        "or keep model.state_dict() with torch.save and load it into a model quantised alike."
+    )
+
+
+def quantize_experts_of(model: nn.Module, format: str = "int4") -> dict[str, QuantizedExpertsLayer]:
+    """Replace the experts of a loaded model by ones of 8 or 4 bits, one layer after the other.
+
+    For inference: ``generate`` and every forward run them by :func:`fused_experts_quantized`,
+    whatever experts implementation is chosen, and a backward through them is refused. The weights
+    they had are freed once nothing else holds them. ``state_dict`` has the codes, and loads into a
+    model that was quantised alike; ``save_pretrained`` is refused.
+
+    Args:
+        model: of transformers, its weights loaded, on any device. All experts modules behind
+            ``use_experts_implementation`` are replaced; dense layers stay.
+        format: of :func:`moe_kernels.quantize_experts`.
+
+    Returns:
+        The new modules by their name in the model.
+
+    Raises:
+        ImportError: transformers is missing, or older than 5.7.
+        ValueError: a model without such experts, or with some that cannot be replaced: a gate that
+            no activation of ours computes, weights that are sharded or on the meta device. Nothing
+            is replaced then.
+    """
+    caller = "quantize_experts_of"
+    require_transformers(f"moe_kernels.integrations.transformers.{caller}")
+    found = {
+        name: (module, fused_options(module))
+        for name, module in model.named_modules()
+        if hasattr(module, "_apply_gate") and hasattr(module, "is_transposed")
+    }
+    if not found:
+        raise ValueError(f"{caller}: {type(model).__name__} has no experts to quantise")
+    for name, (module, options) in found.items():
+        who = f"{caller}: {type(module).__name__} ({name})"
+        if options is None:
+            raise ValueError(
+                f"{who}: no activation of moe_kernels.expert_activation computes its gate. Leave "
+                "the model as it is; experts_implementation='moe_kernels' runs it."
+            )
+        for weight in _weights(module)[:2]:
+            if hasattr(weight, "device_mesh"):
+                raise ValueError(f"{who}: its weights are sharded. Quantise before sharding.")
+            if weight.is_meta:
+                raise ValueError(f"{who}: its weights are on the meta device. Load them first.")
+    layers: dict[str, QuantizedExpertsLayer] = {}
+    while found:
+        name, (module, options) = found.popitem()
+        assert options is not None
+        layers[name] = QuantizedExpertsLayer(module, format, options).train(module.training)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layers[name])
+        del module  # before the next one's codes are made
+    for part in model.modules():
+        if hasattr(part, "save_pretrained"):
+            part.save_pretrained = _refuse_to_save  # type: ignore[assignment]
+    return dict(reversed(layers.items()))

@@ -101,7 +101,7 @@ def _lazy_triton(name: str) -> Callable[..., Any]:
 
 
 def define(
-    schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any]
+    schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any], triton: bool = True
 ) -> torch._ops.OpOverload:
     """Define ``moe_kernels::<schema>`` and register every Python implementation of it.
 
@@ -109,6 +109,7 @@ def define(
         schema: ``name(arguments) -> returns``. The Triton launcher is found by that name.
         reference: plain PyTorch with the schema's arguments.
         fake: shapes, dtypes and strides of the outputs.
+        triton: whether there is a launcher; without one the reference serves CUDA.
 
     Returns:
         The op's default overload.
@@ -117,7 +118,8 @@ def define(
     _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _lib.impl(name, reference, "CompositeExplicitAutograd")
     if _backend == "native":
-        _lib.impl(name, _lazy_triton(name), "CUDA")
+        if triton:
+            _lib.impl(name, _lazy_triton(name), "CUDA")
     else:
         with warnings.catch_warnings():  # the kernel of the extension is overridden on purpose
             warnings.simplefilter("ignore")

@@ -12,9 +12,11 @@ from torch import Tensor
 
 import moe_kernels
 from moe_kernels import _C, reference
+from moe_kernels.reference.quantized_experts import FORMATS
 from tests.conftest import Implementation
 from tests.kernels.accuracy import assert_accurate, gradients
-from tests.kernels.test_fused_experts import check, limit_between
+from tests.kernels.test_fused_experts import check, limit_between, make_case
+from tests.kernels.test_fused_experts_quantized import check as check_quantized
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 CPU = Implementation("cpu", torch.device("cpu"))
@@ -76,6 +78,37 @@ def _compare_in_float64(
     truth = gradients(lambda **kw: reference.fused_experts(**kw, **options), inputs, upstream)
     for name, value in truth.items():
         torch.testing.assert_close(actual[name], value, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("tokens", [1, 7, 200])
+def test_fused_experts_quantized(tokens: int, format: str, dtype: torch.dtype) -> None:
+    """One row to many more than a tile of them, and sizes that fill no vector, tile or group."""
+    hidden, inner = 323, 131
+    inputs = {
+        "x": torch.randn(tokens, hidden),
+        "gate_up": torch.randn(3, hidden, 2 * inner) / hidden**0.5,
+        "down": torch.randn(3, inner, hidden) / inner**0.5,
+        "gate_up_bias": torch.randn(3, 2 * inner),
+        "down_bias": torch.randn(3, hidden),
+    }
+    inputs = {name: value.to(dtype) for name, value in inputs.items()}
+    inputs["topk_ids"] = torch.randint(-1, 3, (tokens, 2))
+    inputs["topk_weights"] = torch.rand(tokens, 2)
+    check_quantized(inputs, format, interleaved=tokens == 7)
+
+
+def test_quantised_sums_are_the_same_on_all() -> None:
+    """Integers, summed exactly, but for the order of the last few floating operations."""
+    inputs, _ = make_case("plain", torch.float32, hidden=256, inner=64)
+    packed = {n: moe_kernels.quantize_experts(inputs.pop(n), "int4") for n in ("gate_up", "down")}
+    ours = moe_kernels.fused_experts_quantized(**inputs, **packed, activation="reglu")
+    best = _C.cpu_capability()
+    _C.set_cpu_capability(_C.cpu_capabilities()[0])
+    first = moe_kernels.fused_experts_quantized(**inputs, **packed, activation="reglu")
+    _C.set_cpu_capability(best)
+    torch.testing.assert_close(ours, first, rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

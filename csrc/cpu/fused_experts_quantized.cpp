@@ -1,0 +1,306 @@
+// The experts of an MoE layer with quantised weights, forward.
+//
+// T tokens, K experts a token, R rows that belong to an expert, H hidden size, I intermediate size,
+// E experts, W = 2 * I columns for gated activations, else I.
+//
+// The weights are multiplied as they are stored, in two passes over units of columns; where experts
+// have few rows (decode), each is read once and that is what takes the time. For double, which is
+// there to compare with, they are written out, and the rest is that of fused_experts.
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <cstring>
+
+#include "common/parallel.h"
+#include "cpu/fused_experts.h"
+#include "cpu/large_buffers.h"
+
+namespace moe {
+
+namespace {
+
+constexpr const char* kOp = "fused_experts_quantized";
+
+// Matrices of all experts.
+struct QuantizedWeights {
+  at::Tensor codes, scales;  // contiguous
+  Format format;
+  int64_t inner, columns;
+
+  int64_t experts() const { return codes.size(0); }
+  int64_t groups() const { return codes.size(2); }
+
+  QuantizedMatrix of(int64_t expert) const {
+    return {data<uint8_t>(codes) + expert * codes.stride(0),
+            data<char>(scales) + expert * scales.stride(0) * scales.element_size(), format,
+            groups()};
+  }
+};
+
+Format parse_format(std::string_view name) {
+  if (name == "int8") return Format::kInt8;
+  if (name == "fp8") return Format::kFp8;
+  if (name == "int4") return Format::kInt4;
+  if (name == "mxfp4") return Format::kMxfp4;
+  TORCH_CHECK_VALUE(false, kOp, ": format must be one of int8, fp8, int4, mxfp4; got \"", name,
+                    "\"");
+}
+
+QuantizedWeights quantized(const char* name, const at::Tensor& codes, const at::Tensor& scales,
+                           Format format, int64_t experts, int64_t inner, int64_t columns) {
+  const int64_t tiles = (columns + kTileColumns - 1) / kTileColumns;
+  const int64_t groups = (inner + kGroupSize - 1) / kGroupSize;
+  const bool grouped = has_group_scales(format);
+  const std::vector<int64_t> codes_shape{experts, tiles, groups, grouped ? 4 : 8, kTileColumns, 4};
+  const std::vector<int64_t> scales_shape{experts, tiles, grouped ? groups : 1, kTileColumns};
+  TORCH_CHECK_VALUE(codes.sizes() == codes_shape && codes.scalar_type() == at::kByte, kOp, ": ",
+                    name, " must be uint8 ", at::IntArrayRef(codes_shape), "; got ",
+                    codes.scalar_type(), " ", codes.sizes());
+  const at::ScalarType dtype = grouped ? at::kBFloat16 : at::kFloat;
+  TORCH_CHECK_VALUE(scales.sizes() == scales_shape && scales.scalar_type() == dtype, kOp, ": ",
+                    name, "_scales must be ", dtype, " ", at::IntArrayRef(scales_shape), "; got ",
+                    scales.scalar_type(), " ", scales.sizes());
+  return {codes.contiguous(), scales.contiguous(), format, inner, columns};
+}
+
+double code_value(Format format, uint8_t byte, bool high) {
+  constexpr double kE2m1[] = {0, 0.5, 1, 1.5, 2, 3, 4, 6};
+  const int nibble = high ? byte >> 4 : byte & 15;
+  switch (format) {
+    case Format::kInt8:
+      return byte - 128;
+    case Format::kFp8:  // no subnormal numbers
+      return (byte & 0x80 ? -1 : 1) *
+             (byte & 0x7f ? std::ldexp(8 + (byte & 7), (byte >> 3 & 15) - 10) : 0.0);
+    case Format::kInt4:
+      return nibble - 8;
+    default:
+      return nibble & 8 ? -kE2m1[nibble & 7] : kE2m1[nibble];
+  }
+}
+
+// [E, Kd, N] in double.
+at::Tensor written_out(const QuantizedWeights& b) {
+  const at::Tensor out = at::empty({b.experts(), b.inner, b.columns}, at::kDouble);
+  const bool grouped = has_group_scales(b.format);
+  parallel_units(b.experts() * b.inner, [&](int64_t unit, int) {
+    const int64_t e = unit / b.inner, k = unit % b.inner, group = k / kGroupSize;
+    const int64_t i = k % kGroupSize, step = grouped ? i / 8 : i / 4;
+    const QuantizedMatrix matrix = b.of(e);
+    for (int64_t n = 0; n < b.columns; ++n) {
+      const int64_t tile = n / kTileColumns, column = n % kTileColumns;
+      const uint8_t* codes = matrix.codes + (tile * b.groups() + group) * matrix.group_bytes();
+      const uint8_t byte = codes[(step * kTileColumns + column) * 4 + i % 4];
+      float scale;
+      if (grouped) {
+        const bf16* scales = static_cast<const bf16*>(matrix.scales);
+        const bf16 rounded = scales[(tile * b.groups() + group) * kTileColumns + column];
+        const uint32_t bits = static_cast<uint32_t>(rounded.bits) << 16;
+        std::memcpy(&scale, &bits, sizeof(scale));
+      } else {
+        scale = static_cast<const float*>(matrix.scales)[n];
+      }
+      mutable_data<double>(out)[unit * b.columns + n] =
+          code_value(b.format, byte, i % 8 >= 4) * scale;
+    }
+  });
+  return out;
+}
+
+// Rows of one matrix, packed for products with quantised ones.
+template <typename T>
+class PackedForQuantized {
+ public:
+  PackedForQuantized(Format format, int64_t rows, int64_t k)
+      : format_(format),
+        size_(
+            kernels<QuantizedKernels<T>>().packed_size(format, (k + kGroupSize - 1) / kGroupSize)),
+        memory_(at::empty({rows * size_}, at::kByte)) {}
+
+  void store(int64_t row, const float* values, Range part) {
+    kernels<QuantizedKernels<T>>().pack(format_, mutable_data<char>(memory_) + row * size_, values,
+                                        part.begin / kGroupSize, part.size());
+  }
+
+  const void* get(int64_t row) const { return data<char>(memory_) + row * size_; }
+
+ private:
+  Format format_;
+  int64_t size_;
+  at::Tensor memory_;
+};
+
+// out + its result = the rows' products with columns `wanted` of an expert's matrix, which begin
+// inside of a tile.
+template <typename T>
+const float* multiply_columns(const QuantizedWeights& b, int64_t expert, const void* const* rows,
+                              int64_t m, Range wanted, float* out, int64_t stride) {
+  const Range tiles{wanted.begin / kTileColumns, (wanted.end + kTileColumns - 1) / kTileColumns};
+  kernels<QuantizedKernels<T>>().multiply(b.of(expert), rows, m, tiles, out, stride);
+  return out + wanted.begin % kTileColumns;
+}
+
+// Floats from one row of products of `columns` columns to the next, wherever those begin.
+int64_t products_stride(int64_t columns) { return round_up(columns, kTileColumns) + kTileColumns; }
+
+struct QuantizedLayer {
+  QuantizedWeights gate_up, down;
+  at::Tensor gate_up_bias, down_bias;  // contiguous, or undefined
+  ActivationOptions activation;
+  bool interleaved;
+};
+
+template <typename T>
+void run_quantized(const QuantizedLayer& layer, const at::Tensor& x, const Sorted& order,
+                   const at::Tensor& topk_weights, const at::Tensor& y) {
+  const QuantizedWeights &gate_up = layer.gate_up, &down = layer.down;
+  const std::vector<RowBlock> blocks =
+      row_blocks(data<int32_t>(order.offsets_E1), gate_up.experts());
+  const int64_t tokens = x.size(0), hidden = x.size(1), inner = down.inner;
+  const int64_t top_k = order.slot_to_row_TK.size(1);
+  const int64_t used = data<int32_t>(order.offsets_E1)[gate_up.experts()];
+  const int32_t* row_to_slot = data<int32_t>(order.row_to_slot_R);
+  const int32_t* slot_to_row = data<int32_t>(order.slot_to_row_TK);
+  const bool gated = layer.activation.gated(), pairs = gated && layer.interleaved;
+  const T *gate_up_bias = data_or_null<T>(layer.gate_up_bias),
+          *down_bias = data_or_null<T>(layer.down_bias);
+  const auto& functions = kernels<RowKernels<T>>();
+
+  PackedForQuantized<T> packed_x(gate_up.format, tokens, hidden);
+  parallel_rows(tokens, hidden * 16, [&](int64_t begin, int64_t end) {
+    float* row = static_cast<float*>(thread_scratch(Scratch::kRows, hidden * sizeof(float)));
+    for (int64_t t = begin; t < end; ++t) {
+      functions.widen(row, data<T>(x) + t * x.stride(0), hidden);
+      packed_x.store(t, row, Range{0, hidden});
+    }
+  });
+
+  PackedForQuantized<T> activated(down.format, used, inner);
+  // Units begin at multiples of a group, so that each packs whole ones.
+  const int64_t step = columns_per_unit(inner, blocks.size(), 128, kGroupSize);
+  const int64_t parts = (inner + step - 1) / step;
+  parallel_units(blocks.size() * parts, [&](int64_t unit, int) {
+    const RowBlock& block = blocks[unit / parts];
+    const Range range{unit % parts * step, std::min((unit % parts + 1) * step, inner)};
+    const int64_t n = range.size(), piece = products_stride(pairs ? 2 * n : n);
+    const int64_t stride = gated && !pairs ? 2 * piece : piece;
+    const void* rows[kRowsPerBlock];
+    for (int64_t i = 0; i < block.count; ++i) {
+      rows[i] = packed_x.get(row_to_slot[block.begin + i] / top_k);
+    }
+    float* sums =
+        static_cast<float*>(thread_scratch(Scratch::kTile, block.count * stride * sizeof(float)));
+    float* values = static_cast<float*>(thread_scratch(Scratch::kNarrowTile, n * sizeof(float)));
+    const auto half = [&](Range columns, float* out) {
+      float* first = const_cast<float*>(
+          multiply_columns<T>(gate_up, block.expert, rows, block.count, columns, out, stride));
+      for (int64_t i = 0; gate_up_bias && i < block.count; ++i) {
+        const T* bias = gate_up_bias + block.expert * gate_up.columns + columns.begin;
+        functions.add_scaled(first + i * stride, bias, 1, columns.size());
+      }
+      return first;
+    };
+    const float* gate = half(pairs ? Range{2 * range.begin, 2 * range.end} : range, sums);
+    const float* up = pairs ? gate + 1 : gate;
+    if (gated && !pairs) up = half(Range{inner + range.begin, inner + range.end}, sums + piece);
+    for (int64_t i = 0; i < block.count; ++i) {
+      const HalvesOf<const float> halves{gate + i * stride, up + i * stride, pairs};
+      kernels<ActivationKernels<float>>().activation(layer.activation, values, halves, 1, n);
+      activated.store(block.begin + i, values, range);
+    }
+  });
+
+  const int64_t columns_step = columns_per_unit(hidden, 1, 128, 32);
+  const int64_t stride = products_stride(columns_step);
+  const at::Tensor buffer = empty_large({at::get_num_threads(), used, stride}, at::kFloat);
+  const float* weights = data<float>(topk_weights);
+  parallel_units((hidden + columns_step - 1) / columns_step, [&](int64_t unit, int thread) {
+    const Range columns{unit * columns_step, std::min((unit + 1) * columns_step, hidden)};
+    const int64_t n = columns.size();
+    float* products = mutable_data<float>(buffer) + thread * used * stride;
+    for (const RowBlock& block : blocks) {
+      const void* rows[kRowsPerBlock];
+      for (int64_t i = 0; i < block.count; ++i) rows[i] = activated.get(block.begin + i);
+      float* out = products + block.begin * stride;
+      multiply_columns<T>(down, block.expert, rows, block.count, columns, out, stride);
+      for (int64_t i = 0; down_bias && i < block.count; ++i) {
+        const T* bias = down_bias + block.expert * hidden + columns.begin;
+        functions.add_scaled(out + i * stride, bias, 1, n);
+      }
+    }
+    std::vector<const float*> mine(top_k);
+    std::vector<float> scales(top_k);
+    for (int64_t t = 0; t < tokens; ++t) {
+      int64_t count = 0;
+      for (int64_t s = t * top_k; s < (t + 1) * top_k; ++s) {
+        if (slot_to_row[s] >= used) continue;
+        mine[count] = products + slot_to_row[s] * stride;
+        scales[count++] = weights[s];
+      }
+      functions.weighted_sum_wide(mutable_data<T>(y) + t * hidden + columns.begin, mine.data(),
+                                  scales.data(), count, n);
+    }
+  });
+}
+
+at::Tensor fused_experts_quantized(const at::Tensor& x_TH, const at::Tensor& gate_up_codes,
+                                   const at::Tensor& gate_up_scales, const at::Tensor& down_codes,
+                                   const at::Tensor& down_scales, const at::Tensor& topk_ids,
+                                   const at::Tensor& topk_weights,
+                                   const std::optional<at::Tensor>& gate_up_bias,
+                                   const std::optional<at::Tensor>& down_bias,
+                                   std::string_view gate_up_format, std::string_view down_format,
+                                   int64_t inner, std::string_view activation, bool interleaved,
+                                   double alpha, double limit) {
+  const ActivationOptions options{parse_activation(kOp, activation), alpha, limit};
+  const int64_t experts = gate_up_codes.size(0), hidden = x_TH.size(1);
+  const QuantizedWeights gate_up =
+      quantized("gate_up", gate_up_codes, gate_up_scales, parse_format(gate_up_format), experts,
+                hidden, options.gated() ? 2 * inner : inner);
+  const QuantizedWeights down =
+      quantized("down", down_codes, down_scales, parse_format(down_format), experts, inner, hidden);
+  const at::Tensor first_bias = contiguous_or_undefined(gate_up_bias),
+                   second_bias = contiguous_or_undefined(down_bias);
+  const at::Tensor x = with_unit_stride(x_TH);
+  const at::Tensor weights = topk_weights.to(accumulate_dtype(x.scalar_type())).contiguous();
+  const at::Tensor y = at::empty(x.sizes(), x.options());
+  const int64_t tokens = x.size(0), step = tokens_at_a_time(experts, topk_ids.size(1));
+  // Before anything is written: an id that is out of range raises.
+  const Sorted all = sort_slots(kOp, topk_ids, experts);
+  const auto in_parts = [&](auto run) {
+    if (tokens <= step) return run(x, all, weights, y);
+    for (int64_t t = 0; t < tokens; t += step) {
+      const int64_t n = std::min(step, tokens - t);
+      run(x.narrow(0, t, n), sort_slots(kOp, topk_ids.narrow(0, t, n), experts),
+          weights.narrow(0, t, n), y.narrow(0, t, n));
+    }
+  };
+  dispatch_float(x.scalar_type(), kOp, [&]<typename T>() {
+    if constexpr (std::is_same_v<T, double>) {
+      const Layer layer{Weights(written_out(gate_up)),
+                        Weights(written_out(down)),
+                        first_bias,
+                        second_bias,
+                        options,
+                        interleaved};
+      in_parts([&](const auto& part, const Sorted& order, const auto& scales, const auto& out) {
+        run_layer<T>(layer, part, order, scales, out, {});
+      });
+    } else {
+      const QuantizedLayer layer{gate_up, down, first_bias, second_bias, options, interleaved};
+      in_parts([&](const auto& part, const Sorted& order, const auto& scales, const auto& out) {
+        run_quantized<T>(layer, part, order, scales, out);
+      });
+    }
+  });
+  return y;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(moe_kernels, CPU, m) {
+  m.impl("fused_experts_quantized", fused_experts_quantized);
+}
+
+}  // namespace moe

@@ -1,0 +1,418 @@
+// Rows times quantised matrices.
+//
+// A tile of 16 columns is read once, a group of 32 of k at a time, for up to kMaxRows rows. Codes
+// are unpacked to unsigned bytes, four consecutive k of a column in a 32-bit lane, and multiplied
+// with the same four integers of a row in all lanes. What makes the bytes unsigned, an offset, is
+// subtracted where a sum starts: offset times the sum of the row's integers. Sums of a group are
+// exact in 32 bits; then the scales make floats of them.
+#include "cpu/kernels.h"
+#include "cpu/panels.h"
+#include "cpu/simd.h"
+#include "cpu/tiles.h"
+
+namespace moe::CPU_CAPABILITY {
+
+namespace {
+
+constexpr int L = kLanes<float>;
+constexpr int kTileVectors = kTileColumns / L;
+constexpr int kStepBytes = 4 * kTileColumns;  // one code of 4 consecutive k for each column
+constexpr int64_t kAhead = 4096;              // bytes that are read ahead
+
+typedef uint8_t VecU8 __attribute__((vector_size(kVectorBytes)));
+
+// ---------------------------------------------------------------------------------------- codes
+// Bytes of codes, and how they become bytes of value + kOffset.
+template <Format format>
+struct Codes;
+
+template <>
+struct Codes<Format::kInt8> {
+  static constexpr int kOffset = 128, kPerByte = 1;
+
+  static MOE_INLINE void unpack(VecU8 codes, VecU8 (&values)[kPerByte]) { values[0] = codes; }
+};
+
+MOE_INLINE void split_nibbles(VecU8 codes, VecU8 (&values)[2]) {
+  const VecU32 bits = bit_cast<VecU32>(codes);
+  values[0] = bit_cast<VecU8>(bits & 0x0f0f0f0fu);
+  values[1] = bit_cast<VecU8>((bits >> 4) & 0x0f0f0f0fu);
+}
+
+template <>
+struct Codes<Format::kInt4> {
+  static constexpr int kOffset = 8, kPerByte = 2;
+
+  static MOE_INLINE void unpack(VecU8 codes, VecU8 (&values)[kPerByte]) {
+    split_nibbles(codes, values);
+  }
+};
+
+// e2m1, twice the value: 0, 1, 2, 3, 4, 6, 8, 12, then the same negative.
+template <>
+struct Codes<Format::kMxfp4> {
+  static constexpr int kOffset = 12, kPerByte = 2;
+
+  static MOE_INLINE void unpack(VecU8 codes, VecU8 (&values)[kPerByte]) {
+    split_nibbles(codes, values);
+    alignas(16) static constexpr uint8_t kTable[16] = {12, 13, 14, 15, 16, 18, 20, 24,
+                                                       12, 11, 10, 9,  8,  6,  4,  0};
+    for (VecU8& value : values) {
+#if defined(MOE_AVX512)
+      const __m512i table = _mm512_broadcast_i32x4(load_raw<__m128i>(kTable));
+      value = bit_cast<VecU8>(_mm512_shuffle_epi8(table, bit_cast<__m512i>(value)));
+#elif defined(MOE_AVX2)
+      const __m256i table = _mm256_broadcastsi128_si256(load_raw<__m128i>(kTable));
+      value = bit_cast<VecU8>(_mm256_shuffle_epi8(table, bit_cast<__m256i>(value)));
+#else
+      uint8_t bytes[kVectorBytes];
+      std::memcpy(bytes, &value, sizeof(bytes));
+      for (uint8_t& byte : bytes) byte = kTable[byte];
+      value = load_raw<VecU8>(bytes);
+#endif
+    }
+  }
+};
+
+// -------------------------------------------------------------------------------- integer rows
+// The integers of a row's group in planes, whose weighted sum they are: bytes where there is an
+// instruction that multiplies four of them, else 16 bits. `wide` is of 24 bits instead of 16.
+#if defined(CPU_CAPABILITY_AVX512_BF16)
+using PlaneElement = int8_t;
+template <bool wide>
+constexpr int kPlanes = wide ? 3 : 2;
+#else
+using PlaneElement = int16_t;
+template <bool wide>
+constexpr int kPlanes = wide ? 2 : 1;
+#endif
+
+template <bool wide>
+constexpr int kPlaneBits = sizeof(PlaneElement) == 1 ? 8 : (wide ? 12 : 16);
+
+template <bool wide>
+constexpr float kLargest = wide ? 127 * 65536 : 127 * 256;  // fits the planes, rounding included
+
+template <bool wide>
+struct RowGroup {
+  float scale;
+  int32_t starts[kPlanes<wide>];                   // -kOffset times the sum of a plane
+  PlaneElement planes[kPlanes<wide>][kGroupSize];  // k in the order that multiply_add() wants
+};
+
+// sum + the products of the four bytes in each lane with four integers of a row.
+MOE_INLINE VecI32 multiply_add(VecI32 sum, VecU8 bytes, const PlaneElement* four) {
+#if defined(CPU_CAPABILITY_AVX512_BF16)
+  int32_t bits;
+  std::memcpy(&bits, four, sizeof(bits));
+  return bit_cast<VecI32>(_mm512_dpbusd_epi32(bit_cast<__m512i>(sum), bit_cast<__m512i>(bytes),
+                                              _mm512_set1_epi32(bits)));
+#else
+  // Elements 0 and 2 are side by side, then 1 and 3: pairs of 16 bits need no shuffle.
+  const VecU32 lanes = bit_cast<VecU32>(bytes);
+#if defined(__SSE2__)
+  const VecU32 halves[2] = {lanes & 0x00ff00ffu, (lanes >> 8) & 0x00ff00ffu};
+  for (int i = 0; i < 2; ++i) {
+    int32_t bits;
+    std::memcpy(&bits, four + 2 * i, sizeof(bits));
+#if defined(MOE_AVX512)
+    sum +=
+        bit_cast<VecI32>(_mm512_madd_epi16(bit_cast<__m512i>(halves[i]), _mm512_set1_epi32(bits)));
+#elif defined(MOE_AVX2)
+    sum +=
+        bit_cast<VecI32>(_mm256_madd_epi16(bit_cast<__m256i>(halves[i]), _mm256_set1_epi32(bits)));
+#else
+    sum += bit_cast<VecI32>(_mm_madd_epi16(bit_cast<__m128i>(halves[i]), _mm_set1_epi32(bits)));
+#endif
+  }
+#else
+  for (int i = 0; i < 4; ++i) {
+    const int32_t value = four[i % 2 * 2 + i / 2];
+    sum += bit_cast<VecI32>((lanes >> (8 * i)) & 0xffu) * value;
+  }
+#endif
+  return sum;
+#endif
+}
+
+// The weighted sum of the planes' sums.
+template <bool wide>
+MOE_INLINE Vec<float> join(const VecI32 (&sums)[kPlanes<wide>]) {
+  constexpr int planes = kPlanes<wide>;
+  const auto number = [](VecI32 v) { return __builtin_convertvector(v, Vec<float>); };
+  if constexpr (planes == 1) {
+    return number(sums[0]);
+  } else if constexpr (!wide) {
+    return number((sums[1] << kPlaneBits<wide>)+sums[0]);
+  } else if constexpr (planes == 2) {
+    return fma(number(sums[1]), broadcast(float(1 << kPlaneBits<wide>)), number(sums[0]));
+  } else {
+    return fma(number((sums[2] << kPlaneBits<wide>)+sums[1]),
+               broadcast(float(1 << kPlaneBits<wide>)), number(sums[0]));
+  }
+}
+
+template <bool wide>
+void pack_group(RowGroup<wide>& group, const float* row, int64_t n, int32_t offset) {
+  float values[kGroupSize] = {};
+  std::memcpy(values, row, n * sizeof(float));
+  float largest = 0, finite = 0;
+  for (const float value : values) {
+    largest = std::fabs(value) > largest ? std::fabs(value) : largest;
+    finite += value * 0;  // NaN for infinities too
+  }
+  const bool some = largest > 1e-30f && finite == 0;  // smaller ones have no inverse
+  const float inverse = some ? kLargest<wide> / largest : 0;
+  group.scale = some ? largest / kLargest<wide> : finite;
+  std::memset(group.starts, 0, sizeof(group.starts));
+  for (int64_t k = 0; k < kGroupSize; ++k) {
+    int32_t rest = static_cast<int32_t>(std::lrint(some ? values[k] * inverse : 0.0f));
+    const int64_t at = sizeof(PlaneElement) == 1 ? k : (k & ~3) | (k & 1) << 1 | (k & 2) >> 1;
+    for (int p = 0; p < kPlanes<wide>; ++p) {
+      constexpr int kUnused = 32 - kPlaneBits<wide>;
+      const bool last = p + 1 == kPlanes<wide>;
+      // The lowest bits as a signed number; what is left is a multiple of the next plane's unit.
+      const int32_t low =
+          last ? rest : static_cast<int32_t>(static_cast<uint32_t>(rest) << kUnused) >> kUnused;
+      rest = (rest - low) >> kPlaneBits<wide>;
+      group.planes[p][at] = static_cast<PlaneElement>(low);
+      group.starts[p] -= offset * low;
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------- tiles
+constexpr int kMaxRows = kRegisters == 32 ? 8 : 4;
+
+// One vector of a tile's columns.
+struct Tile {
+  const void* const* rows;
+  const uint8_t* codes;
+  const void* scales;
+  int64_t groups;
+  float* out;
+  int64_t out_stride;
+};
+
+template <int rows>
+MOE_INLINE void store_sums(const Tile& tile, const Vec<float> (&sums)[rows], float factor,
+                           bool column_scales) {
+  Vec<float> scale = broadcast(factor);
+  if (column_scales) scale *= load(static_cast<const float*>(tile.scales));
+  MOE_UNROLL
+  for (int r = 0; r < rows; ++r) store(tile.out + r * tile.out_stride, sums[r] * scale);
+}
+
+template <Format format, bool wide, int rows>
+void integer_tile(const Tile& tile) {
+  using Code = Codes<format>;
+  constexpr int planes = kPlanes<wide>, steps = kGroupSize / 4 / Code::kPerByte;
+  constexpr bool grouped = has_group_scales(format);
+  const RowGroup<wide>* row[rows];
+  MOE_UNROLL
+  for (int r = 0; r < rows; ++r) row[r] = static_cast<const RowGroup<wide>*>(tile.rows[r]);
+  const uint8_t* codes = tile.codes;
+  const bf16* scales = static_cast<const bf16*>(tile.scales);
+  Vec<float> sums[rows] = {};
+  for (int64_t g = 0; g < tile.groups; ++g) {
+    VecI32 products[rows][planes];
+    MOE_UNROLL
+    for (int r = 0; r < rows; ++r) {
+      MOE_UNROLL
+      for (int p = 0; p < planes; ++p) products[r][p] = VecI32{} + row[r][g].starts[p];
+    }
+    MOE_UNROLL
+    for (int s = 0; s < steps; ++s) {
+      __builtin_prefetch(codes + kAhead);
+      VecU8 values[Code::kPerByte];
+      Code::unpack(load_raw<VecU8>(codes), values);
+      codes += kStepBytes;
+      MOE_UNROLL
+      for (int i = 0; i < Code::kPerByte; ++i) {
+        MOE_UNROLL
+        for (int r = 0; r < rows; ++r) {
+          MOE_UNROLL
+          for (int p = 0; p < planes; ++p) {
+            const PlaneElement* four = row[r][g].planes[p] + 4 * (s * Code::kPerByte + i);
+            products[r][p] = multiply_add(products[r][p], values[i], four);
+          }
+        }
+      }
+    }
+    Vec<float> scale = broadcast(1.0f);
+    if (grouped) scale = load(scales + g * kTileColumns);
+    MOE_UNROLL
+    for (int r = 0; r < rows; ++r) {
+      const Vec<float> factor = grouped ? scale * row[r][g].scale : broadcast(row[r][g].scale);
+      sums[r] = fma(join<wide>(products[r]), factor, sums[r]);
+    }
+  }
+  store_sums<rows>(tile, sums, format == Format::kMxfp4 ? 0.5f : 1.0f, !grouped);
+}
+
+// -------------------------------------------------------------------------------------- e4m3
+// Its bits, moved to those of a wider number with the sign, are the value times 2^-120. Rows are
+// multiplied by 2^48 so that no product is subnormal, which some instructions make zero.
+constexpr float kLift = 0x1p48f, kLower = 0x1p72f;
+
+// Whether rows are pairs of bf16 as the processor multiplies them, else floats.
+#if defined(CPU_CAPABILITY_AVX512_BF16)
+template <typename T>
+constexpr bool kPairs = std::is_same_v<T, bf16>;
+#else
+template <typename T>
+constexpr bool kPairs = false;
+#endif
+
+// Values k = 0 to 3 of each lane.
+MOE_INLINE Vec<float> fp8_value(VecU32 lanes, int k) {
+  const VecU32 top = lanes << (24 - 8 * k);
+  return bit_cast<Vec<float>>((top & 0x80000000u) | ((top & 0x7f000000u) >> 4));
+}
+
+template <bool pairs, int rows>
+void fp8_tile(const Tile& tile) {
+  constexpr int kRowBytes = 4 * (pairs ? sizeof(bf16) : sizeof(float));
+  const char* row[rows];
+  MOE_UNROLL
+  for (int r = 0; r < rows; ++r) row[r] = static_cast<const char*>(tile.rows[r]);
+  const uint8_t* codes = tile.codes;
+  Vec<float> sums[rows] = {};
+  for (int64_t g = 0; g < tile.groups; ++g) {
+    Vec<float> products[rows] = {};
+    MOE_UNROLL
+    for (int s = 0; s < kGroupSize / 4; ++s) {
+      __builtin_prefetch(codes + kAhead);
+      const VecU32 lanes = load_raw<VecU32>(codes);
+      codes += kStepBytes;
+#if defined(CPU_CAPABILITY_AVX512_BF16)
+      if constexpr (pairs) {
+        const __m512i bits = bit_cast<__m512i>(lanes), mask = _mm512_set1_epi32(0x87f087f0);
+        const __m512i even =
+            _mm512_and_si512(_mm512_srai_epi16(_mm512_slli_epi16(bits, 8), 4), mask);
+        const __m512i odd = _mm512_and_si512(_mm512_srai_epi16(bits, 4), mask);
+        MOE_UNROLL
+        for (int r = 0; r < rows; ++r) {
+          const bf16* four = reinterpret_cast<const bf16*>(row[r] + s * kRowBytes);
+          products[r] = Groups<bf16>::multiply_add(bit_cast<Vec<float>>(even),
+                                                   Groups<bf16>::spread(four), products[r]);
+          products[r] = Groups<bf16>::multiply_add(bit_cast<Vec<float>>(odd),
+                                                   Groups<bf16>::spread(four + 2), products[r]);
+        }
+        continue;
+      }
+#endif
+      MOE_UNROLL
+      for (int k = 0; k < 4; ++k) {
+        const Vec<float> value = fp8_value(lanes, k);
+        MOE_UNROLL
+        for (int r = 0; r < rows; ++r) {
+          float x;
+          std::memcpy(&x, row[r] + s * kRowBytes + k * sizeof(float), sizeof(x));
+          products[r] = fma(value, broadcast(x), products[r]);
+        }
+      }
+    }
+    MOE_UNROLL
+    for (int r = 0; r < rows; ++r) {
+      sums[r] += products[r];
+      row[r] += kGroupSize / 4 * kRowBytes;
+    }
+  }
+  store_sums<rows>(tile, sums, kLower, true);
+}
+
+// ------------------------------------------------------------------------------------- functions
+template <typename T>
+constexpr bool kWide = sizeof(T) > 2;
+
+template <typename T>
+int64_t packed_size(Format format, int64_t groups) {
+  if (format == Format::kFp8) {
+    return groups * kGroupSize * (kPairs<T> ? sizeof(bf16) : sizeof(float));
+  }
+  return groups * sizeof(RowGroup<kWide<T>>);
+}
+
+template <typename T>
+void pack(Format format, void* packed, const float* row, int64_t first_group, int64_t n) {
+  for (int64_t k = 0; k < n; k += kGroupSize) {
+    const int64_t group = first_group + k / kGroupSize, count = min(n - k, kGroupSize);
+    if (format != Format::kFp8) {
+      const int32_t offset = format == Format::kInt8   ? Codes<Format::kInt8>::kOffset
+                             : format == Format::kInt4 ? Codes<Format::kInt4>::kOffset
+                                                       : Codes<Format::kMxfp4>::kOffset;
+      pack_group<kWide<T>>(static_cast<RowGroup<kWide<T>>*>(packed)[group], row + k, count, offset);
+      continue;
+    }
+    float values[kGroupSize] = {};
+    for (int64_t i = 0; i < count; ++i) values[i] = row[k + i] * kLift;
+    if constexpr (kPairs<T>) {
+      bf16* out = static_cast<bf16*>(packed) + group * kGroupSize;
+      for (int64_t i = 0; i < kGroupSize; ++i) {
+        out[(i & ~3) | (i & 1) << 1 | (i & 2) >> 1] = from_float<bf16>(values[i]);
+      }
+    } else {
+      std::memcpy(static_cast<float*>(packed) + group * kGroupSize, values, sizeof(values));
+    }
+  }
+}
+
+using TileFunction = void (*)(const Tile&);
+
+template <typename T, size_t... i>
+MOE_INLINE TileFunction tile_function(Format format, int64_t rows, std::index_sequence<i...>) {
+  constexpr bool wide = kWide<T>;
+  static constexpr TileFunction table[4][kMaxRows] = {
+      {integer_tile<Format::kInt8, wide, i + 1>...},
+      {fp8_tile<kPairs<T>, i + 1>...},
+      {integer_tile<Format::kInt4, wide, i + 1>...},
+      {integer_tile<Format::kMxfp4, wide, i + 1>...}};
+  return table[static_cast<int>(format)][rows - 1];
+}
+
+Tile tile_of(const QuantizedMatrix& b, int64_t number, int vector) {
+  const bool grouped = has_group_scales(b.format);
+  const int64_t scale = grouped ? sizeof(bf16) : sizeof(float);
+  const int64_t first = number * kTileColumns * (grouped ? b.groups : 1) + vector * L;
+  Tile tile;
+  tile.codes = b.codes + number * b.groups * b.group_bytes() + vector * kVectorBytes;
+  tile.scales = static_cast<const char*>(b.scales) + first * scale;
+  tile.groups = b.groups;
+  return tile;
+}
+
+template <typename T>
+void multiply(const QuantizedMatrix& b, const void* const* rows, int64_t m, Range tiles, float* out,
+              int64_t out_stride) {
+  for (int64_t t = tiles.begin; t < tiles.end; ++t) {
+    for (int v = 0; v < kTileVectors; ++v) {
+      Tile tile = tile_of(b, t, v);
+      tile.out_stride = out_stride;
+      for (int64_t r = 0; r < m;) {
+        const int64_t left = ceil_div(m - r, kMaxRows), count = ceil_div(m - r, left);
+        tile.rows = rows + r;
+        tile.out = out + r * out_stride + (t - tiles.begin) * kTileColumns + v * L;
+        tile_function<T>(b.format, count, std::make_index_sequence<kMaxRows>())(tile);
+        r += count;
+      }
+    }
+  }
+}
+
+template <typename T>
+void fill_quantized(QuantizedKernels<T>& kernels) {
+  kernels.packed_size = packed_size<T>;
+  kernels.pack = pack<T>;
+  kernels.multiply = multiply<T>;
+}
+
+}  // namespace
+
+// clang-format off
+template <> void fill(QuantizedKernels<bf16>& kernels) { fill_quantized(kernels); }
+template <> void fill(QuantizedKernels<fp16>& kernels) { fill_quantized(kernels); }
+template <> void fill(QuantizedKernels<float>& kernels) { fill_quantized(kernels); }
+// clang-format on
+
+}  // namespace moe::CPU_CAPABILITY

@@ -1,0 +1,148 @@
+"""Models of transformers whose experts are quantised."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from moe_kernels.integrations.transformers import (  # noqa: E402
+    QuantizedExpertsLayer,
+    quantize_experts_of,
+)
+from tests.integrations.test_transformers_experts import OpCount, relative_error  # noqa: E402
+from tests.integrations.tiny_models import tiny_model, tokens  # noqa: E402
+
+# what a format may change of a weight, and how many times more random layers make of it at most
+ERRORS = {"int8": 0.01, "fp8": 0.03, "int4": 0.09, "mxfp4": 0.125}
+AMPLIFIED = 5
+FAMILIES = ("qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "nemotron_h")
+
+
+def with_rounded_weights(model: Any, layers: dict[str, QuantizedExpertsLayer]) -> Any:
+    """The model with the weights that the codes of ``layers`` stand for, run by eager."""
+    for name, layer in layers.items():
+        experts = model.get_submodule(name)
+        first = experts.gate_up_proj if experts.has_gate else experts.up_proj
+        for weight, packed in ((first, "gate_up"), (experts.down_proj, "down")):
+            values = layer._packed(packed).dequantize()
+            with torch.no_grad():
+                weight.copy_(values if experts.is_transposed else values.mT)
+    model.set_experts_implementation("eager")
+    return model
+
+
+@pytest.mark.parametrize("format", ERRORS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits(family: str, format: str) -> None:
+    """Close to those of the model, and as good as equal to those with the rounded weights."""
+    original, ids = tiny_model(family).eval(), tokens()
+    model = copy.deepcopy(original)
+    layers = quantize_experts_of(model, format)
+    assert all(isinstance(model.get_submodule(name), QuantizedExpertsLayer) for name in layers)
+    with torch.no_grad(), OpCount() as count:
+        logits = model(input_ids=ids).logits
+    assert count.calls["fused_experts_quantized"] == len(layers)
+    with torch.no_grad():
+        original.set_experts_implementation("eager")
+        error = relative_error(logits, original(input_ids=ids).logits)
+        assert 0.1 * ERRORS[format] < error < AMPLIFIED * ERRORS[format]
+        rounded = with_rounded_weights(original, layers)(input_ids=ids).logits
+    assert relative_error(logits, rounded) < 1e-5
+
+
+def test_memory_is_that_of_the_codes() -> None:
+    model = tiny_model("qwen3_moe", hidden_size=64, moe_intermediate_size=64)
+    weights = sum(p.nbytes for name, p in model.named_parameters() if ".experts." in name)
+    others = sum(p.nbytes for name, p in model.named_parameters() if ".experts." not in name)
+    quantize_experts_of(model)
+    left = sum(tensor.nbytes for tensor in model.state_dict().values())
+    assert left == others + weights * 0.5625 / 4
+    assert not any(".experts." in name for name, _ in model.named_parameters())
+
+
+def test_generates() -> None:
+    model = tiny_model("qwen3_moe").eval()
+    rounded = copy.deepcopy(model)
+    layers = quantize_experts_of(model, "int4")
+    with_rounded_weights(rounded, layers)
+    options = {"max_new_tokens": 8, "do_sample": False}
+    expected = rounded.generate(tokens(), **options)
+    assert torch.equal(model.generate(tokens(), **options), expected)
+
+
+def test_compiles_whole() -> None:
+    model, ids = tiny_model("gpt_oss").eval(), tokens()
+    quantize_experts_of(model, "mxfp4")
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(input_ids=ids).logits, expected)
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_other_dtypes_leave_scales_alone(format: str) -> None:
+    ids, errors = tokens(), []
+    for quantised in (False, True):
+        model = tiny_model("gpt_oss").eval()
+        layers = quantize_experts_of(model, format) if quantised else {}
+        before = [layer._packed("down").scales.clone() for layer in layers.values()]
+        with torch.no_grad():
+            expected = model(input_ids=ids).logits
+            logits = model.to(torch.bfloat16)(input_ids=ids).logits
+        assert logits.dtype == torch.bfloat16
+        for layer, scales in zip(layers.values(), before, strict=True):
+            assert torch.equal(layer._packed("down").scales, scales)
+        errors.append(relative_error(logits.float(), expected))
+    assert errors[1] < 1.5 * errors[0]
+
+
+def test_state_is_kept_by_models_quantised_alike(tmp_path: Path) -> None:
+    model, ids = tiny_model("gpt_oss").eval(), tokens()
+    quantize_experts_of(model, "int4")
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    other = tiny_model("gpt_oss").eval()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.normal_()
+        quantize_experts_of(other, "int4")
+        other.load_state_dict(torch.load(tmp_path / "state.pt"))
+        assert torch.equal(other(input_ids=ids).logits, model(input_ids=ids).logits)
+    for part in (model, model.model):
+        with pytest.raises(RuntimeError, match=r"save_pretrained: .* quantised by quantize_exp"):
+            part.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match=r"gate_up_proj|gate_up_codes"):
+        tiny_model("gpt_oss").load_state_dict(model.state_dict())
+
+
+def test_training_is_refused() -> None:
+    model = tiny_model("qwen3_moe")
+    quantize_experts_of(model, "int8")
+    loss = model(input_ids=tokens(), labels=tokens()).loss
+    with pytest.raises(RuntimeError, match="quantised weights are for inference"):
+        loss.backward()
+
+
+def test_what_cannot_be_quantised_is_named() -> None:
+    model = tiny_model("qwen3_moe")
+    experts = model.model.layers[1].mlp.experts
+    experts.act_fn = torch.nn.Tanh()
+    before = list(model.modules())
+    with pytest.raises(
+        ValueError, match=r"Qwen3MoeExperts \(model\.layers\.1\.mlp\.experts\): no "
+    ):
+        quantize_experts_of(model)
+    with pytest.raises(ValueError, match="Linear has no experts to quantise"):
+        quantize_experts_of(torch.nn.Linear(2, 2))
+    with torch.device("meta"):
+        empty = transformers.AutoModelForCausalLM.from_config(model.config)
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts\): .* meta device"):
+        quantize_experts_of(empty)
+    assert [id(module) for module in model.modules()] == [id(module) for module in before]
+    with pytest.raises(ValueError, match="format must be one of"):
+        quantize_experts_of(tiny_model("qwen3_moe"), "q4_0")
