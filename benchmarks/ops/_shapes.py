@@ -66,6 +66,9 @@ def layer_sets() -> dict[str, list[Shape]]:
     """Shapes of whole layers by set name."""
     sets = {
         "cpu": _set("qwen3-30b-a3b", CPU_TOKENS),
+        # of the kinds of Mixtral and gpt-oss, small enough for two cores
+        "cpu-few-experts": [layer(t, 1024, 3584, 8, 2) for t in CPU_TOKENS],
+        "cpu-swigluoai": [layer(t, 2880, 2880, 32, 4, OAI) for t in CPU_TOKENS],
         "sonicmoe": [
             layer(tokens, hidden, *rest) for tokens, hidden, wide in _FINE_GRAINED for rest in wide
         ],
