@@ -48,16 +48,19 @@ test-sanitizers: $(ENVIRONMENT)
 		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 		$(PYTEST) --capture=sys -k "cpu or gradcheck" -m "not slow" tests/kernels $(ARGS)
 
-# The ranks of the shared memory transport as threads of one process, under the thread sanitizer and
-# under the address and undefined behaviour sanitizers. Seconds.
+# The ranks of the shared memory transport, and those of cuda_ipc with their grids, as threads of one
+# process, under the thread sanitizer and under the address and undefined behaviour sanitizers.
 STRESS_SOURCES := tests/native/dispatch_stress.cpp \
 	$(addprefix csrc/dispatch/shared_memory/,communicator.cpp heap.cpp system.cpp)
 test-stress:
 	@mkdir -p build
 	@for sanitizers in thread address,undefined; do \
-		$${CXX:-g++} -std=c++20 -O1 -g -Wall -Wextra -fsanitize=$$sanitizers -Icsrc -pthread \
-			$(STRESS_SOURCES) -o build/dispatch_stress && \
-		for seed in 1 2 3; do build/dispatch_stress 8 150 $$seed || exit 1; done || exit 1; \
+		compile="$${CXX:-g++} -std=c++20 -O1 -g -Wall -Wextra -fsanitize=$$sanitizers -Icsrc -pthread"; \
+		$$compile $(STRESS_SOURCES) -o build/dispatch_stress && \
+		$$compile tests/native/cuda_ipc_emulation.cpp -o build/cuda_ipc_emulation && \
+		for seed in 1 2 3; do \
+			build/dispatch_stress 8 150 $$seed && build/cuda_ipc_emulation 40 $$seed || exit 1; \
+		done || exit 1; \
 	done
 
 lint: $(ENVIRONMENT)
