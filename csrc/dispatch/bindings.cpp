@@ -85,6 +85,8 @@ void bind(py::module_& m) {
            py::call_guard<py::gil_scoped_release>(),
            "By all ranks together. device: its number for CUDA; None for a stand-in on the CPU, by "
            "which tests run the device code.")
+      .def_property_readonly("obstacle", &PeerMemory::obstacle,
+                             "Why it cannot be used, on any rank; empty if it can.")
       .def_property_readonly("reserved_bytes", &PeerMemory::reserved,
                              "Staging memory of this rank.");
   m.def("cuda_bus_id", &ipc::bus_id_of_cuda_device, "device"_a,

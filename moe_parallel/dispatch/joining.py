@@ -192,6 +192,8 @@ def _join_gpus(group: ProcessGroup, joined: Joined, seconds: float | None) -> Jo
         memory = native.PeerMemory(joined.shared_memory, device, timeout.total_seconds())
     except RuntimeError as error:
         raise dist.DistBackendError(f"AllToAllDispatcher: {error}") from error
+    if memory.obstacle:
+        return JoinedGpus(None, memory.obstacle)
     return JoinedGpus(memory, f"the GPUs of all {group.size()} ranks reach each other's memory")
 
 

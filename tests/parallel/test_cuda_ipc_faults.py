@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable
@@ -17,7 +18,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moe_parallel.dispatch import AllToAllDispatcher
+from moe_kernels import _C
+from moe_parallel.dispatch import AllToAllDispatcher, joining
 from moe_parallel.dispatch.joining import EMULATE_GPUS
 from tests.parallel.emulated_gpus import cuda_ipc, received
 from tests.parallel.ranks import run_ranks
@@ -245,6 +247,39 @@ def test_a_handle_of_another_dispatcher_is_refused(host: bool) -> None:
         assert (later if host else at_once)[0] == "nothing"
         assert kind == "ValueError"
         assert "the handle must be that of a dispatch by" in message
+
+
+class _WithoutFiles:
+    """The extension, in a process that may make no more memory once it joins GPUs."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_C, name)
+
+    def PeerMemory(self, *arguments: Any) -> Any:
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 10, limit[1]))
+        try:
+            return _C.PeerMemory(*arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+def _obstacle(rank: int, ranks: int) -> list[Any]:
+    os.environ[EMULATE_GPUS] = "1"
+    group = dist.new_group([0, 1, 2])
+    if rank == 1:
+        joining.extension = _WithoutFiles
+    found = [raised(lambda: AllToAllDispatcher(group, 12, transport="cuda_ipc", max_tokens=64))]
+    auto = AllToAllDispatcher(group, 12, max_tokens=64)
+    round_trip(auto, small_case(rank), rank)
+    return [*found, auto.transport, auto.gpu_transport]
+
+
+def test_memory_that_a_machine_does_not_share_is_an_obstacle_and_no_fault() -> None:
+    for rank, (error, *transports) in enumerate(run_ranks(3, _obstacle)):
+        assert error[0] == "ValueError"
+        assert ("fallocate" if rank == 1 else "rank 1 (process") in error[1]
+        assert transports == ["shared_memory", "process_group"]
 
 
 def _left(rank: int, ranks: int) -> tuple[str, str]:

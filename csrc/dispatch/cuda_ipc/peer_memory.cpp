@@ -14,6 +14,7 @@ namespace {
 
 using device::Control;
 using device::Fault;
+using device::Orders;
 using device::Report;
 using shm::Message;
 using shm::Stage;
@@ -26,6 +27,19 @@ constexpr int kHandleWords = sizeof(Device::Handle) / sizeof(int64_t);
 
 uint64_t read(const uint64_t& word) {
   return std::atomic_ref(const_cast<uint64_t&>(word)).load(std::memory_order_acquire);
+}
+
+Message message_of(const Device::Handle& handle, bool good) {
+  Message message;
+  std::memcpy(message.words, handle.bytes, sizeof(handle.bytes));
+  message.words[kHandleWords] = good;
+  return message;
+}
+
+Device::Handle handle_of(const Message& message) {
+  Device::Handle handle;
+  std::memcpy(handle.bytes, message.words, sizeof(handle.bytes));
+  return handle;
 }
 
 std::string capacities_text(const int64_t* header) {
@@ -49,45 +63,57 @@ PeerMemory::PeerMemory(std::shared_ptr<shm::Communicator> communicator,
                      " ranks; got " + std::to_string(communicator_->size()));
   }
   Call call(communicator_, "cuda_ipc", timeout);
-  try {
-    Device::Handle handle;
-    control_.own = device_->allocate(sizeof(Control), &handle);
+  // What a machine does not allow is no fault: all ranks learn of it, and go other ways.
+  const auto attempt = [&](const auto& f) {
+    try {
+      if (obstacle_.empty()) f();
+    } catch (const shm::Error& error) {
+      obstacle_ = error.what();
+    }
+  };
+  const int size = communicator_->size();
+  Device::Handle handle;
+  attempt([&] {
     char* on_device = nullptr;
     report_ = reinterpret_cast<Report*>(device_->allocate_host(sizeof(Report), &on_device));
     report_on_device_ = reinterpret_cast<Report*>(on_device);
-    using device::Orders;
     orders_ = reinterpret_cast<Orders*>(device_->allocate_host(sizeof(Orders), &on_device));
     orders_on_device_ = reinterpret_cast<Orders*>(on_device);
-    control_.peers = open_all(call, Stage::kHeader, handle, control_.own);
-    call.release_published();
-    // Nobody goes on, and away, before all have opened what it made.
-    for (int p = 0; p < communicator_->size(); ++p) call.send(p, Stage::kDone, {});
-    for (int p = 0; p < communicator_->size(); ++p) call.receive(p, Stage::kDone);
-  } catch (const std::exception& error) {
-    call.abandon(error.what());
-    throw;
+    control_.own = device_->allocate(sizeof(Control), &handle);
+  });
+  const Message mine = message_of(handle, obstacle_.empty());
+  for (int p = 0; p < size; ++p) call.send(p, Stage::kHeader, mine);
+  for (int p = 0; p < size; ++p) {
+    const Message& theirs = call.receive(p, Stage::kHeader);
+    if (!theirs.words[kHandleWords]) continue;
+    attempt([&] {
+      const bool own = p == communicator_->rank();
+      control_.peers.push_back(own ? control_.own : device_->open(handle_of(theirs)));
+    });
+  }
+  call.release_published();
+  Message done;
+  done.words[0] = obstacle_.empty();
+  // Nobody goes on, and away, before all have opened what it made.
+  for (int p = 0; p < size; ++p) call.send(p, Stage::kDone, done);
+  for (int p = 0; p < size; ++p) {
+    if (call.receive(p, Stage::kDone).words[0] || !obstacle_.empty()) continue;
+    obstacle_ = communicator_->name_of(p) + " cannot share its GPU's memory, and says why";
   }
   call.finish();
-  watcher_ = std::thread([this] { watch(); });
+  if (obstacle_.empty()) watcher_ = std::thread([this] { watch(); });
 }
 
 PeerMemory::~PeerMemory() { close(); }
 
 std::vector<char*> PeerMemory::open_all(Call& call, Stage stage, const Device::Handle& handle,
                                         char* own) {
-  Message message;
-  std::memcpy(message.words, handle.bytes, sizeof(handle.bytes));
+  const Message message = message_of(handle, true);
   for (int p = 0; p < communicator_->size(); ++p) call.send(p, stage, message);
   std::vector<char*> peers;
   for (int p = 0; p < communicator_->size(); ++p) {
     const Message& theirs = call.receive(p, stage);
-    if (p == communicator_->rank()) {
-      peers.push_back(own);
-      continue;
-    }
-    Device::Handle name;
-    std::memcpy(name.bytes, theirs.words, sizeof(name.bytes));
-    peers.push_back(device_->open(name));
+    peers.push_back(p == communicator_->rank() ? own : device_->open(handle_of(theirs)));
   }
   return peers;
 }
@@ -287,7 +313,8 @@ void PeerMemory::close() {
   }
   watch_wakes_.notify_all();
   if (watcher_.joinable()) watcher_.join();
-  if (!communicator_->is_owner()) return;  // a fork of the rank is not the rank
+  // A fork of the rank is not the rank, and what was never joined does not end it.
+  if (!communicator_->is_owner() || !obstacle_.empty()) return;
   try {
     if (orders_) std::atomic_ref(orders_->gone).store(~uint64_t{0}, std::memory_order_release);
     device_->synchronize();

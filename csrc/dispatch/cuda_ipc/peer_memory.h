@@ -28,6 +28,8 @@ class PeerMemory {
   PeerMemory(const PeerMemory&) = delete;
   PeerMemory& operator=(const PeerMemory&) = delete;
 
+  // Why it cannot be used, on any rank; empty if it can.
+  const std::string& obstacle() const { return obstacle_; }
   bool emulated() const { return emulated_; }
   Device& device() { return *device_; }
   const std::string& group() const { return communicator_->group(); }
@@ -93,6 +95,7 @@ class PeerMemory {
   std::condition_variable watch_wakes_;
   bool watch_ends_ = false;
   std::thread watcher_;
+  std::string obstacle_;
 };
 
 }  // namespace moe::ep::ipc
