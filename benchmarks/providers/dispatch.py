@@ -60,8 +60,12 @@ def _transport(transport: str) -> Builder:
     def build(case: Case) -> Implementation:
         experts, inputs = case.shape["E"], case.inputs[0]
         try:
-            options = {"max_tokens": case.shape["T"]} if transport == "cuda_ipc" else {}
-            dispatcher = build_dispatcher(case.group, experts, transport=transport, **options)
+            dispatcher = build_dispatcher(
+                case.group,
+                experts,
+                transport=transport,
+                max_tokens=case.shape["T"] if transport == "cuda_ipc" else None,
+            )
             with torch.no_grad():  # of no tokens: whether it takes such tensors at all
                 dispatcher.dispatch(
                     *(inputs[name][:0] for name in ("x", "topk_ids", "topk_weights"))

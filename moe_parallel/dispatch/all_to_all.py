@@ -197,9 +197,11 @@ class AllToAllDispatcher:
                 f"{op}: transport 'shared_memory' needs ranks that share a machine: "
                 f"{joined.reason}. Use 'process_group' or 'auto'."
             )
-        gpus = JoinedGpus(None, "max_tokens is not given" if sizes is None else "it was not asked")
-        if sizes is not None and transport in ("auto", "cuda_ipc"):
-            gpus = join_gpus(group, joined, timeout)
+        gpus = JoinedGpus(None, "")
+        if transport in ("auto", "cuda_ipc"):
+            gpus = JoinedGpus(None, "max_tokens is not given")
+            if sizes is not None:
+                gpus = join_gpus(group, joined, timeout)
         if transport == "cuda_ipc" and gpus.memory is None:
             raise ValueError(
                 f"{op}: transport 'cuda_ipc' needs ranks whose GPUs reach each other's memory: "
@@ -245,11 +247,13 @@ class AllToAllDispatcher:
         more = "" if self.passed_over is None else f"; {self.passed_over}"
         if self.transport == "cuda_ipc":
             return f"cuda_ipc carries tensors of the GPUs: {self._gpu_reason}{more}"
-        if self.gpu_transport == "cuda_ipc":
-            others = f"; cuda_ipc of the GPUs', for {self._gpu_reason}"
-        else:
-            others = f"; process_group of the GPUs': cuda_ipc is not used, {self._gpu_reason}"
-        return f"{self.transport} carries tensors of the CPU: {self._reason}{others}{more}"
+        others = (
+            "" if self.transport == self.gpu_transport else f", {self.gpu_transport} of the GPUs'"
+        )
+        if self._gpu_reason:
+            used = "for" if self.gpu_transport == "cuda_ipc" else "is not used:"
+            more = f"; cuda_ipc {used} {self._gpu_reason}{more}"
+        return f"{self.transport} carries tensors of the CPU{others}: {self._reason}{more}"
 
     def check(self) -> None:
         """Wait until this rank's GPU is done, and raise what "cuda_ipc" has found meanwhile.

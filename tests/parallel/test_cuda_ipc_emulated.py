@@ -378,14 +378,15 @@ def test_which_transport_is_chosen_and_why() -> None:
             missing = "torch sees no CUDA device"
         if not torch.cuda.is_available():
             assert plain[:2] == ("shared_memory", "process_group")
-            assert f"cuda_ipc is not used, rank 0 has no GPU to use: {missing}" in plain[2]
+            assert f"; cuda_ipc is not used: rank 0 has no GPU to use: {missing}" in plain[2]
             assert refused[0] == "ValueError"
             assert "needs ranks whose GPUs reach each other's memory: rank 0 has no" in refused[1]
         for kind, message in wrong:
             assert kind == "ValueError"
             assert "max_tokens" in message or "capacity must be positive; got 0" in message
         assert auto[:2] == ("shared_memory", "cuda_ipc")
-        assert "cuda_ipc of the GPUs', for the GPUs of all 2 ranks reach" in auto[2]
+        assert ", cuda_ipc of the GPUs': all 2 ranks" in auto[2]
+        assert "; cuda_ipc for the GPUs of all 2 ranks reach" in auto[2]
 
 
 def test_device_code_on_threads(tmp_path: Path) -> None:
