@@ -24,7 +24,7 @@ BUILD := $(PY) setup.py --quiet build_ext --inplace
 # Tests start processes by fork, which needs a parent without OpenMP threads.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
 
-CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/native/*.cpp')
+CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/native/*.cpp' 'tests/native/*.h')
 
 .PHONY: demo test test-all test-sanitizers test-stress test-instructions lint format bench gpu-check \
 	gpu-bench gpu-tune build clean
@@ -51,16 +51,19 @@ test-sanitizers: $(ENVIRONMENT)
 		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 		$(PYTEST) --capture=sys -k "cpu or gradcheck" -m "not slow" tests/kernels $(ARGS)
 
-# The ranks of the shared memory transport as threads of one process, under the thread sanitizer and
-# under the address and undefined behaviour sanitizers. Seconds.
+# The ranks of the shared memory transport, and those of cuda_ipc with their grids, as threads of one
+# process, under the thread sanitizer and under the address and undefined behaviour sanitizers.
 STRESS_SOURCES := tests/native/dispatch_stress.cpp \
 	$(addprefix csrc/dispatch/shared_memory/,communicator.cpp heap.cpp system.cpp)
 test-stress:
 	@mkdir -p build
 	@for sanitizers in thread address,undefined; do \
-		$${CXX:-g++} -std=c++20 -O1 -g -Wall -Wextra -fsanitize=$$sanitizers -Icsrc -pthread \
-			$(STRESS_SOURCES) -o build/dispatch_stress && \
-		for seed in 1 2 3; do build/dispatch_stress 8 150 $$seed || exit 1; done || exit 1; \
+		compile="$${CXX:-g++} -std=c++20 -O1 -g -Wall -Wextra -fsanitize=$$sanitizers -Icsrc -pthread"; \
+		$$compile $(STRESS_SOURCES) -o build/dispatch_stress && \
+		$$compile tests/native/cuda_ipc_emulation.cpp -o build/cuda_ipc_emulation && \
+		for seed in 1 2 3; do \
+			build/dispatch_stress 8 150 $$seed && build/cuda_ipc_emulation 40 $$seed || exit 1; \
+		done || exit 1; \
 	done
 
 # How many instructions the AVX2 kernels take for a small layer, against the record. Needs valgrind.

@@ -238,6 +238,9 @@ class BackendConfig:
         dispatcher: transport of the tokens under Expert Parallelism, or "auto", see
             :func:`moe_parallel.dispatch.build_dispatcher`.
         dispatcher_timeout: seconds a rank waits for the others; None for the group's own timeout.
+        dispatcher_max_tokens: the most tokens that any rank dispatches, which "cuda_ipc" needs.
+        dispatcher_capacity: rows that a rank has room for by "cuda_ipc"; None for all there can be.
+        dispatcher_slot_capacity: the same for the slots in them.
         experts: "auto" for :func:`moe_kernels.fused_experts`, "reference" for its definition.
         fake_balanced_gate: replace the router by one that balances perfectly (for benchmarks).
         fake_gate_noise: how uneven that one is, 0 to 1.
@@ -247,6 +250,9 @@ class BackendConfig:
 
     dispatcher: str = "auto"
     dispatcher_timeout: float | None = None
+    dispatcher_max_tokens: int | None = None
+    dispatcher_capacity: int | None = None
+    dispatcher_slot_capacity: int | None = None
     experts: str = "auto"
     fake_balanced_gate: bool = False
     fake_gate_noise: float = 0.0

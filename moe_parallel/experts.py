@@ -88,6 +88,9 @@ class GroupedExperts(nn.Module):
             self.n_routed_experts,
             transport=self.backend.dispatcher,
             timeout=self.backend.dispatcher_timeout,
+            max_tokens=self.backend.dispatcher_max_tokens,
+            capacity=self.backend.dispatcher_capacity,
+            slot_capacity=self.backend.dispatcher_slot_capacity,
         )
 
     @property

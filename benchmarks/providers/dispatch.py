@@ -60,7 +60,12 @@ def _transport(transport: str) -> Builder:
     def build(case: Case) -> Implementation:
         experts, inputs = case.shape["E"], case.inputs[0]
         try:
-            dispatcher = build_dispatcher(case.group, experts, transport=transport)
+            dispatcher = build_dispatcher(
+                case.group,
+                experts,
+                transport=transport,
+                max_tokens=case.shape["T"] if transport == "cuda_ipc" else None,
+            )
             with torch.no_grad():  # of no tokens: whether it takes such tensors at all
                 dispatcher.dispatch(
                     *(inputs[name][:0] for name in ("x", "topk_ids", "topk_weights"))
@@ -172,6 +177,7 @@ def _provider(name: str, build: Callable[[Case], Implementation], **options: Any
 # Those that do not carry the tensors of every device, or belong to another package.
 _LIMITED: dict[str, dict[str, Any]] = {
     "shared_memory": {"devices": ("cpu",)},
+    "cuda_ipc": {"devices": ("cuda",)},
     "deepep": {"devices": ("cuda",), "requires": ("deep_ep",)},
 }
 transports = tuple(

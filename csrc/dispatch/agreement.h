@@ -10,6 +10,8 @@
 #include <string>
 #include <vector>
 
+#include "dispatch/header.h"
+
 namespace moe::ep {
 
 enum class Phase : int64_t { kDispatch, kCombine, kDispatchBackward, kCombineBackward };
@@ -23,27 +25,6 @@ struct Terms {
   int64_t experts = -1, placement = -1, hidden = -1, top_k = -1;
   int64_t x_dtype = -1, weight_dtype = -1, extra_dtype = -1;  // at::ScalarType
   int64_t extra_bytes = -1;                                   // a token
-};
-
-// The columns of a header.
-enum Field : int64_t {
-  kMagicField,
-  kPhaseField,
-  kRefusedField,
-  kDispatcherField,
-  kDispatchField,
-  kExpertsField,
-  kPlacementField,
-  kHiddenField,
-  kTopKField,
-  kXDtypeField,
-  kWeightDtypeField,
-  kExtraDtypeField,
-  kExtraBytesField,
-  kTermFields,  // the above are equal on all ranks; what follows is for the receiver
-  kRowsField = kTermFields,
-  kSlotsField,
-  kFields,
 };
 
 using Header = std::array<int64_t, kFields>;

@@ -16,6 +16,7 @@ namespace {
 
 namespace py = pybind11;
 using namespace py::literals;
+using ipc::PeerMemory;
 using shm::Communicator;
 
 std::shared_ptr<Communicator> make_communicator(int rank, int size, std::string group) {
@@ -31,10 +32,31 @@ std::shared_ptr<Communicator> make_communicator(int rank, int size, std::string 
 std::shared_ptr<Dispatcher> new_dispatcher(
     const std::string& group, int64_t rank, int64_t ranks, int64_t experts, double timeout,
     std::shared_ptr<Communicator> shared_memory,
-    const std::optional<std::vector<std::vector<int32_t>>>& owners) {
-  return make_dispatcher(group, rank, ranks,
-                         owners ? Placement(*owners, ranks, rank) : Placement(experts, ranks),
-                         timeout, std::move(shared_memory));
+    const std::optional<std::vector<std::vector<int32_t>>>& owners,
+    std::shared_ptr<PeerMemory> peer_memory, int64_t max_tokens, int64_t capacity,
+    int64_t slot_capacity, bool gpus_alone) {
+  Placement placement = owners ? Placement(*owners, ranks, rank) : Placement(experts, ranks);
+  OnGpus on_gpus = make_on_gpus(std::move(peer_memory), placement, max_tokens, capacity,
+                                slot_capacity, gpus_alone);
+  return make_dispatcher(group, rank, ranks, std::move(placement), timeout,
+                         std::move(shared_memory), std::move(on_gpus));
+}
+
+std::shared_ptr<PeerMemory> make_peer_memory(std::shared_ptr<Communicator> communicator,
+                                             std::optional<int> device, double timeout) {
+  auto on = device ? ipc::make_cuda_device(*device) : ipc::make_emulated_device();
+  return std::make_shared<PeerMemory>(std::move(communicator), std::move(on), !device, timeout);
+}
+
+// Whether GPUs that read each other's memory carry tensors of a kind of device.
+bool has_fixed_sizes(const Dispatcher& dispatcher, const std::string& device_type) {
+  const auto& memory = dispatcher.on_gpus.memory;
+  return memory && device_type == (memory->emulated() ? "cpu" : "cuda");
+}
+
+std::tuple<int64_t, int64_t, int64_t> fixed_sizes(const Dispatcher& dispatcher, int64_t top_k) {
+  const OnGpus& gpus = dispatcher.on_gpus;
+  return {gpus.capacity, gpus.slots(top_k), gpus.plan_words(dispatcher.ranks)};
 }
 
 }  // namespace
@@ -57,10 +79,38 @@ void bind(py::module_& m) {
           "reserved_bytes", [](Communicator& c) { return c.heap().reserved(); },
           "The memory in which this rank receives.");
 
+  py::class_<PeerMemory, std::shared_ptr<PeerMemory>>(
+      m, "PeerMemory", "The memory by which GPUs of one machine exchange rows.")
+      .def(py::init(&make_peer_memory), "shared_memory"_a, "device"_a, "timeout"_a,
+           py::call_guard<py::gil_scoped_release>(),
+           "By all ranks together. device: its number for CUDA; None for a stand-in on the CPU, by "
+           "which tests run the device code.")
+      .def_property_readonly("obstacle", &PeerMemory::obstacle,
+                             "Why it cannot be used, on any rank; empty if it can.")
+      .def_property_readonly("reserved_bytes", &PeerMemory::reserved,
+                             "Staging memory of this rank.");
+  m.def("cuda_bus_id", &ipc::bus_id_of_cuda_device, "device"_a,
+        "How other processes know a GPU. RuntimeError where this build has no CUDA.");
+  m.def("cuda_peer_obstacle", &ipc::cuda_peer_obstacle, "device"_a, "bus_ids"_a,
+        "Why a GPU cannot reach those of other processes; empty if it can.");
+
   py::class_<Dispatcher, std::shared_ptr<Dispatcher>>(
       m, "Dispatcher", "A dispatcher as the ops find it: by its name, while this object lives.")
       .def(py::init(&new_dispatcher), "group"_a, "rank"_a, "ranks"_a, "experts"_a, "timeout"_a,
-           "shared_memory"_a, "owners"_a)
+           "shared_memory"_a, "owners"_a, "peer_memory"_a = nullptr, "max_tokens"_a = 0,
+           "capacity"_a = 0, "slot_capacity"_a = 0, "gpus_alone"_a = false,
+           py::call_guard<py::gil_scoped_release>())
+      .def("has_fixed_sizes", &has_fixed_sizes, "device_type"_a,
+           "Whether what a dispatch of such tensors brings has the same size each time.")
+      .def("fixed_sizes", &fixed_sizes, "top_k"_a,
+           "Then: rows and slots that arrive, and words of the plan.")
+      .def(
+          "check",
+          [](const Dispatcher& dispatcher) {
+            if (dispatcher.on_gpus.memory) dispatcher.on_gpus.check();
+          },
+          py::call_guard<py::gil_scoped_release>(),
+          "Wait for this rank's GPU, and raise what it has reported.")
       .def_readonly("name", &Dispatcher::name)
       .def_readonly("ranks", &Dispatcher::ranks);
   m.def("find_dispatcher", &find_dispatcher, "name"_a);
@@ -81,6 +131,16 @@ void bind(py::module_& m) {
         return py::make_tuple(joined->shared_memory, joined->reason);
       },
       "group"_a, "What remember_joined has kept, or None.");
+  m.def("remember_peer_memory", &remember_peer_memory, "group"_a, "peer_memory"_a, "reason"_a,
+        "Keep how the GPUs of a group's ranks are joined, or None, and why so.");
+  m.def(
+      "recall_peer_memory",
+      [](const std::string& group) -> py::object {
+        auto joined = recall_joined(group);
+        if (!joined || joined->peer_reason.empty()) return py::none();
+        return py::make_tuple(joined->peer_memory, joined->peer_reason);
+      },
+      "group"_a, "What remember_peer_memory has kept, or None.");
   m.def("forget_joined", &forget_joined, "group"_a, py::call_guard<py::gil_scoped_release>(),
         "Drop it, once the group is gone.");
 }

@@ -35,7 +35,8 @@ struct Registry {
 
 std::shared_ptr<Dispatcher> make_dispatcher(const std::string& group, int64_t rank, int64_t ranks,
                                             Placement placement, double timeout,
-                                            std::shared_ptr<shm::Communicator> shared_memory) {
+                                            std::shared_ptr<shm::Communicator> shared_memory,
+                                            OnGpus on_gpus) {
   Registry& registry = Registry::get();
   const std::lock_guard lock(registry.mutex);
   const int64_t number = registry.made[group]++;
@@ -56,6 +57,7 @@ std::shared_ptr<Dispatcher> make_dispatcher(const std::string& group, int64_t ra
                                                         .timeout = timeout,
                                                         .placement = std::move(placement),
                                                         .shared_memory = std::move(shared_memory),
+                                                        .on_gpus = std::move(on_gpus),
                                                         .dispatches = {},
                                                         .combines = {}},
                                          forget);
@@ -83,6 +85,15 @@ void remember_joined(const std::string& group, Joined joined) {
       std::pair(c10::weak_intrusive_ptr<c10d::ProcessGroup>(process_group), std::move(joined)));
 }
 
+void remember_peer_memory(const std::string& group, std::shared_ptr<ipc::PeerMemory> memory,
+                          std::string reason) {
+  Registry& registry = Registry::get();
+  const std::lock_guard lock(registry.mutex);
+  Joined& joined = registry.joined.at(group).second;
+  joined.peer_memory = std::move(memory);
+  joined.peer_reason = std::move(reason);
+}
+
 std::optional<Joined> recall_joined(const std::string& group) {
   Registry& registry = Registry::get();
   const auto process_group = c10d::resolve_process_group(group);
@@ -104,6 +115,7 @@ void forget_joined(const std::string& group) {
     joined = std::move(found->second.second);
     registry.joined.erase(found);
   }
+  if (joined->peer_memory) joined->peer_memory->close();
   if (joined->shared_memory) joined->shared_memory->close();
 }
 

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "dispatch/agreement.h"
+#include "dispatch/cuda_ipc/peer_memory.h"
 #include "dispatch/layout.h"
 #include "dispatch/shared_memory/communicator.h"
 
@@ -59,6 +60,30 @@ class Begun {
   int64_t last_ = 0;
 };
 
+// Of a dispatcher whose ranks' GPUs reach each other's memory.
+struct OnGpus {
+  std::shared_ptr<ipc::PeerMemory> memory;  // null where they do not
+  // T of any rank, rows that a rank has room for, and slots in them; 0 slots: as many as there can
+  // be.
+  int64_t max_tokens = 0, capacity = 0, slot_capacity = 0;
+  bool alone = false;  // tensors of other devices are an error
+  device::Homes homes{};
+  std::shared_ptr<char> homes_memory;
+
+  int64_t slots(int64_t top_k) const {
+    return slot_capacity > 0 ? slot_capacity : capacity * top_k;
+  }
+  int64_t plan_words(int64_t ranks) const {
+    return device::PlanView{static_cast<int>(ranks)}.words(capacity);
+  }
+  bool carries(const at::Tensor& tensor) const;
+  // Waits until the GPU is done, and raises what it has reported.
+  void check() const;
+};
+// Where `placement` has the experts, for the device.
+OnGpus make_on_gpus(std::shared_ptr<ipc::PeerMemory> memory, const Placement& placement,
+                    int64_t max_tokens, int64_t capacity, int64_t slot_capacity, bool alone);
+
 // All that a transport knows of one.
 struct Dispatcher {
   std::string name, group;
@@ -68,6 +93,7 @@ struct Dispatcher {
   Placement placement;
   // Carries tensors of the CPU; null for c10d's all-to-all, which carries all others.
   std::shared_ptr<shm::Communicator> shared_memory;
+  OnGpus on_gpus;
 
   Begun<Arrived> dispatches;
   Begun<at::Tensor> combines;
@@ -81,7 +107,8 @@ struct Dispatcher {
 // make those of a group in the same order: so they get the same numbers.
 std::shared_ptr<Dispatcher> make_dispatcher(const std::string& group, int64_t rank, int64_t ranks,
                                             Placement placement, double timeout,
-                                            std::shared_ptr<shm::Communicator> shared_memory);
+                                            std::shared_ptr<shm::Communicator> shared_memory,
+                                            OnGpus on_gpus);
 std::shared_ptr<Dispatcher> find_dispatcher(const std::string& name);
 
 // How the ranks of a group are joined, for its first dispatcher and those that follow: they find
@@ -89,8 +116,13 @@ std::shared_ptr<Dispatcher> find_dispatcher(const std::string& name);
 struct Joined {
   std::shared_ptr<shm::Communicator> shared_memory;  // or null
   std::string reason;                                // of either
+  // Of their GPUs; the reason is empty until somebody asked for it.
+  std::shared_ptr<ipc::PeerMemory> peer_memory = nullptr;
+  std::string peer_reason = {};
 };
 void remember_joined(const std::string& group, Joined joined);
+void remember_peer_memory(const std::string& group, std::shared_ptr<ipc::PeerMemory> memory,
+                          std::string reason);
 std::optional<Joined> recall_joined(const std::string& group);
 void forget_joined(const std::string& group);
 
@@ -124,6 +156,7 @@ struct Transport {
 
 extern const Transport process_group_transport;
 extern const Transport shared_memory_transport;
+extern const Transport cuda_ipc_transport;
 
 // Arguments of the ops, for the transports: raise before anything is exchanged.
 void check_dispatch(const Tokens& tokens);

@@ -14,10 +14,15 @@ from torch.distributed import ProcessGroup
 
 from moe_kernels.ops._checks import refuse_tangent
 from moe_parallel.dispatch import ops
-from moe_parallel.dispatch.joining import Joined, join
+from moe_parallel.dispatch.joining import (
+    Joined,
+    JoinedGpus,
+    join,
+    join_gpus,
+    timeout_of_any,
+)
 from moe_parallel.dispatch.native import extension
 from moe_parallel.dispatch.protocol import ALL_TO_ALL_TRANSPORTS, Dispatched, Pending
-from moe_parallel.torch_internals import timeout_of
 
 
 class Handle(NamedTuple):
@@ -26,7 +31,8 @@ class Handle(NamedTuple):
     Attributes:
         slot_rows: [T, K] int32, the row of the exchange that each slot travelled in, or -1.
         plan: [2 P + 2] int64 on the CPU: rows sent to each rank, rows received from each, the
-            number of the dispatch, the same on every rank, and a tag of the group.
+            number of the dispatch, the same on every rank, and a tag of the group. By "cuda_ipc" it
+            is on the device, and holds more.
     """
 
     slot_rows: Tensor
@@ -54,6 +60,33 @@ def _owners(
             )
         owners.append(mine)
     return owners
+
+
+def _capacities(
+    ranks: int,
+    transport: str,
+    max_tokens: int | None,
+    capacity: int | None,
+    slot_capacity: int | None,
+) -> tuple[int, int, int] | None:
+    """max_tokens, capacity and slot_capacity (0: the most there can be); None if not given."""
+    op = "AllToAllDispatcher"
+    given = {"max_tokens": max_tokens, "capacity": capacity, "slot_capacity": slot_capacity}
+    for name, value in given.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{op}: {name} must be positive; got {value}")
+    if max_tokens is None:
+        if transport == "cuda_ipc" or capacity is not None or slot_capacity is not None:
+            raise ValueError(
+                f"{op}: transport 'cuda_ipc', and a capacity, need max_tokens, the most tokens "
+                "that any rank dispatches; got None"
+            )
+        return None
+    if ranks * max_tokens >= 2**31:
+        raise ValueError(
+            f"{op}: max_tokens times the {ranks} ranks must be below 2**31; got {max_tokens}"
+        )
+    return max_tokens, capacity or ranks * max_tokens, slot_capacity or 0
 
 
 def _dispatched(outputs: tuple[Tensor, ...], sent: Tensor | None) -> Dispatched:
@@ -89,24 +122,35 @@ class AllToAllDispatcher:
         num_experts: E, a multiple of P unless there is a ``placement``.
         transport: "process_group", c10d's all-to-all: the counts first, then the tokens.
             "shared_memory", for CPU ranks on one Linux machine: rows are written where the receiver
-            needs them. "auto" takes shared memory where the ranks can share it, see
-            :meth:`explain`, and the process group elsewhere and for the tensors of GPUs. But for
-            "process_group", every rank of the group must make its first dispatcher together.
+            needs them. "cuda_ipc", for GPU ranks on one machine: they read each other's memory, the
+            host waits for nothing, and what arrives has ``capacity`` rows. "auto" takes shared
+            memory where the ranks can share it, see :meth:`explain`, and the process group
+            elsewhere; for the tensors of GPUs cuda_ipc if ``max_tokens`` is given and they can, and
+            else the process group. But for "process_group", every rank of the group must make its
+            first dispatcher together; of "cuda_ipc", with its GPU as the current device.
         timeout: seconds a rank waits for the others in each exchange, and for their first
             dispatcher; None for the group's own timeout. On CUDA the backend's watchdog applies it.
         placement: the rank of every expert, or the ranks that hold copies of it, of which a token
             takes its own rank's, or else each in turn; the same on all ranks. Copies are for
             inference: in training they would drift apart.
+        max_tokens: for "cuda_ipc", which needs it: the most tokens that any rank dispatches.
+        capacity: for "cuda_ipc": the rows that a rank has room for. By default P * max_tokens, as
+            many as can come. Rows beyond it are left out, as if they had no expert, and the next
+            call, or :meth:`check`, raises a RuntimeError that says what is needed.
+        slot_capacity: for "cuda_ipc": the same for the slots in those rows, which is
+            ``Dispatched.num_rows``. By default capacity * K.
 
     Attributes:
         local_experts: the experts of this rank, in the order of their numbers here.
-        transport: what carries tensors of the CPU, "process_group" or "shared_memory".
+        transport: what carries tensors of the CPU, "process_group" or "shared_memory"; or
+            "cuda_ipc", if that was asked for, which carries none.
+        gpu_transport: what carries those of GPUs, "process_group" or "cuda_ipc".
         passed_over: why it is not another dispatcher, for :meth:`explain`, or None.
 
     Raises:
         ValueError: an unknown transport, a timeout that is not positive, E not a multiple of P, a
-            placement that has not a rank of the group for every expert, "shared_memory" of ranks
-            that cannot share it.
+            placement that has not a rank of the group for every expert, "shared_memory" or
+            "cuda_ipc" of ranks that cannot, capacities that are not positive.
         ImportError: moe_kernels was built without its extension.
         torch.distributed.DistBackendError: a rank did not come to share its memory; it is named.
     """
@@ -119,6 +163,9 @@ class AllToAllDispatcher:
         transport: str = "auto",
         timeout: float | None = None,
         placement: Sequence[int | Sequence[int]] | None = None,
+        max_tokens: int | None = None,
+        capacity: int | None = None,
+        slot_capacity: int | None = None,
     ) -> None:
         op = "AllToAllDispatcher"
         if transport not in ("auto", *ALL_TO_ALL_TRANSPORTS):
@@ -134,6 +181,7 @@ class AllToAllDispatcher:
             )
         if timeout is not None and not timeout > 0:
             raise ValueError(f"{op}: timeout must be positive, in seconds; got {timeout}")
+        sizes = _capacities(group.size(), transport, max_tokens, capacity, slot_capacity)
         owners = _owners(num_experts, group.size(), placement)
         native = extension()
         # The name alone: the group may end first.
@@ -149,12 +197,25 @@ class AllToAllDispatcher:
                 f"{op}: transport 'shared_memory' needs ranks that share a machine: "
                 f"{joined.reason}. Use 'process_group' or 'auto'."
             )
+        gpus = JoinedGpus(None, "")
+        if transport in ("auto", "cuda_ipc"):
+            gpus = JoinedGpus(None, "max_tokens is not given")
+            if sizes is not None:
+                gpus = join_gpus(group, joined, timeout)
+        if transport == "cuda_ipc" and gpus.memory is None:
+            raise ValueError(
+                f"{op}: transport 'cuda_ipc' needs ranks whose GPUs reach each other's memory: "
+                f"{gpus.reason}. Use 'process_group' or 'auto'."
+            )
         self.transport = "process_group" if joined.shared_memory is None else "shared_memory"
-        self._reason = joined.reason
+        if transport == "cuda_ipc":
+            self.transport = transport
+        self.gpu_transport = "process_group" if gpus.memory is None else "cuda_ipc"
+        self._reason, self._gpu_reason = joined.reason, gpus.reason
         self.passed_over: str | None = None
         seconds = timeout or 0.0  # for c10d, 0 is the group's own
         if joined.shared_memory is not None and timeout is None:
-            seconds = timeout_of(group).total_seconds()
+            seconds = timeout_of_any(group).total_seconds()
         self._native = native.Dispatcher(
             group.group_name,
             group.rank(),
@@ -163,6 +224,9 @@ class AllToAllDispatcher:
             seconds,
             joined.shared_memory,
             None if placement is None else owners,
+            gpus.memory,
+            *(sizes or (0, 0, 0)),
+            transport == "cuda_ipc",
         )
         rank = group.rank()
         self.local_experts = tuple(e for e, ranks in enumerate(owners) if rank in ranks)
@@ -180,9 +244,30 @@ class AllToAllDispatcher:
 
     def explain(self) -> str:
         """Which transport carries what, and why."""
-        others = "" if self.transport == "process_group" else ", process_group of the GPUs'"
         more = "" if self.passed_over is None else f"; {self.passed_over}"
+        if self.transport == "cuda_ipc":
+            return f"cuda_ipc carries tensors of the GPUs: {self._gpu_reason}{more}"
+        others = (
+            "" if self.transport == self.gpu_transport else f", {self.gpu_transport} of the GPUs'"
+        )
+        if self._gpu_reason:
+            used = "for" if self.gpu_transport == "cuda_ipc" else "is not used:"
+            more = f"; cuda_ipc {used} {self._gpu_reason}{more}"
         return f"{self.transport} carries tensors of the CPU{others}: {self._reason}{more}"
+
+    def check(self) -> None:
+        """Wait until this rank's GPU is done, and raise what "cuda_ipc" has found meanwhile.
+
+        What goes wrong on the device, or did not fit, is raised by the call that follows it; this
+        is for the last one, and for captured graphs, whose replays are no calls. By other
+        transports it does nothing.
+
+        Raises:
+            RuntimeError: more arrived than ``capacity`` or ``slot_capacity``, since it was last
+                raised; it says what is needed. Ranks that check after the same calls raise alike.
+            ValueError, IndexError, torch.distributed.DistBackendError: as :meth:`dispatch`.
+        """
+        self._native.check()
 
     def dispatch(
         self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, *, extra: Tensor | None = None

@@ -50,16 +50,20 @@ def build_dispatcher(
     transport: str = "auto",
     timeout: float | None = None,
     placement: Sequence[int | Sequence[int]] | None = None,
+    max_tokens: int | None = None,
+    capacity: int | None = None,
+    slot_capacity: int | None = None,
 ) -> TokenDispatcher:
     """The dispatcher of a transport.
 
     Args:
-        group, num_experts, timeout, placement: as for :class:`AllToAllDispatcher`; "deepep" knows
-            no placement.
-        transport: "process_group", "shared_memory", "deepep" (:class:`DeepEPDispatcher`), or
-            "auto": DeepEP where an NCCL group spans several machines and every rank can import
-            ``deep_ep``, for the tensors that it takes; for all else what AllToAllDispatcher does
-            with "auto". ``explain()`` of the result says what was chosen and why.
+        group, num_experts, timeout, placement, max_tokens, capacity, slot_capacity: as for
+            :class:`AllToAllDispatcher`; "deepep" knows no placement and no capacities.
+        transport: "process_group", "shared_memory", "cuda_ipc", "deepep"
+            (:class:`DeepEPDispatcher`), or "auto": DeepEP where an NCCL group spans several
+            machines and every rank can import ``deep_ep``, for the tensors that it takes; for all
+            else what AllToAllDispatcher does with "auto". ``explain()`` of the result says what was
+            chosen and why.
 
     Raises:
         ValueError: an unknown transport, a placement with "deepep", or what the dispatcher refuses.
@@ -76,9 +80,16 @@ def build_dispatcher(
                 "build_dispatcher: transport 'deepep' knows no placement: its rank r owns the "
                 "experts from r * E / P on. Leave placement None, or use 'process_group'."
             )
-        return DeepEPDispatcher(group, num_experts, timeout=timeout)
+        return DeepEPDispatcher(group, num_experts, timeout=timeout, max_tokens=max_tokens)
     dispatcher = AllToAllDispatcher(
-        group, num_experts, transport=transport, timeout=timeout, placement=placement
+        group,
+        num_experts,
+        transport=transport,
+        timeout=timeout,
+        placement=placement,
+        max_tokens=max_tokens,
+        capacity=capacity,
+        slot_capacity=slot_capacity,
     )
     if transport != "auto":
         return dispatcher
@@ -89,7 +100,12 @@ def build_dispatcher(
         reason = "the group spans several machines, and every rank can import deep_ep"
         try:
             return DeepEPDispatcher(
-                group, num_experts, timeout=timeout, otherwise=dispatcher, reason=reason
+                group,
+                num_experts,
+                timeout=timeout,
+                max_tokens=max_tokens,
+                otherwise=dispatcher,
+                reason=reason,
             )
         except ValueError as error:  # of the group's size or the timeout: on every rank
             obstacle = str(error)

@@ -14,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
@@ -23,7 +24,23 @@ from moe_parallel.torch_internals import backend_of, store_of, timeout_of
 logger = logging.getLogger(__name__)
 
 # Backends whose ranks are processes that a store joins; others imitate them in one process.
-_BACKENDS_OF_PROCESSES = ("gloo", "mpi", "ucc")
+_BACKENDS_OF_PROCESSES = ("gloo", "mpi", "ucc", "nccl")
+
+
+# For tests: GPUs are imitated by the CPU, which runs the device code on tensors of its own.
+EMULATE_GPUS = "MOE_KERNELS_EMULATE_GPUS"
+
+
+class JoinedGpus(NamedTuple):
+    """What the GPUs of a group's ranks have in common.
+
+    Attributes:
+        memory: a ``moe_kernels._C.PeerMemory`` that joins them, or None.
+        reason: why there is one, or none.
+    """
+
+    memory: Any
+    reason: str
 
 
 class Joined(NamedTuple):
@@ -92,10 +109,11 @@ def _obstacle(offers: list[dict[str, Any]]) -> str | None:
 
 
 def _join(group: ProcessGroup, seconds: float | None) -> Joined:
-    backend = backend_of(group, "cpu")
+    device = "cpu" if backend_of(group, "cpu") is not None else "cuda"
+    backend = backend_of(group, device)
     if backend not in _BACKENDS_OF_PROCESSES:
         return Joined(None, f"the group's backend on the CPU is {backend}")
-    timeout = timeout_of(group) if seconds is None else timedelta(seconds=seconds)
+    timeout = timeout_of_any(group) if seconds is None else timedelta(seconds=seconds)
     memory, offer = _offer(group)
     offers = exchange(group, "offer", offer, timeout)
     obstacle = _obstacle(offers)
@@ -106,6 +124,11 @@ def _join(group: ProcessGroup, seconds: float | None) -> Joined:
     except RuntimeError as error:
         raise dist.DistBackendError(f"AllToAllDispatcher: {error}") from error
     return Joined(memory, f"all {group.size()} ranks are processes of one machine")
+
+
+def timeout_of_any(group: ProcessGroup) -> timedelta:
+    """The group's own timeout: of its backend on the CPU, or else on GPUs."""
+    return timeout_of(group, "cpu" if backend_of(group, "cpu") is not None else "cuda")
 
 
 def join(group: ProcessGroup, timeout: float | None) -> Joined:
@@ -132,3 +155,64 @@ def join(group: ProcessGroup, timeout: float | None) -> Joined:
         joined.reason,
     )
     return joined
+
+
+def _gpu_offer(emulate: bool) -> dict[str, Any]:
+    """This rank's GPU as the others know it, or why there is none."""
+    if emulate:
+        return {"bus_id": ""}
+    if not torch.cuda.is_available():
+        built = extension().build_info()["cuda"] is not None
+        missing = "torch sees no CUDA device" if built else "moe_kernels is built without CUDA"
+        return {"obstacle": missing}
+    try:
+        return {"bus_id": extension().cuda_bus_id(torch.cuda.current_device())}
+    except RuntimeError as error:
+        return {"obstacle": str(error)}
+
+
+def _join_gpus(group: ProcessGroup, joined: Joined, seconds: float | None) -> JoinedGpus:
+    if joined.shared_memory is None:
+        return JoinedGpus(None, joined.reason)
+    native = extension()
+    emulate = os.environ.get(EMULATE_GPUS) == "1"
+    timeout = timeout_of_any(group) if seconds is None else timedelta(seconds=seconds)
+    offers = exchange(group, "gpu", _gpu_offer(emulate), timeout)
+    for rank, offer in enumerate(offers):
+        if "obstacle" in offer:
+            return JoinedGpus(None, f"rank {rank} has no GPU to use: {offer['obstacle']}")
+    device = None if emulate else torch.cuda.current_device()
+    obstacle = ""
+    if device is not None:
+        obstacle = native.cuda_peer_obstacle(device, [offer["bus_id"] for offer in offers])
+    for rank, what in enumerate(exchange(group, "gpu_peers", obstacle, timeout)):
+        if what:
+            return JoinedGpus(None, f"rank {rank}: {what}")
+    try:
+        memory = native.PeerMemory(joined.shared_memory, device, timeout.total_seconds())
+    except RuntimeError as error:
+        raise dist.DistBackendError(f"AllToAllDispatcher: {error}") from error
+    if memory.obstacle:
+        return JoinedGpus(None, memory.obstacle)
+    return JoinedGpus(memory, f"the GPUs of all {group.size()} ranks reach each other's memory")
+
+
+def join_gpus(group: ProcessGroup, joined: Joined, timeout: float | None) -> JoinedGpus:
+    """Join the current CUDA devices of the ranks, the first time; later the same again.
+
+    Args:
+        group: every rank of it makes this call.
+        joined: what :func:`join` has found.
+        timeout: as there.
+
+    Raises:
+        torch.distributed.DistBackendError: a rank did not come in time, or has died; it is named.
+    """
+    native = extension()
+    known = native.recall_peer_memory(group.group_name)
+    if known is not None:
+        return JoinedGpus(*known)
+    found = _join_gpus(group, joined, timeout)
+    native.remember_peer_memory(group.group_name, *found)
+    logger.info("GPUs of group '%s': %s", group.group_name, found.reason)
+    return found

@@ -8,8 +8,9 @@ T tokens, H hidden size, K experts a token, E experts, P ranks, U tokens receive
 ``slot_rows [T, K]`` int32 is the row that each slot travelled in, -1 if in none; ``plan [2 P + 2]``
 int64, on the CPU, the number of rows sent to each rank, of those received from each, the number of
 the dispatch, which the ranks agree on and no other dispatch of their group has, and a tag of the
-group. ``..._start`` and ``..._finish`` are the halves of an exchange, joined by a ``ticket []``
-int64; gradients go through the latter.
+group. Between GPUs that read each other's memory U is a capacity, and ``plan`` is on the device,
+with more in it (csrc/cuda/protocol.h). ``..._start`` and ``..._finish`` are the halves of an
+exchange, joined by a ``ticket []`` int64; gradients go through the latter.
 """
 
 from __future__ import annotations
@@ -37,16 +38,20 @@ def _define(schema: str, fake: Callable[..., Any]) -> Any:
 def _dispatch_fake(
     x: Tensor, topk_ids: Tensor, topk_weights: Tensor, extra: Tensor | None, dispatcher: str
 ) -> tuple[Tensor, ...]:
-    context = torch.library.get_ctx()
-    received, slots = context.new_dynamic_size(), context.new_dynamic_size()
-    top_k = topk_ids.shape[1]
-    ranks = extension().find_dispatcher(dispatcher).ranks
+    context, top_k = torch.library.get_ctx(), topk_ids.shape[1]
+    owner = extension().find_dispatcher(dispatcher)
+    plan = torch.empty(2 * owner.ranks + 2, dtype=torch.int64, device="cpu")
+    if owner.has_fixed_sizes(x.device.type):
+        received, slots, words = owner.fixed_sizes(int(top_k))
+        plan = x.new_empty(words, dtype=torch.int64)
+    else:
+        received, slots = context.new_dynamic_size(), context.new_dynamic_size()
     return (
         x.new_empty(received, x.shape[1]),
         topk_ids.new_empty(received, top_k, dtype=torch.int32),
         topk_weights.new_empty(received, top_k),
         topk_ids.new_empty(topk_ids.shape, dtype=torch.int32),
-        torch.empty(2 * ranks + 2, dtype=torch.int64, device="cpu"),
+        plan,
         x.new_empty(slots, 0, dtype=torch.uint8),
         x.new_empty(0) if extra is None else extra.new_empty(received, *extra.shape[1:]),
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 T_co = TypeVar("T_co", covariant=True)
 
-ALL_TO_ALL_TRANSPORTS = ("process_group", "shared_memory")  # of AllToAllDispatcher
+ALL_TO_ALL_TRANSPORTS = ("process_group", "shared_memory", "cuda_ipc")  # of AllToAllDispatcher
 TRANSPORTS = (*ALL_TO_ALL_TRANSPORTS, "deepep")
 
 

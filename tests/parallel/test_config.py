@@ -125,7 +125,7 @@ def test_moe_config_warns_of_a_bias_that_nothing_reads() -> None:
     [
         (
             {"dispatcher": "pigeon"},
-            "dispatcher must be one of auto, process_group, shared_memory, deepep.*'pigeon'",
+            "dispatcher must be one of auto, process_group, .*cuda_ipc, deepep.*'pigeon'",
         ),
         ({"experts": "loop"}, "experts must be one of auto, reference; got 'loop'"),
         ({"dispatcher_timeout": 0}, "dispatcher_timeout must be positive; got 0"),

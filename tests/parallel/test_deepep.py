@@ -382,7 +382,7 @@ def _constructor(rank: int, ranks: int) -> list[tuple[str, str]]:
 def test_constructor_names_what_does_not_fit() -> None:
     expected = [
         ("ImportError", "Build it in this environment, from https://github.com/deepseek-ai/DeepEP"),
-        ("ValueError", "auto, process_group, shared_memory, deepep; got 'pigeon'"),
+        ("ValueError", "auto, process_group, shared_memory, cuda_ipc, deepep; got 'pigeon'"),
         ("ValueError", "'deepep' knows no placement"),
         ("ValueError", "positive multiple of the group's size 2; got 7"),
         ("ValueError", "timeout must be positive, in seconds; got 0"),

@@ -458,7 +458,7 @@ def test_constructor_names_what_does_not_fit() -> None:
     results = run_ranks(2, _constructor)[0]
     assert [kind for kind, _ in results] == ["ValueError"] * 3
     assert (
-        "transport must be one of auto, process_group, shared_memory; got 'carrier_pigeon'"
+        "must be one of auto, process_group, shared_memory, cuda_ipc; got 'carrier_pigeon'"
         in results[0][1]
     )
     assert "num_experts must be a positive multiple of the group's size 2; got 5" in results[1][1]

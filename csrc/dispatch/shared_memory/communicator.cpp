@@ -111,6 +111,38 @@ std::string Communicator::name_of(int peer) const {
   return name + " of group '" + group_ + "'";
 }
 
+std::string Communicator::describe(int peer) const {
+  return describe_process(peers_[peer].pid, peers_[peer].watch);
+}
+
+std::string Communicator::reason_of(const PeerLink& link) const {
+  char reason[kReasonBytes];
+  std::memcpy(reason, link.control->reason, kReasonBytes);
+  reason[kReasonBytes - 1] = 0;
+  return reason;
+}
+
+std::string Communicator::trouble_with(int peer) const {
+  const PeerLink& link = peers_[peer];
+  if (peer == rank_) return "";
+  const bool exited = has_exited(link.watch);
+  const auto state = static_cast<State>(link.control->state.load(std::memory_order_acquire));
+  if (state == State::kFailed) return name_of(peer) + " has failed: " + reason_of(link);
+  if (exited) return name_of(peer) + " has exited";
+  return state == State::kClosed ? name_of(peer) + " has destroyed the group" : "";
+}
+
+bool Communicator::all_left() const {
+  for (int peer = 0; peer < size_; ++peer) {
+    const PeerLink& link = peers_[peer];
+    if (peer == rank_ || has_exited(link.watch)) continue;
+    if (static_cast<State>(link.control->state.load()) != State::kClosed) return false;
+  }
+  return true;
+}
+
+bool Communicator::is_owner() const { return ::getpid() == process_; }
+
 void Communicator::welcome(PeerLink& link, const Fd& control_fd) {
   link.control_memory = Mapping::of(control_fd, Control::bytes(size_));
   link.control = reinterpret_cast<Control*>(link.control_memory.data());
@@ -267,10 +299,7 @@ void Communicator::check_peers(Stage stage, uint64_t call, const char* phase, De
     const std::string where = " while rank " + std::to_string(rank_) + " waited for its " +
                               shm::name_of(stage) + " in " + op;
     if (state == State::kFailed) {
-      char reason[kReasonBytes];
-      std::memcpy(reason, link.control->reason, kReasonBytes);
-      reason[kReasonBytes - 1] = 0;
-      fail_and_throw(op + ": " + name_of(peer) + " has failed" + where + ": " + reason);
+      fail_and_throw(op + ": " + name_of(peer) + " has failed" + where + ": " + reason_of(link));
     }
     if (exited) fail_and_throw(op + ": " + name_of(peer) + " has exited" + where);
     if (state == State::kClosed) {

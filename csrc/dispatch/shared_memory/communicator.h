@@ -40,6 +40,19 @@ class Communicator {
   Heap& heap() { return *heap_; }
   // Why there can be no further calls; empty while there can.
   std::string failure() const;
+  // Raises if a call cannot begin: the reason, or that this process is a fork of the rank.
+  void check_usable(const char* phase) const;
+  // Ends the use of the communicator, by all ranks; the first reason stays.
+  void fail(const std::string& reason);
+  // What is said of a rank, and whether its process "is running", "is stopped" or "has exited".
+  std::string name_of(int peer) const;
+  std::string describe(int peer) const;
+  // That a rank has gone, failed or left, in words; empty if it is there. From any thread.
+  std::string trouble_with(int peer) const;
+  // Whether every other rank has gone or left.
+  bool all_left() const;
+  // False in a fork of the rank.
+  bool is_owner() const;
   // Called now and then by a thread that waits, and may throw.
   void set_interrupt(std::function<void()> interrupt) { interrupt_ = std::move(interrupt); }
 
@@ -88,17 +101,15 @@ class Communicator {
 
   Control& own_control() const { return *reinterpret_cast<Control*>(control_memory_.data()); }
   void settle();
-  void check_usable(const char* phase) const;
   void welcome(PeerLink& link, const Fd& control_fd);
   void greet(Fd socket, int expected_rank, Deadline deadline);
   void ring(int peer);
-  void fail(const std::string& reason);
+  std::string reason_of(const PeerLink& link) const;
   [[noreturn]] void fail_and_throw(const std::string& reason);
   const Message& wait_for(int peer, Stage stage, uint64_t call, const char* phase, double timeout);
   bool arrived(int peer, Stage stage, uint64_t call) const;
   void check_peers(Stage stage, uint64_t call, const char* phase, Deadline deadline,
                    double timeout);
-  std::string name_of(int peer) const;
 
   const int rank_, size_;
   const std::string group_;

@@ -1,0 +1,123 @@
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <string>
+#include <utility>
+
+#include "cuda/pull.h"
+#include "cuda/stage.h"
+#include "cuda/sum.h"
+#include "dispatch/cuda_ipc/device.h"
+#include "dispatch/shared_memory/system.h"
+
+namespace moe::ep::ipc {
+namespace {
+
+using device::Lane;
+using device::Value;
+
+constexpr int kBlocks = 3;
+
+// A grid of blocks of one thread, one after another.
+template <typename Shared, typename F>
+void run_grid(const F& f) {
+  for (int block = kBlocks - 1; block >= 0; --block) {
+    Shared shared;
+    f(Lane{.block = block, .blocks = kBlocks}, shared);
+  }
+}
+
+class EmulatedDevice : public Device {
+ public:
+  char* allocate(size_t bytes, Handle* handle) override {
+    shm::Fd fd;
+    shm::Mapping memory = shm::Mapping::create(bytes, &fd);
+    const Name name{::getpid(), fd.get(), bytes};
+    std::memcpy(handle->bytes, &name, sizeof(name));
+    char* const data = memory.data();
+    const std::lock_guard lock(mutex_);
+    memory_.emplace(data, std::pair(std::move(memory), std::move(fd)));
+    return data;
+  }
+
+  void free(char* memory) override {
+    const std::lock_guard lock(mutex_);
+    memory_.erase(memory);
+  }
+
+  char* open(const Handle& handle) override {
+    Name name;
+    std::memcpy(&name, handle.bytes, sizeof(name));
+    const std::string path =
+        "/proc/" + std::to_string(name.process) + "/fd/" + std::to_string(name.fd);
+    shm::Fd fd(::open(path.c_str(), O_RDWR | O_CLOEXEC));
+    if (!fd.valid()) shm::fail_with_errno("open " + path);
+    shm::Mapping memory = shm::Mapping::of(fd, name.bytes);
+    char* const data = memory.data();
+    const std::lock_guard lock(mutex_);
+    memory_.emplace(data, std::pair(std::move(memory), std::move(fd)));
+    return data;
+  }
+
+  void close(char* memory) override { free(memory); }
+
+  char* allocate_host(size_t bytes, char** on_device) override {
+    *on_device = new (std::align_val_t{128}) char[bytes]();
+    return *on_device;
+  }
+
+  void upload(char* to, const void* from, size_t bytes) override { std::memcpy(to, from, bytes); }
+  void synchronize() override {}
+  bool is_capturing() override { return false; }
+  void follow() override {}
+  void mark() override {}
+
+  void launch(const device::StageArgs& args) override {
+    run_grid<device::StageShared>(
+        [&](const Lane& lane, device::StageShared& shared) { device::stage(lane, shared, args); });
+  }
+  void launch(const device::PullArgs& args) override {
+    run_grid<device::PullShared>(
+        [&](const Lane& lane, device::PullShared& shared) { device::pull(lane, shared, args); });
+  }
+  void launch(const device::SumArgs& args) override {
+    run_grid<device::SumShared>([&](const Lane& lane, device::SumShared& shared) {
+      if (args.value == Value::kBf16) device::sum<device::Bf16>(lane, shared, args);
+      if (args.value == Value::kFp16) device::sum<device::Fp16>(lane, shared, args);
+      if (args.value == Value::kFp32) device::sum<device::Fp32>(lane, shared, args);
+      if (args.value == Value::kFp64) device::sum<device::Fp64>(lane, shared, args);
+    });
+  }
+
+ private:
+  struct Name {
+    pid_t process;
+    int fd;
+    size_t bytes;
+  };
+  std::mutex mutex_;
+  std::map<char*, std::pair<shm::Mapping, shm::Fd>> memory_;
+};
+
+}  // namespace
+
+std::unique_ptr<Device> make_emulated_device() { return std::make_unique<EmulatedDevice>(); }
+
+#if !defined(MOE_KERNELS_WITH_CUDA)
+
+namespace {
+constexpr const char* kNoCuda =
+    "moe_kernels is built without CUDA; build it where torch has CUDA and there is a toolkit, with "
+    "MOE_KERNELS_CUDA=on";
+}
+
+std::unique_ptr<Device> make_cuda_device(int) { throw shm::Error(kNoCuda); }
+std::string bus_id_of_cuda_device(int) { throw shm::Error(kNoCuda); }
+std::string cuda_peer_obstacle(int, const std::vector<std::string>&) { return kNoCuda; }
+
+#endif
+
+}  // namespace moe::ep::ipc

@@ -1,0 +1,101 @@
+// The memory by which the GPUs of one machine exchange rows, and what becomes of its faults.
+//
+// Each rank has control words, made once, and staging memory, which grows when a call needs more.
+// The host waits for others when they are made and when they grow, and never in a call.
+#pragma once
+
+#include <condition_variable>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "dispatch/agreement.h"
+#include "dispatch/cuda_ipc/device.h"
+#include "dispatch/shared_memory/communicator.h"
+
+namespace moe::ep::ipc {
+
+class PeerMemory {
+ public:
+  // All ranks of the communicator together, within `timeout` seconds.
+  PeerMemory(std::shared_ptr<shm::Communicator> communicator, std::unique_ptr<Device> device,
+             bool emulated, double timeout);
+  ~PeerMemory();
+  PeerMemory(const PeerMemory&) = delete;
+  PeerMemory& operator=(const PeerMemory&) = delete;
+
+  // Why it cannot be used, on any rank; empty if it can.
+  const std::string& obstacle() const { return obstacle_; }
+  bool emulated() const { return emulated_; }
+  Device& device() { return *device_; }
+  const std::string& group() const { return communicator_->group(); }
+  int rank() const { return communicator_->rank(); }
+
+  // What a call needs that stages so many bytes, the same on all ranks; kRefused for a call that
+  // stages nothing. `timeout` in seconds.
+  static constexpr int64_t kRefused = -1;
+  device::Link link(Phase phase, int64_t parity_bytes, double timeout);
+
+  // Raises what the device has reported, before `phase` begins, and refuses what follows: a
+  // shm::Error, or c10's error of arguments. Calls that brought too much are a RuntimeError, once.
+  // With `peers` also if a rank is gone.
+  void check(const char* phase, bool peers);
+
+  // Whether the error that was raised last is one that all ranks have raised, once.
+  bool take_agreed() { return std::exchange(agreed_, false); }
+
+  // One call is launched at a time.
+  std::mutex& mutex() { return mutex_; }
+  // Called before the next call begins: it ends one that was left open meanwhile.
+  void set_settle(std::function<void()> settle) { settle_ = std::move(settle); }
+  void settle();
+
+  // Why there can be no further calls, for the others too.
+  void fail(const std::string& reason) { communicator_->fail(reason); }
+  // The group is gone.
+  void close();
+  // Bytes of staging memory.
+  int64_t reserved() const { return 2 * parity_bytes_; }
+
+ private:
+  struct Staging {
+    char* own;
+    std::vector<char*> peers;
+  };
+
+  std::vector<char*> open_all(shm::Communicator::Call& call, shm::Stage stage,
+                              const Device::Handle& handle, char* own);
+  void close_all(const std::vector<char*>& peers);
+  void grow(Phase phase, int64_t parity_bytes, double timeout);
+  void watch();
+  [[noreturn]] void raise_fault(device::Fault fault);
+
+  const std::shared_ptr<shm::Communicator> communicator_;
+  const std::unique_ptr<Device> device_;
+  const bool emulated_;
+  double timeout_ = 0;
+
+  Staging control_{}, staging_{};
+  std::vector<Staging> retired_;  // which captured graphs use
+  int64_t parity_bytes_ = 0;
+  bool captured_ = false;
+  device::Report *report_ = nullptr, *report_on_device_ = nullptr;
+  device::Orders *orders_ = nullptr, *orders_on_device_ = nullptr;
+  uint64_t overflows_raised_ = 0;
+  bool closed_ = false, agreed_ = false;
+
+  std::mutex mutex_;
+  std::function<void()> settle_;
+
+  std::mutex watch_mutex_;
+  std::condition_variable watch_wakes_;
+  bool watch_ends_ = false;
+  std::thread watcher_;
+  std::string obstacle_;
+};
+
+}  // namespace moe::ep::ipc
