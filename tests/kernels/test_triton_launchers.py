@@ -101,7 +101,7 @@ def test_sorting_and_tiling_at_once(
 
 
 def _configurations() -> list[Any]:
-    keys = {key: None for rows in CONFIGS.values() for key in rows}
+    keys = CONFIGS["up"]  # as of the other kernels of the layer; float8 has tests of its own
     return [
         pytest.param(
             key,
