@@ -8,6 +8,7 @@ of memory, say), a fixed bound on the error is left.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -41,14 +42,13 @@ class Accuracy:
     def error(self) -> float:
         return max(self.errors.values(), default=0.0)
 
-    def verdict(self, yardstick: Accuracy | None, dtype: torch.dtype | None = None) -> str:
-        """Why the result must not be counted, or "". Without a yardstick ``dtype`` sets a bound."""
+    def verdict(self, yardstick: Accuracy | None, bound: float = math.inf) -> str:
+        """Why the result must not be counted, or "". ``bound`` holds without a yardstick."""
         if self.wrong:
             return self.wrong
         if yardstick is None or not yardstick.errors:
-            allowed = ABSOLUTE[dtype] if dtype else float("inf")
-            above = [name for name, error in self.errors.items() if not error <= allowed]
-            return f"error of {above[0]} is above {allowed:.0e}" if above and dtype else ""
+            above = [name for name, error in self.errors.items() if not error <= bound]
+            return f"error of {above[0]} is above {bound:.0e}" if above else ""
         for name, error in self.errors.items():
             allowed = max(MAX_RATIO * yardstick.errors[name], FLOAT32_ROUNDING)
             if not error <= allowed:

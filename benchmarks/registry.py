@@ -157,6 +157,7 @@ class Op:
         yardstick: an implementation whose error the others' is held to; None for the provider
             that has this part.
         plain: the provider whose error against float64 the others' is held to.
+        bound: on the error where that provider has none; None for the dtype's.
         requires: modules that must be importable to make a case.
         on_ranks: several processes compute it together, as many as the shape's "P".
         details: what else the rows of a case say.
@@ -182,6 +183,7 @@ class Op:
     routings: Callable[[Shape], tuple[str, ...]] = lambda shape: ("uniform",)
     yardstick: Builder | None = None
     plain: str = "torch"
+    bound: float | None = None
     requires: tuple[str, ...] = ()
     on_ranks: bool = False
     details: Callable[[Case], Mapping[str, Any]] = lambda case: {}
@@ -210,6 +212,7 @@ class Provider:
     Attributes:
         name: in tables and results.
         builders: by op.
+        bound: on the error where that provider has none; None for the dtype's.
         requires: modules that must be importable.
         devices: device types it runs on.
         limit: it stands for a limit of the machine and computes nothing that could be wrong.

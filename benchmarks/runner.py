@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.accuracy import Accuracy, judge
+from benchmarks.accuracy import ABSOLUTE, Accuracy, judge
 from benchmarks.limits import Limits, measure_limits
 from benchmarks.memory import PeakMemory
 from benchmarks.providers import PROVIDERS
@@ -144,8 +145,9 @@ def run_op(op: Op, settings: Settings) -> Iterator[tuple[list[Row], str, Limits]
                     continue
                 contenders = _compete(op, case, clock, settings, usable, mode == "training", key)
                 yardstick = contenders[op.plain].accuracy if op.plain in contenders else None
+                bound = ABSOLUTE[DTYPES[dtype]] if op.bound is None else op.bound
                 for direction in wanted:
-                    rows += make_rows(common, direction, contenders, cost, yardstick, DTYPES[dtype])
+                    rows += make_rows(common, direction, contenders, cost, yardstick, bound)
             yield rows, dtype, limits
             del case
             free(device)
@@ -293,11 +295,11 @@ def make_rows(
     contenders: Mapping[str, Contender],
     cost: Mapping[str, Cost],
     yardstick: Accuracy | None,
-    bound: torch.dtype | None = None,
+    bound: float = math.inf,
 ) -> list[Row]:
     """One row a provider. A wrong result leaves a row without a time.
 
-    ``bound``: the dtype whose fixed bound on the error holds where there is no yardstick.
+    ``bound``: on the error, where there is no yardstick.
     """
     parts = direction.split("+")
     work = sum((cost[part] for part in parts), Cost(0.0, 0.0))

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import environment, results, resume, runner
-from benchmarks.accuracy import Accuracy
+from benchmarks.accuracy import ABSOLUTE, Accuracy
 from benchmarks.cli import main
 from benchmarks.limits import Limits
 from benchmarks.ops import OPS
@@ -173,9 +173,9 @@ def test_without_the_yardstick_a_bound_is_left(
     assert rows["torch"]["note"] == "does not run: OutOfMemoryError: CUDA out of memory"
     assert rows[OURS]["ms"] > 0
     bad = Accuracy(errors={"y": 0.05})
-    assert bad.verdict(Accuracy(), torch.bfloat16) == "error of y is above 2e-02"
-    assert Accuracy(errors={"y": 0.004}).verdict(None, torch.bfloat16) == ""
-    assert "above" in Accuracy(errors={"y": float("nan")}).verdict(None, torch.bfloat16)
+    assert bad.verdict(Accuracy(), ABSOLUTE[torch.bfloat16]) == "error of y is above 2e-02"
+    assert Accuracy(errors={"y": 0.004}).verdict(None, ABSOLUTE[torch.bfloat16]) == ""
+    assert "above" in Accuracy(errors={"y": float("nan")}).verdict(None, ABSOLUTE[torch.bfloat16])
 
 
 # ------------------------------------------------------------------------------------------ gpt-oss

@@ -60,4 +60,5 @@ fused_experts_quantized = Op(
     truth=fused_experts.truth,
     dtypes={"cpu": ("bf16",), "cuda": ("bf16",)},
     directions={"cpu": ("forward",), "cuda": ("forward",)},
+    bound=0.3,  # the error of 4 bits is 0.14 to 0.2, and no fault of an implementation
 )
