@@ -257,7 +257,7 @@ MOE_INLINE void dot_rows(const DotTile<T>& tile, const T* a,
   using A = acc_t<T>;
   constexpr int step = kLanes<A> * Group::G;
   constexpr int unroll = rows > 1 ? 1 : (nb == 1 ? 4 : (nb <= 3 ? 2 : 1));
-  constexpr int64_t kAhead = 2048 / sizeof(T);
+  constexpr int64_t kAhead = 8192 / sizeof(T);  // two pages: the first of a page takes longest
   const operand_t<T>* b = tile.b;
   const int64_t a_stride = tile.a_stride, b_stride = tile.b_stride, whole = tile.k / step * step;
   Vec<A> partial[unroll][rows][nb] = {};
