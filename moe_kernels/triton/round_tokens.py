@@ -19,7 +19,7 @@ from moe_kernels.triton._math import sort_key
 from moe_kernels.triton._tiles import row_range
 from moe_kernels.triton.sort_by_expert import check_ids, sort_by_expert
 
-BLOCK = 1024
+BLOCK = 512
 BINS = tl.constexpr(256)
 DIGIT = tl.constexpr(8)  # bits
 
