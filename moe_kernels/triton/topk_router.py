@@ -314,7 +314,8 @@ def topk_router_backward(
     if T == 0:
         return grad_logits
     ep = next_power_of_2(E)
-    block_t = max(TILE // ep, 1)
+    # in float64 a lane takes twice the registers
+    block_t = max(TILE * 4 // (max(logits.element_size(), 4) * ep), 1)
     with on_device_of(logits):
         _topk_router_backward_kernel[(ceil_div(T, block_t),)](
             grad_weights, grad_scores, logits, topk_ids.contiguous(), grad_logits,
