@@ -49,6 +49,17 @@ class Unit:
     precision: Precision = "given"
     may_be_unused: bool = False
 
+    def policy(self, given: Any, make: Callable[..., Any]) -> Any:
+        """The unit's mixed precision, of the caller's and the class of such policies."""
+        if self.precision == "given":
+            return given
+        if self.precision == "float32":
+            wide = torch.float32
+            return make(param_dtype=wide, reduce_dtype=wide, output_dtype=wide)
+        fields = ("param_dtype", "reduce_dtype", "cast_forward_inputs")
+        kept = {name: getattr(given, name) for name in fields if hasattr(given, name)}
+        return make(**kept, output_dtype=torch.float32)
+
 
 def head_dtype(precision: Any, dtype_from_str: Callable[..., Any]) -> Any:
     """The ``lm_head_precision`` of :func:`apply_fsdp`, which may be a name, as a dtype or None.

@@ -373,14 +373,7 @@ def apply_fsdp(
             reduce_unused_parameters(block)
 
     for unit in units:
-        policy = mp_policy
-        if unit.precision == "float32":
-            policy = _fp32_policy()
-        elif unit.precision == "float32_output":
-            fields = ("param_dtype", "reduce_dtype", "cast_forward_inputs")
-            kept = {name: getattr(mp_policy, name) for name in fields if hasattr(mp_policy, name)}
-            policy = MixedPrecisionPolicy(**kept, output_dtype=torch.float32)
-        shard(unit.module, policy)
+        shard(unit.module, unit.policy(mp_policy, MixedPrecisionPolicy))
         if unit.may_be_unused:
             reduce_unused_parameters(unit.module)
 

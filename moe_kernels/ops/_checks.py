@@ -86,3 +86,22 @@ def check_rows(op: str, rows: Any) -> None:
             f"{op}: T * K must be below 2**31, the range of the int32 row numbers; got {rows}. "
             "Split the tokens over several calls."
         )
+
+
+def check_routing(op: str, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> None:
+    """Raise unless x is [T, H], and ids and weights are [T, K], of dtypes that experts take."""
+    check_tensor(op, "x", x, 2, "[T, H]")
+    check_dtype(op, "x", x, FLOAT_DTYPES)
+    check_tensor(op, "topk_ids", topk_ids, 2, "[T, K]")
+    check_dtype(op, "topk_ids", topk_ids, INDEX_DTYPES)
+    check_tensor(op, "topk_weights", topk_weights, 2, "[T, K]")
+    check_dtype(op, "topk_weights", topk_weights, FLOAT_DTYPES)
+    tokens = x.shape[0]
+    if topk_ids.shape[0] != tokens:
+        raise ValueError(
+            f"{op}: topk_ids must be [T, K] with T = {tokens} (x.shape[0]); got {shape(topk_ids)}"
+        )
+    if topk_weights.shape != topk_ids.shape:
+        raise ValueError(
+            f"{op}: topk_weights must be {shape(topk_ids)} as topk_ids; got {shape(topk_weights)}"
+        )

@@ -14,11 +14,10 @@ from torch.utils.flop_counter import register_flop_formula
 
 from moe_kernels.ops._autocast import autocast
 from moe_kernels.ops._checks import (
-    FLOAT_DTYPES,
-    INDEX_DTYPES,
     check_count,
     check_device,
     check_dtype,
+    check_routing,
     check_rows,
     check_same,
     check_tensor,
@@ -269,21 +268,8 @@ def _check(
     down_bias: Tensor | None,
 ) -> None:
     op = "fused_experts"
-    check_tensor(op, "x", x, 2, "[T, H]")
-    check_dtype(op, "x", x, FLOAT_DTYPES)
-    check_tensor(op, "topk_ids", topk_ids, 2, "[T, K]")
-    check_dtype(op, "topk_ids", topk_ids, INDEX_DTYPES)
-    check_tensor(op, "topk_weights", topk_weights, 2, "[T, K]")
-    check_dtype(op, "topk_weights", topk_weights, FLOAT_DTYPES)
-    tokens, hidden = x.shape
-    if topk_ids.shape[0] != tokens:
-        raise ValueError(
-            f"{op}: topk_ids must be [T, K] with T = {tokens} (x.shape[0]); got {shape(topk_ids)}"
-        )
-    if topk_weights.shape != topk_ids.shape:
-        raise ValueError(
-            f"{op}: topk_weights must be {shape(topk_ids)} as topk_ids; got {shape(topk_weights)}"
-        )
+    check_routing(op, x, topk_ids, topk_weights)
+    hidden = x.shape[1]
     columns = "2*I" if is_gated(activation) else "I"
     layout = f"[E, H, {columns}] with H = {hidden} (x.shape[1])"
     check_tensor(op, "gate_up", gate_up, 3, layout)
