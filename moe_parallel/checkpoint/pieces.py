@@ -90,6 +90,8 @@ class StoredTensor:
     Attributes:
         file: open, without a buffer.
         begin: position of the first byte.
+        scratch: memory to read into, if what a slice reads fits; the next slice overwrites it.
+            Allocated anew each time, pieces can leave holes in the heap that the next does not fit.
     """
 
     file: BinaryIO
@@ -97,6 +99,7 @@ class StoredTensor:
     begin: int
     shape: tuple[int, ...]
     dtype: torch.dtype
+    scratch: Tensor | None = None
 
     def numel(self) -> int:
         return math.prod(self.shape)
@@ -109,7 +112,11 @@ class StoredTensor:
         shape = [cut.stop - cut.start for cut in slices]
         count = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
         itemsize = self.dtype.itemsize
-        values = torch.empty(count * itemsize, dtype=torch.uint8)
+        size = count * itemsize
+        if self.scratch is not None and size <= self.scratch.numel():
+            values = self.scratch[:size]
+        else:
+            values = torch.empty(size, dtype=torch.uint8)
         self.file.seek(self.begin + first * itemsize)
         left = values.numpy().data
         while left:

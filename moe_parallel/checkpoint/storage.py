@@ -217,6 +217,7 @@ class _PieceReader(dcp.FileSystemReader):
         by_file: dict[str, list[ReadItem]] = {}
         for item in plan.items:
             by_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
+        scratch = torch.empty(self._size, dtype=torch.uint8)
         for name, items in by_file.items():
             path = self._folder / name
             with open(path, "rb", buffering=0) as file:
@@ -226,7 +227,7 @@ class _PieceReader(dcp.FileSystemReader):
                     chunk = tensor.chunks[item.storage_index.index or 0]
                     begin = data_offset(file, info.offset, info.length)
                     source = StoredTensor(
-                        file, path, begin, tuple(chunk.sizes), tensor.properties.dtype
+                        *(file, path, begin, tuple(chunk.sizes), tensor.properties.dtype), scratch
                     )
                     target = planner.resolve_tensor(item).detach()
                     copy_box(source, item.storage_offsets, target, self._size)

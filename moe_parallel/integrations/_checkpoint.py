@@ -6,6 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,7 @@ class _Targets:
         self._state = state_of(models)
         self._tied = {name for model in models for name in tied_names(model)}
         self._piece_bytes = piece_bytes(self._state.values())
+        self._scratch = torch.empty(self._piece_bytes, dtype=torch.uint8)
         self.by_name = {name: (name, Part(name, name)) for name in self._state}
         for owner, layer in layers_of(models).items():
             for names in FORMATS:
@@ -230,6 +232,8 @@ class _Targets:
     @torch.no_grad()
     def write(self, name: str, value: Tensor | StoredTensor) -> None:
         ours, part = self.by_name[name]
+        if isinstance(value, StoredTensor):
+            value = replace(value, scratch=self._scratch)
         part.write(value, self._state[ours], self._piece_bytes)
 
     def check_complete(self, written: Mapping[str, int]) -> None:

@@ -312,6 +312,21 @@ def test_a_stored_tensor_is_read_in_pieces(dtype: torch.dtype, tmp_path: Path) -
             copy_box(longer, (0, 0, 0), torch.zeros(7, 30, 12, dtype=dtype), 10**6)
 
 
+def test_pieces_are_read_into_the_same_memory(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(torch.arange(60.0).numpy().tobytes())
+    with open(path, "rb", buffering=0) as file:
+        scratch = torch.empty(100, dtype=torch.uint8)
+        stored = StoredTensor(file, path, 0, (6, 10), torch.float32, scratch)
+        for row in range(6):
+            piece = stored[slice(row, row + 1), slice(0, 10)]
+            assert piece.data_ptr() == scratch.data_ptr()
+            assert torch.equal(piece, torch.arange(60.0).view(6, 10)[row : row + 1])
+        whole = stored[slice(0, 6), slice(0, 10)]  # does not fit
+        assert whole.data_ptr() != scratch.data_ptr()
+        assert torch.equal(whole, torch.arange(60.0).view(6, 10))
+
+
 def test_pieces_are_small_beside_a_shard() -> None:
     tensors = [torch.zeros(10), torch.zeros(1000)]
     assert piece_bytes(tensors) == 1000
