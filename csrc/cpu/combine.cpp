@@ -1,8 +1,7 @@
 // The last step of both directions of fused_experts: rows times matrices, summed by token.
 //
-// A unit of work is a block of columns of y over all tokens: it multiplies every row with those
-// columns of its expert's matrix and sums what it got. So no thread waits for another, every matrix
-// is read once whatever the routing, and only a few columns of the products exist at a time.
+// So many columns of y at a time that their products do not fill memory: all of them where rows are
+// few, for matrices are read fastest in whole rows. Every matrix is read once whatever the routing.
 #include <ATen/ops/empty.h>
 
 #include "common/parallel.h"
@@ -33,32 +32,50 @@ void PackedBlocks<T>::store(int64_t block, const T* first, int64_t stride, Range
 
 template <typename T>
 void Combine<T>::run(T* y) const {
-  using A = acc_t<T>;
+  constexpr int64_t kProducts = 1 << 24;  // at a time
+  const int64_t hidden = b.columns(), most = kProducts / std::max<int64_t>(used, 1);
+  const int64_t span = std::min(hidden, std::max<int64_t>(most / 32 * 32, 256));
+  const int64_t stride = round_up(span, kOutputColumns);
+  const at::Tensor products = empty_large({used, stride}, at::dtype(scalar_type<A>()));
+  for (int64_t begin = 0; begin < hidden; begin += span) {
+    const Range columns{begin, std::min(begin + span, hidden)};
+    multiply(columns, mutable_data<A>(products), stride);
+    sum(columns, data<A>(products), stride, y);
+  }
+}
+
+template <typename T>
+void Combine<T>::multiply(Range columns, A* products, int64_t stride) const {
   const int64_t hidden = b.columns(), k = b.inner();
-  const int64_t step = columns_per_unit(hidden, 1, b.k_contiguous() ? 96 : 256, 32);
-  const int64_t threads = at::get_num_threads();
-  const at::Tensor buffer = empty_large({threads, used, step}, at::dtype(scalar_type<A>()));
+  const int64_t step = columns_per_unit(columns.size(), blocks, 32);
+  const int64_t parts = (columns.size() + step - 1) / step;
   const auto& gemm = kernels<GemmKernels<T>>();
   const auto& functions = kernels<RowKernels<T>>();
-  parallel_units((hidden + step - 1) / step, [&](int64_t unit, int thread) {
-    const Range columns{unit * step, std::min((unit + 1) * step, hidden)};
-    const int64_t n = columns.size();
-    A* products = mutable_data<A>(buffer) + thread * used * step;
-    for (size_t i = 0; i < blocks.size(); ++i) {
-      const RowBlock& block = blocks[i];
-      A* out = products + block.begin * step;
-      gemm.multiply(rows.get(i), block.count, k, b.of<T>(block.expert), columns, out, step);
-      for (int64_t r = 0; bias && r < block.count; ++r) {
-        functions.add_scaled(out + r * step, bias + block.expert * hidden + columns.begin, A(1), n);
-      }
+  parallel_units(blocks.size() * parts, [&](int64_t unit, int) {
+    const RowBlock& block = blocks[unit / parts];
+    const int64_t first = columns.begin + unit % parts * step;
+    const Range part{first, std::min(first + step, columns.end)};
+    A* out = products + block.begin * stride + (first - columns.begin);
+    gemm.multiply(rows.get(unit / parts), block.count, k, b.of<T>(block.expert), part, out, stride);
+    for (int64_t r = 0; bias && r < block.count; ++r) {
+      functions.add_scaled(out + r * stride, bias + block.expert * hidden + first, A(1),
+                           part.size());
     }
+  });
+}
+
+template <typename T>
+void Combine<T>::sum(Range columns, const A* products, int64_t stride, T* y) const {
+  const int64_t hidden = b.columns(), n = columns.size();
+  const auto& functions = kernels<RowKernels<T>>();
+  parallel_rows(tokens, top_k * n * sizeof(A), [&](int64_t begin, int64_t end) {
     std::vector<const A*> mine(top_k);
     std::vector<A> scales(top_k);
-    for (int64_t t = 0; t < tokens; ++t) {
+    for (int64_t t = begin; t < end; ++t) {
       int64_t count = 0;
       for (int64_t s = t * top_k; s < (t + 1) * top_k; ++s) {
         if (slot_to_row[s] >= used) continue;
-        mine[count] = products + slot_to_row[s] * step;
+        mine[count] = products + slot_to_row[s] * stride;
         scales[count++] = topk_weights ? topk_weights[s] : A(1);
       }
       functions.weighted_sum_wide(y + t * hidden + columns.begin, mine.data(), scales.data(), count,

@@ -39,15 +39,21 @@ class PackedBlocks {
 // last step of both directions. Rows past `used` add nothing; without weights they are ones.
 template <typename T>
 struct Combine {
+  using A = acc_t<T>;
+
   const std::vector<RowBlock>& blocks;
   const PackedBlocks<T>& rows;
-  const Weights& b;              // [E, k, H]
-  const T* bias;                 // [E, H] or null
-  const int32_t* slot_to_row;    // [T, K]
-  const acc_t<T>* topk_weights;  // [T, K] or null
+  const Weights& b;            // [E, k, H]
+  const T* bias;               // [E, H] or null
+  const int32_t* slot_to_row;  // [T, K]
+  const A* topk_weights;       // [T, K] or null
   int64_t tokens, top_k, used;
 
   void run(T* y) const;  // [T, H]
+
+  // Some columns of the products of all rows, [used, stride]; and those of y.
+  void multiply(Range columns, A* products, int64_t stride) const;
+  void sum(Range columns, const A* products, int64_t stride, T* y) const;
 };
 
 // The layer without x and routing.

@@ -70,16 +70,17 @@ class Backward {
     const bool keep_activations = activation_rows.has_value();
     if (keep_activations) activations_ = empty_large({*activation_rows, inner_}, h_.options());
     // Partial sums of ds are over this many columns, whatever the number of threads.
-    const int64_t step = down_transposed.k_contiguous() ? 96 : 128;
+    constexpr int64_t kSummed = 128;
+    products_.resize((inner_ + kSummed - 1) / kSummed * order_.used);
+    const int64_t step = columns_per_unit(inner_, blocks_, kSummed);
     const int64_t parts = (inner_ + step - 1) / step;
-    products_.resize(parts * order_.used);
     T* scaled = keep_activations ? mutable_data<T>(activations_) : nullptr;
     PackedRows<T> packed_rows(down_transposed.k_contiguous(), hidden_);
     const auto& gemm = kernels<GemmKernels<T>>();
     const auto& functions = kernels<ActivationKernels<T>>();
     parallel_units(blocks_.size() * parts, [&](int64_t unit, int thread) {
       const RowBlock& block = blocks_[unit / parts];
-      const int64_t part = unit % parts, begin = part * step;
+      const int64_t begin = unit % parts * step;
       const int64_t n = std::min(step, inner_ - begin), stride = round_up(n, kOutputColumns);
       const void* packed = packed_rows.get(thread, unit / parts, block.count,
                                            [&](int64_t i) { return rows_.grad[block.begin + i]; });
@@ -88,10 +89,12 @@ class Backward {
                     Range{begin, begin + n}, tile, stride);
       for (int64_t i = 0; i < block.count; ++i) {
         const int64_t r = block.begin + i;
-        products_[part * order_.used + r] = functions.activation_backward_wide(
-            activation_, tile + i * stride, columns(data<T>(h_) + r * width_, begin),
-            rows_.scales[r], columns(mutable_data<T>(grad_h_) + r * width_, begin),
-            scaled ? scaled + r * inner_ + begin : nullptr, n);
+        for (int64_t c = begin; c < begin + n; c += kSummed) {
+          products_[c / kSummed * order_.used + r] = functions.activation_backward_wide(
+              activation_, tile + i * stride + (c - begin), columns(data<T>(h_) + r * width_, c),
+              rows_.scales[r], columns(mutable_data<T>(grad_h_) + r * width_, c),
+              scaled ? scaled + r * inner_ + c : nullptr, std::min(kSummed, begin + n - c));
+        }
       }
     });
   }

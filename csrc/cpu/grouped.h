@@ -54,9 +54,13 @@ inline int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-// Columns of a unit of work: at most `most`, and less, down to `least`, where there would be too
+// Columns of a unit of work, a multiple of `least`: at most `most`, and less where there would be too
 // few units for the threads. Results do not depend on it.
 int64_t columns_per_unit(int64_t columns, int64_t blocks, int64_t most, int64_t least);
+
+// The same for products: whole rows of a matrix, which is how memory gives it fastest, if the sums
+// of a block still fit a cache.
+int64_t columns_per_unit(int64_t columns, const std::vector<RowBlock>& blocks, int64_t least);
 
 // Packed rows of the blocks that a thread works on: packed anew when it comes to another block.
 template <typename T>

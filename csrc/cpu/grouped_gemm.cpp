@@ -27,11 +27,16 @@ std::vector<RowBlock> row_blocks(const int32_t* offsets, int64_t experts) {
 
 int64_t columns_per_unit(int64_t columns, int64_t blocks, int64_t most, int64_t least) {
   const int64_t wanted = 6 * at::get_num_threads();
-  int64_t step = most;
-  while (step > least && (columns + step - 1) / step * blocks < wanted) {
-    step = std::max(round_up(step / 2, least), least);
-  }
-  return step;
+  blocks = std::max<int64_t>(blocks, 1);
+  const int64_t parts = std::max({(columns + most - 1) / most, (wanted + blocks - 1) / blocks, 1L});
+  return std::max(round_up((columns + parts - 1) / parts, least), least);
+}
+
+int64_t columns_per_unit(int64_t columns, const std::vector<RowBlock>& blocks, int64_t least) {
+  constexpr int64_t kSums = 1 << 18, kMost = 256;
+  int64_t rows = 1;
+  for (const RowBlock& block : blocks) rows = std::max(rows, block.count);
+  return columns_per_unit(columns, blocks.size(), std::max(kSums / rows, kMost), least);
 }
 
 at::Tensor empty_weight_grad(int64_t experts, int64_t inner, int64_t columns, bool transposed,
@@ -136,7 +141,7 @@ void multiply_groups(const at::Tensor& a, const Weights& b, const int32_t* offse
   using A = acc_t<T>;
   const int64_t columns = b.columns(), inner = b.inner();
   const std::vector<RowBlock> blocks = row_blocks(offsets, b.experts());
-  const int64_t step = columns_per_unit(columns, blocks.size(), 256, 32);
+  const int64_t step = columns_per_unit(columns, blocks, 32);
   const int64_t parts = (columns + step - 1) / step;
   const bool narrow = out.scalar_type() == scalar_type<T>();
   PackedRows<T> packed_rows(b.k_contiguous(), inner);
