@@ -47,12 +47,10 @@ at::Tensor empty_weight_grad(int64_t experts, int64_t inner, int64_t columns, bo
 
 namespace {
 
-void zero_rows(char* to, int64_t rows, int64_t bytes, int64_t stride) {
-  if (bytes == stride) {
-    std::memset(to, 0, rows * bytes);
-  } else {
-    for (int64_t r = 0; r < rows; ++r) std::memset(to + r * stride, 0, bytes);
-  }
+template <typename F>
+void for_rows(char* to, int64_t rows, int64_t bytes, int64_t stride, F f) {
+  if (bytes == stride) return f(to, rows * bytes);
+  for (int64_t r = 0; r < rows; ++r) f(to + r * stride, bytes);
 }
 
 }  // namespace
@@ -72,7 +70,8 @@ void weight_grad(const at::Tensor& out, bool accumulate, const std::vector<const
   char* base = mutable_data<char>(out);
 
   // A unit owns whole rows: two threads that first touch one page both pay for filling it.
-  constexpr int64_t kRows = 384, kColumns = 512;
+  constexpr int64_t kRows = 384, kColumns = 512, kCacheBytes = 16 << 20;
+  const bool stream = out.numel() * element > kCacheBytes;
   const int64_t step = columns_per_unit(rows, out.size(0), kRows, 32);
   const int64_t parts = (rows + step - 1) / step;
   const auto& functions = kernels<WeightGradKernels<T>>();
@@ -81,14 +80,18 @@ void weight_grad(const at::Tensor& out, bool accumulate, const std::vector<const
     const Range i_range{unit % parts * step, std::min((unit % parts + 1) * step, rows)};
     char* to = base + (e * out.stride(0) + i_range.begin * stride) * element;
     if (m == 0) {
-      if (!accumulate) zero_rows(to, i_range.size(), columns * element, stride * element);
-      return;
+      if (accumulate) return;
+      return for_rows(to, i_range.size(), columns * element, stride * element,
+                      [&](char* row, int64_t bytes) {
+                        if (stream) return functions.stream_zeros(row, bytes);
+                        std::memset(row, 0, bytes);
+                      });
     }
     for (int64_t j = 0; j < columns; j += kColumns) {
       char* part = to + j * element;
       const OutputOf<T> output{narrow ? reinterpret_cast<T*>(part) : nullptr,
                                narrow ? nullptr : reinterpret_cast<acc_t<T>*>(part), stride,
-                               accumulate};
+                               accumulate, stream};
       functions.weight_grad(first.data() + offsets[e], second.data() + offsets[e], m, i_range,
                             Range{j, std::min(j + kColumns, columns)}, output);
     }

@@ -91,6 +91,7 @@ struct OutputOf {
   acc_t<T>* wide;
   int64_t stride;
   bool accumulate;  // add to wide
+  bool stream;      // more than caches hold: written past them
 };
 
 constexpr int64_t kOutputColumns = 16;
@@ -116,6 +117,8 @@ struct WeightGradKernels {
   // out[i, j] = sum over m of a[m][i_range.begin + i] * b[m][j_range.begin + j].
   void (*weight_grad)(const T* const* a, const T* const* b, int64_t m, Range i_range, Range j_range,
                       const OutputOf<T>& out);
+  // So many bytes, past the caches.
+  void (*stream_zeros)(void* out, int64_t bytes);
 };
 
 // How the elements of a quantised matrix are written. Each code is an integer times a scale, but

@@ -185,6 +185,34 @@ MOE_INLINE void store(T* p, Vec<acc_t<T>> v) {
   }
 }
 
+// Past the caches, which then need not read what is overwritten; p is aligned to what is written.
+// finish_streams() before another thread reads it.
+template <typename T>
+MOE_INLINE void stream(T* p, Vec<acc_t<T>> v) {
+  T narrow[kLanes<acc_t<T>>];
+  store(narrow, v);
+#if defined(__x86_64__)
+  if constexpr (sizeof(narrow) == 16) return _mm_stream_si128((__m128i*)p, load_raw<__m128i>(narrow));
+#endif
+#if defined(MOE_AVX2) || defined(MOE_AVX512)
+  if constexpr (sizeof(narrow) == 32) {
+    return _mm256_stream_si256((__m256i*)p, load_raw<__m256i>(narrow));
+  }
+#endif
+#if defined(MOE_AVX512)
+  if constexpr (sizeof(narrow) == 64) {
+    return _mm512_stream_si512((__m512i*)p, load_raw<__m512i>(narrow));
+  }
+#endif
+  std::memcpy(p, narrow, sizeof(narrow));
+}
+
+MOE_INLINE void finish_streams() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 // The first n < kLanes elements, zeros after them.
 template <typename T>
 MOE_INLINE Vec<acc_t<T>> load_some(const T* p, int64_t n) {

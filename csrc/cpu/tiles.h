@@ -174,6 +174,7 @@ struct OuterTile {
   bool accumulate;  // add to out: sums of sums, which round less than one long sum
   T* narrow;        // if not null: written instead of out, in T
   int64_t narrow_stride;
+  bool stream = false;  // narrow, past the caches: whole vectors are aligned
   const char* prefetch;  // read ahead from here, so many bytes a group
   int64_t prefetch_step;
 };
@@ -216,7 +217,9 @@ void outer_tile(const OuterTile<T>& tile) {
     MOE_UNROLL
     for (int v = 0; v < vectors; ++v) {
       if (tile.accumulate) sums[r][v] += load(tile.out + r * tile.out_stride + v * L);
-      if (tile.narrow) {
+      if (tile.stream) {
+        stream(tile.narrow + r * tile.narrow_stride + v * L, sums[r][v]);
+      } else if (tile.narrow) {
         store(tile.narrow + r * tile.narrow_stride + v * L, sums[r][v]);
       } else {
         store(tile.out + r * tile.out_stride + v * L, sums[r][v]);

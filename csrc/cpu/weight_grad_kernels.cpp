@@ -30,6 +30,13 @@ void emit(const OutputOf<T>& out, int64_t row, const acc_t<T>* sums, int64_t n) 
   }
 }
 
+// Whether vectors of all rows are.
+template <typename T>
+bool aligned(const T* out, int64_t stride) {
+  constexpr int64_t bytes = kLanes<acc_t<T>> * sizeof(T);
+  return reinterpret_cast<uintptr_t>(out) % bytes == 0 && stride * sizeof(T) % bytes == 0;
+}
+
 template <typename T>
 void weight_grad(const T* const* a, const T* const* b, int64_t m, Range i_range, Range j_range,
                  const OutputOf<T>& out) {
@@ -55,6 +62,7 @@ void weight_grad(const T* const* a, const T* const* b, int64_t m, Range i_range,
   T* narrow = aside ? nullptr : out.narrow;
   tile.out_stride = aside ? b_columns : out.stride;
   tile.narrow_stride = out.stride;
+  tile.stream = narrow && out.stream && aligned(narrow, out.stride);
   for (int64_t block = 0; block < blocks; ++block) {
     const Range part{block * block_groups * G, min((block + 1) * block_groups * G, m)};
     tile.groups = ceil_div(part.size(), G);
@@ -81,15 +89,38 @@ void weight_grad(const T* const* a, const T* const* b, int64_t m, Range i_range,
     }
   }
   for (int64_t i = 0; aside && i < rows; ++i) emit(out, i, sums + i * b_columns, columns);
+  if (tile.stream) finish_streams();
+}
+
+void stream_zeros(void* out, int64_t bytes) {
+  constexpr int64_t kLine = 64;
+  char* to = static_cast<char*>(out);
+  const int64_t head = min(-reinterpret_cast<intptr_t>(to) & (kLine - 1), bytes);
+  std::memset(to, 0, head);
+  int64_t at = head;
+  for (; at + kLine <= bytes; at += kLine) {
+    MOE_UNROLL
+    for (int64_t i = 0; i < kLine; i += kVectorBytes) {
+      stream(reinterpret_cast<float*>(to + at + i), Vec<float>{});
+    }
+  }
+  std::memset(to + at, 0, bytes - at);
+  finish_streams();
+}
+
+template <typename T>
+void fill_weight_grad(WeightGradKernels<T>& kernels) {
+  kernels.weight_grad = weight_grad<T>;
+  kernels.stream_zeros = stream_zeros;
 }
 
 }  // namespace
 
 // clang-format off
-template <> void fill(WeightGradKernels<bf16>& kernels) { kernels.weight_grad = weight_grad<bf16>; }
-template <> void fill(WeightGradKernels<fp16>& kernels) { kernels.weight_grad = weight_grad<fp16>; }
-template <> void fill(WeightGradKernels<float>& kernels) { kernels.weight_grad = weight_grad<float>; }
-template <> void fill(WeightGradKernels<double>& kernels) { kernels.weight_grad = weight_grad<double>; }
+template <> void fill(WeightGradKernels<bf16>& kernels) { fill_weight_grad(kernels); }
+template <> void fill(WeightGradKernels<fp16>& kernels) { fill_weight_grad(kernels); }
+template <> void fill(WeightGradKernels<float>& kernels) { fill_weight_grad(kernels); }
+template <> void fill(WeightGradKernels<double>& kernels) { fill_weight_grad(kernels); }
 // clang-format on
 
 }  // namespace moe::CPU_CAPABILITY
