@@ -351,7 +351,7 @@ void multiply_few_spread_rows(const operand_t<T>* packed, int64_t m, int64_t k,
         MOE_UNROLL
         for (int i = 0; i < kRows; ++i) {
           const T* p = rows + i * b.stride_k + c;
-          __builtin_prefetch(p + ahead);
+          prefetch_line(p + ahead);
           vectors[i] = Group::load_wide(p);
         }
       } else {

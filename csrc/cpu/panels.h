@@ -61,7 +61,7 @@ MOE_INLINE void pack_panels(operand_t<T>* out, Row row, int64_t limit, Range par
     for (int64_t i = r + kAhead; i < min(r + kAhead + G, limit); ++i) {
       const char* next = reinterpret_cast<const char*>(row(i) + columns.begin);
       const int64_t bytes = columns.size() * sizeof(T);
-      for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(next + at);
+      for (int64_t at = 0; at < bytes; at += 64) prefetch_line(next + at);
     }
     for (int64_t c = 0; c < columns.size(); c += kPanel) {
       const int64_t width = min(kPanel, columns.size() - c), stored = ceil_div(width, L) * L;

@@ -223,7 +223,7 @@ void integer_tile(const Tile& tile) {
     }
     MOE_UNROLL
     for (int s = 0; s < steps; ++s) {
-      __builtin_prefetch(codes + kAhead);
+      prefetch_line(codes + kAhead);
       VecU8 values[Code::kPerByte];
       Code::unpack(load_raw<VecU8>(codes), values);
       codes += kStepBytes;
@@ -282,7 +282,7 @@ void fp8_tile(const Tile& tile) {
     Vec<float> products[rows] = {};
     MOE_UNROLL
     for (int s = 0; s < kGroupSize / 4; ++s) {
-      __builtin_prefetch(codes + kAhead);
+      prefetch_line(codes + kAhead);
       const VecU32 lanes = load_raw<VecU32>(codes);
       codes += kStepBytes;
 #if defined(CPU_CAPABILITY_AVX512_BF16)

@@ -203,7 +203,7 @@ void outer_tile(const OuterTile<T>& tile) {
     MOE_UNROLL
     for (int v = 0; v < vectors; ++v) b[v] = Group::load(column + v * L * Group::G);
     column += column_step;
-    __builtin_prefetch(prefetch);
+    prefetch_line(prefetch);
     prefetch += prefetch_step;
     MOE_UNROLL
     for (int r = 0; r < rows; ++r) {
@@ -283,7 +283,7 @@ MOE_INLINE void dot_rows(const DotTile<T>& tile, const T* a,
       MOE_UNROLL
       for (int i = 0; i < rows; ++i) {
         const T* p = a + i * a_stride + k + u * step;
-        __builtin_prefetch(p + (rows > 1 ? rows * a_stride : kAhead));
+        prefetch_line(p + (rows > 1 ? 4 * rows * a_stride : kAhead));
         av[i] = Group::load_wide(p);
       }
       add(k + u * step, av, u);
