@@ -35,7 +35,7 @@ void Combine<T>::run(T* y) const {
   constexpr int64_t kProducts = 1 << 24;  // at a time
   const int64_t hidden = b.columns(), most = kProducts / std::max<int64_t>(used, 1);
   const int64_t span = std::min(hidden, std::max<int64_t>(most / 32 * 32, 256));
-  const int64_t stride = round_up(span, kOutputColumns);
+  const int64_t stride = sums_stride(span);
   const at::Tensor products = empty_large({used, stride}, at::dtype(scalar_type<A>()));
   for (int64_t begin = 0; begin < hidden; begin += span) {
     const Range columns{begin, std::min(begin + span, hidden)};

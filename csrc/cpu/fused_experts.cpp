@@ -46,7 +46,7 @@ void project_up(const Layer& layer, const at::Tensor& x, const Sorted& order, in
     std::vector<Range> pieces{pairs ? Range{2 * range.begin, 2 * range.end} : range};
     if (gated && !pairs) pieces.push_back({inner + range.begin, inner + range.end});
     const int64_t piece_stride = round_up(pieces[0].size(), kOutputColumns);
-    const int64_t stride = piece_stride * pieces.size();
+    const int64_t stride = sums_stride(piece_stride * pieces.size());
     A* tile = static_cast<A*>(thread_scratch(Scratch::kTile, block.count * stride * sizeof(A)));
     T* activated =
         static_cast<T*>(thread_scratch(Scratch::kNarrowTile, block.count * n * sizeof(T)));

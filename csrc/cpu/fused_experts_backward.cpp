@@ -81,7 +81,7 @@ class Backward {
     parallel_units(blocks_.size() * parts, [&](int64_t unit, int thread) {
       const RowBlock& block = blocks_[unit / parts];
       const int64_t begin = unit % parts * step;
-      const int64_t n = std::min(step, inner_ - begin), stride = round_up(n, kOutputColumns);
+      const int64_t n = std::min(step, inner_ - begin), stride = sums_stride(n);
       const void* packed = packed_rows.get(thread, unit / parts, block.count,
                                            [&](int64_t i) { return rows_.grad[block.begin + i]; });
       A* tile = static_cast<A*>(thread_scratch(Scratch::kTile, block.count * stride * sizeof(A)));

@@ -12,17 +12,18 @@ namespace moe::CPU_CAPABILITY {
 
 namespace {
 
-// Up to so many rows, reading a matrix [k, n] takes longer than multiplying it, and packing it as
-// well.
-constexpr int64_t kFewRows = 12;
+// Up to so many rows, packing a matrix [k, n] takes longer than it saves.
+constexpr int64_t kFewRows = 24;
 constexpr int64_t kMaxGroups = 512;         // in one sum: longer ones round more
 constexpr int64_t kCacheBytes = 384 << 10;  // of a second-level cache, for what is read repeatedly
 
 template <typename T>
 constexpr int kStep = kLanes<acc_t<T>> * Compute<T>::G;  // elements of k in a vector
 
-// Rows of a matrix [k, n] that a few packed rows are multiplied with at a time.
-constexpr int kRowsTogether = kRegisters == 32 ? 8 : 4;
+// Rows of a matrix [k, n] that a few packed rows are multiplied with at a time. More are fewer
+// passes over sums, fewer are read faster: up to so many packed rows that is what takes the time.
+constexpr int kRowsTogether = kRegisters == 32 ? 16 : 4, kRowsReadFast = kRegisters == 32 ? 8 : 4;
+constexpr int64_t kVeryFewRows = 8;
 
 // Elements of a packed row: whole vectors and whole groups of kRowsTogether, and one vector more so
 // that rows do not fall on the same lines of a cache.
@@ -330,14 +331,14 @@ void multiply_spread_rows(const operand_t<T>* packed, int64_t m, int64_t k, cons
 
 // The same for a few rows, which read the matrix as fast as memory gives it: several of its rows at
 // a time, never packed, on sums that stay in the cache.
-template <typename T>
+template <typename T, int kRows>
 void multiply_few_spread_rows(const operand_t<T>* packed, int64_t m, int64_t k,
                               const MatrixOf<T>& b, Range columns, acc_t<T>* out,
                               int64_t out_stride) {
   using Group = Groups<T>;
   using A = acc_t<T>;
   constexpr int L = kLanes<A>, G = Group::G;
-  constexpr int kRows = kRowsTogether, kGroups = kRows / G;
+  constexpr int kGroups = kRows / G;
   constexpr int64_t kAhead = 2 * kRows;
   const int64_t row_size = padded<T>(k);
   for (int64_t row = 0; row < k; row += kRows) {
@@ -402,7 +403,9 @@ void multiply(const void* packed_rows, int64_t m, int64_t k, const MatrixOf<T>& 
     return;
   }
   if (!b.k_contiguous) {
-    const auto run = m <= kFewRows ? multiply_few_spread_rows<T> : multiply_spread_rows<T>;
+    const auto run = m <= kVeryFewRows ? multiply_few_spread_rows<T, kRowsReadFast>
+                     : m <= kFewRows   ? multiply_few_spread_rows<T, kRowsTogether>
+                                       : multiply_spread_rows<T>;
     return run(packed, m, k, b, columns, out, out_stride);
   }
   const Blocks<T> blocks(m);

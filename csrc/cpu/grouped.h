@@ -54,8 +54,11 @@ inline int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-// Columns of a unit of work, a multiple of `least`: at most `most`, and less where there would be too
-// few units for the threads. Results do not depend on it.
+// From a row of n sums to the next one: rows of a power of two would share the lines of a cache.
+inline int64_t sums_stride(int64_t n) { return round_up(n, kOutputColumns) + kOutputColumns; }
+
+// Columns of a unit of work, a multiple of `least`: at most `most`, and less where there would be
+// too few units for the threads. Results do not depend on it.
 int64_t columns_per_unit(int64_t columns, int64_t blocks, int64_t most, int64_t least);
 
 // The same for products: whole rows of a matrix, which is how memory gives it fastest, if the sums

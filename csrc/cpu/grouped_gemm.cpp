@@ -153,7 +153,7 @@ void multiply_groups(const at::Tensor& a, const Weights& b, const int32_t* offse
   parallel_units(blocks.size() * parts, [&](int64_t unit, int thread) {
     const RowBlock& block = blocks[unit / parts];
     const Range range{unit % parts * step, std::min((unit % parts + 1) * step, columns)};
-    const int64_t n = range.size(), stride = round_up(n, kOutputColumns);
+    const int64_t n = range.size(), stride = sums_stride(n);
     const T* first = data<T>(a) + block.begin * a.stride(0);
     const void* packed = packed_rows.get(thread, unit / parts, block.count,
                                          [&](int64_t i) { return first + i * a.stride(0); });

@@ -195,7 +195,8 @@ MOE_INLINE void stream(T* p, Vec<acc_t<T>> v) {
   T narrow[kLanes<acc_t<T>>];
   store(narrow, v);
 #if defined(__x86_64__)
-  if constexpr (sizeof(narrow) == 16) return _mm_stream_si128((__m128i*)p, load_raw<__m128i>(narrow));
+  if constexpr (sizeof(narrow) == 16)
+    return _mm_stream_si128((__m128i*)p, load_raw<__m128i>(narrow));
 #endif
 #if defined(MOE_AVX2) || defined(MOE_AVX512)
   if constexpr (sizeof(narrow) == 32) {

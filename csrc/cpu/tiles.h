@@ -174,7 +174,7 @@ struct OuterTile {
   bool accumulate;  // add to out: sums of sums, which round less than one long sum
   T* narrow;        // if not null: written instead of out, in T
   int64_t narrow_stride;
-  bool stream = false;  // narrow, past the caches: whole vectors are aligned
+  bool stream = false;   // narrow, past the caches: whole vectors are aligned
   const char* prefetch;  // read ahead from here, so many bytes a group
   int64_t prefetch_step;
 };
