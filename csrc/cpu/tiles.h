@@ -159,7 +159,7 @@ struct OuterTile {
   // How many vectors of columns there may be, and how many rows then fill the registers.
   static constexpr int kMaxVectors = kRegisters == 32 ? 6 : 2;
   static constexpr int rows_for(int vectors) {
-    constexpr int wide[] = {0, 12, 12, 8, 6, 5, 4};
+    constexpr int wide[] = {0, 8, 8, 8, 6, 5, 4};
     constexpr int narrow[] = {0, 8, 6};
     return kRegisters == 32 ? wide[vectors] : narrow[vectors];
   }
