@@ -158,6 +158,69 @@ def test_weight_gradients_of_many_rows(columns: int, dtype: torch.dtype) -> None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [37, 1100])
+def test_a_few_rows(columns: int, dtype: torch.dtype) -> None:
+    """As many as matrices are multiplied with as they lie, and one more."""
+    counts = (8, 9, 24, 25, 0, 1)
+    offsets = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0).int()
+    a = torch.randn(67, 37).to(dtype)
+    b = torch.randn(6, 37, columns).to(dtype)
+    truth = reference.grouped_gemm(a.double(), b.double(), offsets)
+    narrow = torch.cat([rows @ one for rows, one in zip(a.split(counts), b, strict=True)])
+    for matrix in (b, b.mT.contiguous().mT):
+        out = moe_kernels.grouped_gemm(a, matrix, offsets)
+        if dtype == torch.float64:
+            torch.testing.assert_close(out, truth, rtol=1e-11, atol=1e-11)
+        else:
+            assert_accurate("out", out, truth, narrow)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("columns", [3072, 3073])
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+def test_weight_gradients_larger_than_a_cache(
+    transposed: bool, columns: int, dtype: torch.dtype
+) -> None:
+    """Written past it, zeros of experts without rows included, where vectors are aligned or not."""
+    sizes = 1408 // dtype.itemsize, columns
+    offsets = torch.tensor([0, 5, 5, 8, 48], dtype=torch.int32)
+    a, grad = (torch.randn(48, n).to(dtype) for n in sizes)
+    # freed, and full of what must not stay
+    old = torch.ops.moe_kernels.grouped_gemm_wgrad(a + torch.nan, grad, offsets, dtype, transposed)
+    assert old.nbytes > 16 * 2**20 and old[0].isnan().all()
+    del old
+    out = torch.ops.moe_kernels.grouped_gemm_wgrad(a, grad, offsets, dtype, transposed)
+    assert (out.stride(1) == 1) == transposed
+    # columns of it alone are in the cache
+    for part in (slice(0, 64), slice(1000, 1011), slice(columns - 70, columns)):
+        small = torch.ops.moe_kernels.grouped_gemm_wgrad(
+            a, grad[:, part].contiguous(), offsets, dtype, transposed
+        )
+        assert torch.equal(out[:, :, part], small)
+    assert (out[1] == 0).all()
+
+
+def test_more_products_than_are_kept() -> None:
+    """Columns of y are computed some at a time, and are what they are alone."""
+    ids = torch.randint(-1, 3, (4200, 4))
+    inputs = {
+        "x": torch.randn(4200, 2049),
+        "gate_up": torch.randn(3, 2049, 6) / 45,
+        "down": torch.randn(3, 3, 2049),
+        "topk_ids": ids,
+        "topk_weights": torch.rand(4200, 4),
+    }
+    with torch.inference_mode():
+        out = moe_kernels.fused_experts(**inputs)
+        few = {**inputs, "x": inputs["x"][:99], "topk_ids": ids[:99]}
+        few["topk_weights"] = inputs["topk_weights"][:99]
+        torch.testing.assert_close(moe_kernels.fused_experts(**few), out[:99])
+        few = {name: value[-99:] if len(value) == 4200 else value for name, value in inputs.items()}
+        torch.testing.assert_close(moe_kernels.fused_experts(**few), out[-99:])
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_rows(dtype: torch.dtype) -> None:
     ids = torch.randint(-1, 4, (21, 3))
     order = moe_kernels.sort_by_expert(ids, 4)
