@@ -187,7 +187,8 @@ def test_weight_gradients_larger_than_a_cache(
     a, grad = (torch.randn(48, n).to(dtype) for n in sizes)
     # freed, and full of what must not stay
     old = torch.ops.moe_kernels.grouped_gemm_wgrad(a + torch.nan, grad, offsets, dtype, transposed)
-    assert old.nbytes > 16 * 2**20 and old[0].isnan().all()
+    assert old.nbytes > 16 * 2**20
+    assert old[0].isnan().all()
     del old
     out = torch.ops.moe_kernels.grouped_gemm_wgrad(a, grad, offsets, dtype, transposed)
     assert (out.stride(1) == 1) == transposed
