@@ -150,6 +150,24 @@ def test_stages_do_not_greet_their_own_rank() -> None:
     assert vars(other) == {"group_rank": 1}
 
 
+def test_a_stage_gets_its_own_methods_back() -> None:
+    class Stage:
+        group_rank, submod = 0, nn.Linear(2, 2)
+
+        def _get_init_p2p_neighbors_ops(self) -> list[Any]:
+            return []
+
+    stage = Stage()
+    handle = fsdp_mixin.install_pipeline_backward(SimpleNamespace(_stages=[stage]))
+    assert vars(stage).keys() == {
+        "backward_maybe_with_nosync",
+        "_prepare_forward_infra",
+        "_get_init_p2p_neighbors_ops",
+    }
+    handle.remove()
+    assert vars(stage) == {}
+
+
 @pytest.mark.parametrize("name", ["BACKWARD_INPUT", "BACKWARD_WEIGHT", "FULL_BACKWARD"])
 def test_which_schedules_split_the_backward(name: str) -> None:
     def action(kind: str, *parts: Any) -> Any:
