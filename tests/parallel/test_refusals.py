@@ -179,6 +179,8 @@ def test_a_digest_is_of_every_bit_and_its_place() -> None:
     data = torch.randn(5, 9).to(torch.bfloat16)
     digests = {fsdp_preparation._digest(data, seed) for seed in range(3)}
     assert fsdp_preparation._digest(data.T.contiguous().T, 0) in digests
+    strided = fsdp_preparation._digest(torch.arange(6)[::2], 0)
+    assert strided == fsdp_preparation._digest(torch.tensor([0, 2, 4]), 0)
     for row, column in ((0, 0), (2, 5), (4, 8)):
         changed = data.clone()
         changed.view(torch.int16)[row, column] ^= 1
