@@ -292,11 +292,24 @@ def test_which_experts_compute_and_what_meanwhile(
     experts(x, mask, weights, ids, lambda: called.append("meanwhile"))
     assert called == ["meanwhile", kind]
 
+    class Sending(LocalDispatcher):
+        def dispatch_async(self, *args: Any) -> Any:
+            called.append("sent")
+            return SimpleNamespace(wait=lambda: called.append("here") or self.dispatch(*args))
+
+    called.clear()
+    experts.token_dispatcher = Sending()
+    assert experts.overlaps
+    experts(x, mask, weights, ids, lambda: called.append("meanwhile"))
+    assert called == ["sent", "meanwhile", "here", kind]
+
 
 def test_init_weights() -> None:
-    layer, config = make_moe(
-        **LAYERS["gpt_oss"], n_shared_experts=1, force_e_score_correction_bias=True
-    )
+    parts = {"n_shared_experts": 1, "shared_expert_gate": True, "moe_latent_size": 7}
+    layer, config = make_moe(**LAYERS["gpt_oss"], **parts, force_e_score_correction_bias=True)
+    with torch.no_grad():
+        for value in layer.state_dict().values():
+            value.fill_(9.0)
     layer.init_weights(torch.device("cpu"), init_std=0.5)
     for name, value in layer.state_dict().items():
         if "bias" in name:
@@ -358,9 +371,10 @@ def test_runs_on_meta_tensors() -> None:
     assert layer(x).shape == x.shape
 
 
-def test_row_buffers_are_as_long_as_the_dispatcher_says() -> None:
+@pytest.mark.parametrize("rounding", [{}, {"token_rounding": "up", "token_rounding_tile": 4}])
+def test_row_buffers_are_as_long_as_the_dispatcher_says(rounding: dict[str, Any]) -> None:
     """What backward keeps follows the bound, not the slots received, most of which are no one's."""
-    config = make_config()
+    config = make_config(**rounding)
     experts = GroupedExperts(config)
     definitions.randomize(experts)
     bound = 4
@@ -373,7 +387,8 @@ def test_row_buffers_are_as_long_as_the_dispatcher_says() -> None:
 
     experts.token_dispatcher = Bounded()
     x = torch.randn(9, config.dim, dtype=config.dtype)
-    ids = torch.zeros(9, config.n_activated_experts, dtype=torch.int64)
+    columns = config.n_activated_experts + config.rounding_candidates * bool(rounding)
+    ids = torch.zeros(9, columns, dtype=torch.int64)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
         experts(x, torch.ones(9, dtype=torch.bool), torch.rand(ids.shape), ids)

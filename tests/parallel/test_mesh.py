@@ -160,6 +160,11 @@ def test_sizes_that_do_not_fit(sizes: dict[str, Any], message: str) -> None:
         build_meshes(**sizes)
 
 
+def test_experts_may_be_spread_over_all_ranks_of_a_stage() -> None:
+    sizes = {"dp_replicate": 1, "cp": 2, "tp": 2, "pp": 1, "ep": 8}
+    assert mesh._data_parallel_size(sizes, 8) == 2
+
+
 @pytest.mark.parametrize(
     ("backends", "gpus", "expected"),
     [
