@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import _backward
@@ -245,3 +247,21 @@ def test_streams_travel_by_their_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     stream: Any = SimpleNamespace(stream_id=7, device_index=2, device_type=1)
     assert torch_internals.stream_of_key(torch_internals.stream_key(stream)) == stream
     assert torch_internals.stream_of_key(torch_internals.stream_key(None)) is None
+
+
+def test_backends_and_timeouts_of_groups() -> None:
+    gloo = SimpleNamespace(
+        name=lambda: "gloo", options=SimpleNamespace(_timeout=timedelta(seconds=3))
+    )
+
+    def backend(device: torch.device) -> Any:
+        if device.type != "cpu":
+            raise RuntimeError("no backend for it")
+        return gloo
+
+    group = SimpleNamespace(_get_backend=backend)
+    assert torch_internals.backend_of(group, "cpu") == "gloo"
+    assert torch_internals.backend_of(group, "cuda") is None
+    assert torch_internals.timeout_of(group) == timedelta(seconds=3)
+    gloo.options = object()
+    assert torch_internals.timeout_of(group) == dist.constants.default_pg_timeout
