@@ -219,6 +219,16 @@ def test_a_split_backward_as_before_2_13(monkeypatch: pytest.MonkeyPatch) -> Non
     torch_internals.keep_graph(["other"], [y])  # of what was put in PyTorch's place
 
 
+def test_a_graph_is_kept_alive_only_where_it_must_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    for hidden in (False, True):
+        monkeypatch.setattr(
+            torch_internals, "_functions_hide_metadata", lambda hidden=hidden: hidden
+        )
+        groups: list[dict[str, Any]] = [{}]
+        torch_internals.keep_graph(groups, ["edge"])
+        assert groups == [{"edges_of_outputs": ["edge"]} if hidden else {}]
+
+
 def test_edges_are_those_of_tensors_with_a_gradient() -> None:
     y = torch.ones(1, requires_grad=True) * 2
     for outputs in (y, [y], (torch.ones(1), y, None, 3)):
