@@ -8,6 +8,19 @@ from typing import Any
 import torch.distributed as dist
 
 
+def tell_block(
+    block: Any, cp_mesh: Any, cp_comm_type: str, get_stream: Callable[[], Any]
+) -> tuple[bool, str]:
+    """Set up what mixes a block's tokens, attention or a mixer; whether there was one, and the
+    block's type."""
+    layer_type = getattr(block, "layer_type", None) or getattr(block, "attention_type", None)
+    layer_type = layer_type or "full_attention"
+    if layer_type not in ("full_attention", "sliding_attention"):
+        return tell_mixer(block, cp_mesh), layer_type
+    comm_type = "all_gather" if layer_type == "sliding_attention" else cp_comm_type
+    return tell_attention(block, cp_mesh, comm_type, get_stream), layer_type
+
+
 def tell_attention(
     block: Any, cp_mesh: Any, cp_comm_type: str, get_stream: Callable[[], Any]
 ) -> bool:

@@ -33,7 +33,7 @@ from moe_parallel.activation_checkpointing import (
     router_sizes,
 )
 from moe_parallel.config import dtype_from_str
-from moe_parallel.context_parallel_setup import tell_attention, tell_mixer
+from moe_parallel.context_parallel_setup import tell_block
 from moe_parallel.fsdp_preparation import (
     check_equal_experts,
     check_expert_counts,
@@ -203,6 +203,10 @@ def apply_ep(model: nn.Module, ep_mesh: DeviceMesh, moe_mesh: DeviceMesh | None 
     layers = _moe_layers(model)
     check_expert_counts(layers, size)
     check_equal_experts(layers, ep_mesh, moe_mesh)
+    _shard_experts(layers, ep_mesh)
+
+
+def _shard_experts(layers: list[tuple[str, Any]], ep_mesh: DeviceMesh) -> None:
     for _, moe in layers:
         parallelize_module(
             module=moe.experts, device_mesh=ep_mesh, parallelize_plan=ExpertParallel()
@@ -394,13 +398,7 @@ def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, cp_comm_type: str = "p2p") -
     for owner in (model, backbone):
         owner._cp_enabled = True
     for _, name, block in _iter_transformer_and_mtp_blocks(model):
-        layer_type = getattr(block, "layer_type", None) or getattr(block, "attention_type", None)
-        layer_type = layer_type or "full_attention"
-        if layer_type in ("full_attention", "sliding_attention"):
-            comm_type = "all_gather" if layer_type == "sliding_attention" else cp_comm_type
-            told = tell_attention(block, cp_mesh, comm_type, _get_cp_stream)
-        else:
-            told = tell_mixer(block, cp_mesh)
+        told, layer_type = tell_block(block, cp_mesh, cp_comm_type, _get_cp_stream)
         if not told:
             logger.warning(
                 "apply_cp: block %s, of type %s, has nothing that supports context parallelism; "
@@ -413,9 +411,12 @@ def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, cp_comm_type: str = "p2p") -
             moe.cp_mesh = cp_mesh
 
 
+_OWN_STEPS = (apply_ep, apply_ac, apply_fsdp)
+
+
 def _is_own(step: Any) -> bool:
     """Whether a step is this module's; what replaces it may accept what that refuses."""
-    return getattr(step, "__module__", None) == __name__
+    return any(step is own for own in _OWN_STEPS)
 
 
 def parallelize_model(
@@ -507,13 +508,17 @@ def parallelize_model(
                 router_sizes(model, None, None)  # another apply_ac may find them elsewhere
         if fsdp_mesh is not None:
             check_ends(model, backbone, wrap_outer_model)
-    if cp_mesh is not None and ep_mesh is not None and _is_own(apply_ep):
-        check_equal_experts(layers, ep_mesh, moe_mesh)  # apply_ep's, before apply_cp
+    own_ep = ep_mesh is not None and _is_own(apply_ep)
+    if own_ep:
+        check_equal_experts(layers, ep_mesh, moe_mesh)
 
     if cp_mesh is not None:
         apply_cp(model, cp_mesh)
     if ep_mesh is not None:
-        apply_ep(model, ep_mesh, moe_mesh=moe_mesh)
+        if own_ep:
+            _shard_experts(_moe_layers(model), ep_mesh)  # apply_ep would hash them again
+        else:
+            apply_ep(model, ep_mesh, moe_mesh=moe_mesh)
     if activation_checkpointing:
         apply_ac(model, ignore_router=ignore_router_for_ac, selective=selective)
     if fsdp_mesh is not None:

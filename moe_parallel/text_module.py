@@ -68,7 +68,5 @@ def _is_deepseek_v4_model(model: Any) -> bool:
 
 def _module_weights_are_tied(a: Any, b: Any) -> bool:
     """Whether both modules exist and their ``weight`` is one object."""
-    if a is None or b is None:
-        return False
     weight = getattr(a, "weight", None)
     return weight is not None and weight is getattr(b, "weight", None)

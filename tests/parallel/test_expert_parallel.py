@@ -20,6 +20,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from moe_parallel import BackendConfig, MoE, MoEConfig
 from moe_parallel.dispatch import AllToAllDispatcher
+from moe_parallel.fsdp_preparation import replicate_correction_bias
 from moe_parallel.parallelizer import apply_ep
 from tests.kernels.accuracy import assert_accurate
 from tests.parallel import definitions
@@ -383,7 +384,12 @@ def _correction_bias(rank: int, ranks: int) -> None:
     plain = {"e_score_correction_bias": torch.tensor([1.0, 2.0, 3.0, 4.0])}
     buffer = gate.e_score_correction_bias
     assert isinstance(buffer, Tensor)
-    gate.e_score_correction_bias = DTensor.from_local(buffer, mesh, [Replicate()])
+    for _ in range(2):  # the second time there is nothing to do
+        replicate_correction_bias(gate, mesh)
+    replicated = gate.e_score_correction_bias
+    assert isinstance(replicated, DTensor)
+    assert type(replicated.to_local()) is Tensor
+    assert replicated.placements == (Replicate(),)
     gate.load_state_dict({**gate.state_dict(), **plain})
     gate(torch.randn(5, config.dim), torch.ones(5, dtype=torch.bool), None)
     gate._cumulative_expert_load = torch.tensor([[9, 0, 3, 0], [0, 5, 3, 4]])[rank]
@@ -403,17 +409,18 @@ def _aux_loss(rank: int, ranks: int) -> None:
     gate = make_layer(config).gate
     mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("cp",))
     x = torch.randn(12, config.dim, dtype=torch.float64)
-    mask = torch.arange(12) != 5
     part = slice(0, 3) if rank == 0 else slice(3, 12)
-    _, _, whole = gate(x, mask, None)
-    weights, _, aux = gate(x[part], mask[part], mesh)
-    assert_close(aux, whole)
-    assert gate.weight.grad is None
-    weights.mul(0).sum().backward()  # the auxiliary loss alone
-    assert isinstance(gate.weight.grad, Tensor)
-    dist.all_reduce(gate.weight.grad)
-    (expected,) = torch.autograd.grad(0.7 * whole, gate.weight)
-    assert_close(gate.weight.grad, expected, rtol=1e-6, atol=1e-8)
+    for mask in (torch.arange(12) != 5, torch.arange(12) > 2):  # of the first part all or nothing
+        _, _, whole = gate(x, mask, None)
+        gate.weight.grad = None
+        weights, _, aux = gate(x[part], mask[part], mesh)
+        assert_close(aux, whole)
+        assert gate.weight.grad is None
+        weights.mul(0).sum().backward()  # the auxiliary loss alone
+        assert isinstance(gate.weight.grad, Tensor)
+        dist.all_reduce(gate.weight.grad)
+        (expected,) = torch.autograd.grad(0.7 * whole, gate.weight)
+        assert_close(gate.weight.grad, expected, rtol=1e-6, atol=1e-8)
 
 
 def test_the_auxiliary_loss_of_a_sharded_sequence() -> None:

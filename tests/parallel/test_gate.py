@@ -102,6 +102,13 @@ def test_gate_is_its_formula(
         assert_close(ours, theirs, rtol=1e-5, atol=1e-6, msg=name)
 
 
+def test_the_weight_of_a_single_expert_is_its_score() -> None:
+    """Divided by itself it would be 1, and the router would learn nothing of the main loss."""
+    gate = make_gate(n_activated_experts=1, norm_topk_prob=True, score_func="sigmoid")
+    x = torch.randn(9, gate.dim, dtype=torch.float64)
+    assert_close(run(gate, x)[0], (x @ gate.weight.T).sigmoid().amax(1, keepdim=True))
+
+
 def test_the_auxiliary_loss_never_sees_raw_logits() -> None:
     """Softmax after top-k scores by the full softmax: a shift of all logits changes nothing."""
     gate = make_gate(softmax_before_topk=False, aux_loss_coeff=1.0, router_bias=True)

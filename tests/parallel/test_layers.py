@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.testing import assert_close
 
 from moe_parallel import MLP, BackendConfig, FakeBalancedGate, GroupedExperts, MoE, MoEConfig
+from moe_parallel import experts as experts_module
 from moe_parallel.dispatch import Dispatched, LocalDispatcher
 from moe_parallel.training import MoEAuxLossAutoScaler
 from tests.parallel import definitions
@@ -159,7 +162,18 @@ def test_mlp() -> None:
     layer.swiglu_limit = 0.3
     gate, up = gate.clamp(max=0.3), up.clamp(-0.3, 0.3)
     assert_close(layer(x), layer.down_proj(gate * torch.sigmoid(gate) * up))
+    for module in (layer.gate_proj, layer.up_proj, layer.down_proj):
+        assert module.bias is not None
+    layer.init_weights(init_std=0.5)
+    for name, value in layer.named_parameters():
+        assert bool(value.any()) == ("weight" in name), name
+    narrow = MLP(64, 32, swiglu_limit=1.0)
+    x_narrow = torch.randn(16, 64).bfloat16() * 10
+    gate, up = (module(x_narrow).float() for module in (narrow.gate_proj, narrow.up_proj) if module)
+    inner = functional.silu(gate.clamp(max=1.0)) * up.clamp(-1.0, 1.0)  # rounded once
+    assert torch.equal(narrow(x_narrow), narrow.down_proj(inner.bfloat16()))
     plain = MLP(6, 5, dtype=torch.float64, activation="relu2")
+    assert plain.up_proj.bias is None
     assert plain.gate_proj is None
     assert_close(plain(x), plain.down_proj(plain.up_proj(x).relu() ** 2))
     assert MLP(6, 5)(torch.randn(2, 6).bfloat16()).dtype == torch.bfloat16
@@ -179,7 +193,7 @@ def test_output_is_a_tensor_of_its_own(name: str) -> None:
 
 
 def test_parts_are_called_with_positional_arguments() -> None:
-    layer, config = make_moe(moe_latent_size=7)
+    layer, config = make_moe(moe_latent_size=7, n_shared_experts=1)
     x = torch.randn(2, 4, config.dim, dtype=torch.float64)
     padding = torch.rand(2, 4) < 0.5
     weights, indices = torch.rand(8, 3), torch.zeros(8, 3, dtype=torch.int64)
@@ -193,6 +207,7 @@ def test_parts_are_called_with_positional_arguments() -> None:
     assert torch.equal(tokens, x.flatten(0, 1))
     assert torch.equal(mask, ~padding.flatten())
     assert cp_mesh is mesh
+    assert layer.experts.forward.call_args.kwargs == {}
     latent, mask, *routing = layer.experts.forward.call_args.args
     assert layer.fc1_latent_proj is not None
     assert_close(latent, layer.fc1_latent_proj(tokens))
@@ -212,10 +227,89 @@ def test_balanced_gate_of_the_backend() -> None:
     assert layer(torch.randn(4, config.dim, dtype=torch.float64)).shape == (4, config.dim)
 
 
-def test_init_weights() -> None:
-    layer, config = make_moe(
-        **LAYERS["gpt_oss"], n_shared_experts=1, force_e_score_correction_bias=True
+def test_padding_may_be_integers() -> None:
+    layer, config = make_moe()
+    x, padding = torch.randn(2, 4, config.dim, dtype=torch.float64), torch.rand(2, 4) < 0.5
+    assert torch.equal(layer(x, padding.to(torch.int64)), layer(x, padding))
+
+
+def test_what_a_layer_is_made_of() -> None:
+    """Sizes and precision of the configuration; matrices that are drawn, biases that are zero."""
+    changes = {"n_shared_experts": 2, "shared_expert_gate": True, "moe_latent_size": 7}
+    biased = {"expert_bias": True, "router_bias": True}
+    layer = MoE(make_config(**changes, **biased), BackendConfig(gate_precision="float32"))
+    assert layer.gate.gate_precision == torch.float32
+    assert layer.shared_experts is not None
+    assert layer.shared_experts.up_proj.weight.shape == (2 * 11, 13)
+    other = MoE(make_config(**changes, shared_expert_inter_dim=5)).shared_experts
+    assert other is not None
+    assert other.up_proj.weight.shape == (2 * 5, 13)
+    for name, value in layer.named_parameters():
+        assert value.dtype == torch.float64, name
+        assert bool(value.any()) == ("bias" not in name), name
+
+
+def test_the_dispatcher_is_made_as_the_backend_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    dispatcher = LocalDispatcher()
+    monkeypatch.setattr(
+        experts_module,
+        "build_dispatcher",
+        lambda *args, **options: made.append((args, options)) or dispatcher,
     )
+    backend = BackendConfig(
+        dispatcher="cuda_ipc",
+        dispatcher_timeout=7.0,
+        dispatcher_max_tokens=5,
+        dispatcher_capacity=6,
+        dispatcher_slot_capacity=9,
+    )
+    experts = GroupedExperts(make_config(), backend)
+    mesh: Any = SimpleNamespace(get_group=lambda: "group")
+    experts.init_token_dispatcher(ep_mesh=mesh)
+    assert experts.token_dispatcher is dispatcher
+    settings = {"timeout": 7.0, "max_tokens": 5, "capacity": 6, "slot_capacity": 9}
+    assert made == [(("group", 8), {"transport": "cuda_ipc", **settings})]
+
+
+@pytest.mark.parametrize("kind", ["auto", "reference"])
+def test_which_experts_compute_and_what_meanwhile(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    called: list[str] = []
+    for owner, name in ((experts_module, "auto"), (experts_module.reference, "reference")):
+        compute = owner.fused_experts
+
+        def note(*args: Any, _name: str = name, _compute: Any = compute, **options: Any) -> Tensor:
+            called.append(_name)
+            return _compute(*args, **options)
+
+        monkeypatch.setattr(owner, "fused_experts", note)
+    experts = GroupedExperts(make_config(), BackendConfig(experts=kind))
+    assert not experts.overlaps  # with a dispatcher that sends nothing
+    x, ids = torch.randn(4, 13, dtype=torch.float64), torch.zeros(4, 3, dtype=torch.int64)
+    mask, weights = torch.ones(4, dtype=torch.bool), torch.rand(4, 3)
+    experts(x, mask, weights, ids, lambda: called.append("meanwhile"))
+    assert called == ["meanwhile", kind]
+
+    class Sending(LocalDispatcher):
+        def dispatch_async(self, *args: Any) -> Any:
+            called.append("sent")
+            return SimpleNamespace(wait=lambda: called.append("here") or self.dispatch(*args))
+
+    called.clear()
+    experts.token_dispatcher = Sending()
+    assert experts.overlaps
+    experts(x, mask, weights, ids, lambda: called.append("meanwhile"))
+    assert called == ["sent", "meanwhile", "here", kind]
+
+
+def test_init_weights() -> None:
+    parts = {"n_shared_experts": 1, "shared_expert_gate": True, "moe_latent_size": 7}
+    layer, config = make_moe(**LAYERS["gpt_oss"], **parts, force_e_score_correction_bias=True)
+    with torch.no_grad():
+        for value in layer.state_dict().values():
+            value.fill_(9.0)
     layer.init_weights(torch.device("cpu"), init_std=0.5)
     for name, value in layer.state_dict().items():
         if "bias" in name:
@@ -277,9 +371,10 @@ def test_runs_on_meta_tensors() -> None:
     assert layer(x).shape == x.shape
 
 
-def test_row_buffers_are_as_long_as_the_dispatcher_says() -> None:
+@pytest.mark.parametrize("rounding", [{}, {"token_rounding": "up", "token_rounding_tile": 4}])
+def test_row_buffers_are_as_long_as_the_dispatcher_says(rounding: dict[str, Any]) -> None:
     """What backward keeps follows the bound, not the slots received, most of which are no one's."""
-    config = make_config()
+    config = make_config(**rounding)
     experts = GroupedExperts(config)
     definitions.randomize(experts)
     bound = 4
@@ -292,7 +387,8 @@ def test_row_buffers_are_as_long_as_the_dispatcher_says() -> None:
 
     experts.token_dispatcher = Bounded()
     x = torch.randn(9, config.dim, dtype=config.dtype)
-    ids = torch.zeros(9, config.n_activated_experts, dtype=torch.int64)
+    columns = config.n_activated_experts + config.rounding_candidates * bool(rounding)
+    ids = torch.zeros(9, columns, dtype=torch.int64)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
         experts(x, torch.ones(9, dtype=torch.bool), torch.rand(ids.shape), ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from types import SimpleNamespace
 from typing import Any
@@ -104,6 +105,9 @@ def test_apply_fsdp_without_experts_of_their_own(calls: list[tuple[Any, dict[str
     inner = model.model
     assert [m for m, _ in calls] == [dense, sparse, inner.embed_tokens, model.lm_head, inner]
     assert calls[1][1]["ignored_params"] is None
+    calls.clear()
+    parallelizer.apply_fsdp(model, "fsdp", True, False)  # experts that EP alone has
+    assert calls[1][1]["ignored_params"] == {"up", "down"}
     calls.clear()
     parallelizer.apply_fsdp(inner, "fsdp", False, False)  # one object is wrapped once
     assert [m for m, _ in calls].count(inner) == 1
@@ -214,14 +218,16 @@ def test_frozen_towers_are_left_to_the_root(
 
 def test_fp32_holders_are_units(calls: list[tuple[Any, dict[str, Any]]]) -> None:
     block = nn.Sequential()
-    block.a_fp32_params = nn.RMSNorm(3)
+    block.mixer = nn.Module()
+    block.mixer.a_fp32_params = nn.RMSNorm(3)
     block.empty_fp32_params = nn.Sequential(nn.RMSNorm(3))
     owned = parallelizer._shard_fp32_param_holders(block, "fsdp", True, "offload")
-    assert owned == {block.a_fp32_params.weight}
+    assert owned == {block.mixer.a_fp32_params.weight}
     [(holder, options)] = calls
-    assert holder is block.a_fp32_params
-    assert options["mp_policy"].param_dtype is torch.float32
-    assert options["mp_policy"].cast_forward_inputs is False
+    assert holder is block.mixer.a_fp32_params
+    policy = options["mp_policy"]
+    assert policy.param_dtype is policy.reduce_dtype is policy.output_dtype is torch.float32
+    assert policy.cast_forward_inputs is False
     assert (options["mesh"], options["offload_policy"]) == ("fsdp", "offload")
     assert options["reshard_after_forward"] is True
     assert parallelizer._shard_fp32_param_holders(object(), "fsdp", True, None) == set()
@@ -276,6 +282,7 @@ def test_small_predicates(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parallelizer._is_deepseek_v4_model(v4)
     assert not parallelizer._is_deepseek_v4_model(object())
     assert parallelizer._moe_shard_placement(torch.empty(3)).dim == 0
+    assert parallelizer._moe_shard_placement(torch.empty(3, 2)).dim == 1
     assert parallelizer._moe_shard_placement(torch.empty(3, 2, 2)).dim == 1
     a = SimpleNamespace(weight=torch.ones(2))
     assert parallelizer._module_weights_are_tied(a, SimpleNamespace(weight=a.weight))
@@ -495,6 +502,22 @@ def test_parallelize_model_takes_meshes_and_models_of_other_making(
     model.model.layers = [object()]  # blocks that only what is replaced here would look at
     parallelize_model(model, world, experts, **options)
     assert [step[0] for step in steps] == ["apply_ep", "apply_fsdp"]
+
+
+def test_a_step_in_the_place_of_its_own_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if it calls itself what it replaces."""
+    called: list[Any] = []
+
+    @functools.wraps(parallelizer.apply_ep)
+    def spy(*args: Any, **options: Any) -> None:
+        called.append((args[1].axis, options))
+
+    monkeypatch.setattr(parallelizer, "apply_ep", spy)
+    experts = StandInMesh({"ep": 2})
+    parallelizer.parallelize_model(
+        make_model(), StandInMesh({}), experts, dp_axis_names=None, ep_axis_name="ep"
+    )
+    assert called == [("ep", {"moe_mesh": experts})]
 
 
 def test_parallelize_model_refuses(steps: list[Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moe_parallel import fsdp_preparation
+from moe_parallel.fsdp_preparation import check_expert_widths
 from moe_parallel.mesh import MeshError, build_meshes, parallel_axis_names
 from moe_parallel.parallelizer import apply_ep, apply_fsdp, parallelize_model
 from tests.parallel.ranks import run_ranks
@@ -86,6 +89,10 @@ def _refused(rank: int, ranks: int) -> list[str]:
     with pytest.raises(MeshError, match="down_projs must be a multiple of the ep_shard size 2"):
         apply_fsdp(narrow, world_mesh["dp_shard"], False, True, moe_mesh["ep_shard"])
     assert state(narrow) == before
+    foreign = nn.Module()
+    foreign.bias = nn.Parameter(torch.zeros(4, 3))
+    with pytest.raises(MeshError, match=r"bias must be a multiple of .* 2; got \[4, 3\]"):
+        check_expert_widths([None, SimpleNamespace(experts=foreign)], moe_mesh["ep_shard"])
     return found
 
 
@@ -139,6 +146,24 @@ def _unequal(rank: int, ranks: int) -> None:
             parallelize_model(model, *meshes, **parallel_axis_names(*meshes))
         assert communication.counts == {"c10d.allreduce_.default": 1}
     assert state(model) == before  # attention, too, has not been told of anything
+    hashed: list[int] = []
+    digest = fsdp_preparation._digest
+    fsdp_preparation._digest = lambda tensor, seed: hashed.append(seed) or digest(tensor, seed)
+    parallelize_model(TinyLM(), *meshes, **parallel_axis_names(*meshes))
+    assert hashed == ([0, 1, 2, 3] if rank % 2 == 0 else [])  # two layers, each weight once
+    framework, model = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ep_shard", "ep")), TinyLM()
+    if rank == 2:
+        with torch.no_grad():
+            model.moes()[0].experts.down_projs[1, 0, 0] += 1
+    with Collectives() as communication:
+        with pytest.raises(MeshError, match="groups of ep_shard must hold equal weights"):
+            apply_ep(model, framework["ep"], moe_mesh=framework)
+        assert communication.counts == {"c10d.allreduce_.default": 2}  # one along each axis
+    _, whole = build_meshes(ep=4)  # one group: there is nothing to compare
+    assert whole is not None
+    with Collectives() as communication:
+        apply_ep(TinyLM(), whole["ep"], moe_mesh=whole)
+    assert not communication.counts["c10d.allreduce_.default"]
     meshes, model = build_meshes(ep=2), TinyLM()
     axes = parallel_axis_names(*meshes)
     parallelize_model(model, *meshes, **axes)
@@ -148,6 +173,36 @@ def _unequal(rank: int, ranks: int) -> None:
 
 def test_unequal_experts_are_found_before_they_are_distributed() -> None:
     run_ranks(4, _unequal)
+
+
+def test_a_digest_is_of_every_bit_and_its_place() -> None:
+    data = torch.randn(5, 9).to(torch.bfloat16)
+    digests = {fsdp_preparation._digest(data, seed) for seed in range(3)}
+    assert fsdp_preparation._digest(data.T.contiguous().T, 0) in digests
+    strided = fsdp_preparation._digest(torch.arange(6)[::2], 0)
+    assert strided == fsdp_preparation._digest(torch.tensor([0, 2, 4]), 0)
+    for row, column in ((0, 0), (2, 5), (4, 8)):
+        changed = data.clone()
+        changed.view(torch.int16)[row, column] ^= 1
+        digests.add(fsdp_preparation._digest(changed, 0))
+    digests.add(fsdp_preparation._digest(data.flip(0), 0))
+    large = torch.zeros(2**20 + 2, dtype=torch.int64)  # more than there are factors
+    for place in (0, 2**20, 2**20 + 1):
+        large[place] = 1
+        digests.add(fsdp_preparation._digest(large, 0))
+        large[place] = 0
+    assert len(digests) == 3 + 3 + 1 + 3
+
+
+def test_groups_that_cover_stages_and_pipelines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after the other where the world is more than both."""
+    monkeypatch.setattr(fsdp_preparation, "groups_of", lambda mesh: ["shards", "experts"])
+    stage = SimpleNamespace(size=lambda: 4)
+    pipeline = SimpleNamespace(size=lambda: 2, get_group=lambda: "pipeline")
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 16)
+    both = fsdp_preparation._groups_with(stage, pipeline)
+    assert both == ["shards", "experts", "pipeline"]
+    assert fsdp_preparation._groups_with(stage, None) == ["shards", "experts"]
 
 
 def _stages(rank: int, ranks: int) -> None:
@@ -174,6 +229,16 @@ def _stages(rank: int, ranks: int) -> None:
             del dense.model.layers[name]
         apply_ep(dense if rank < 4 else others.to("meta"), mesh["ep"], moe_mesh=mesh)
         apply_ep(TinyLM(), mesh["ep"], moe_mesh=mesh)
+
+    meshes, model = build_meshes(pp=2, cp=2, ep=2), TinyLM()
+    if rank == 6:
+        with torch.no_grad():
+            model.moes()[1].experts.gate_and_up_projs[3] += 1
+    before = state(model)
+    with pytest.raises(MeshError, match=r"equal weights.* differ in pipeline stage 1"):
+        parallelize_model(model, *meshes, **parallel_axis_names(*meshes))
+    assert state(model) == before
+    parallelize_model(TinyLM(), *meshes, **parallel_axis_names(*meshes))
 
 
 def test_unequal_experts_in_one_stage_are_refused_in_all() -> None:

@@ -42,6 +42,7 @@ def _clip(rank: int, ranks: int, norm_type: float, foreach: bool) -> None:
     # Alone with its placements: without it there would be no group for them.
     part.missing = nn.Parameter(distribute_tensor(torch.zeros(2, 2), mesh, [Shard(1)]))
     part.frozen = nn.Parameter(torch.zeros(3), requires_grad=False)
+    part.frozen.grad = torch.ones(3)  # of a time when it was trained
     grads = [value * (stage + 1) for value in values]
     part.small.grad = distribute_tensor(grads[0], mesh, [Shard(0)])
     part.experts.grad = distribute_tensor(grads[1], expert_mesh, [Shard(0)])
@@ -74,6 +75,13 @@ def _clip(rank: int, ranks: int, norm_type: float, foreach: bool) -> None:
     part.weight.grad = DTensor.from_local(values[1].clone(), mesh, [Partial()])
     norm = training.clip_grad_norm(1e9, [part], norm_type=norm_type)
     assert norm == pytest.approx(2 * torch.linalg.vector_norm(values[1], norm_type).item())
+
+    # A stage without parameters takes part.
+    part = nn.Linear(2, 1, bias=False).requires_grad_(stage == 0)
+    part.weight.grad = torch.ones(1, 2)
+    options = {"pp_enabled": True, "device_mesh": world_mesh, "pp_axis_name": "pp"}
+    norm = training.clip_grad_norm(1e9, [part], norm_type=norm_type, **options)
+    assert norm == pytest.approx(torch.linalg.vector_norm(torch.ones(2), norm_type).item())
 
 
 @pytest.mark.parametrize(("norm_type", "foreach"), [(2.0, False), (math.inf, True), (1.0, True)])
@@ -119,13 +127,21 @@ class NamedAxes:
 
 @pytest.mark.parametrize("stages", [{}, {"pp": 3}], ids=str)  # meshes of some frameworks have both
 def test_plain_experts_are_known_by_name(stages: dict[str, int]) -> None:
+    expected = {"model.layers.0.mlp.experts.down_linear.scale": 12.0}
+    expected["model.layers.0.other.experts.down_linear.weight0"] = 12.0
+    for layer in ("mlp", "moe"):
+        for linear in ("gate_up_linear", "down_linear"):
+            for kind in ("weight0", "weight13", "bias3"):
+                expected[f"model.layers.0.{layer}.experts.{linear}.{kind}"] = 6.0  # D / S = 8 / 4
     model = nn.Module()
-    model.block = nn.Module()
-    model.block.moe = nn.Module()
-    model.block.moe.experts = experts = nn.Module()
-    experts.down_linear = nn.Module()
-    experts.down_linear.weight3 = nn.Parameter(torch.zeros(2))
-    experts.down_linear.scale = nn.Parameter(torch.zeros(2))
+    for name in expected:
+        *path, last = name.split(".")
+        owner = model
+        for word in path:
+            if not hasattr(owner, word):
+                owner.add_module(word, nn.Module())
+            owner = owner.get_submodule(word)
+        owner.register_parameter(last, nn.Parameter(torch.zeros(2)))
     mesh = NamedAxes({**stages, "ep_shard": 4, "ep": 2})
     for foreach in (False, True):
         for parameter in model.parameters():
@@ -139,8 +155,9 @@ def test_plain_experts_are_known_by_name(stages: dict[str, int]) -> None:
             foreach=foreach,
         )
         assert norm == 0.0
-        assert experts.down_linear.weight3.grad.tolist() == [6.0, 6.0]  # D / S = 8 / 4
-        assert experts.down_linear.scale.grad.tolist() == [12.0, 12.0]
+        assert {name: p.grad.tolist() for name, p in model.named_parameters()} == {
+            name: [value] * 2 for name, value in expected.items()
+        }
 
 
 @pytest.mark.parametrize(
@@ -396,6 +413,13 @@ def _refused(rank: int, ranks: int) -> None:
     replicated, _ = build_meshes(dp_replicate=2)
     with pytest.raises(MeshError, match=r"has 2 ranks, but 4 share the parameters.*train apart"):
         parallelize_model(TinyLM(), replicated, None, dp_axis_names=("dp_shard_cp",))
+    with pytest.raises(MeshError, match="has 2 ranks, but 4 share"):
+        parallelize_model(TinyLM(), replicated, None, dp_axis_names=("dp_replicate",))
+    with pytest.raises(MeshError, match="has 2 ranks, but 4 share"):
+        parallelize_model(TinyLM(), build_meshes(cp=2)[0], None, dp_axis_names=("dp_shard",))
+    model = TinyLM()
+    parallelize_model(model, replicated, None, dp_axis_names=None)  # none is asked for
+    assert not any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
     model = TinyLM()
     if rank == 3:  # the owner of half the experts in the second group
