@@ -231,9 +231,9 @@ def _collectives(machine: Machine, direction: str) -> Software:
     return Software(exchange + machine.launch)
 
 
-def _kernel_pair(machine: Machine, direction: str) -> Software:
-    """One leaves rows and tells the others, one waits for them and fetches."""
-    return Software(2 * machine.launch)
+def _three_kernels(machine: Machine, direction: str) -> Software:
+    """One leaves rows and tells the others, one waits for them, one fetches."""
+    return Software(3 * machine.launch)
 
 
 def _one_kernel(machine: Machine, direction: str) -> Software:
@@ -267,7 +267,7 @@ TRANSPORTS: Mapping[str, Transport] = {
             packs=True,
         ),
         Transport(
-            "cuda_ipc", "per rank", _kernel_pair, {"dispatch": 2, "combine": 1}, one_node=True
+            "cuda_ipc", "per rank", _three_kernels, {"dispatch": 2, "combine": 1}, one_node=True
         ),
         Transport("deepep", "per node", _two_kernels, {"dispatch": 2, "combine": 1}),
         Transport(

@@ -404,9 +404,12 @@ def backend_of(group: Any, device_type: str) -> str | None:
 
 def timeout_of(group: Any, device_type: str = "cpu") -> timedelta:
     """How long the operations of a group on tensors of a kind of device wait."""
-    options = group._get_backend(torch.device(device_type)).options
-    timeout: timedelta = getattr(options, "_timeout", dist.constants.default_pg_timeout)
-    return timeout
+    timeout: timedelta = dist.constants.default_pg_timeout
+    try:
+        options = group._get_backend(torch.device(device_type)).options
+    except RuntimeError:  # a backend that has none, as UCC's
+        return timeout
+    return getattr(options, "_timeout", timeout)
 
 
 def group_of_name(name: str) -> Any:

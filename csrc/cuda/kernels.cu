@@ -13,6 +13,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   stage(Lane::here(), shared, args);
 }
 
+__global__ void __launch_bounds__(kWaitThreads) wait_kernel(const __grid_constant__ Link link) {
+  __shared__ uint32_t yes;
+  meet(Lane::here(), link, yes);
+}
+
 __global__ void __launch_bounds__(kThreads, 1) pull_kernel(const __grid_constant__ PullArgs args) {
   __shared__ PullShared shared;
   pull(Lane::here(), shared, args);
@@ -31,9 +36,14 @@ int blocks_for(int64_t rows, int multiprocessors) {
 }
 
 template <typename Args>
-int start(void (*kernel)(Args), const Args& args, int64_t blocks, void* stream) {
-  kernel<<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(args);
+int start(void (*kernel)(Args), const Args& args, int64_t blocks, void* stream,
+          int threads = kThreads) {
+  kernel<<<static_cast<unsigned>(blocks), threads, 0, static_cast<cudaStream_t>(stream)>>>(args);
   return cudaGetLastError();
+}
+
+int wait(const Link& link, void* stream) {
+  return start(wait_kernel, link, 1, stream, kWaitThreads);
 }
 
 }  // namespace
@@ -45,10 +55,12 @@ int launch(const StageArgs& args, int multiprocessors, void* stream) {
 }
 
 int launch(const PullArgs& args, int multiprocessors, void* stream) {
+  if (const int status = wait(args.link, stream)) return status;
   return start(pull_kernel, args, blocks_for(args.capacity, multiprocessors), stream);
 }
 
 int launch(const SumArgs& args, int multiprocessors, void* stream) {
+  if (const int status = wait(args.link, stream)) return status;
   const int blocks = blocks_for(args.tokens, multiprocessors);
   switch (args.value) {
     case Value::kBf16:
@@ -61,6 +73,21 @@ int launch(const SumArgs& args, int multiprocessors, void* stream) {
       return start(sum_kernel<Fp64>, args, blocks, stream);
   }
   return cudaErrorInvalidValue;
+}
+
+int preload() {
+  const void* const kernels[] = {reinterpret_cast<const void*>(stage_kernel),
+                                 reinterpret_cast<const void*>(wait_kernel),
+                                 reinterpret_cast<const void*>(pull_kernel),
+                                 reinterpret_cast<const void*>(sum_kernel<Bf16>),
+                                 reinterpret_cast<const void*>(sum_kernel<Fp16>),
+                                 reinterpret_cast<const void*>(sum_kernel<Fp32>),
+                                 reinterpret_cast<const void*>(sum_kernel<Fp64>)};
+  cudaFuncAttributes attributes;
+  for (const void* kernel : kernels) {
+    if (const int status = cudaFuncGetAttributes(&attributes, kernel)) return status;
+  }
+  return cudaSuccess;
 }
 
 }  // namespace moe::ep::device

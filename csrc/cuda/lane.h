@@ -24,6 +24,7 @@
 namespace moe::ep::device {
 
 constexpr int kThreads = 512;  // the most a block has
+constexpr int kWaitThreads = 128;
 constexpr int kWarp = 32;
 
 #if defined(__CUDACC__)

@@ -30,6 +30,7 @@ struct alignas(128) State {
   uint64_t overflows;  // calls that brought more to some rank than it has room for
   uint32_t staged, pulled;  // blocks that are through
   uint32_t failed;          // not 0: no call after this does anything
+  uint32_t ready;           // of the call that is staged: all ranks have staged it, and agree
 };
 
 // In memory that all ranks map: where they post to this one.

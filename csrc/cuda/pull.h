@@ -10,7 +10,7 @@ namespace moe::ep::device {
 struct PullShared {
   int64_t rows[kMaxRanks + 1], slots[kMaxRanks + 1];  // before each rank's, and of all
   int64_t most_rows[kMaxRanks], most_slots[kMaxRanks];
-  uint32_t yes, last;
+  uint32_t last;
 };
 
 // Fills the sums of what the ranks have for this one; zero if `empty`.
@@ -123,7 +123,7 @@ MOE_DEVICE void pull(const Lane& lane, PullShared& shared, const PullArgs& args)
   const Link& link = args.link;
   const PlanView view{link.ranks};
   const uint64_t epoch = state_of(link).epoch + 1;
-  const bool empty = !enter(lane, link, epoch, shared.yes) || !args.plan;
+  const bool empty = !state_of(link).ready || !args.plan;
   count(lane, shared, args, epoch, empty);
   if (!args.by_plan && lane.block == 0) write_plan(lane, shared, args, epoch, empty);
   const int64_t total = shared.rows[link.ranks];

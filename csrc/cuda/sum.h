@@ -12,7 +12,7 @@ namespace moe::ep::device {
 struct SumShared {
   const char* addends[kThreads];  // of each group, kMaxRanks or as many as it has threads
   int64_t begin_at[kMaxRanks];
-  uint32_t yes, last;
+  uint32_t last;
 };
 
 // The place of a row of the exchange, in this rank's own memory or in what another has staged; null
@@ -137,7 +137,7 @@ template <typename T>
 MOE_DEVICE void sum(const Lane& lane, SumShared& shared, const SumArgs& args) {
   const Link& link = args.link;
   const uint64_t epoch = state_of(link).epoch + 1;
-  const bool empty = !enter(lane, link, epoch, shared.yes);
+  const bool empty = !state_of(link).ready;
   if (!empty) {
     const PlanView view{link.ranks};
     for (int p = lane.thread; p < link.ranks; p += lane.threads) {

@@ -56,7 +56,8 @@ MOE_DEVICE bool wait_for(const Link& link, uint64_t epoch, int peer, uint64_t be
         give_up(link, epoch, Fault::kGone, peer, peer);
         return false;
       }
-      if (nanoseconds() - begin > link.timeout) {
+      // The clock is that of the whole GPU, and may have been set back.
+      if (static_cast<int64_t>(nanoseconds() - begin) > static_cast<int64_t>(link.timeout)) {
         give_up(link, epoch, Fault::kLate, peer, peer);
         return false;
       }
@@ -85,10 +86,14 @@ MOE_DEVICE bool agree_with(const Link& link, uint64_t epoch, int peer, int word)
   return false;
 }
 
-// Whether this call can pull: all ranks have staged, and agree. By all threads of a block; `yes` is
-// in memory that they share.
-MOE_DEVICE bool enter(const Lane& lane, const Link& link, uint64_t epoch, uint32_t& yes) {
-  if (lane.thread == 0) poke(&yes, peek(&state_of(link).failed) == 0);
+// Waits until all ranks have staged, and finds out whether they agree, so that this call can pull.
+// By one block, and before the kernel that pulls: nothing else on a device waits for another. A
+// kernel that fills a GPU while it waits would keep out what another rank needs to come so far, as
+// the collectives of other streams, and for ever. `yes` is in memory that the threads share.
+MOE_DEVICE void meet(const Lane& lane, const Link& link, uint32_t& yes) {
+  State& state = state_of(link);
+  const uint64_t epoch = state.epoch + 1;
+  if (lane.thread == 0) poke(&yes, peek(&state.failed) == 0);
   lane.sync();
   const uint64_t begin = nanoseconds();
   for (int p = lane.thread; p < link.ranks && peek(&yes); p += lane.threads) {
@@ -100,7 +105,7 @@ MOE_DEVICE bool enter(const Lane& lane, const Link& link, uint64_t epoch, uint32
     if (!agree_with(link, epoch, i / kHeaderWords, i % kHeaderWords)) poke(&yes, 0);
   }
   lane.sync();
-  return peek(&yes) != 0;
+  if (lane.thread == 0) state.ready = peek(&yes);
 }
 
 // Whether this block is the last of its grid to come here, and what the others wrote is there.

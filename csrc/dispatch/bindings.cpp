@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "dispatch/cuda_ipc/emulated_device.h"
 #include "dispatch/dispatcher.h"
 #include "dispatch/rows.h"
 
@@ -44,8 +45,20 @@ std::shared_ptr<Dispatcher> new_dispatcher(
 
 std::shared_ptr<PeerMemory> make_peer_memory(std::shared_ptr<Communicator> communicator,
                                              std::optional<int> device, double timeout) {
-  auto on = device ? ipc::make_cuda_device(*device) : ipc::make_emulated_device();
+  std::unique_ptr<ipc::Device> on;
+  if (device) {
+    on = ipc::make_cuda_device(*device);
+  } else {
+    on = ipc::make_emulated_device();
+  }
   return std::make_shared<PeerMemory>(std::move(communicator), std::move(on), !device, timeout);
+}
+
+int64_t emulate_capture(PeerMemory& memory, bool capturing) {
+  auto* const device = dynamic_cast<ipc::EmulatedDevice*>(&memory.device());
+  TORCH_CHECK(device, "emulate_capture: this is a CUDA device, which captures by itself");
+  device->capture(capturing);
+  return device->forbidden();
 }
 
 // Whether GPUs that read each other's memory carry tensors of a kind of device.
@@ -88,7 +101,14 @@ void bind(py::module_& m) {
       .def_property_readonly("obstacle", &PeerMemory::obstacle,
                              "Why it cannot be used, on any rank; empty if it can.")
       .def_property_readonly("reserved_bytes", &PeerMemory::reserved,
-                             "Staging memory of this rank.");
+                             "Staging memory of this rank.")
+      .def_property_readonly("tables", &PeerMemory::tables,
+                             "The placements that are in the device's memory.")
+      .def("close", &PeerMemory::close, py::call_guard<py::gil_scoped_release>(),
+           "End the use of it, when the group is gone.")
+      .def("emulate_capture", &emulate_capture, "capturing"_a,
+           "For tests, on the CPU: as if a graph were captured, or no longer. Returns how often so "
+           "far something was asked for that CUDA does not allow then.");
   m.def("cuda_bus_id", &ipc::bus_id_of_cuda_device, "device"_a,
         "How other processes know a GPU. RuntimeError where this build has no CUDA.");
   m.def("cuda_peer_obstacle", &ipc::cuda_peer_obstacle, "device"_a, "bus_ids"_a,

@@ -1,9 +1,10 @@
 // The transport `cuda_ipc`: GPU ranks of one machine, which read each other's memory.
 //
-// A call is two kernels on the current stream: one leaves what this rank has in its staging memory
-// and tells the others, one waits for all and fetches what is for this rank. The host waits for
-// nothing, so it knows no counts: what arrives has the rows there is room for, and `plan` is on the
-// device (PlanView). slot_rows[t, k] is rank * max_tokens + the place among the rows for that rank.
+// A call is three kernels on the current stream: one leaves what this rank has in its staging
+// memory and tells the others, one waits for all, one fetches what is for this rank. The host waits
+// for nothing, so it knows no counts: what arrives has the rows there is room for, and `plan` is on
+// the device (PlanView). slot_rows[t, k] is rank * max_tokens + the place among the rows for that
+// rank.
 #include <ATen/ATen.h>
 #include <c10/core/Event.h>
 #include <c10/core/StreamGuard.h>
@@ -93,14 +94,17 @@ void record_stream(const std::tuple<Tensor, Tensor>& tensors, c10::Stream stream
   record_stream(std::get<1>(tensors), stream);
 }
 
-// A call that has begun: its second kernel is launched when its result is asked for, or when
+// A call that has begun: its other kernels are launched when its result is asked for, or when
 // another call begins, whichever comes first; on the stream of the first.
 template <typename Result>
 class InFlight {
  public:
   InFlight(std::shared_ptr<PeerMemory> memory, std::optional<c10::Stream> stream,
            Ending<Result> rest)
-      : memory_(std::move(memory)), stream_(stream), rest_(std::move(rest)) {}
+      : memory_(std::move(memory)),
+        stream_(stream),
+        rest_(std::move(rest)),
+        captured_(memory_->device().is_capturing()) {}
   ~InFlight() {
     if (rest_) memory_->fail("a call was begun and never ended");
   }
@@ -112,8 +116,13 @@ class InFlight {
     if (!rest_) return;
     try {
       const c10::OptionalStreamGuard guard(stream_);
-      result_ = guarded(*memory_, rest_);
-      memory_->device().mark();
+      result_ = guarded(*memory_, [&] {
+        TORCH_CHECK(memory_->device().is_capturing() == captured_, "a call that begins while a ",
+                    "graph is captured must end then, and no other; wait for it on the same side");
+        Result result = rest_();
+        memory_->device().mark();
+        return result;
+      });
     } catch (...) {
       error_ = std::current_exception();
     }
@@ -142,6 +151,7 @@ class InFlight {
   std::shared_ptr<PeerMemory> memory_;
   std::optional<c10::Stream> stream_;
   Ending<Result> rest_;
+  bool captured_;
   std::optional<Result> result_;
   std::exception_ptr error_;
 };
@@ -155,7 +165,9 @@ class Call {
   const OnGpus& on_gpus() const { return owner_->on_gpus; }
   PeerMemory& memory() const { return *owner_->on_gpus.memory; }
 
-  Link link(int64_t bytes) const { return memory().link(phase_, bytes, owner_->timeout); }
+  Link link(int64_t bytes) const {
+    return memory().link(phase_, bytes, owner_->timeout, on_gpus().table.get());
+  }
 
   StageArgs stage(int64_t bytes, bool refused = false) const {
     StageArgs args{};
@@ -180,6 +192,7 @@ class Call {
     pull.link = link(PeerMemory::kRefused);
     pull.by_plan = true;
     memory().device().launch(pull);
+    memory().device().mark();
   }
 
  private:
@@ -188,18 +201,28 @@ class Call {
   Terms terms_;
 };
 
+void check_device(Phase phase, PeerMemory& memory, const Tensor& tensor) {
+  TORCH_CHECK_VALUE(tensor.is_cpu() || tensor.device().index() == memory.device().index(),
+                    to_string(phase), ": tensors must be on cuda:", memory.device().index(),
+                    ", the device that was current when group '", memory.group(),
+                    "' made its first dispatcher; got ", tensor.device());
+}
+
 // Begins a call: check() raises for wrong arguments, first(call) launches one kernel and returns
-// what launches the other.
+// what launches the others.
 template <typename Result, typename Check, typename First>
 Ending<Result> begin(Phase phase, const DispatcherRef& dispatcher, const Tensor& tensor,
                      const Check& check, const First& first) {
   const std::shared_ptr<PeerMemory> memory = dispatcher->on_gpus.memory;
   const std::lock_guard lock(memory->mutex());
   memory->settle();
-  guarded(*memory, [&] { memory->check(to_string(phase), /*peers=*/true); });
-  memory->device().follow();
+  guarded(*memory, [&] {
+    memory->check(to_string(phase), /*peers=*/true);
+    memory->device().follow();
+  });
   Terms terms = terms_of(*dispatcher);
   try {
+    check_device(phase, *memory, tensor);
     check(terms);
   } catch (...) {
     const auto refusal = std::current_exception();
@@ -211,8 +234,11 @@ Ending<Result> begin(Phase phase, const DispatcherRef& dispatcher, const Tensor&
     std::rethrow_exception(refusal);
   }
   const Call call(phase, dispatcher, terms);
-  Ending<Result> rest = guarded(*memory, [&] { return Ending<Result>(first(call)); });
-  memory->device().mark();
+  Ending<Result> rest = guarded(*memory, [&] {
+    Ending<Result> ending = first(call);
+    memory->device().mark();
+    return ending;
+  });
   const auto in_flight =
       std::make_shared<InFlight<Result>>(memory, stream_of(tensor), std::move(rest));
   memory->set_settle([weak = std::weak_ptr(in_flight)] {
@@ -234,6 +260,12 @@ void check_plan(Phase phase, const Dispatcher& dispatcher, const Tensor& plan,
                     "dispatcher of group '", dispatcher.group, "', on the tensors' device");
 }
 
+// A warp's threads take turns along a row, and none may come to the end of int32.
+void check_row_bytes(Phase phase, int64_t bytes) {
+  TORCH_CHECK_VALUE(bytes <= std::numeric_limits<int32_t>::max() / 2, to_string(phase),
+                    ": a row must have less than 2**30 bytes; got ", bytes);
+}
+
 Ending<Arrived> dispatch(const DispatcherRef& owner, const Tokens& tokens) {
   const auto& [x, ids, weights, extra] = tokens;
   const Dispatcher& dispatcher = *owner;
@@ -243,10 +275,8 @@ Ending<Arrived> dispatch(const DispatcherRef& owner, const Tokens& tokens) {
     TORCH_CHECK_VALUE(x.size(0) <= gpus.max_tokens,
                       "dispatch: T must be at most max_tokens = ", gpus.max_tokens, "; got ",
                       x.size(0), ". Make the dispatcher with more.");
-    const int64_t most =
-        std::max({row_bytes(x), row_bytes(weights), extra ? extra_bytes(*extra) : 0});
-    TORCH_CHECK_VALUE(most <= std::numeric_limits<int32_t>::max(),
-                      "dispatch: a row must have less than 2**31 bytes; got ", most);
+    check_row_bytes(Phase::kDispatch,
+                    std::max({row_bytes(x), row_bytes(weights), extra ? extra_bytes(*extra) : 0}));
     terms = terms_of(dispatcher, tokens);
   };
   return begin<Arrived>(Phase::kDispatch, owner, x, check, [&](const Call& call) {
@@ -322,7 +352,7 @@ struct Returned {
   std::optional<Tensor> rows, entries;
 };
 
-// The two kernels of that. Sums [T, H] and entries [T, K], or empty tensors.
+// The kernels of that. Sums [T, H] and entries [T, K], or empty tensors.
 Ending<std::tuple<Tensor, Tensor>> send_back(const Call& call, const Returned& returned,
                                              const Tensor& slot_rows, const Tensor& plan) {
   const OnGpus& gpus = call.on_gpus();
@@ -372,6 +402,7 @@ Ending<Tensor> combine(const DispatcherRef& owner, const Tensor& y, const Tensor
     check_plan(Phase::kCombine, *owner, plan, slot_rows, y);
     check_rows(Phase::kCombine, "y", y, owner->on_gpus.capacity);
     check_floating(Phase::kCombine, "y", y);
+    check_row_bytes(Phase::kCombine, row_bytes(y));
     terms.hidden = y.size(1), terms.x_dtype = dtype_number(y);
   };
   return begin<Tensor>(Phase::kCombine, owner, y, check, [&](const Call& call) {
@@ -389,6 +420,7 @@ std::tuple<Tensor, Tensor> dispatch_backward(const DispatcherRef& owner,
       if (!*grad) continue;
       check_rows(Phase::kDispatchBackward, "grad", **grad, owner->on_gpus.capacity);
       check_floating(Phase::kDispatchBackward, "grad", **grad);
+      check_row_bytes(Phase::kDispatchBackward, row_bytes(**grad));
     }
     if (grad_x) terms.hidden = grad_x->size(1), terms.x_dtype = dtype_number(*grad_x);
     if (grad_weights) {
@@ -408,6 +440,7 @@ Tensor combine_backward(const DispatcherRef& owner, const Tensor& grad, const Te
     check_rows(Phase::kCombineBackward, "grad", grad, slot_rows.size(0));
     TORCH_CHECK_VALUE(num_received == gpus.capacity, "combine_backward: received must be the ",
                       gpus.capacity, " rows of the dispatch; got ", num_received);
+    check_row_bytes(Phase::kCombineBackward, row_bytes(grad));
     terms.hidden = grad.size(1), terms.x_dtype = dtype_number(grad);
   };
   return begin<Tensor>(Phase::kCombineBackward, owner, grad, check, [&](const Call& call) {
@@ -462,18 +495,8 @@ OnGpus make_on_gpus(std::shared_ptr<PeerMemory> memory, const Placement& placeme
   for (const auto* part : {&begin, &rank, &local, &preferred}) {
     all.insert(all.end(), part->begin(), part->end());
   }
-  ipc::Device& device = gpus.memory->device();
-  ipc::Device::Handle unused;
-  char* const data = device.allocate(all.size() * sizeof(int32_t), &unused);
-  gpus.homes_memory = std::shared_ptr<char>(data, [owner = gpus.memory](char* memory) {
-    try {
-      owner->device().free(memory);
-    } catch (const std::exception&) {
-      // The driver may be gone by then.
-    }
-  });
-  device.upload(data, all.data(), all.size() * sizeof(int32_t));
-  const auto* const table = reinterpret_cast<const int32_t*>(data);
+  gpus.table = gpus.memory->table(all);
+  const auto* const table = reinterpret_cast<const int32_t*>(gpus.table->on_device);
   gpus.homes.begin = table;
   gpus.homes.rank = table + begin.size();
   gpus.homes.local = gpus.homes.rank + rank.size();
@@ -483,6 +506,8 @@ OnGpus make_on_gpus(std::shared_ptr<PeerMemory> memory, const Placement& placeme
 
 void OnGpus::check() const {
   const std::lock_guard lock(memory->mutex());
+  TORCH_CHECK(!memory->device().is_capturing(), "check: this waits for the GPU, which nobody can ",
+              "while a graph is captured; call it after that");
   guarded(*memory, [&] {
     memory->settle();
     memory->device().synchronize();

@@ -68,7 +68,7 @@ struct OnGpus {
   int64_t max_tokens = 0, capacity = 0, slot_capacity = 0;
   bool alone = false;  // tensors of other devices are an error
   device::Homes homes{};
-  std::shared_ptr<char> homes_memory;
+  std::shared_ptr<ipc::Table> table;  // that `homes` is in, if it is in one
 
   int64_t slots(int64_t top_k) const {
     return slot_capacity > 0 ? slot_capacity : capacity * top_k;

@@ -1,5 +1,6 @@
 // The transport `process_group`: all-to-all through c10d, on any of its backends.
 #include <ATen/ATen.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/Exception.h>
 #include <torch/version.h>
 
@@ -9,6 +10,7 @@
 #include <exception>
 #include <optional>
 #include <sstream>
+#include <torch/csrc/distributed/c10d/Backend.hpp>
 #include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <torch/csrc/distributed/c10d/Work.hpp>
@@ -26,6 +28,23 @@ using at::Tensor;
 std::string reason(const std::exception& error) {
   const auto* const known = dynamic_cast<const c10::Error*>(&error);
   return known ? known->what_without_backtrace() : error.what();
+}
+
+c10::Stream current_stream(const Tensor& tensor) {
+  return c10::impl::VirtualGuardImpl(tensor.device().type()).getStream(tensor.device());
+}
+
+// For a tensor that may have been made on another stream than it is used on, and freed after that.
+void use_on_current_stream(const Tensor& tensor) {
+  if (!tensor.is_cpu()) tensor.record_stream(current_stream(tensor));
+}
+
+// Rows of any dtype as integers, for no backend knows all dtypes; as the widest that divide a row,
+// for MPI counts them in 32 bits.
+Tensor as_integers(const Tensor& rows) {
+  const int64_t bytes = rows.size(1) * rows.element_size();
+  const auto fits = [&](int64_t size) { return bytes > 0 && bytes % size == 0; };
+  return rows.view(fits(8) ? at::kLong : fits(4) ? at::kInt : at::kByte);
 }
 
 // One call of an op.
@@ -52,6 +71,7 @@ class Exchange {
       } catch (const std::exception& error) {
         exchange->fail(what, reason(error));
       }
+      use_on_current_stream(output);
     }
 
    private:
@@ -63,17 +83,22 @@ class Exchange {
   };
 
   // Fills `output` with the rows that the ranks send, `received` of them, and sends `input`'s.
-  // Both are contiguous and may hold any dtype: bytes travel.
+  // Both are contiguous and may hold any dtype; `output` is new.
   Pending start(const char* what, const Tensor& output, const Tensor& input,
                 std::vector<int64_t> received, std::vector<int64_t> sent) const {
     Pending pending;
     pending.exchange = this;
     pending.what = what;
-    pending.output = output.view(at::kByte);
-    pending.input = input.view(at::kByte);
+    const bool aligned = input.storage_offset() * input.element_size() % 8 == 0;
+    pending.output = as_integers(output);
+    pending.input = as_integers(aligned ? input : input.clone());
     c10d::AllToAllOptions options;
     if (timeout_.count() > 0) options.timeout = timeout_;
     try {
+      // MPI reads and writes at once, whatever the stream has still to do.
+      if (!input.is_cpu() && group_->getBackend(input.device().type())->getBackendName() == "mpi") {
+        current_stream(input).synchronize();
+      }
 #if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 13
       pending.work =
           group_->all_to_all_single(pending.output, pending.input, received, sent, options);
@@ -95,9 +120,8 @@ class Exchange {
   Headers send_headers(const Terms& terms, const Tensor& counts, const Tensor& refused) const {
     const Header header = make_header(phase_, terms, false);
     Headers headers;
-    headers.mine = at::tensor(at::ArrayRef<int64_t>(header.data(), header.size()), at::kLong)
-                       .to(counts.device())
-                       .repeat({dispatcher_.ranks, 1});
+    const Tensor line = at::tensor(at::ArrayRef<int64_t>(header.data(), header.size()), at::kLong);
+    headers.mine = beside(counts, line).repeat({dispatcher_.ranks, 1});
     headers.mine.select(1, kRefusedField).copy_(refused);
     headers.mine.narrow(1, kRowsField, 2).copy_(counts);
     headers.theirs = at::empty_like(headers.mine);
@@ -222,6 +246,7 @@ Ending<Arrived> dispatch(const DispatcherRef& owner, const Tokens& brought) {
     const Tensor out_ids = ids.contiguous(), out_weights = weights.contiguous();
     if (extras) extras->wait();
     tokens.wait();
+    use_on_current_stream(slot_rows);
     return {out, out_ids, out_weights, slot_rows, plan_numbers, slots, out_extra};
   };
 }
@@ -253,6 +278,7 @@ Ending<Tensor> combine(const DispatcherRef& owner, const Tensor& y, const Tensor
   const Returning returning(exchange, plan, "results", y);
   return [shared, returning, slot_rows, first = first_rows(plan.sent)] {
     returning.pending.wait();
+    use_on_current_stream(slot_rows);
     return sum_rows(returning.rows, slot_rows, first);
   };
 }

@@ -79,6 +79,11 @@ bool is_native(const Tensor& tensor) {
 
 void set_native(bool native) { native_on_cpu.store(native, std::memory_order_relaxed); }
 
+Tensor beside(const Tensor& like, const Tensor& tensor) {
+  if (like.is_cpu()) return tensor;
+  return tensor.pin_memory().to(like.device(), /*non_blocking=*/true);
+}
+
 Layout make_layout(const Tensor& ids, const Placement& placement, int64_t ranks) {
   if (!is_native(ids)) return by_aten::make_layout(ids, placement, ranks);
   const Tensor dense = ids.contiguous();

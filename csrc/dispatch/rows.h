@@ -17,6 +17,10 @@ bool is_native(const at::Tensor& tensor);
 // For tests: false serves CPU tensors as those of a GPU are.
 void set_native(bool native);
 
+// A tensor of the host on the device of `like`, which reads the host's memory by itself: the host
+// does not wait for what was launched before.
+at::Tensor beside(const at::Tensor& like, const at::Tensor& tensor);
+
 struct Layout {
   at::Tensor slot_rows;  // [T, K] int32
   at::Tensor counts;     // [P, 2] int64 on the device of the ids: rows and slots for each rank

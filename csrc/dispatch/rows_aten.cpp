@@ -37,10 +37,6 @@ Tensor homes_of(const Tensor& ids, const Tensor& invalid, const Placement& place
   if (const int64_t each = placement.experts_per_rank(); each > 0) {
     return at::stack({expert.floor_divide(each), expert.remainder(each)}, 2);
   }
-  // From memory that the device reads by itself: the host need not wait.
-  const auto on_device = [&](const Tensor& tensor) {
-    return ids.is_cpu() ? tensor : tensor.pin_memory().to(ids.device(), /*non_blocking=*/true);
-  };
   // Expert by copy; of one that has a preferred copy, every column is that.
   const Tensor table = at::empty({experts, copies, 2}, at::kLong);
   const Tensor counts = at::empty({experts}, at::kLong);
@@ -56,8 +52,8 @@ Tensor homes_of(const Tensor& ids, const Tensor& invalid, const Placement& place
     }
   }
   const Tensor token = at::arange(ids.size(0), expert.options()).unsqueeze(1);
-  const Tensor copy = token.remainder(on_device(counts).take(expert));
-  return on_device(table)
+  const Tensor copy = token.remainder(beside(ids, counts).take(expert));
+  return beside(ids, table)
       .view({experts * copies, 2})
       .index_select(0, expert.mul(copies).add_(copy).flatten())
       .view({ids.size(0), ids.size(1), 2});
@@ -113,6 +109,7 @@ Tensor sum_rows(const Tensor& rows, const Tensor& slot_rows, int64_t ranks) {
   const int64_t tokens = slot_rows.size(0), top_k = slot_rows.size(1);
   const at::ScalarType wide = rows.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   Tensor sums = at::zeros({tokens, rows.size(1)}, rows.options().dtype(wide));
+  Tensor first, alone;
   if (rows.size(0) > 0) {
     constexpr int32_t kNone = std::numeric_limits<int32_t>::max();
     Tensor order = std::get<0>(slot_rows.sort(1));
@@ -123,11 +120,15 @@ Tensor sum_rows(const Tensor& rows, const Tensor& slot_rows, int64_t ranks) {
     order = std::get<0>(order.masked_fill(repeated, kNone).sort(1));
     for (int64_t k = 0; k < std::min(top_k, ranks); ++k) {
       const Tensor row = order.select(1, k), none = row.eq(kNone);
-      const Tensor values = rows.index_select(0, row.masked_fill(none, 0)).to(wide);
-      sums.add_(values.masked_fill_(none.unsqueeze(1), 0));
+      const Tensor values = rows.index_select(0, row.masked_fill(none, 0));
+      if (k == 0) first = values, alone = none.logical_not();
+      if (k == 1) alone.logical_and_(none);
+      sums.add_(values.to(wide).masked_fill(none.unsqueeze(1), 0));
     }
   }
-  return sums.to(rows.scalar_type());
+  const Tensor rounded = sums.to(rows.scalar_type());
+  // A row that is alone is copied, as elsewhere: a sum would lose the sign of its zeros.
+  return first.defined() ? at::where(alone.unsqueeze(1), first, rounded) : rounded;
 }
 
 Tensor gather_slots(const Tensor& rows, const Tensor& slot_rows) {

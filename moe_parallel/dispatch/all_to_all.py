@@ -129,7 +129,8 @@ class AllToAllDispatcher:
             else the process group. But for "process_group", every rank of the group must make its
             first dispatcher together; of "cuda_ipc", with its GPU as the current device.
         timeout: seconds a rank waits for the others in each exchange, and for their first
-            dispatcher; None for the group's own timeout. On CUDA the backend's watchdog applies it.
+            dispatcher; None for the group's own timeout. NCCL's exchanges know the group's alone,
+            and its watchdog, which then ends the process.
         placement: the rank of every expert, or the ranks that hold copies of it, of which a token
             takes its own rank's, or else each in turn; the same on all ranks. Copies are for
             inference: in training they would drift apart.

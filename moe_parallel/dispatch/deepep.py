@@ -16,13 +16,15 @@ from moe_kernels.ops._checks import check_device, check_dtype, check_tensor, sha
 from moe_parallel.dispatch.deepep_buffers import (
     MAX_TOP_K,
     OP,
+    Begun,
     Buffers,
     BuffersOfGroups,
     ElasticBuffers,
     LegacyBuffers,
+    Received,
     load_deep_ep,
 )
-from moe_parallel.dispatch.protocol import Dispatched, TokenDispatcher
+from moe_parallel.dispatch.protocol import Dispatched, OverlappingDispatcher, Pending
 
 _buffers = BuffersOfGroups()  # where dispatchers find each other's; it keeps none alive
 
@@ -58,12 +60,23 @@ def _at_least_one(rows: Tensor) -> Tensor:
     return rows if rows.shape[0] else torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
 
 
+class _Outgoing(NamedTuple):
+    """A dispatch that has begun, and what in it has gradients."""
+
+    begun: Begun[Received]
+    x: Tensor
+    weights: Tensor
+    tokens: int  # T
+
+
 class _Dispatch(torch.autograd.Function):
+    """Ends a dispatch of ``x`` and ``weights`` that has begun."""
+
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, ids: Tensor, weights: Tensor, buffers: Buffers, num_experts: int
+        ctx: Any, x: Tensor, weights: Tensor, begun: Begun[Received], buffers: Buffers
     ) -> tuple[Any, ...]:
-        received = buffers.dispatch(x, ids, weights, num_experts)
+        received = begun.end()
         here = received.topk_ids >= 0
         # ElasticBuffer brings the weights of all slots; combine adds those of all ranks.
         local_weights = received.topk_weights.masked_fill(~here, 0.0)
@@ -78,25 +91,28 @@ class _Dispatch(torch.autograd.Function):
     def backward(ctx: Any, grad_x: Tensor, _: Any, grad_weights: Tensor, *__: Any) -> Any:
         """Every rank takes part: what its graph did not use of the outputs has a gradient of 0."""
         (here,) = ctx.saved_tensors
-        with_weights = ctx.needs_input_grad[2]
+        with_x, with_weights, *_ = ctx.needs_input_grad
         dx, dweights = ctx.buffers.combine(
             _dense(grad_x),
             ctx.route,
             _dense(grad_weights.masked_fill(~here, 0.0)) if with_weights else None,
-        )
-        return dx if ctx.needs_input_grad[0] else None, None, dweights, None, None
+        ).end()
+        return dx if with_x else None, dweights, None, None
 
 
 class _Combine(torch.autograd.Function):
+    """Ends a combine of ``y`` that has begun."""
+
     @staticmethod
-    def forward(ctx: Any, y: Tensor, route: Any, buffers: Buffers) -> Tensor:
+    def forward(ctx: Any, y: Tensor, begun: Begun[Any], route: Any, buffers: Buffers) -> Tensor:
         ctx.buffers, ctx.route = buffers, route
-        return buffers.combine(y, route)[0]
+        out: Tensor = begun.end()[0]
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return ctx.buffers.repeat(_dense(grad), ctx.route), None, None
+        return ctx.buffers.repeat(_dense(grad), ctx.route), None, None, None
 
 
 class DeepEPDispatcher:
@@ -145,7 +161,7 @@ class DeepEPDispatcher:
         buffer: Any = None,
         interface: str = "auto",
         max_tokens: int | None = None,
-        otherwise: TokenDispatcher | None = None,
+        otherwise: OverlappingDispatcher | None = None,
         reason: str = "it was asked for",
     ) -> None:
         if num_experts < 1 or num_experts % group.size():
@@ -235,7 +251,22 @@ class DeepEPDispatcher:
         if self.otherwise is not None and not self._takes(x, topk_ids):
             return self.otherwise.dispatch(x, topk_ids, topk_weights)
         self._check(x, topk_ids, topk_weights)
-        return self._dispatch(x, topk_ids, topk_weights)
+        return self._end_dispatch(self._begin_dispatch(x, topk_ids, topk_weights, overlap=False))
+
+    def dispatch_async(
+        self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor
+    ) -> Pending[Dispatched]:
+        """Begin :meth:`dispatch`, so that something else can be computed while tokens travel.
+
+        ``wait()``, once and on the same stream, returns what ``dispatch`` does, with its gradients.
+        The host has waited for the counts of all ranks before that; the tokens travel on DeepEP's
+        stream.
+        """
+        if self.otherwise is not None and not self._takes(x, topk_ids):
+            return self.otherwise.dispatch_async(x, topk_ids, topk_weights)
+        self._check(x, topk_ids, topk_weights)
+        outgoing = self._begin_dispatch(x, topk_ids, topk_weights, overlap=True)
+        return Pending(lambda: self._end_dispatch(outgoing))
 
     def combine(self, y: Tensor, handle: Any) -> Tensor:
         """Send results back and add them.
@@ -253,6 +284,18 @@ class DeepEPDispatcher:
         """
         if self.otherwise is not None and not isinstance(handle, DeepEPHandle):
             return self.otherwise.combine(y, handle)
+        self._check_combine(y, handle)
+        return self._end_combine(*self._begin_combine(y, handle, overlap=False), handle)
+
+    def combine_async(self, y: Tensor, handle: Any) -> Pending[Tensor]:
+        """Begin :meth:`combine`, as :meth:`dispatch_async` does dispatch."""
+        if self.otherwise is not None and not isinstance(handle, DeepEPHandle):
+            return self.otherwise.combine_async(y, handle)
+        self._check_combine(y, handle)
+        begun = self._begin_combine(y, handle, overlap=True)
+        return Pending(lambda: self._end_combine(*begun, handle))
+
+    def _check_combine(self, y: Tensor, handle: DeepEPHandle) -> None:
         check_tensor("combine", "y", y, 2, "[U, H]")
         check_dtype("combine", "y", y, (torch.bfloat16,))
         if (handle.group, handle.interface) != (self.group_name, self.interface):
@@ -265,7 +308,6 @@ class DeepEPDispatcher:
                 f"combine: y must have a row for each of the {handle.received} tokens that its "
                 f"dispatch received; got {shape(y)}"
             )
-        return self._combine(y, handle)
 
     def _takes(self, x: Tensor, topk_ids: Tensor) -> bool:
         """Whether DeepEP can carry x: told by what is the same on all ranks."""
@@ -309,23 +351,38 @@ class DeepEPDispatcher:
         self._buffers.check_hidden(x.shape[1])
 
     @torch.compiler.disable(reason=_OPAQUE)
-    def _dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Dispatched:
+    def _begin_dispatch(
+        self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, *, overlap: bool
+    ) -> _Outgoing:
         self._buffers.reserve(x, topk_ids.shape[1], self.max_tokens)
         valid = (topk_ids >= 0) & (topk_ids < self.num_experts)
         ids = torch.where(valid, topk_ids, -1).to(self._ids_dtype)
         if not x.shape[0]:
             ids = ids.new_full((1, ids.shape[1]), -1)
-        received, local_ids, weights, counts, route = _Dispatch.apply(
-            _dense(_at_least_one(x)),
-            _dense(ids),
-            _dense(_at_least_one(topk_weights.to(torch.float32))),
-            self._buffers,
-            self.num_experts,
+        rows = _dense(_at_least_one(x))
+        weights = _dense(_at_least_one(topk_weights.to(torch.float32)))
+        begun = self._buffers.dispatch(
+            rows.detach(), _dense(ids), weights.detach(), self.num_experts, overlap=overlap
         )
-        handle = DeepEPHandle(route, x.shape[0], received.shape[0], self.group_name, self.interface)
+        return _Outgoing(begun, rows, weights, x.shape[0])
+
+    @torch.compiler.disable(reason=_OPAQUE)
+    def _end_dispatch(self, outgoing: _Outgoing) -> Dispatched:
+        begun, rows, sent_weights, tokens = outgoing
+        received, local_ids, weights, counts, route = _Dispatch.apply(
+            rows, sent_weights, begun, self._buffers
+        )
+        handle = DeepEPHandle(route, tokens, received.shape[0], self.group_name, self.interface)
         return Dispatched(received, local_ids, weights, handle, sum(counts))
 
     @torch.compiler.disable(reason=_OPAQUE)
-    def _combine(self, y: Tensor, handle: DeepEPHandle) -> Tensor:
-        out: Tensor = _Combine.apply(_dense(y), handle.route, self._buffers)
+    def _begin_combine(
+        self, y: Tensor, handle: DeepEPHandle, *, overlap: bool
+    ) -> tuple[Tensor, Begun[Any]]:
+        rows = _dense(y)
+        return rows, self._buffers.combine(rows.detach(), handle.route, overlap=overlap)
+
+    @torch.compiler.disable(reason=_OPAQUE)
+    def _end_combine(self, rows: Tensor, begun: Begun[Any], handle: DeepEPHandle) -> Tensor:
+        out: Tensor = _Combine.apply(rows, begun, handle.route, self._buffers)
         return out if handle.tokens else out[:0]

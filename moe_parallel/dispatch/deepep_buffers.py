@@ -1,8 +1,9 @@
 """The two interfaces of DeepEP behind one: what a dispatcher needs of a buffer.
 
 Served are ``deep_ep.Buffer`` (with ``explicitly_destroy``, from July 2025: 1.2, and the legacy part
-of 2.0 and 2.1), by its kernels for many tokens, and ``deep_ep.ElasticBuffer`` of 2.0 and 2.1. Every
-call leaves its results ready on the current stream: no events are passed.
+of 2.0 and 2.1), by its kernels for many tokens, and ``deep_ep.ElasticBuffer`` of 2.0 and 2.1. A
+call follows what is on the current stream, by no event of ours; what it brings is ready on that
+stream when :class:`Begun` has ended.
 
 T tokens, H hidden size, K experts a token, E experts, P ranks, U tokens received. ``route`` is what
 DeepEP calls a handle: a tuple of tensors, or an ``EPHandle``.
@@ -14,7 +15,7 @@ import importlib
 import logging
 import math
 import weakref
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 OP = "DeepEPDispatcher"
 MAX_TOP_K = 32  # a warp of CUDA has a lane for each
@@ -54,6 +56,28 @@ class Received(NamedTuple):
     route: Any
 
 
+class Begun(Generic[Result]):
+    """A call whose kernels are launched, on DeepEP's own stream.
+
+    Args:
+        result: what it brings; of no use before it has ended.
+        event: DeepEP's ``EventOverlap``, or None where the current stream waits already.
+    """
+
+    def __init__(self, result: Result, event: Any) -> None:
+        self._result: Result | None = result
+        self._event = event
+
+    def end(self) -> Result:
+        """Have the current stream wait; once. ElasticBuffer brings its rows into order then."""
+        result, self._result = self._result, None
+        if result is None:
+            raise RuntimeError(f"{OP}: this call has ended already; wait for it once")
+        if self._event is not None:
+            self._event.current_stream_wait()
+        return result
+
+
 class Buffers(Protocol):
     """DeepEP's memory in one group, made and enlarged as needed by calls of all its ranks."""
 
@@ -63,15 +87,20 @@ class Buffers(Protocol):
     def reserve(self, x: Tensor, top_k: int, max_tokens: int | None) -> None:
         """Have room for ``x [T, H]`` with T up to ``max_tokens``, the same on all ranks."""
 
-    def dispatch(self, x: Tensor, ids: Tensor, weights: Tensor, num_experts: int) -> Received:
-        """Send ``x [T, H]`` to the ranks of the experts ``ids [T, K]``."""
+    def dispatch(
+        self, x: Tensor, ids: Tensor, weights: Tensor, num_experts: int, *, overlap: bool
+    ) -> Begun[Received]:
+        """Send ``x [T, H]`` to the ranks of the experts ``ids [T, K]``.
+
+        With ``overlap`` the current stream goes on meanwhile, here and in combine.
+        """
 
     def repeat(self, x: Tensor, route: Any) -> Tensor:
         """Send ``x [T, H]`` the way of an earlier dispatch."""
 
     def combine(
-        self, y: Tensor, route: Any, weights: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+        self, y: Tensor, route: Any, weights: Tensor | None = None, *, overlap: bool = False
+    ) -> Begun[tuple[Tensor, Tensor | None]]:
         """Add the rows ``y [U, H]``, and the ``weights [U, K]``, at the tokens they came from."""
 
     def close(self) -> None:
@@ -169,11 +198,13 @@ class LegacyBuffers(_Owned):
             )
         self._replace(self._make, num_nvl_bytes=nvl, num_rdma_bytes=rdma)
 
-    def dispatch(self, x: Tensor, ids: Tensor, weights: Tensor, num_experts: int) -> Received:
+    def dispatch(
+        self, x: Tensor, ids: Tensor, weights: Tensor, num_experts: int, *, overlap: bool
+    ) -> Begun[Received]:
         per_rank, per_rdma_rank, per_expert, in_rank, _ = self.buffer.get_dispatch_layout(
             ids, num_experts
         )
-        rows, local_ids, local_weights, counts, route, _ = self.buffer.dispatch(
+        rows, local_ids, local_weights, counts, route, event = self.buffer.dispatch(
             x,
             num_tokens_per_rank=per_rank,
             num_tokens_per_rdma_rank=per_rdma_rank,
@@ -182,20 +213,22 @@ class LegacyBuffers(_Owned):
             topk_idx=ids,
             topk_weights=weights,
             config=self._configs[0],
+            async_finish=overlap,
         )
-        return Received(rows, local_ids, local_weights, counts, route)
+        received = Received(rows, local_ids, local_weights, counts, route)
+        return Begun(received, event if overlap else None)
 
     def repeat(self, x: Tensor, route: Any) -> Tensor:
         received: Tensor = self.buffer.dispatch(x, handle=route, config=self._configs[0])[0]
         return received
 
     def combine(
-        self, y: Tensor, route: Any, weights: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        out, combined_weights, _ = self.buffer.combine(
-            y, route, topk_weights=weights, config=self._configs[1]
+        self, y: Tensor, route: Any, weights: Tensor | None = None, *, overlap: bool = False
+    ) -> Begun[tuple[Tensor, Tensor | None]]:
+        *sums, event = self.buffer.combine(
+            y, route, topk_weights=weights, config=self._configs[1], async_finish=overlap
         )
-        return out, combined_weights
+        return Begun((sums[0], sums[1]), event if overlap else None)
 
 
 class _Room(NamedTuple):
@@ -283,16 +316,20 @@ class ElasticBuffers(_Owned):
         if not self.given:
             self._room = _Room()
 
-    def dispatch(self, x: Tensor, ids: Tensor, weights: Tensor, num_experts: int) -> Received:
-        rows, local_ids, local_weights, route, _ = self.buffer.dispatch(
+    def dispatch(
+        self, x: Tensor, ids: Tensor, weights: Tensor, num_experts: int, *, overlap: bool
+    ) -> Begun[Received]:
+        rows, local_ids, local_weights, route, event = self.buffer.dispatch(
             x,
             topk_idx=ids,
             topk_weights=weights,
             num_experts=num_experts,
             num_max_tokens_per_rank=self._room.tokens,
+            async_with_compute_stream=overlap,
         )
         counts = route.num_recv_tokens_per_expert_list
-        return Received(rows, local_ids, local_weights, counts, route)
+        received = Received(rows, local_ids, local_weights, counts, route)
+        return Begun(received, event if overlap else None)
 
     def repeat(self, x: Tensor, route: Any) -> Tensor:
         # With its number of SMs: what 0 stands for takes the number of experts, not given here.
@@ -300,10 +337,12 @@ class ElasticBuffers(_Owned):
         return received
 
     def combine(
-        self, y: Tensor, route: Any, weights: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        out, combined_weights, _ = self.buffer.combine(y, handle=route, topk_weights=weights)
-        return out, combined_weights
+        self, y: Tensor, route: Any, weights: Tensor | None = None, *, overlap: bool = False
+    ) -> Begun[tuple[Tensor, Tensor | None]]:
+        *sums, event = self.buffer.combine(
+            y, handle=route, topk_weights=weights, async_with_compute_stream=overlap
+        )
+        return Begun((sums[0], sums[1]), event if overlap else None)
 
 
 class BuffersOfGroups:

@@ -23,8 +23,9 @@ from moe_parallel.torch_internals import backend_of, store_of, timeout_of
 
 logger = logging.getLogger(__name__)
 
-# Backends whose ranks are processes that a store joins; others imitate them in one process.
-_BACKENDS_OF_PROCESSES = ("gloo", "mpi", "ucc", "nccl")
+# Backends whose ranks are processes that a store joins; MPI does without one, and others imitate
+# ranks in one process.
+_BACKENDS_OF_PROCESSES = ("gloo", "ucc", "nccl")
 
 
 # For tests: GPUs are imitated by the CPU, which runs the device code on tensors of its own.

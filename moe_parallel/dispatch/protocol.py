@@ -69,6 +69,20 @@ class TokenDispatcher(Protocol):
         ...
 
 
+class OverlappingDispatcher(TokenDispatcher, Protocol):
+    """One whose exchanges begin and end apart, so that something else is computed in between."""
+
+    def dispatch_async(
+        self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor
+    ) -> Pending[Dispatched]:
+        """Begin ``dispatch``; the ranks begin and wait in the same order."""
+        ...
+
+    def combine_async(self, y: Tensor, handle: Any) -> Pending[Tensor]:
+        """Begin ``combine``."""
+        ...
+
+
 class LocalDispatcher:
     """Every expert is here: tokens stay where they are."""
 

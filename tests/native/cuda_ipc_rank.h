@@ -159,11 +159,18 @@ class Rank {
     run_grid<StageShared>(
         grid(), draw_, [&](const Lane& lane, StageShared& shared) { stage(lane, shared, args); });
   }
+  void wait(const Link& link) {
+    Grid one = grid();
+    one.blocks = 1;
+    run_grid<uint32_t>(one, draw_, [&](const Lane& lane, uint32_t& yes) { meet(lane, link, yes); });
+  }
   void start(const PullArgs& args) {
+    wait(args.link);
     run_grid<PullShared>(grid(), draw_,
                          [&](const Lane& lane, PullShared& shared) { pull(lane, shared, args); });
   }
   void start(const SumArgs& args) {
+    wait(args.link);
     run_grid<SumShared>(
         grid(), draw_, [&](const Lane& lane, SumShared& shared) { sum<Bf16>(lane, shared, args); });
   }

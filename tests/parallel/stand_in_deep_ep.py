@@ -2,7 +2,8 @@
 
 Written from the signatures and docstrings of DeepEP 1.2 and 2.1. It checks what DeepEP's host code
 and kernels assert of each call, and that all ranks make the same call with handles of the same
-dispatch. It knows nothing of speed, streams and memory.
+dispatch. What a call brings that the current stream does not wait for is not there before its event
+was waited for. It knows nothing else of streams, and nothing of speed and memory.
 
 T tokens, H hidden size, K experts a token, E experts, P ranks, U tokens received.
 """
@@ -10,6 +11,7 @@ T tokens, H hidden size, K experts a token, E experts, P ranks, U tokens receive
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -42,8 +44,22 @@ def _check(tensor: Any, dtype: torch.dtype, *sizes: int) -> None:
     assert tensor.data_ptr() or not sizes[0]
 
 
+class EventOverlap:
+    """Of a call: whether the current stream has waited for it."""
+
+    def __init__(self, fill: Callable[[], None] | None) -> None:
+        self.fill = fill
+
+    def current_stream_wait(self) -> None:
+        assert self.fill is not None, "no event of this call, or it was waited for already"
+        self.fill()
+        self.fill = None
+
+
 class _Ranks:
-    """What a buffer does in its group."""
+    """What a buffer does in its group, whichever the interface."""
+
+    multiple: ClassVar[int]  # H is one of it
 
     def __init__(self, group: ProcessGroup, explicitly_destroy: bool) -> None:
         self.group = group
@@ -78,8 +94,8 @@ class _Ranks:
         )
         return list(out.split(counts.tolist()))
 
-    def _scatter(self, rows: Tensor, in_rank: Tensor) -> list[Tensor]:
-        return self._send([rows[mask] for mask in in_rank.T])
+    def _scatter(self, rows: Tensor, in_rank: Tensor) -> Tensor:
+        return torch.cat(self._send([rows[mask] for mask in in_rank.T]))
 
     def _sum(self, rows: Tensor, counts: list[int], in_rank: Tensor, order: list[int]) -> Tensor:
         """In float32, in the ``order`` of the ranks, rounded once."""
@@ -88,6 +104,78 @@ class _Ranks:
         for rank in order:
             out[in_rank[:, rank]] += parts[rank].float()
         return out.to(rows.dtype)
+
+    def _check_streams(self, *events: Any, allocate_on_comm_stream: bool) -> None:
+        """No event goes in: a call follows the current stream, and allocates there."""
+        assert all(event is None for event in events)
+        assert not allocate_on_comm_stream
+
+    def _bring(self, overlap: bool, *results: Any) -> tuple[Any, ...]:
+        """The results and their event; if the stream goes on meanwhile, they come with its wait."""
+        if not overlap:
+            return *results, EventOverlap(None)
+        hidden = [r.clone() if isinstance(r, Tensor) else r for r in results]
+
+        def fill() -> None:
+            for to, value in zip(results, hidden, strict=True):
+                if isinstance(to, Tensor):
+                    to.copy_(value)
+
+        for result in results:
+            if isinstance(result, Tensor):
+                result.fill_(float("nan") if result.is_floating_point() else 12345)
+        return *results, EventOverlap(fill)
+
+    def _check_rows(self, x: Tensor, rows: int, needed_bytes: int, has_bytes: int) -> None:
+        _check(x, torch.bfloat16, rows, x.shape[1])
+        assert x.shape[1] % self.multiple == 0
+        assert needed_bytes <= has_bytes, "the buffer is too small"
+
+    def _check_routing(self, x: Tensor, topk_idx: Any, topk_weights: Any) -> tuple[Tensor, Tensor]:
+        assert len(x), "a pointer is null"
+        assert topk_idx is not None
+        assert topk_weights is not None
+        assert topk_idx.shape[1] <= 32
+        _check(topk_idx, INDEX, len(x), topk_idx.shape[1])
+        _check(topk_weights, torch.float32, len(x), topk_idx.shape[1])
+        return topk_idx, topk_weights
+
+    def _deliver(
+        self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, experts: int, **facts: Any
+    ) -> tuple[Tensor, Tensor, Tensor, list[int], list[int], Tensor]:
+        """x, local ids, weights of all slots, rows by expert and by rank, and who gets a token."""
+        self.serial += 1
+        facts = {"hidden": x.shape[1], "top_k": topk_idx.shape[1], "experts": experts, **facts}
+        self._agree("dispatch", serial=self.serial, **facts)
+        in_rank = self._in_rank(topk_idx, experts)
+        parts = self._send([x[mask] for mask in in_rank.T])
+        local = self._local(self._scatter(topk_idx, in_rank), experts)
+        weights = self._scatter(topk_weights, in_rank)
+        by_expert = torch.bincount(local[local >= 0], minlength=experts // self.group.size())
+        by_rank = [len(part) for part in parts]
+        return torch.cat(parts), local, weights, by_expert.tolist(), by_rank, in_rank
+
+    def _repeat(self, x: Tensor, serial: int, in_rank: Tensor) -> Tensor:
+        assert len(x), "a pointer is null"
+        self._agree("repeat", serial=serial, hidden=x.shape[1])
+        return self._scatter(x, in_rank)
+
+    def _return(
+        self,
+        x: Tensor,
+        topk_weights: Tensor | None,
+        serial: int,
+        counts: list[int],
+        in_rank: Tensor,
+        order: list[int],
+    ) -> tuple[Tensor, Tensor | None]:
+        with_weights = topk_weights is not None
+        self._agree("combine", serial=serial, hidden=x.shape[1], weights=with_weights)
+        out = self._sum(x, counts, in_rank, order)
+        if topk_weights is None:
+            return out, None
+        _check(topk_weights, torch.float32, len(x), topk_weights.shape[1])
+        return out, self._sum(topk_weights, counts, in_rank, order)
 
     def _in_rank(self, ids: Tensor, num_experts: int) -> Tensor:
         size = self.group.size()
@@ -120,6 +208,7 @@ class Buffer(_Ranks):
     """The legacy interface. A handle is six tensors; the last but one tells the ranks."""
 
     num_sms: ClassVar[int] = _SMS
+    multiple = 16
 
     def __init__(
         self,
@@ -154,12 +243,10 @@ class Buffer(_Ranks):
         assert new_num_sms % 2 == 0
         Buffer.num_sms = new_num_sms
 
-    def _check_rows(self, x: Tensor, rows: int, config: Any) -> None:
-        _check(x, torch.bfloat16, rows, x.shape[1])
-        assert x.shape[1] % 16 == 0
+    def _check_buffer(self, x: Tensor, rows: int, config: Any) -> None:
         assert isinstance(config, Config)
         needed = config.get_nvl_buffer_size_hint(2 * x.shape[1], self.group.size())
-        assert needed <= self.num_nvl_bytes, "the buffer is too small"
+        self._check_rows(x, rows, needed, self.num_nvl_bytes)
 
     def get_dispatch_layout(
         self,
@@ -169,7 +256,8 @@ class Buffer(_Ranks):
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
     ) -> tuple[Any, ...]:
-        assert not async_finish
+        self._check_streams(previous_event, allocate_on_comm_stream=allocate_on_comm_stream)
+        assert not async_finish, "what follows needs it"
         assert len(topk_idx), "a pointer is null"
         _check(topk_idx, INDEX, *topk_idx.shape)
         in_rank = self._in_rank(topk_idx, num_experts)
@@ -195,46 +283,36 @@ class Buffer(_Ranks):
     ) -> tuple[Any, ...]:
         assert expert_alignment == 1
         assert not num_worst_tokens
-        assert not async_finish
-        assert not allocate_on_comm_stream
-        assert len(x), "a pointer is null"
-        size, hidden = self.group.size(), x.shape[1]
+        self._check_streams(previous_event, allocate_on_comm_stream=allocate_on_comm_stream)
+        size = self.group.size()
         if handle is not None:
             layout = (num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert)
             assert all(value is None for value in (*layout, topk_idx, topk_weights))
             serial, _, in_rank = self._open(handle, config)
-            self._check_rows(x, len(in_rank), config)
-            self._agree("repeat", serial=serial, hidden=hidden)
-            return torch.cat(self._scatter(x, in_rank)), None, None, None, None, None
-        assert topk_idx is not None
-        assert topk_weights is not None
+            self._check_buffer(x, len(in_rank), config)
+            rows = self._repeat(x, serial, in_rank)
+            return self._bring(async_finish, rows, None, None, None, None)
+        ids, sent_weights = self._check_routing(x, topk_idx, topk_weights)
         assert num_tokens_per_expert is not None
         assert is_token_in_rank is not None
         assert num_tokens_per_rdma_rank is None
         assert config is not None
-        top_k, experts = topk_idx.shape[1], num_tokens_per_expert.shape[0]
-        assert top_k <= 32
-        self._check_rows(x, len(topk_idx), config)
-        _check(topk_idx, INDEX, len(x), top_k)
-        _check(topk_weights, torch.float32, len(x), top_k)
+        experts = num_tokens_per_expert.shape[0]
+        self._check_buffer(x, len(ids), config)
         _check(num_tokens_per_expert, torch.int32, experts)
         _check(num_tokens_per_rank, torch.int32, size)
         _check(is_token_in_rank, torch.bool, len(x), size)
-        assert torch.equal(is_token_in_rank, self._in_rank(topk_idx, experts))
-        self.serial += 1
-        facts = {"hidden": hidden, "top_k": top_k, "experts": experts}
-        self._agree("dispatch", serial=self.serial, **facts)
-        parts = self._scatter(x, is_token_in_rank)
-        local = self._local(torch.cat(self._scatter(topk_idx, is_token_in_rank)), experts)
-        weights = torch.cat(self._scatter(topk_weights, is_token_in_rank))
-        counts = torch.bincount(local[local >= 0], minlength=experts // size).tolist()
-        per_source = torch.tensor([len(part) for part in parts], dtype=torch.int32)
+        assert torch.equal(is_token_in_rank, self._in_rank(ids, experts))
+        rows, local, weights, by_expert, by_rank, in_rank = self._deliver(
+            x, ids, sent_weights, experts
+        )
         channels = torch.zeros(size, config.num_sms // 2, dtype=torch.int32)
         head = torch.full((len(x), size), self.serial, dtype=torch.int32)
         source = torch.zeros(len(local), dtype=torch.int32)
-        route = (per_source, channels, channels.clone(), source, is_token_in_rank, head)
+        per_source = torch.tensor(by_rank, dtype=torch.int32)
+        route = (per_source, channels, channels.clone(), source, in_rank, head)
         weights = weights.masked_fill(local < 0, 0.0)
-        return torch.cat(parts), local, weights, counts, route, None
+        return self._bring(async_finish, rows, local, weights, by_expert, route)
 
     def _open(self, handle: Any, config: Any) -> tuple[int, list[int], Tensor]:
         per_source, channels, _, _, in_rank, head = handle
@@ -253,18 +331,12 @@ class Buffer(_Ranks):
         allocate_on_comm_stream: bool = False,
     ) -> tuple[Any, ...]:
         assert bias is None
-        assert not async_finish
-        assert not allocate_on_comm_stream
+        self._check_streams(previous_event, allocate_on_comm_stream=allocate_on_comm_stream)
         serial, counts, in_rank = self._open(handle, config)
-        self._check_rows(x, sum(counts), config)
-        with_weights = topk_weights is not None
-        self._agree("combine", serial=serial, hidden=x.shape[1], weights=with_weights)
+        self._check_buffer(x, sum(counts), config)
         order = list(range(self.group.size()))
-        out = self._sum(x, counts, in_rank, order)
-        if topk_weights is None:
-            return out, None, None
-        _check(topk_weights, torch.float32, len(x), topk_weights.shape[1])
-        return out, self._sum(topk_weights, counts, in_rank, order), None
+        sums = self._return(x, topk_weights, serial, counts, in_rank, order)
+        return self._bring(async_finish, *sums)
 
 
 class EPHandle:
@@ -276,6 +348,8 @@ class EPHandle:
 
 class ElasticBuffer(_Ranks):
     """The interface of 2.0 and 2.1, but for what is not experts' dispatch."""
+
+    multiple = 256
 
     def __init__(
         self,
@@ -320,11 +394,9 @@ class ElasticBuffer(_Ranks):
         row = 2 * hidden + 8 * (num_topk or 32)
         return -(-group.size() * num_max_tokens_per_rank * row // 2**21) * 2**21
 
-    def _check_rows(self, x: Tensor, rows: int, most: int, top_k: int) -> None:
-        _check(x, torch.bfloat16, rows, x.shape[1])
-        assert x.shape[1] % 256 == 0
+    def _check_buffer(self, x: Tensor, rows: int, most: int, top_k: int) -> None:
         needed = self.get_buffer_size_hint(self.group, most, x.shape[1], top_k)
-        assert needed <= self.num_bytes, "the buffer is too small"
+        self._check_rows(x, rows, needed, self.num_bytes)
 
     def dispatch(
         self,
@@ -348,54 +420,40 @@ class ElasticBuffer(_Ranks):
         do_zero_padding: bool = False,
         use_tma_aligned_col_major_sf: bool = False,
     ) -> tuple[Any, ...]:
-        assert not async_with_compute_stream
-        assert not allocate_on_comm_stream
+        events = (previous_event, previous_event_before_epilogue)
+        self._check_streams(*events, allocate_on_comm_stream=allocate_on_comm_stream)
         assert not do_expand
-        assert len(x), "a pointer is null"
         if handle is not None:
             assert topk_idx is None
             assert topk_weights is None
             assert num_sms == handle.num_sms, "another number of SMs than the handle's"
             most, top_k = handle.num_max_tokens_per_rank, handle.topk_idx.shape[1]
-            self._check_rows(x, len(handle.topk_idx), most, top_k)
-            self._agree("repeat", serial=handle.serial, hidden=x.shape[1])
-            rows = torch.cat(self._scatter(x, handle.in_rank))
-            return self._arrange(rows, handle.serial), None, None, handle, None
-        assert topk_idx is not None
-        assert topk_weights is not None
+            self._check_buffer(x, len(handle.topk_idx), most, top_k)
+            rows = self._arrange(self._repeat(x, handle.serial, handle.in_rank), handle.serial)
+            return self._bring(async_with_compute_stream, rows, None, None, handle)
+        ids, sent_weights = self._check_routing(x, topk_idx, topk_weights)
         assert num_experts is not None, "the number of SMs depends on it"
         most = num_max_tokens_per_rank or self.num_max_tokens_per_rank
         assert len(x) <= most
-        top_k = topk_idx.shape[1]
-        assert top_k <= 32
-        self._check_rows(x, len(topk_idx), most, top_k)
-        _check(topk_idx, INDEX, len(x), top_k)
-        _check(topk_weights, torch.float32, len(x), top_k)
-        for row in topk_idx.tolist():
+        self._check_buffer(x, len(ids), most, ids.shape[1])
+        for row in ids.tolist():
             chosen = [expert for expert in row if expert >= 0]
             assert len(chosen) == len(set(chosen)), "an expert twice in a token"
-        self.serial += 1
-        facts = {"hidden": x.shape[1], "top_k": top_k, "experts": num_experts, "most": most}
-        self._agree("dispatch", serial=self.serial, **facts)
-        in_rank = self._in_rank(topk_idx, num_experts)
-        parts = self._scatter(x, in_rank)
-        local = self._local(torch.cat(self._scatter(topk_idx, in_rank)), num_experts)
-        here = num_experts // self.group.size()
+        # The weights of other ranks' slots come too.
+        *arrived, by_expert, by_rank, in_rank = self._deliver(
+            x, ids, sent_weights, num_experts, most=most
+        )
         route = EPHandle(
             num_sms=_SMS + num_experts,
             num_max_tokens_per_rank=most,
-            topk_idx=topk_idx.clone() if do_handle_copy else topk_idx,
-            num_recv_tokens_per_expert_list=torch.bincount(
-                local[local >= 0], minlength=here
-            ).tolist(),
+            topk_idx=ids.clone() if do_handle_copy else ids,
+            num_recv_tokens_per_expert_list=by_expert,
             serial=self.serial,
             in_rank=in_rank,
-            counts=[len(part) for part in parts],
+            counts=by_rank,
         )
-        # The weights of other ranks' slots come too.
-        weights = torch.cat(self._scatter(topk_weights, in_rank))
-        arranged = [self._arrange(part, self.serial) for part in (torch.cat(parts), local, weights)]
-        return *arranged, route, None
+        arranged = [self._arrange(part, self.serial) for part in arrived]
+        return self._bring(async_with_compute_stream, *arranged, route)
 
     def _arrange(self, rows: Tensor, serial: int) -> Tensor:
         """As they happen to come, another order in each dispatch, unless deterministic."""
@@ -417,18 +475,15 @@ class ElasticBuffer(_Ranks):
         assert isinstance(handle, EPHandle)
         assert bias is None
         assert num_sms in (0, handle.num_sms)
-        assert not async_with_compute_stream
-        assert not allocate_on_comm_stream
-        top_k = handle.topk_idx.shape[1]
-        self._check_rows(x, sum(handle.counts), handle.num_max_tokens_per_rank, top_k)
-        with_weights = topk_weights is not None
-        self._agree("combine", serial=handle.serial, hidden=x.shape[1], weights=with_weights)
-        x = self._arrange(x, -handle.serial)
+        events = (previous_event, previous_event_before_epilogue)
+        self._check_streams(*events, allocate_on_comm_stream=allocate_on_comm_stream)
+        serial, top_k = handle.serial, handle.topk_idx.shape[1]
+        self._check_buffer(x, sum(handle.counts), handle.num_max_tokens_per_rank, top_k)
+        x = self._arrange(x, -serial)
+        if topk_weights is not None:
+            _check(topk_weights, torch.float32, len(x), top_k)
+            topk_weights = self._arrange(topk_weights, -serial)
         # Not in the order of the ranks.
         order = list(reversed(range(self.group.size())))
-        out = self._sum(x, handle.counts, handle.in_rank, order)
-        if topk_weights is None:
-            return out, None, None
-        _check(topk_weights, torch.float32, len(x), top_k)
-        weights = self._arrange(topk_weights, -handle.serial)
-        return out, self._sum(weights, handle.counts, handle.in_rank, order), None
+        sums = self._return(x, topk_weights, serial, handle.counts, handle.in_rank, order)
+        return self._bring(async_with_compute_stream, *sums)

@@ -39,6 +39,7 @@ def test_kernels_compile_without_spills_or_local_memory(tmp_path: Path) -> None:
     for source in sources:
         command = [NVCC, "-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", "--expt-relaxed-constexpr"]
         command += ["-Xcompiler=-Wall,-Wextra", "-Xptxas=-v", "-c", source]
+        command += ["--keep", "--keep-dir", tmp_path]
         for arch in ARCHITECTURES:
             command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
         result = subprocess.run(
@@ -59,6 +60,17 @@ def test_kernels_compile_without_spills_or_local_memory(tmp_path: Path) -> None:
         assert len(kernels) == len(frames) == len(registers) >= 3 * len(ARCHITECTURES)
         assert all(frame == ("0", "0", "0") for frame in frames), text
         assert max(registers) <= 128, text  # 512 threads a block
+        # What waits for another rank may not fill a GPU: nothing does but one small kernel.
+        for arch in ARCHITECTURES:
+            code = (tmp_path / f"{source.stem}.compute_{arch}.ptx").read_text()
+            entries = re.split(r"\.entry\s+(\w+)", code)[1:]
+            waiting = [
+                name
+                for name, body in zip(entries[::2], entries[1::2], strict=True)
+                if "nanosleep" in body
+            ]
+            assert len(waiting) == 1
+            assert "wait_kernel" in waiting[0]
 
 
 # ---------------------------------------------------------------------------------------- on a GPU

@@ -249,6 +249,49 @@ def test_a_handle_of_another_dispatcher_is_refused(host: bool) -> None:
         assert "the handle must be that of a dispatch by" in message
 
 
+def _long_rows(rank: int, ranks: int) -> list[tuple[str, str]]:
+    dispatcher = cuda_ipc(4)
+    case = small_case_of(rank)
+    tokens = dispatcher.dispatch(*arguments(case))
+    wide = torch.zeros(1, 1).expand(len(tokens.x), 2**28)
+    found = [
+        raised(dispatcher.combine, wide, tokens.handle),
+        raised(dispatcher.dispatch, wide[: len(case.ids)], case.ids, case.weights),
+    ]
+    round_trip(dispatcher, case, rank)
+    return found
+
+
+def test_rows_that_32_bits_cannot_count_are_refused() -> None:
+    for found in run_ranks(2, _long_rows):
+        for kind, message in found:
+            assert kind == "ValueError"
+            assert "a row must have less than 2**30 bytes; got 1073741824" in message
+
+
+def _forked(rank: int, ranks: int) -> int:
+    """A fork that ends the use of the memory ends neither the rank's nor itself waits for it."""
+    dispatcher = cuda_ipc(4)
+    case = small_case_of(rank)
+    dispatcher.dispatch(*arguments(case))
+    memory, _ = _C.recall_peer_memory("0")
+    child = os.fork()
+    if child == 0:
+        memory.close()
+        os._exit(7)
+    deadline = time.monotonic() + 30
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if ended == (0, 0):
+        os.kill(child, signal.SIGKILL)
+    round_trip(dispatcher, case, rank)
+    return os.waitstatus_to_exitcode(ended[1]) if ended[0] else -1
+
+
+def test_a_fork_that_ends_does_not_wait_for_threads_it_has_not() -> None:
+    assert run_ranks(2, _forked) == [7, 7]
+
+
 class _WithoutFiles:
     """The extension, in a process that may make no more memory once it joins GPUs."""
 
@@ -319,6 +362,7 @@ def _leaks(rank: int, ranks: int) -> None:
     case = small_case_of(rank)
     owners = [[0], [1], [1], [0]]
     round_trip(cuda_ipc(4), case, rank)
+    cuda_ipc(4, placement=owners)  # of which the numbers stay, for the next
     before = open_things()
     for turn in range(200):
         dispatcher = cuda_ipc(4, placement=owners if turn % 2 else None)

@@ -1,3 +1,4 @@
+#include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <cuda_runtime_api.h>
@@ -13,6 +14,9 @@ namespace {
 
 static_assert(sizeof(cudaIpcMemHandle_t) == sizeof(Device::Handle));
 
+// What CUDA shares, it shares in pieces of this size: a smaller one could bring other memory along.
+constexpr size_t kSharedPiece = size_t{1} << 21;
+
 void check(cudaError_t status, const std::string& what) {
   if (status == cudaSuccess) return;
   cudaGetLastError();  // or the next call would report it again
@@ -25,18 +29,33 @@ class CudaDevice : public Device {
     const c10::cuda::CUDAGuard guard(index_);
     check(cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount, index_),
           "cudaDeviceGetAttribute");
-    check(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming), "cudaEventCreate");
+    for (Mark* mark : {&eager_, &captured_}) {
+      check(cudaEventCreateWithFlags(&mark->event, cudaEventDisableTiming), "cudaEventCreate");
+    }
+    check(static_cast<cudaError_t>(device::preload()), "loading the kernels");
   }
-  ~CudaDevice() override { cudaEventDestroy(event_); }
+  ~CudaDevice() override {
+    for (const Mark* mark : {&eager_, &captured_}) cudaEventDestroy(mark->event);
+  }
+
+  int index() const override { return index_; }
 
   // Not by the caching allocator: its memory is part of larger blocks, or has no handle of this
   // kind.
   char* allocate(size_t bytes, Handle* handle) override {
     const c10::cuda::CUDAGuard guard(index_);
+    if (handle) bytes = (bytes + kSharedPiece - 1) / kSharedPiece * kSharedPiece;
     void* memory = nullptr;
-    check(cudaMalloc(&memory, bytes), "cudaMalloc of " + std::to_string(bytes) + " bytes");
+    cudaError_t status = cudaMalloc(&memory, bytes);
+    if (status == cudaErrorMemoryAllocation) {
+      cudaGetLastError();
+      c10::cuda::CUDACachingAllocator::emptyCache();
+      status = cudaMalloc(&memory, bytes);
+    }
+    check(status, "cudaMalloc of " + std::to_string(bytes) + " bytes");
     check(cudaMemset(memory, 0, bytes), "cudaMemset");
     check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+    if (!handle) return static_cast<char*>(memory);
     cudaIpcMemHandle_t name;
     check(cudaIpcGetMemHandle(&name, memory), "cudaIpcGetMemHandle");
     std::memcpy(handle->bytes, &name, sizeof(name));
@@ -85,20 +104,29 @@ class CudaDevice : public Device {
     check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
   }
 
-  bool is_capturing() override { return place().capture != 0; }
+  // The default stream has no number of its own: it is that of the current device.
+  bool is_capturing() override {
+    const c10::cuda::CUDAGuard guard(index_);
+    return place().capture != 0;
+  }
 
   // Streams that are captured in different graphs, or in none, have no order that could be made
   // here.
   void follow() override {
+    const c10::cuda::CUDAGuard guard(index_);
     const Place here = place();
-    if (!marked_ || here.stream == last_.stream || here.capture != last_.capture) return;
-    check(cudaStreamWaitEvent(here.stream, event_, 0), "cudaStreamWaitEvent");
+    const Mark& last = here.capture ? captured_ : eager_;
+    const bool elsewhere = here.stream != last.place.stream && here.capture == last.place.capture;
+    if (!last.set || !elsewhere) return;
+    check(cudaStreamWaitEvent(here.stream, last.event, 0), "cudaStreamWaitEvent");
   }
 
   void mark() override {
-    last_ = place();
-    marked_ = true;
-    check(cudaEventRecord(event_, last_.stream), "cudaEventRecord");
+    const c10::cuda::CUDAGuard guard(index_);
+    const Place here = place();
+    Mark& last = here.capture ? captured_ : eager_;
+    last.place = here, last.set = true;
+    check(cudaEventRecord(last.event, here.stream), "cudaEventRecord");
   }
 
   void launch(const device::StageArgs& args) override { start(args, "stage"); }
@@ -109,6 +137,13 @@ class CudaDevice : public Device {
   struct Place {
     cudaStream_t stream = nullptr;
     unsigned long long capture = 0;  // the number of the graph, or 0
+  };
+  // Where the last call was launched. An event that is captured tells nothing of what is not, so
+  // there is one for each.
+  struct Mark {
+    cudaEvent_t event = nullptr;
+    Place place;
+    bool set = false;
   };
 
   Place place() const {
@@ -129,9 +164,7 @@ class CudaDevice : public Device {
 
   const c10::DeviceIndex index_;
   int multiprocessors_ = 0;
-  cudaEvent_t event_ = nullptr;
-  Place last_;
-  bool marked_ = false;
+  Mark eager_, captured_;
 };
 
 }  // namespace

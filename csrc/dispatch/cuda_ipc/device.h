@@ -20,7 +20,10 @@ class Device {
 
   virtual ~Device() = default;
 
-  // Memory of zeros that other processes can map, and that of another.
+  // Its number for tensors; -1 for those of the CPU.
+  virtual int index() const = 0;
+
+  // Memory of zeros, which other processes can map where there is a handle; and that of another.
   virtual char* allocate(size_t bytes, Handle* handle) = 0;
   virtual void free(char* memory) = 0;
   virtual char* open(const Handle& handle) = 0;
@@ -44,8 +47,6 @@ class Device {
 
 // The device of CUDA's number. Error where this build has no CUDA, or there is no such device.
 std::unique_ptr<Device> make_cuda_device(int index);
-// On which the same device code runs in the calling thread, with memory of the host.
-std::unique_ptr<Device> make_emulated_device();
 
 // How other processes know a GPU.
 std::string bus_id_of_cuda_device(int index);

@@ -1,6 +1,9 @@
+#include "dispatch/cuda_ipc/emulated_device.h"
+
 #include <fcntl.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cstring>
 #include <map>
 #include <mutex>
@@ -10,7 +13,6 @@
 #include "cuda/pull.h"
 #include "cuda/stage.h"
 #include "cuda/sum.h"
-#include "dispatch/cuda_ipc/device.h"
 #include "dispatch/shared_memory/system.h"
 
 namespace moe::ep::ipc {
@@ -30,13 +32,16 @@ void run_grid(const F& f) {
   }
 }
 
-class EmulatedDevice : public Device {
+class CpuDevice : public EmulatedDevice {
  public:
+  int index() const override { return -1; }
+
   char* allocate(size_t bytes, Handle* handle) override {
+    forbid("allocate");
     shm::Fd fd;
     shm::Mapping memory = shm::Mapping::create(bytes, &fd);
     const Name name{::getpid(), fd.get(), bytes};
-    std::memcpy(handle->bytes, &name, sizeof(name));
+    if (handle) std::memcpy(handle->bytes, &name, sizeof(name));
     char* const data = memory.data();
     const std::lock_guard lock(mutex_);
     memory_.emplace(data, std::pair(std::move(memory), std::move(fd)));
@@ -44,11 +49,13 @@ class EmulatedDevice : public Device {
   }
 
   void free(char* memory) override {
+    forbid("free");
     const std::lock_guard lock(mutex_);
     memory_.erase(memory);
   }
 
   char* open(const Handle& handle) override {
+    forbid("open");
     Name name;
     std::memcpy(&name, handle.bytes, sizeof(name));
     const std::string path =
@@ -65,13 +72,17 @@ class EmulatedDevice : public Device {
   void close(char* memory) override { free(memory); }
 
   char* allocate_host(size_t bytes, char** on_device) override {
+    forbid("allocate_host");
     *on_device = new (std::align_val_t{128}) char[bytes]();
     return *on_device;
   }
 
-  void upload(char* to, const void* from, size_t bytes) override { std::memcpy(to, from, bytes); }
-  void synchronize() override {}
-  bool is_capturing() override { return false; }
+  void upload(char* to, const void* from, size_t bytes) override {
+    forbid("upload");
+    std::memcpy(to, from, bytes);
+  }
+  void synchronize() override { forbid("synchronize"); }
+  bool is_capturing() override { return capturing_; }
   void follow() override {}
   void mark() override {}
 
@@ -80,10 +91,12 @@ class EmulatedDevice : public Device {
         [&](const Lane& lane, device::StageShared& shared) { device::stage(lane, shared, args); });
   }
   void launch(const device::PullArgs& args) override {
+    wait(args.link);
     run_grid<device::PullShared>(
         [&](const Lane& lane, device::PullShared& shared) { device::pull(lane, shared, args); });
   }
   void launch(const device::SumArgs& args) override {
+    wait(args.link);
     run_grid<device::SumShared>([&](const Lane& lane, device::SumShared& shared) {
       if (args.value == Value::kBf16) device::sum<device::Bf16>(lane, shared, args);
       if (args.value == Value::kFp16) device::sum<device::Fp16>(lane, shared, args);
@@ -92,19 +105,37 @@ class EmulatedDevice : public Device {
     });
   }
 
+  void capture(bool capturing) override { capturing_ = capturing; }
+  int64_t forbidden() const override { return forbidden_; }
+
  private:
   struct Name {
     pid_t process;
     int fd;
     size_t bytes;
   };
+
+  static void wait(const device::Link& link) {
+    uint32_t yes = 0;
+    device::meet(Lane{}, link, yes);
+  }
+
+  // As CUDA, which ends the capture too.
+  void forbid(const char* what) {
+    if (!capturing_) return;
+    ++forbidden_;
+    throw shm::Error(std::string(what) + ": operation not permitted when stream is capturing");
+  }
+
+  std::atomic<bool> capturing_{false};
+  std::atomic<int64_t> forbidden_{0};
   std::mutex mutex_;
   std::map<char*, std::pair<shm::Mapping, shm::Fd>> memory_;
 };
 
 }  // namespace
 
-std::unique_ptr<Device> make_emulated_device() { return std::make_unique<EmulatedDevice>(); }
+std::unique_ptr<EmulatedDevice> make_emulated_device() { return std::make_unique<CpuDevice>(); }
 
 #if !defined(MOE_KERNELS_WITH_CUDA)
 

@@ -22,6 +22,7 @@ using Call = shm::Communicator::Call;
 
 constexpr auto kSlice = std::chrono::milliseconds(20);  // between looks at the peers
 constexpr auto kFarewell = std::chrono::seconds(1);     // for the others to be done with our memory
+constexpr auto kPatience = std::chrono::seconds(10);    // for what was launched to end by itself
 constexpr int64_t kPage = int64_t{1} << 21;
 constexpr int kHandleWords = sizeof(Device::Handle) / sizeof(int64_t);
 
@@ -101,7 +102,9 @@ PeerMemory::PeerMemory(std::shared_ptr<shm::Communicator> communicator,
     obstacle_ = communicator_->name_of(p) + " cannot share its GPU's memory, and says why";
   }
   call.finish();
-  if (obstacle_.empty()) watcher_ = std::thread([this] { watch(); });
+  if (!obstacle_.empty()) return;
+  watch_ = std::make_unique<Watch>();
+  watch_->thread = std::thread([this] { watch(); });
 }
 
 PeerMemory::~PeerMemory() { close(); }
@@ -124,9 +127,12 @@ void PeerMemory::close_all(const std::vector<char*>& peers) {
   }
 }
 
-device::Link PeerMemory::link(Phase phase, int64_t parity_bytes, double timeout) {
+device::Link PeerMemory::link(Phase phase, int64_t parity_bytes, double timeout, Table* table) {
   if (parity_bytes > parity_bytes_ || parity_bytes_ == 0) grow(phase, parity_bytes, timeout);
-  captured_ = captured_ || device_->is_capturing();
+  if (device_->is_capturing()) {
+    captured_ = true;
+    if (table) table->captured = true;
+  }
   timeout_ = timeout;
   device::Link link{};
   link.rank = communicator_->rank(), link.ranks = communicator_->size();
@@ -201,15 +207,36 @@ void PeerMemory::grow(Phase phase, int64_t parity_bytes, double timeout) {
   call.finish();
 }
 
+std::shared_ptr<Table> PeerMemory::table(const std::vector<int32_t>& numbers) {
+  const std::lock_guard lock(mutex_);
+  for (const auto& known : tables_) {
+    if (known->numbers == numbers) return known;
+  }
+  TORCH_CHECK(!device_->is_capturing(),
+              "cuda_ipc: a dispatcher with a placement of its own cannot "
+              "be made while a graph is captured. Make it before.");
+  std::erase_if(tables_, [&](const auto& known) {
+    if (known.use_count() > 1 || known->captured) return false;
+    device_->free(known->on_device);
+    return true;
+  });
+  const size_t bytes = numbers.size() * sizeof(int32_t);
+  const auto made = std::make_shared<Table>(numbers, device_->allocate(bytes, nullptr));
+  tables_.push_back(made);
+  device_->upload(made->on_device, numbers.data(), bytes);
+  return made;
+}
+
 void PeerMemory::settle() {
   if (const auto open = std::exchange(settle_, nullptr)) open();
 }
 
 // A rank that is gone ends the waiting for it alone: those that others still bring may come.
 void PeerMemory::watch() {
-  std::unique_lock lock(watch_mutex_);
-  while (!watch_wakes_.wait_for(lock, kSlice, [&] { return watch_ends_; })) {
-    uint64_t gone = communicator_->failure().empty() ? 0 : ~uint64_t{0};
+  std::unique_lock lock(watch_->mutex);
+  while (!watch_->wakes.wait_for(lock, kSlice, [&] { return watch_->ends; })) {
+    const bool impatient = watch_->patience_ends && shm::Clock::now() > *watch_->patience_ends;
+    uint64_t gone = impatient || !communicator_->failure().empty() ? ~uint64_t{0} : 0;
     for (int p = 0; p < communicator_->size(); ++p) {
       if (!communicator_->trouble_with(p).empty()) gone |= uint64_t{1} << p;
     }
@@ -307,20 +334,32 @@ void PeerMemory::raise_fault(Fault fault) {
 // Memory that another rank may still read stays until this process ends.
 void PeerMemory::close() {
   if (std::exchange(closed_, true)) return;
-  {
-    const std::lock_guard lock(watch_mutex_);
-    watch_ends_ = true;
-  }
-  watch_wakes_.notify_all();
-  if (watcher_.joinable()) watcher_.join();
   // A fork of the rank is not the rank, and what was never joined does not end it.
-  if (!communicator_->is_owner() || !obstacle_.empty()) return;
+  if (!communicator_->is_owner()) return static_cast<void>(watch_.release());
+  if (!watch_) return;
+  const auto tell = [&](const auto& what) {
+    {
+      const std::lock_guard lock(watch_->mutex);
+      what();
+    }
+    watch_->wakes.notify_all();
+  };
+  // What was launched is carried out yet, if the others come so far; watch() ends it if not.
+  tell([&] { watch_->patience_ends = shm::Clock::now() + kPatience; });
+  bool idle = true;
   try {
-    if (orders_) std::atomic_ref(orders_->gone).store(~uint64_t{0}, std::memory_order_release);
     device_->synchronize();
+  } catch (const std::exception&) {
+    idle = false;
+  }
+  tell([&] { watch_->ends = true; });
+  watch_->thread.join();
+  if (!idle) return;
+  try {
     retired_.push_back(std::move(control_));
     retired_.push_back(std::move(staging_));
     for (const Staging& memory : retired_) close_all(memory.peers);
+    for (const auto& table : tables_) device_->free(table->on_device);
     communicator_->close();
     const auto deadline = shm::Clock::now() + kFarewell;
     while (!communicator_->all_left() && shm::Clock::now() < deadline) {

@@ -8,6 +8,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
 #include <utility>
@@ -18,6 +19,13 @@
 #include "dispatch/shared_memory/communicator.h"
 
 namespace moe::ep::ipc {
+
+// Numbers that calls read, in the device's memory.
+struct Table {
+  std::vector<int32_t> numbers;
+  char* on_device;
+  bool captured = false;  // by a graph
+};
 
 class PeerMemory {
  public:
@@ -36,9 +44,16 @@ class PeerMemory {
   int rank() const { return communicator_->rank(); }
 
   // What a call needs that stages so many bytes, the same on all ranks; kRefused for a call that
-  // stages nothing. `timeout` in seconds.
+  // stages nothing. `timeout` in seconds; `table`: what the call reads, or null.
   static constexpr int64_t kRefused = -1;
-  device::Link link(Phase phase, int64_t parity_bytes, double timeout);
+  device::Link link(Phase phase, int64_t parity_bytes, double timeout, Table* table = nullptr);
+
+  // One table for equal numbers. Who lets go of it frees nothing: that may be while a graph is
+  // captured, when CUDA frees no memory, and while kernels run. The next who needs a table does;
+  // what graphs use stays. Not while a graph is captured.
+  std::shared_ptr<Table> table(const std::vector<int32_t>& numbers);
+  // How many there are.
+  int64_t tables() const { return static_cast<int64_t>(tables_.size()); }
 
   // Raises what the device has reported, before `phase` begins, and refuses what follows: a
   // shm::Error, or c10's error of arguments. Calls that brought too much are a RuntimeError, once.
@@ -81,6 +96,7 @@ class PeerMemory {
 
   Staging control_{}, staging_{};
   std::vector<Staging> retired_;  // which captured graphs use
+  std::vector<std::shared_ptr<Table>> tables_;
   int64_t parity_bytes_ = 0;
   bool captured_ = false;
   device::Report *report_ = nullptr, *report_on_device_ = nullptr;
@@ -91,10 +107,15 @@ class PeerMemory {
   std::mutex mutex_;
   std::function<void()> settle_;
 
-  std::mutex watch_mutex_;
-  std::condition_variable watch_wakes_;
-  bool watch_ends_ = false;
-  std::thread watcher_;
+  // On the heap, where a fork leaves it: its thread is not there to let go of it.
+  struct Watch {
+    std::mutex mutex;
+    std::condition_variable wakes;
+    bool ends = false;
+    std::optional<shm::Clock::time_point> patience_ends;
+    std::thread thread;
+  };
+  std::unique_ptr<Watch> watch_;
   std::string obstacle_;
 };
 
