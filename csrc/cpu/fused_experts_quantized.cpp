@@ -245,10 +245,10 @@ at::Tensor fused_experts_quantized(const at::Tensor& x_TH, const at::Tensor& gat
   const ActivationOptions options{parse_activation(kOp, activation), alpha, limit};
   const int64_t experts = gate_up_codes.size(0), hidden = x_TH.size(1);
   const QuantizedWeights gate_up =
-      quantized("gate_up", gate_up_codes, gate_up_scales, parse_format(kOp, gate_up_format), experts,
-                hidden, options.gated() ? 2 * inner : inner);
-  const QuantizedWeights down =
-      quantized("down", down_codes, down_scales, parse_format(kOp, down_format), experts, inner, hidden);
+      quantized("gate_up", gate_up_codes, gate_up_scales, parse_format(kOp, gate_up_format),
+                experts, hidden, options.gated() ? 2 * inner : inner);
+  const QuantizedWeights down = quantized("down", down_codes, down_scales,
+                                          parse_format(kOp, down_format), experts, inner, hidden);
   const at::Tensor first_bias = contiguous_or_undefined(gate_up_bias),
                    second_bias = contiguous_or_undefined(down_bias);
   const at::Tensor x = with_unit_stride(x_TH);
