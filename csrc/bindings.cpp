@@ -8,6 +8,7 @@
 #include "cpu/capability.h"
 #include "cpu/large_buffers.h"
 #include "cpu/large_pages.h"
+#include "direct/arguments.h"
 
 namespace py = pybind11;
 
@@ -24,6 +25,17 @@ py::dict build_info() {
 #endif
   return info;
 }
+
+// pybind11 would take longer to read their arguments than they do.
+PyMethodDef direct_calls[] = {
+    {"fused_experts", _PyCFunction_CAST(moe::direct::fused_experts), METH_FASTCALL,
+     "moe_kernels::fused_experts on usual arguments, else None; see csrc/direct/arguments.h."},
+    {"fused_experts_quantized", _PyCFunction_CAST(moe::direct::fused_experts_quantized),
+     METH_FASTCALL, "moe_kernels::fused_experts_quantized on usual arguments, else None."},
+    {"topk_router", _PyCFunction_CAST(moe::direct::topk_router), METH_FASTCALL,
+     "moe_kernels::topk_router on usual arguments, else None."},
+    {nullptr, nullptr, 0, nullptr},
+};
 
 }  // namespace
 
@@ -43,5 +55,6 @@ PYBIND11_MODULE(_C, m) {
         "Give kept buffers back to the system; returns how many bytes they had.");
   m.def("use_large_pages", &moe::use_large_pages, py::arg("tensor"),
         "Move a tensor's memory to large pages; returns how many bytes are on such pages now.");
+  if (PyModule_AddFunctions(m.ptr(), direct_calls) != 0) throw py::error_already_set();
   moe::ep::bind(m);
 }

@@ -15,6 +15,7 @@
 #include "common/parallel.h"
 #include "cpu/fused_experts.h"
 #include "cpu/large_buffers.h"
+#include "cpu/quantized_experts.h"
 
 namespace moe {
 
@@ -38,28 +39,16 @@ struct QuantizedWeights {
   }
 };
 
-Format parse_format(std::string_view name) {
-  if (name == "int8") return Format::kInt8;
-  if (name == "fp8") return Format::kFp8;
-  if (name == "int4") return Format::kInt4;
-  if (name == "mxfp4") return Format::kMxfp4;
-  TORCH_CHECK_VALUE(false, kOp, ": format must be one of int8, fp8, int4, mxfp4; got \"", name,
-                    "\"");
-}
-
 QuantizedWeights quantized(const char* name, const at::Tensor& codes, const at::Tensor& scales,
                            Format format, int64_t experts, int64_t inner, int64_t columns) {
-  const int64_t tiles = (columns + kTileColumns - 1) / kTileColumns;
-  const int64_t groups = (inner + kGroupSize - 1) / kGroupSize;
-  const bool grouped = has_group_scales(format);
-  const std::vector<int64_t> codes_shape{experts, tiles, groups, grouped ? 4 : 8, kTileColumns, 4};
-  const std::vector<int64_t> scales_shape{experts, tiles, grouped ? groups : 1, kTileColumns};
+  const CodeShapes shapes = code_shapes(format, experts, inner, columns);
+  const at::IntArrayRef codes_shape = shapes.codes, scales_shape = shapes.scales;
   TORCH_CHECK_VALUE(codes.sizes() == codes_shape && codes.scalar_type() == at::kByte, kOp, ": ",
-                    name, " must be uint8 ", at::IntArrayRef(codes_shape), "; got ",
-                    codes.scalar_type(), " ", codes.sizes());
-  const at::ScalarType dtype = grouped ? at::kBFloat16 : at::kFloat;
+                    name, " must be uint8 ", codes_shape, "; got ", codes.scalar_type(), " ",
+                    codes.sizes());
+  const at::ScalarType dtype = has_group_scales(format) ? at::kBFloat16 : at::kFloat;
   TORCH_CHECK_VALUE(scales.sizes() == scales_shape && scales.scalar_type() == dtype, kOp, ": ",
-                    name, "_scales must be ", dtype, " ", at::IntArrayRef(scales_shape), "; got ",
+                    name, "_scales must be ", dtype, " ", scales_shape, "; got ",
                     scales.scalar_type(), " ", scales.sizes());
   return {codes.contiguous(), scales.contiguous(), format, inner, columns};
 }
@@ -256,10 +245,10 @@ at::Tensor fused_experts_quantized(const at::Tensor& x_TH, const at::Tensor& gat
   const ActivationOptions options{parse_activation(kOp, activation), alpha, limit};
   const int64_t experts = gate_up_codes.size(0), hidden = x_TH.size(1);
   const QuantizedWeights gate_up =
-      quantized("gate_up", gate_up_codes, gate_up_scales, parse_format(gate_up_format), experts,
-                hidden, options.gated() ? 2 * inner : inner);
-  const QuantizedWeights down =
-      quantized("down", down_codes, down_scales, parse_format(down_format), experts, inner, hidden);
+      quantized("gate_up", gate_up_codes, gate_up_scales, parse_format(kOp, gate_up_format),
+                experts, hidden, options.gated() ? 2 * inner : inner);
+  const QuantizedWeights down = quantized("down", down_codes, down_scales,
+                                          parse_format(kOp, down_format), experts, inner, hidden);
   const at::Tensor first_bias = contiguous_or_undefined(gate_up_bias),
                    second_bias = contiguous_or_undefined(down_bias);
   const at::Tensor x = with_unit_stride(x_TH);

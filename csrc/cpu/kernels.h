@@ -161,6 +161,24 @@ struct QuantizedKernels {
                    float* out, int64_t out_stride);
 };
 
+// A matrix [k, n] with any strides.
+template <typename T>
+struct StridedMatrix {
+  const T* data;
+  int64_t stride_k, stride_n;
+  int64_t k, n;
+};
+
+template <typename T>
+struct QuantizingKernels {
+  // Codes and scales of tiles [tiles.begin, tiles.end) of 16 columns, at most kTilesPerUnit; false
+  // if a value there is not finite as a float.
+  bool (*quantize)(Format format, const StridedMatrix<T>& matrix, Range tiles, uint8_t* codes,
+                   void* scales);
+};
+
+constexpr int64_t kTilesPerUnit = 4;
+
 // Memory of the calling thread, 64-byte aligned, one piece for each use: good until the next call
 // for the same use.
 enum class Scratch { kKernel, kRows, kTile, kNarrowTile, kPart, kPanel, kCount };

@@ -228,7 +228,9 @@ def experts_forward(
         [T, H] in hidden_states.dtype.
     """
     first, second, first_bias, second_bias = _weights(experts)
-    x = hidden_states.to(first.dtype)
+    # Asking costs less than a conversion that does nothing, here and below.
+    same = hidden_states.dtype == first.dtype
+    x = hidden_states if same else hidden_states.to(first.dtype)
     options = fused_options(experts)
     if options is not None:
         y = fused_experts(
@@ -247,7 +249,7 @@ def experts_forward(
         a = experts._apply_gate(h) if experts.has_gate else experts.act_fn(h)
         rows = grouped_gemm(a.to(h.dtype), second, order.offsets, bias=second_bias)
         y = unpermute(rows, order, top_k_weights)
-    return y.to(hidden_states.dtype)
+    return y if y.dtype == hidden_states.dtype else y.to(hidden_states.dtype)
 
 
 class QuantizedExpertsLayer(nn.Module):

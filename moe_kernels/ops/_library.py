@@ -44,7 +44,7 @@ def _read_backend() -> str:
 _backend = _read_backend()
 
 
-def _load_native() -> None:
+def _load_native() -> Any:
     """Import the extension, which registers the CPU kernels, or say what to do about it."""
     remedy = (
         "Build it in this environment: pip install --no-build-isolation . (or, in a checkout, "
@@ -57,7 +57,7 @@ def _load_native() -> None:
         if error.name != f"{NAMESPACE}._C":
             raise
         if _backend == "reference":
-            return
+            return None
         raise ImportError(f"moe_kernels: the compiled extension is missing. {remedy}") from error
     except ImportError as error:
         raise ImportError(
@@ -70,9 +70,10 @@ def _load_native() -> None:
             f"moe_kernels: the compiled extension was built for torch {built} and this is torch "
             f"{torch.__version__}. {remedy}"
         )
+    return native
 
 
-_load_native()
+_native = _load_native()
 
 
 def _lazy_triton(name: str) -> Callable[..., Any]:
@@ -127,6 +128,21 @@ def define(
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_lib)
     overload: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default
     return overload
+
+
+def direct_call(name: str) -> Callable[..., Any]:
+    """``moe_kernels::<name>`` for usual arguments on CPU, without gradients: checked and called in
+    C++, since checks in Python and ``torch.ops`` take longer than a small op does.
+
+    Returns:
+        A function of the op's arguments that runs it and returns its result, or None where anything
+        is unusual or does not fit: then the checks and the op in Python are to be gone through. Not
+        for torch.compile, which does not see through it.
+    """
+    if _backend == "reference":
+        return lambda *args: None
+    call: Callable[..., Any] = getattr(_native, name)
+    return call
 
 
 def register_autograd(

@@ -25,6 +25,7 @@ from moe_kernels.ops._checks import (
 )
 from moe_kernels.ops._library import (
     define,
+    direct_call,
     owed_gradients,
     refuse_double_backward,
     register_autograd,
@@ -125,6 +126,7 @@ _op = define(
     reference=fused_experts_forward_reference,
     fake=_fake,
 )
+_direct = direct_call("fused_experts")
 _backward_op = define(
     "fused_experts_backward(Tensor grad, Tensor x, Tensor gate_up, Tensor down,"
     " Tensor topk_weights, Tensor h, Tensor row_to_slot, Tensor slot_to_row, Tensor offsets,"
@@ -381,6 +383,23 @@ def fused_experts(
     """
     op = "fused_experts"
     alpha_value, limit_value = resolve_activation(op, activation, interleaved, alpha, limit)
+    if main_grads is None and not torch.compiler.is_compiling():
+        found: Tensor | None = _direct(
+            x,
+            gate_up,
+            down,
+            topk_ids,
+            topk_weights,
+            gate_up_bias,
+            down_bias,
+            activation,
+            interleaved,
+            alpha_value,
+            limit_value,
+            num_rows,
+        )
+        if found is not None:
+            return found
     x, gate_up, down, gate_up_bias, down_bias = autocast(x, gate_up, down, gate_up_bias, down_bias)
     _check(x, gate_up, down, topk_ids, topk_weights, activation, gate_up_bias, down_bias)
     slots = topk_ids.shape[0] * topk_ids.shape[1]

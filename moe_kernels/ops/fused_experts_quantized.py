@@ -21,7 +21,7 @@ from moe_kernels.ops._checks import (
     check_tensor,
     shape,
 )
-from moe_kernels.ops._library import define, register_autograd
+from moe_kernels.ops._library import define, direct_call, register_autograd
 from moe_kernels.ops.expert_activation import resolve_activation
 from moe_kernels.ops.quantized_experts import QuantizedExperts, check_quantized
 from moe_kernels.reference.expert_activation import is_gated
@@ -43,6 +43,7 @@ _op = define(
     fake=_fake,
     triton=False,
 )
+_direct = direct_call("fused_experts_quantized")
 
 
 def _no_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -169,6 +170,29 @@ def fused_experts_quantized(
     """
     op = "fused_experts_quantized"
     alpha_value, limit_value = resolve_activation(op, activation, interleaved, alpha, limit)
+    are_quantized = isinstance(gate_up, QuantizedExperts) and isinstance(down, QuantizedExperts)
+    if are_quantized and not torch.compiler.is_compiling():
+        found: Tensor | None = _direct(
+            x,
+            gate_up.codes,
+            gate_up.scales,
+            gate_up.format,
+            *gate_up.shape,
+            down.codes,
+            down.scales,
+            down.format,
+            *down.shape,
+            topk_ids,
+            topk_weights,
+            gate_up_bias,
+            down_bias,
+            activation,
+            interleaved,
+            alpha_value,
+            limit_value,
+        )
+        if found is not None:
+            return found
     x, gate_up_bias, down_bias = autocast(x, gate_up_bias, down_bias)
     _check(x, gate_up, down, topk_ids, topk_weights, activation, gate_up_bias, down_bias)
     check_rows(op, topk_ids.shape[0] * topk_ids.shape[1])

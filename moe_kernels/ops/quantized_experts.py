@@ -6,6 +6,7 @@ E experts, Kd contracted size, N columns.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,15 +18,41 @@ from moe_kernels.ops._checks import (
     check_tensor,
     shape,
 )
+from moe_kernels.ops._library import define
 from moe_kernels.reference.quantized_experts import (
     FORMATS,
     GROUP,
-    TILE,
     code_shapes,
     dequantize,
-    has_group_scales,
-    pack_codes,
-    quantize_expert,
+    scales_dtype,
+)
+from moe_kernels.reference.quantized_experts import (
+    experts_from_mxfp4 as experts_from_mxfp4_reference,
+)
+from moe_kernels.reference.quantized_experts import quantize_experts as quantize_experts_reference
+
+
+def _empty_codes(like: Tensor, format: str, *sizes: Any) -> tuple[Tensor, Tensor]:
+    codes, scales = code_shapes(format, *sizes)
+    return (
+        like.new_empty(codes, dtype=torch.uint8),
+        like.new_empty(scales, dtype=scales_dtype(format)),
+    )
+
+
+_quantize_op = define(
+    "quantize_experts(Tensor weight, str format) -> (Tensor, Tensor)",
+    reference=quantize_experts_reference,
+    fake=lambda weight, format: _empty_codes(weight, format, *weight.shape),
+    triton=False,
+)
+_mxfp4_op = define(
+    "experts_from_mxfp4(Tensor blocks, Tensor scales) -> (Tensor, Tensor)",
+    reference=experts_from_mxfp4_reference,
+    fake=lambda blocks, scales: _empty_codes(
+        blocks, "mxfp4", blocks.shape[0], blocks.shape[2] * GROUP, blocks.shape[1]
+    ),
+    triton=False,
 )
 
 
@@ -112,7 +139,7 @@ def quantize_experts(weight: Tensor, format: str = "int4") -> QuantizedExperts:
         Codes and scales on weight's device. They carry no gradient.
 
     Raises:
-        ValueError: an unknown format, an empty weight, or one that is not finite.
+        ValueError: an unknown format, an empty weight, or one that is not finite in float32.
     """
     op = "quantize_experts"
     check_tensor(op, "weight", weight, 3, "[E, Kd, N]")
@@ -121,15 +148,7 @@ def quantize_experts(weight: Tensor, format: str = "int4") -> QuantizedExperts:
     if weight.numel() == 0:
         raise ValueError(f"{op}: weight must not be empty; got {shape(weight)}")
     experts, inner, columns = weight.shape
-    codes_shape, scales_shape = code_shapes(format, experts, inner, columns)
-    codes = torch.empty(codes_shape, dtype=torch.uint8, device=weight.device)
-    dtype = torch.bfloat16 if has_group_scales(format) else torch.float32
-    scales = torch.empty(scales_shape, dtype=dtype, device=weight.device)
-    with torch.no_grad():
-        for e, expert in enumerate(weight.detach().unbind(0)):
-            if not bool(expert.isfinite().all()):
-                raise ValueError(f"{op}: weight must be finite; expert {e} is not")
-            codes[e], scales[e] = quantize_expert(expert, format)
+    codes, scales = _quantize_op(weight.detach(), format)
     return QuantizedExperts(codes, scales, format, (experts, inner, columns))
 
 
@@ -163,17 +182,5 @@ def experts_from_mxfp4(blocks: Tensor, scales: Tensor) -> QuantizedExperts:
         )
     if bool((scales == 255).any()):
         raise ValueError(f"{op}: scales must be numbers; got 255, which is NaN")
-    full = code_shapes("mxfp4", experts, groups * GROUP, columns)[0][1] * TILE
-    codes = blocks.new_zeros(experts, full, groups, GROUP)
-    codes[:, :columns, :, 0::2] = blocks & 15
-    codes[:, :columns, :, 1::2] = blocks >> 4
-    # The exponent's bits of bfloat16 are those of e8m0; its zero means a subnormal number.
-    bits = scales.new_zeros(experts, full, groups, dtype=torch.int16)
-    bits[:, :columns] = torch.where(scales == 0, 0x40, scales.to(torch.int16) << 7)
-    tiled = bits.view(experts, full // TILE, TILE, groups).mT.contiguous()
-    return QuantizedExperts(
-        pack_codes(codes, "mxfp4"),
-        tiled.view(torch.bfloat16),
-        "mxfp4",
-        (experts, groups * GROUP, columns),
-    )
+    codes, powers = _mxfp4_op(blocks, scales)
+    return QuantizedExperts(codes, powers, "mxfp4", (experts, groups * GROUP, columns))

@@ -21,7 +21,12 @@ from moe_kernels.ops._checks import (
     check_tensor,
     shape,
 )
-from moe_kernels.ops._library import define, refuse_double_backward, register_autograd
+from moe_kernels.ops._library import (
+    define,
+    direct_call,
+    refuse_double_backward,
+    register_autograd,
+)
 from moe_kernels.reference.topk_router import GROUP_SCORES, SCORE_FUNCS
 from moe_kernels.reference.topk_router import (
     topk_router as topk_router_reference,
@@ -90,6 +95,7 @@ _op = define(
     reference=topk_router_reference,
     fake=_fake,
 )
+_direct = direct_call("topk_router")
 _backward_op = define(
     "topk_router_backward(Tensor? grad_weights, Tensor? grad_scores, Tensor logits,"
     " Tensor topk_ids, str score_func, bool softmax_before_topk, bool renormalize,"
@@ -146,6 +152,65 @@ def _check_groups(
             f"{op}: top_k must be at most the experts of the chosen groups, "
             f"{topk_groups} * {experts // num_groups}, candidates included; got {top_k}"
         )
+
+
+def _check(
+    logits: Tensor,
+    top_k: int,
+    score_func: str,
+    correction_bias: Tensor | None,
+    num_groups: int,
+    topk_groups: int,
+    group_score: str,
+    group_fill: float,
+    route_scale: float,
+    token_mask: Tensor | None,
+    given_ids: Tensor | None,
+    candidates: int,
+) -> None:
+    op = "topk_router"
+    check_tensor(op, "logits", logits, 2, "[T, E]")
+    check_dtype(op, "logits", logits, FLOAT_DTYPES)
+    experts = logits.shape[1]
+    check_choice(op, "score_func", score_func, SCORE_FUNCS)
+    check_choice(op, "group_score", group_score, GROUP_SCORES)
+    check_count(op, "top_k", top_k)
+    if not 1 <= top_k <= experts:
+        raise ValueError(f"{op}: top_k must be in [1, E = {experts}]; got {top_k}")
+    check_count(op, "candidates", candidates)
+    columns = top_k + candidates
+    if columns > experts:
+        raise ValueError(
+            f"{op}: candidates must be at most E - top_k = {experts - top_k}; got {candidates}"
+        )
+    _check_groups(experts, columns, num_groups, topk_groups, group_fill)
+    if not abs(route_scale) < math.inf:
+        raise ValueError(f"{op}: route_scale must be finite; got {route_scale}")
+    if correction_bias is not None:
+        check_tensor(op, "correction_bias", correction_bias, 1, "[E]")
+        check_dtype(op, "correction_bias", correction_bias, FLOAT_DTYPES)
+        check_device(op, "logits", logits, "correction_bias", correction_bias)
+        if correction_bias.shape[0] != experts:
+            raise ValueError(
+                f"{op}: correction_bias must be [E] = [{experts}]; got {shape(correction_bias)}"
+            )
+    if token_mask is not None:
+        check_tensor(op, "token_mask", token_mask, 1, "[T]")
+        check_dtype(op, "token_mask", token_mask, (torch.bool,))
+        check_device(op, "logits", logits, "token_mask", token_mask)
+        if token_mask.shape[0] != logits.shape[0]:
+            raise ValueError(
+                f"{op}: token_mask must be [T] = [{logits.shape[0]}]; got {shape(token_mask)}"
+            )
+    if given_ids is not None:
+        check_tensor(op, "given_ids", given_ids, 2, "[T, K]")
+        check_dtype(op, "given_ids", given_ids, INDEX_DTYPES)
+        check_device(op, "logits", logits, "given_ids", given_ids)
+        if given_ids.shape[0] != logits.shape[0] or given_ids.shape[1] != columns:
+            raise ValueError(
+                f"{op}: given_ids must be [T, K] = {[logits.shape[0], columns]}; "
+                f"got {shape(given_ids)}"
+            )
 
 
 def topk_router(
@@ -206,56 +271,29 @@ def topk_router(
         IndexError: given_ids outside [0, E) (always on CPU; on CUDA with ``MOE_KERNELS_CHECK=1``).
         TypeError: wrong dtypes.
     """
-    op = "topk_router"
-    check_tensor(op, "logits", logits, 2, "[T, E]")
-    check_dtype(op, "logits", logits, FLOAT_DTYPES)
-    experts = logits.shape[1]
-    check_choice(op, "score_func", score_func, SCORE_FUNCS)
-    check_choice(op, "group_score", group_score, GROUP_SCORES)
-    check_count(op, "top_k", top_k)
-    if not 1 <= top_k <= experts:
-        raise ValueError(f"{op}: top_k must be in [1, E = {experts}]; got {top_k}")
-    check_count(op, "candidates", candidates)
-    columns = top_k + candidates
-    if columns > experts:
-        raise ValueError(
-            f"{op}: candidates must be at most E - top_k = {experts - top_k}; got {candidates}"
-        )
-    _check_groups(experts, columns, num_groups, topk_groups, group_fill)
-    if not abs(route_scale) < math.inf:
-        raise ValueError(f"{op}: route_scale must be finite; got {route_scale}")
-    if correction_bias is not None:
-        check_tensor(op, "correction_bias", correction_bias, 1, "[E]")
-        check_dtype(op, "correction_bias", correction_bias, FLOAT_DTYPES)
-        check_device(op, "logits", logits, "correction_bias", correction_bias)
-        if correction_bias.shape[0] != experts:
-            raise ValueError(
-                f"{op}: correction_bias must be [E] = [{experts}]; got {shape(correction_bias)}"
-            )
-    if token_mask is not None:
-        check_tensor(op, "token_mask", token_mask, 1, "[T]")
-        check_dtype(op, "token_mask", token_mask, (torch.bool,))
-        check_device(op, "logits", logits, "token_mask", token_mask)
-        if token_mask.shape[0] != logits.shape[0]:
-            raise ValueError(
-                f"{op}: token_mask must be [T] = [{logits.shape[0]}]; got {shape(token_mask)}"
-            )
-    if given_ids is not None:
-        check_tensor(op, "given_ids", given_ids, 2, "[T, K]")
-        check_dtype(op, "given_ids", given_ids, INDEX_DTYPES)
-        check_device(op, "logits", logits, "given_ids", given_ids)
-        if given_ids.shape[0] != logits.shape[0] or given_ids.shape[1] != columns:
-            raise ValueError(
-                f"{op}: given_ids must be [T, K] = {[logits.shape[0], columns]}; "
-                f"got {shape(given_ids)}"
-            )
-    return RouterOutput(
-        *_op(
+    arguments = (
+        logits,
+        top_k,
+        score_func,
+        softmax_before_topk,
+        renormalize,
+        correction_bias,
+        num_groups,
+        topk_groups,
+        group_score,
+        group_fill,
+        route_scale,
+        token_mask,
+        given_ids,
+        return_scores,
+        candidates,
+    )
+    found = None if torch.compiler.is_compiling() else _direct(*arguments)
+    if found is None:
+        _check(
             logits,
             top_k,
             score_func,
-            softmax_before_topk,
-            renormalize,
             correction_bias,
             num_groups,
             topk_groups,
@@ -264,7 +302,7 @@ def topk_router(
             route_scale,
             token_mask,
             given_ids,
-            return_scores,
             candidates,
         )
-    )
+        found = _op(*arguments)
+    return RouterOutput(*found)

@@ -29,6 +29,10 @@ def has_group_scales(format: str) -> bool:
     return format in ("int4", "mxfp4")
 
 
+def scales_dtype(format: str) -> torch.dtype:
+    return torch.bfloat16 if has_group_scales(format) else torch.float32
+
+
 def padded_sizes(inner: int, columns: int) -> tuple[int, int]:
     """Groups and tiles."""
     return -(-inner // GROUP), -(-columns // TILE)
@@ -50,6 +54,13 @@ def _inverse(scale: Tensor) -> Tensor:
     return torch.where(inverse.isfinite(), inverse, 0)
 
 
+def _sum_by_halves(values: Tensor) -> Tensor:
+    """[..., 32] to [..., 1], each sum of two halves: an order that is the same everywhere."""
+    while (half := values.shape[-1] // 2) > 0:
+        values = values[..., :half] + values[..., half:]
+    return values
+
+
 def _int4(values: Tensor) -> tuple[Tensor, Tensor]:
     """Codes 0 to 15 of values [..., 32], 8 more than their integer, and scales [..., 1].
 
@@ -61,7 +72,7 @@ def _int4(values: Tensor) -> tuple[Tensor, Tensor]:
     for share in _SHARES:
         scale = (extreme * (share / -8)).bfloat16().float()
         codes = (values * _inverse(scale)).round_().clamp_(-8, 7)
-        error = (codes * scale - values).square_().sum(-1, keepdim=True)
+        error = _sum_by_halves((codes * scale - values).square_())
         better = error < best_error if best_error is not None else torch.ones_like(error).bool()
         best_error = error if best_error is None else torch.minimum(error, best_error)
         best_scale = torch.where(better, scale, best_scale)
@@ -128,6 +139,32 @@ def quantize_expert(weight: Tensor, format: str) -> tuple[Tensor, Tensor]:
         codes, scales = _columns(values, format)
         codes, scales = codes.view(grouped.shape), scales.view(tiles, 1, TILE)
     return pack_codes(codes, format), scales
+
+
+def quantize_experts(weight: Tensor, format: str) -> tuple[Tensor, Tensor]:
+    """Codes and scales of [E, Kd, N], which must be finite in float32."""
+    codes_shape, scales_shape = code_shapes(format, *weight.shape)
+    codes = weight.new_empty(codes_shape, dtype=torch.uint8)
+    scales = weight.new_empty(scales_shape, dtype=scales_dtype(format))
+    for e, expert in enumerate(weight.unbind(0)):
+        if not bool(expert.float().isfinite().all()):
+            raise ValueError(f"quantize_experts: weight must be finite; expert {e} is not")
+        codes[e], scales[e] = quantize_expert(expert, format)
+    return codes, scales
+
+
+def experts_from_mxfp4(blocks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a checkpoint's blocks [E, N, G, 16] and scales [E, N, G]."""
+    experts, columns, groups = scales.shape
+    full = padded_sizes(GROUP, columns)[1] * TILE
+    codes = blocks.new_zeros(experts, full, groups, GROUP)
+    codes[:, :columns, :, 0::2] = blocks & 15
+    codes[:, :columns, :, 1::2] = blocks >> 4
+    # The exponent's bits of bfloat16 are those of e8m0; its zero means a subnormal number.
+    bits = scales.new_zeros(experts, full, groups, dtype=torch.int16)
+    bits[:, :columns] = torch.where(scales == 0, 0x40, scales.to(torch.int16) << 7)
+    tiled = bits.view(experts, full // TILE, TILE, groups).mT.contiguous()
+    return pack_codes(codes, "mxfp4"), tiled.view(torch.bfloat16)
 
 
 def dequantize(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import moe_kernels
 from moe_kernels import _C, reference
+from moe_kernels.reference import quantized_experts
 from moe_kernels.reference.quantized_experts import FORMATS
 from tests.conftest import Implementation
 from tests.kernels.accuracy import assert_accurate, gradients
@@ -97,6 +98,57 @@ def test_fused_experts_quantized(tokens: int, format: str, dtype: torch.dtype) -
     inputs["topk_ids"] = torch.randint(-1, 3, (tokens, 2))
     inputs["topk_weights"] = torch.rand(tokens, 2)
     check_quantized(inputs, format, interleaved=tokens == 7)
+
+
+def _weights_to_round(dtype: torch.dtype) -> Tensor:
+    """Ordinary columns, and whatever makes a scale or a rounding special."""
+    weight = torch.randn(2, 99, 67, dtype=torch.float64)
+    weight[:, :, 1] = 0
+    weight[:, :, 2] = -0.0
+    weight[:, :, 3] = (weight[:, :, 3] * 4).round() / 4  # ties
+    weight[:, ::2, 4] = -weight[:, 1::2, 4].abs().amax()  # two of the largest magnitude
+    weight[:, 1::2, 4] = weight[:, 1::2, 4].abs().amax()
+    for column, size in enumerate((1e-45, 1e-40, 3e-38, 1e-36, 1e-20, 1e20, 5e37), 5):
+        weight[:, :, column] *= size
+    weight[:, :, 12] *= 2.0 ** torch.randint(-30, 30, (2, 99))
+    weight[0, 40, 13] = torch.finfo(dtype).max if dtype != torch.float64 else 3e38
+    weight[0, 41, 14] = 2.0**-6 / 448 * weight[0, :, 14].abs().amax()
+    weight[:, :, 15] = torch.randint(-8, 8, (2, 99))
+    return weight.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("format", FORMATS)
+def test_quantising_is_the_definition_bit_for_bit(format: str, dtype: torch.dtype) -> None:
+    weight = _weights_to_round(dtype)
+    codes, scales = quantized_experts.quantize_experts(weight, format)
+    padded = torch.full((3, 200, 140), torch.nan, dtype=dtype)
+    layouts = [
+        weight,
+        weight.mT.contiguous().mT,
+        padded[:2, 2:200:2, 1:68],
+        padded[1:, :99, 5:139:2],
+    ]
+    for layout in layouts:
+        found = moe_kernels.quantize_experts(layout.copy_(weight), format)
+        assert torch.equal(found.codes, codes)
+        bits = torch.int32 if scales.dtype == torch.float32 else torch.int16
+        assert torch.equal(found.scales.view(bits), scales.view(bits))
+    one = moe_kernels.quantize_experts(weight[:1].expand(3, -1, -1), format)
+    assert torch.equal(one.codes, codes[:1].expand_as(one.codes))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("format", FORMATS)
+def test_quantising_finds_what_is_not_finite(format: str, dtype: torch.dtype) -> None:
+    values = [torch.inf, -torch.inf, torch.nan] + [1e39] * (dtype == torch.float64)
+    for value in values:
+        for expert, k, column in ((2, 0, 0), (1, 33, 17), (0, 98, 66)):
+            weight = torch.randn(3, 99, 67).to(dtype)
+            weight[expert, k, column] = weight[2, 50, 30] = value
+            for stored in (weight, weight.mT.contiguous().mT):
+                with pytest.raises(ValueError, match=f"must be finite; expert {expert} is not"):
+                    moe_kernels.quantize_experts(stored, format)
 
 
 def test_quantised_sums_are_the_same_on_all() -> None:

@@ -14,7 +14,7 @@ import moe_kernels
 from moe_kernels import QuantizedExperts, quantize_experts, reference
 from moe_kernels.ops.expert_activation import resolve_activation
 from moe_kernels.reference import ACTIVATIONS, is_gated
-from moe_kernels.reference.quantized_experts import FORMATS
+from moe_kernels.reference.quantized_experts import FORMATS, experts_from_mxfp4
 from tests.conftest import GPU, HAS_GPU, poisoned_memory
 from tests.kernels.accuracy import assert_accurate, frobenius_error, torch_experts
 from tests.kernels.routing import SHAPES
@@ -175,6 +175,13 @@ def test_mxfp4_of_a_checkpoint() -> None:
     values = torch.stack([line[(blocks & 15).long()], line[(blocks >> 4).long()]], -1).flatten(3)
     expected = (values * torch.exp2(scales.double() - 127)[..., None]).flatten(2).mT
     assert torch.equal(packed.dequantize(torch.float64), expected)
+    wider = torch.zeros(2, 19, 3, 32, dtype=torch.uint8)
+    wider[..., ::2] = blocks
+    for stored in ((blocks, scales), (wider[..., ::2], scales.mT.contiguous().mT)):
+        found = moe_kernels.experts_from_mxfp4(*stored)
+        codes, powers = experts_from_mxfp4(*stored)
+        assert torch.equal(found.codes, codes)
+        assert torch.equal(found.scales.view(torch.int16), powers.view(torch.int16))
     middle = moe_kernels.experts_from_mxfp4(blocks, scales // 8 + 112)
     again = quantize_experts(middle.dequantize(), "mxfp4")
     assert torch.equal(again.dequantize(), middle.dequantize())

@@ -75,6 +75,14 @@ def _op_samples(device: torch.device) -> dict[str, tuple[Any, tuple[Any, ...]]]:
             ops.grouped_gemm_dbias,
             (rows.detach(), order.offsets, torch.float32),
         ),
+        "quantize_experts": (ops.quantize_experts, (case["down"].detach(), "int4")),
+        "experts_from_mxfp4": (
+            ops.experts_from_mxfp4,
+            (
+                torch.randint(0, 256, (2, 19, 3, 16), dtype=torch.uint8, device=device),
+                torch.randint(0, 255, (2, 19, 3), dtype=torch.uint8, device=device),
+            ),
+        ),
         "quantize_rows": (ops.quantize_rows, (rows.detach(), float8, 32, True)),
         "quantize_weights": (
             ops.quantize_weights,
@@ -149,6 +157,8 @@ OPCHECKED = (
     "grouped_gemm_wgrad",
     "grouped_gemm_wgrad_",
     "grouped_gemm_dbias",
+    "quantize_experts",
+    "experts_from_mxfp4",
     "quantize_rows",
     "quantize_weights",
     "dequantize_rows",
