@@ -46,7 +46,7 @@ test-sanitizers: export CXXFLAGS := -O1 -g1 -fno-omit-frame-pointer -fsanitize=a
 	-fno-sanitize-recover=undefined
 test-sanitizers: $(ENVIRONMENT)
 	$(PY) setup.py --quiet build --debug --build-base=build/sanitized-base --build-lib=$(SANITIZED)
-	@ln -sfn $(CURDIR)/tests $(CURDIR)/pyproject.toml $(SANITIZED)
+	@ln -sfn $(addprefix $(CURDIR)/,tests benchmarks pyproject.toml) $(SANITIZED)
 	cd $(SANITIZED) && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 		$(PYTEST) --capture=sys -k "cpu or gradcheck" -m "not slow" tests/kernels $(ARGS)

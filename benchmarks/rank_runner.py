@@ -201,7 +201,8 @@ def _together(truths: Sequence[Truth], found: Sequence[Mapping[str, Tensor]], na
     """The truth of results that follow each other."""
     ends = list(accumulate(len(results[name]) for results in found))
     rows = [truth.rows + start for truth, start in zip(truths, [0, *ends], strict=False)]
-    return Truth(torch.cat(rows), torch.cat([truth.values for truth in truths]))
+    independent = sum(truth.independent or truth.values.numel() for truth in truths)
+    return Truth(torch.cat(rows), torch.cat([truth.values for truth in truths]), independent)
 
 
 def _try(op: Op, provider: Provider, case: Case, training: bool) -> tuple[Contender, Loop | None]:

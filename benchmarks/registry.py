@@ -105,10 +105,14 @@ class Cost:
 
 @dataclass(frozen=True)
 class Truth:
-    """Right values, float64, of some rows (entries of dim 0) of an output or a gradient."""
+    """Right values, float64, of some rows (entries of dim 0) of an output or a gradient.
+
+    ``independent`` is how many of the values have an error of their own; none means all of them.
+    """
 
     rows: Tensor
     values: Tensor
+    independent: int | None = None
 
 
 def autograd_backward(outputs: Output, inputs: Inputs) -> None:

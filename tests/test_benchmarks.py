@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from benchmarks import results
+from benchmarks.accuracy import judge
 from benchmarks.cli import main
 from benchmarks.limits import Limits
 from benchmarks.ops import OPS
 from benchmarks.providers import LIMITS, OURS, PROVIDERS
-from benchmarks.registry import Case, Implementation, Inputs, Output, Shape
+from benchmarks.registry import Case, Implementation, Inputs, Output, Shape, Truth
 from benchmarks.routing import ROUTINGS, make_topk_ids
 from tests.conftest import GPU, HAS_GPU
 
@@ -154,6 +155,28 @@ def test_a_wrong_result_has_no_time(
         assert reason in row["void"]
         assert row["ms"] is row["ms_min"] is row["tflops"] is row["over_floor"] is None
     assert all(row["ms"] for row in rows_of(found, provider="torch"))
+
+
+@pytest.mark.parametrize(
+    ("values", "independent", "wrong"),
+    [(1, None, 20), (10, None, 10), (2000, 8, 10), (2000, None, 2)],
+)
+def test_luck_of_a_small_sample_is_no_error(
+    values: int, independent: int | None, wrong: float
+) -> None:
+    """Equal chains pass whatever the draw, and one with ``wrong`` times the error does not."""
+
+    def verdict(factor: float) -> str:
+        right = torch.randn(1, values, dtype=torch.float64)
+        drawn = torch.randn(2, independent or values, dtype=torch.float64)
+        noise = 4e-3 * drawn.repeat_interleave(-(-values // drawn.shape[1]), 1)[:, :values]
+        truth = {"y": Truth(torch.zeros(1, dtype=torch.int64), right, independent)}
+        theirs = judge({"y": (right * (1 + noise[:1])).bfloat16()}, truth)
+        ours = judge({"y": (right * (1 + factor * noise[1:])).bfloat16()}, truth)
+        return ours.verdict(theirs)
+
+    assert [verdict(1) for _ in range(100)] == [""] * 100
+    assert sum("error of y" in verdict(wrong) for _ in range(20)) > 10
 
 
 @pytest.mark.usefixtures("given_limits")

@@ -119,7 +119,11 @@ def _truth(case: Case, index: int, gradients: bool) -> Mapping[str, Truth]:
         y, of = _definition(case, inputs, tokens, busy, True)
         wanted = [of[name] for name in case.weights]
         grads = torch.autograd.grad(y, wanted, inputs["grad"][tokens].double())
-        found |= {name: Truth(busy, grad) for name, grad in zip(case.weights, grads, strict=True)}
+        slots = int(torch.isin(inputs["topk_ids"], busy).sum())
+        for name, grad in zip(case.weights, grads, strict=True):
+            # of few tokens: a sum of few outer products, whose factors have the errors
+            independent = min(grad.numel(), slots * sum(grad.shape[1:]))
+            found[name] = Truth(busy, grad, independent)
     return found
 
 

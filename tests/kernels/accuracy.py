@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks.accuracy import spread
 from moe_kernels.reference.expert_activation import split_gate_up
 
 
@@ -38,8 +39,8 @@ def assert_accurate(name: str, actual: Tensor, truth: Tensor, yardstick: Tensor)
     """Our error is at most 1.5 times the yardstick's, and no single row stands out.
 
     Both may have a few roundings in a row, which a small sample of the yardstick may by luck not
-    show: errors estimated from n values scatter by n ** -0.5. The worst of many rows scatters more
-    than their sum, so it may be three times as far: a row that is wrong is a hundred times as far.
+    show (see ``spread``). The worst of many rows scatters more than their sum, so it may be three
+    times as far: a row that is wrong is a hundred times as far.
     """
     assert actual.shape == truth.shape, f"{name}: {actual.shape} is not {truth.shape}"
     assert actual.dtype == yardstick.dtype, f"{name}: {actual.dtype} is not {yardstick.dtype}"
@@ -49,7 +50,7 @@ def assert_accurate(name: str, actual: Tensor, truth: Tensor, yardstick: Tensor)
         assert actual.double().norm() == 0, f"{name} must be zero"
         return
     rounding = torch.finfo(yardstick.dtype).eps * (0.5 if yardstick.element_size() == 2 else 2)
-    scatter = 1 + 4 / truth.numel() ** 0.5
+    scatter = 1 + spread(truth.numel())
     for measure, factor in ((frobenius_error, 1.5), (worst_row_error, 3.0)):
         ours, theirs = measure(actual, truth), measure(yardstick, truth)
         limit = factor * scatter * max(theirs, rounding)

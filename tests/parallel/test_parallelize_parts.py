@@ -156,11 +156,7 @@ CASES = [
     Case("repeated, selective", parts(BALANCED, depths=2, repeated=True), SELECTIVE_AC, UNEVEN, 2),
     Case("holders, moe", parts(holders=True, optimizations=True), RESHARD | ROUTER_AC, {}, 2),
     Case("frozen router", parts({"train_gate": False}), FULL_AC | INNER_ROOT),
-]
-if hasattr(torch.distributed.fsdp.FSDPModule, "set_reduce_scatter_unused_params"):  # from 2.13
-    tower = parts(tower=True, optimizations=True)
-    CASES.append(Case("tower used by some ranks", tower, RESHARD, {}, 3))
-CASES += [
+    Case("tower used by some ranks", parts(tower=True, optimizations=True), RESHARD, {}, 3),
     Case("frozen tower", parts(frozen_tower=True)),
     Case("model within a model, tied", parts(within=True, tied=True), RESHARD | ROUTER_AC),
 ]
