@@ -59,7 +59,8 @@ std::shared_ptr<Dispatcher> make_dispatcher(const std::string& group, int64_t ra
                                                         .shared_memory = std::move(shared_memory),
                                                         .on_gpus = std::move(on_gpus),
                                                         .dispatches = {},
-                                                        .combines = {}},
+                                                        .combines = {},
+                                                        .failure = {}},
                                          forget);
   registry.dispatchers[name] = dispatcher;
   return dispatcher;

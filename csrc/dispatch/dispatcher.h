@@ -34,6 +34,23 @@ struct Tokens {
   std::optional<at::Tensor> extra;  // [T, ...] of any dtype: travels with x, without gradient
 };
 
+// The first of several errors. From any thread.
+class FirstError {
+ public:
+  void set(const std::string& error) const {
+    const std::lock_guard lock(mutex_);
+    if (text_.empty()) text_ = error;
+  }
+  std::string get() const {
+    const std::lock_guard lock(mutex_);
+    return text_;
+  }
+
+ private:
+  mutable std::mutex mutex_;
+  mutable std::string text_;
+};
+
 // What a transport has begun: calling it, once, ends it.
 template <typename Result>
 using Ending = std::function<Result()>;
@@ -97,6 +114,7 @@ struct Dispatcher {
 
   Begun<Arrived> dispatches;
   Begun<at::Tensor> combines;
+  FirstError failure;  // of c10d's exchanges; shared memory has its own, of the group
 
   int64_t experts() const { return placement.experts(); }
   // A number for the group, the same within this process.

@@ -36,7 +36,13 @@ class Exchange {
         owner_(std::move(dispatcher)),
         dispatcher_(*owner_),
         group_(c10d::resolve_process_group(dispatcher_.group)),
-        timeout_(static_cast<int64_t>(std::ceil(dispatcher_.timeout * 1000))) {}
+        timeout_(static_cast<int64_t>(std::ceil(dispatcher_.timeout * 1000))) {
+    const std::string cause = dispatcher_.failure.get();
+    TORCH_CHECK_WITH(
+        DistBackendError, cause.empty(), to_string(phase), ": this dispatcher of group '",
+        dispatcher_.group,
+        "' is of no use after an error; start the ranks again. The first error was: ", cause);
+  }
 
   // An exchange under way. It keeps its tensors; the group does too, should it be dropped.
   class Pending {
@@ -147,6 +153,7 @@ class Exchange {
          << dispatcher_.rank << " of " << dispatcher_.ranks << " in group '" << dispatcher_.group
          << "'. A rank has died, is stuck, or has not made this call: every rank of the group must "
          << "make the same calls in the same order. The backend says: " << reason;
+    dispatcher_.failure.set(text.str());
     TORCH_CHECK_WITH(DistBackendError, false, text.str());
   }
 
