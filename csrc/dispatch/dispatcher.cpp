@@ -31,6 +31,15 @@ struct Registry {
   }
 };
 
+int64_t tag_of(const Dispatcher& dispatcher, const int64_t* numbers) {
+  auto tag = static_cast<uint64_t>(dispatcher.group_tag());
+  for (int64_t i = 0; i < 2 * dispatcher.ranks + 1; ++i) {
+    tag = (tag ^ static_cast<uint64_t>(numbers[i])) * 0x100000001b3;
+    tag ^= tag >> 29;
+  }
+  return static_cast<int64_t>(tag);
+}
+
 }  // namespace
 
 std::shared_ptr<Dispatcher> make_dispatcher(const std::string& group, int64_t rank, int64_t ranks,
@@ -122,12 +131,12 @@ void forget_joined(const std::string& group) {
 
 Plan Plan::read(Phase phase, const Dispatcher& dispatcher, const Tensor& plan) {
   const int64_t ranks = dispatcher.ranks;
-  TORCH_CHECK_VALUE(plan.is_cpu() && plan.scalar_type() == at::kLong && plan.is_contiguous() &&
-                        plan.dim() == 1 && plan.size(0) == 2 * ranks + 2 &&
-                        plan.const_data_ptr<int64_t>()[2 * ranks + 1] == dispatcher.group_tag(),
-                    to_string(phase), ": the handle must be that of a dispatch in group '",
-                    dispatcher.group, "'; use the dispatcher that made it");
-  const int64_t* const begin = plan.const_data_ptr<int64_t>();
+  const bool right = plan.is_cpu() && plan.scalar_type() == at::kLong && plan.is_contiguous() &&
+                     plan.dim() == 1 && plan.size(0) == 2 * ranks + 2;
+  const int64_t* const begin = right ? plan.const_data_ptr<int64_t>() : nullptr;
+  TORCH_CHECK_VALUE(right && begin[2 * ranks + 1] == tag_of(dispatcher, begin), to_string(phase),
+                    ": the handle must be that of a dispatch in group '", dispatcher.group,
+                    "'; use the dispatcher that made it, and the handle as it made it");
   return {{begin, begin + ranks}, {begin + ranks, begin + 2 * ranks}, begin[2 * ranks]};
 }
 
@@ -137,7 +146,7 @@ Tensor Plan::write(const Dispatcher& dispatcher) const {
   out = std::copy(sent.begin(), sent.end(), out);
   out = std::copy(received.begin(), received.end(), out);
   out[0] = dispatch;
-  out[1] = dispatcher.group_tag();
+  out[1] = tag_of(dispatcher, plan.const_data_ptr<int64_t>());
   return plan;
 }
 

@@ -145,12 +145,13 @@ std::optional<Joined> recall_joined(const std::string& group);
 void forget_joined(const std::string& group);
 
 // The rows of a dispatch, by rank, and its number. As a tensor: plan [2 P + 2] int64 on the CPU,
-// rows sent to each rank, those received from each, the number, and the tag of the group.
+// rows sent to each rank, those received from each, the number, and a tag that tells them and their
+// group from others: sizes that were changed would read and write what is not theirs.
 struct Plan {
   std::vector<int64_t> sent, received;
   int64_t dispatch = -1;
 
-  // ValueError unless it is one of the dispatcher's group.
+  // ValueError unless it is one of the dispatcher's group, as write() made it.
   static Plan read(Phase phase, const Dispatcher& dispatcher, const at::Tensor& plan);
   at::Tensor write(const Dispatcher& dispatcher) const;
 };
