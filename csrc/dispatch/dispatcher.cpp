@@ -227,7 +227,9 @@ Tensor as_bytes(const Tensor& extra) {
   // Zero bytes cannot be viewed as such.
   if (tokens == 0 || bytes == 0)
     return at::empty({tokens, bytes}, extra.options().dtype(at::kByte));
-  return extra.contiguous().view({tokens, -1}).view(at::kByte);
+  // A dimension of one element has any stride in what is contiguous, but not in a view of bytes.
+  const int64_t elements = bytes / extra.element_size();
+  return extra.contiguous().as_strided({tokens, elements}, {elements, 1}).view(at::kByte);
 }
 
 Tensor from_bytes(const Tensor& bytes, const Tensor& extra) {

@@ -240,7 +240,13 @@ struct Returning {
 
   Returning(const Exchange& exchange, const Plan& plan, const char* what, const Tensor& values)
       : rows(at::empty({sum(plan.sent), values.size(1)}, values.options())),
-        pending(exchange.start(what, rows, values.contiguous(), plan.sent, plan.received)) {}
+        pending(exchange.start(what, rows, dense(values), plan.sent, plan.received)) {}
+
+  // Contiguous, with the strides of its sizes: one column may have any, a view of bytes may not.
+  static Tensor dense(const Tensor& values) {
+    const int64_t width = values.size(1);
+    return values.contiguous().as_strided(values.sizes(), {width, 1});
+  }
 };
 
 Ending<Tensor> combine(const DispatcherRef& owner, const Tensor& y, const Tensor& slot_rows,

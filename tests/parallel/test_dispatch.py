@@ -237,6 +237,26 @@ def _payloads(rank: int, ranks: int, way: str) -> None:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_any_rows_travel_with_the_tokens(ranks: int, way: str) -> None:
+def _one_element(rank: int, ranks: int, way: str) -> None:
+    """A dimension of one element may have any stride, and be contiguous."""
+    dispatcher = dispatcher_of(way, 2)
+    x = (torch.arange(7.0) + rank)[None, ::7]
+    extra = torch.arange(9).view(3, 3)[:1, 1]
+    assert x.stride(-1) == 7
+    assert extra.stride(-1) == 3
+    tokens = dispatcher.dispatch(x, torch.tensor([[1 - rank]]), torch.ones(1, 1), extra=extra)
+    assert tokens.extra is not None
+    assert tokens.extra.tolist() == [1]
+    rows = (torch.arange(7.0) + tokens.x.item())[None, ::7]
+    assert rows.stride(-1) == 7
+    assert dispatcher.combine(rows, tokens.handle).item() == rank
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_one_element_may_have_any_stride(way: str) -> None:
+    run_ranks(2, _one_element, way)
+
+
     run_ranks(ranks, _payloads, way)
 
 
