@@ -215,9 +215,8 @@ Ending<Result> begin(Phase phase, const DispatcherRef& dispatcher, const Tensor&
   memory->device().mark();
   const auto in_flight =
       std::make_shared<InFlight<Result>>(memory, stream_of(tensor), std::move(rest));
-  memory->set_settle([weak = std::weak_ptr(in_flight)] {
-    if (const auto open = weak.lock()) open->complete();
-  });
+  // Whether or not somebody still waits for it: the others do.
+  memory->set_settle([in_flight] { in_flight->complete(); });
   return [in_flight] { return in_flight->take(); };
 }
 

@@ -88,8 +88,9 @@ std::shared_ptr<Dispatcher> find_dispatcher(const std::string& name) {
 void remember_joined(const std::string& group, Joined joined) {
   Registry& registry = Registry::get();
   const auto process_group = c10d::resolve_process_group(group);
+  decltype(registry.joined)::node_type before;  // goes after the lock: dispatchers may go with it
   const std::lock_guard lock(registry.mutex);
-  registry.joined.erase(group);
+  before = registry.joined.extract(group);
   registry.joined.emplace(
       group,
       std::pair(c10::weak_intrusive_ptr<c10d::ProcessGroup>(process_group), std::move(joined)));

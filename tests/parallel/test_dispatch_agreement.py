@@ -268,6 +268,30 @@ def test_one_rank_with_wrong_arguments_leaves_nobody_waiting(way: str) -> None:
         assert part in message
 
 
+def _one_differentiates(rank: int, ranks: int, way: str) -> list[tuple[str, str]]:
+    copied = dispatcher_of(way, 3, placement=[[0, 1], 0, 1])
+    case = make_case(1, rank, 9, 6, 2, 3)
+    x = case.x.clone().requires_grad_(rank == 1)
+    float8 = case.x.float().to(torch.float8_e4m3fn).requires_grad_(rank == 1)
+    results = [
+        raised(copied.dispatch, x, case.ids, case.weights),
+        raised(lambda: copied.dispatch_async(x, case.ids, case.weights).wait()),
+        raised(copied.dispatch, float8, case.ids, case.weights),
+    ]
+    copied.dispatch(case.x, case.ids, case.weights)
+    return results
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_one_rank_alone_cannot_differentiate_leaves_nobody_waiting(way: str) -> None:
+    good, bad = run_ranks(2, _one_differentiates, way)
+    for (kind, message), (bad_kind, bad_message) in zip(good, bad, strict=True):
+        assert kind == "RuntimeError", message
+        assert "rank 1 of group '0' found an error in its own arguments" in message
+        assert bad_kind == "ValueError"
+        assert "copies of experts are for inference" in bad_message or "has no grad" in bad_message
+
+
 @pytest.mark.parametrize("way", WAYS[:2])
 def test_a_result_of_the_wrong_size_is_refused_where_it_is(way: str) -> None:
     (good, _), (bad, _) = run_ranks(2, _mismatch, "rows", way)

@@ -322,6 +322,11 @@ void PeerMemory::close() {
     retired_.push_back(std::move(staging_));
     for (const Staging& memory : retired_) close_all(memory.peers);
     communicator_->close();
+    {
+      std::function<void()> open;  // a call that is open keeps this
+      const std::lock_guard lock(mutex_);
+      open.swap(settle_);
+    }
     const auto deadline = shm::Clock::now() + kFarewell;
     while (!communicator_->all_left() && shm::Clock::now() < deadline) {
       std::this_thread::sleep_for(std::chrono::milliseconds(1));
