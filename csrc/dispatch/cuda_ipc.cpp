@@ -159,7 +159,16 @@ class Call {
 
   StageArgs stage(int64_t bytes, bool refused = false) const {
     StageArgs args{};
-    args.link = link(bytes);
+    try {
+      args.link = link(bytes);
+    } catch (const PeerMemory::Unmatched&) {
+      // There is memory for a header, by which all ranks find in what they differ.
+      say_nothing_else(stage(PeerMemory::kRefused));
+      memory().device().synchronize();
+      memory().check(to_string(phase_), /*peers=*/true);
+      throw shm::Error(std::string(to_string(phase_)) + ": the ranks of group '" + owner_->group +
+                       "' need different amounts of staging memory");
+    }
     const Header header = make_header(phase_, terms_, refused);
     std::copy(header.begin(), header.end(), args.header);
     args.header[kRowsField] = on_gpus().capacity;
@@ -174,15 +183,18 @@ class Call {
   int64_t tag() const { return owner_->group_tag() ^ (owner_->number << 1); }
 
   // Says to the other ranks that this one has an error in its arguments.
-  void refuse() const {
-    memory().device().launch(stage(PeerMemory::kRefused, true));
+  void refuse() const { say_nothing_else(stage(PeerMemory::kRefused, true)); }
+
+ private:
+  // A call of a header alone.
+  void say_nothing_else(const StageArgs& header) const {
+    memory().device().launch(header);
     PullArgs pull{};
     pull.link = link(PeerMemory::kRefused);
     pull.by_plan = true;
     memory().device().launch(pull);
   }
 
- private:
   Phase phase_;
   DispatcherRef owner_;
   Terms terms_;

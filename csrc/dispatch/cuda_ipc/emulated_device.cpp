@@ -70,6 +70,7 @@ class EmulatedDevice : public Device {
   }
 
   void upload(char* to, const void* from, size_t bytes) override { std::memcpy(to, from, bytes); }
+  void download(void* to, const char* from, size_t bytes) override { std::memcpy(to, from, bytes); }
   void synchronize() override {}
   bool is_capturing() override { return false; }
   void follow() override {}

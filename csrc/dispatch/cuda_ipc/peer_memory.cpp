@@ -141,6 +141,15 @@ device::Link PeerMemory::link(Phase phase, int64_t parity_bytes, double timeout)
   return link;
 }
 
+// A rank that has posted the call that this one is about to begin does not come to make memory.
+void PeerMemory::check_unmatched() {
+  Control control;
+  device_->download(&control, control_.own, sizeof(control));
+  for (int p = 0; p < communicator_->size(); ++p) {
+    if (p != rank() && control.posts[p].epoch > control.state.epoch) throw Unmatched();
+  }
+}
+
 // All ranks come here in the same call, for they need the same. What the old memory was for is over
 // on all of them once they have met.
 void PeerMemory::grow(Phase phase, int64_t parity_bytes, double timeout) {
@@ -159,7 +168,7 @@ void PeerMemory::grow(Phase phase, int64_t parity_bytes, double timeout) {
     bool keep = false, refused = false;
     std::string refusal;
     for (int p = 0; p < communicator_->size(); ++p) {
-      const Message& theirs = call.receive(p, Stage::kHeader);
+      const Message& theirs = call.receive(p, Stage::kHeader, [this] { check_unmatched(); });
       keep = keep || theirs.words[1] != 0;
       if (theirs.words[0] == bytes || !refusal.empty()) continue;
       refused = theirs.words[0] == kRefused;
@@ -193,6 +202,9 @@ void PeerMemory::grow(Phase phase, int64_t parity_bytes, double timeout) {
     }
     captured_ = false;
   } catch (const c10::Error&) {
+    throw;
+  } catch (const Unmatched&) {
+    call.finish();
     throw;
   } catch (const std::exception& error) {
     call.abandon(error.what());
