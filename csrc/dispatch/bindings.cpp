@@ -24,6 +24,12 @@ std::shared_ptr<Communicator> make_communicator(int rank, int size, std::string 
   auto communicator = std::make_shared<Communicator>(rank, size, std::move(group));
   // So that Ctrl-C ends a wait.
   communicator->set_interrupt([] {
+  // A thread that waits while the interpreter ends would be ended in the middle of it.
+#if PY_VERSION_HEX >= 0x030d0000
+    if (Py_IsFinalizing()) return;
+#else
+    if (_Py_IsFinalizing()) return;
+#endif
     const py::gil_scoped_acquire gil;
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
   });
@@ -85,7 +91,8 @@ void bind(py::module_& m) {
       .def("connect", &Communicator::connect, "addresses"_a, "timeout"_a,
            py::call_guard<py::gil_scoped_release>(),
            "Join the ranks at these addresses, in their order, within so many seconds.")
-      .def("close", &Communicator::close, "Tell the others that this rank leaves.")
+      .def("close", &Communicator::close, py::call_guard<py::gil_scoped_release>(),
+           "Tell the others that this rank leaves.")
       .def_property_readonly("failure", &Communicator::failure,
                              "Why it is of no further use; empty while it is.")
       .def_property_readonly(
@@ -131,6 +138,13 @@ void bind(py::module_& m) {
           },
           py::call_guard<py::gil_scoped_release>(),
           "Wait for this rank's GPU, and raise what it has reported.")
+      .def(
+          "trim",
+          [](const Dispatcher& dispatcher) {
+            return dispatcher.shared_memory ? dispatcher.shared_memory->trim() : int64_t{0};
+          },
+          py::call_guard<py::gil_scoped_release>(),
+          "Give receiving memory without rows back to the system; returns the bytes.")
       .def_readonly("name", &Dispatcher::name)
       .def_readonly("ranks", &Dispatcher::ranks);
   m.def("find_dispatcher", &find_dispatcher, "name"_a);

@@ -171,7 +171,16 @@ class Call {
 
   StageArgs stage(int64_t bytes, bool refused = false) const {
     StageArgs args{};
-    args.link = link(bytes);
+    try {
+      args.link = link(bytes);
+    } catch (const PeerMemory::Unmatched&) {
+      // There is memory for a header, by which all ranks find in what they differ.
+      say_nothing_else(stage(PeerMemory::kRefused));
+      memory().device().synchronize();
+      memory().check(to_string(phase_), /*peers=*/true);
+      throw shm::Error(std::string(to_string(phase_)) + ": the ranks of group '" + owner_->group +
+                       "' need different amounts of staging memory");
+    }
     const Header header = make_header(phase_, terms_, refused);
     std::copy(header.begin(), header.end(), args.header);
     args.header[kRowsField] = on_gpus().capacity;
@@ -186,8 +195,12 @@ class Call {
   int64_t tag() const { return owner_->group_tag() ^ (owner_->number << 1); }
 
   // Says to the other ranks that this one has an error in its arguments.
-  void refuse() const {
-    memory().device().launch(stage(PeerMemory::kRefused, true));
+  void refuse() const { say_nothing_else(stage(PeerMemory::kRefused, true)); }
+
+ private:
+  // A call of a header alone.
+  void say_nothing_else(const StageArgs& header) const {
+    memory().device().launch(header);
     PullArgs pull{};
     pull.link = link(PeerMemory::kRefused);
     pull.by_plan = true;
@@ -195,7 +208,6 @@ class Call {
     memory().device().mark();
   }
 
- private:
   Phase phase_;
   DispatcherRef owner_;
   Terms terms_;
@@ -241,9 +253,8 @@ Ending<Result> begin(Phase phase, const DispatcherRef& dispatcher, const Tensor&
   });
   const auto in_flight =
       std::make_shared<InFlight<Result>>(memory, stream_of(tensor), std::move(rest));
-  memory->set_settle([weak = std::weak_ptr(in_flight)] {
-    if (const auto open = weak.lock()) open->complete();
-  });
+  // Whether or not somebody still waits for it: the others do.
+  memory->set_settle([in_flight] { in_flight->complete(); });
   return [in_flight] { return in_flight->take(); };
 }
 

@@ -31,6 +31,15 @@ struct Registry {
   }
 };
 
+int64_t tag_of(const Dispatcher& dispatcher, const int64_t* numbers) {
+  auto tag = static_cast<uint64_t>(dispatcher.group_tag());
+  for (int64_t i = 0; i < 2 * dispatcher.ranks + 1; ++i) {
+    tag = (tag ^ static_cast<uint64_t>(numbers[i])) * 0x100000001b3;
+    tag ^= tag >> 29;
+  }
+  return static_cast<int64_t>(tag);
+}
+
 }  // namespace
 
 std::shared_ptr<Dispatcher> make_dispatcher(const std::string& group, int64_t rank, int64_t ranks,
@@ -59,7 +68,8 @@ std::shared_ptr<Dispatcher> make_dispatcher(const std::string& group, int64_t ra
                                                         .shared_memory = std::move(shared_memory),
                                                         .on_gpus = std::move(on_gpus),
                                                         .dispatches = {},
-                                                        .combines = {}},
+                                                        .combines = {},
+                                                        .failure = {}},
                                          forget);
   registry.dispatchers[name] = dispatcher;
   return dispatcher;
@@ -78,8 +88,9 @@ std::shared_ptr<Dispatcher> find_dispatcher(const std::string& name) {
 void remember_joined(const std::string& group, Joined joined) {
   Registry& registry = Registry::get();
   const auto process_group = c10d::resolve_process_group(group);
+  decltype(registry.joined)::node_type before;  // goes after the lock: dispatchers may go with it
   const std::lock_guard lock(registry.mutex);
-  registry.joined.erase(group);
+  before = registry.joined.extract(group);
   registry.joined.emplace(
       group,
       std::pair(c10::weak_intrusive_ptr<c10d::ProcessGroup>(process_group), std::move(joined)));
@@ -121,12 +132,12 @@ void forget_joined(const std::string& group) {
 
 Plan Plan::read(Phase phase, const Dispatcher& dispatcher, const Tensor& plan) {
   const int64_t ranks = dispatcher.ranks;
-  TORCH_CHECK_VALUE(plan.is_cpu() && plan.scalar_type() == at::kLong && plan.is_contiguous() &&
-                        plan.dim() == 1 && plan.size(0) == 2 * ranks + 2 &&
-                        plan.const_data_ptr<int64_t>()[2 * ranks + 1] == dispatcher.group_tag(),
-                    to_string(phase), ": the handle must be that of a dispatch in group '",
-                    dispatcher.group, "'; use the dispatcher that made it");
-  const int64_t* const begin = plan.const_data_ptr<int64_t>();
+  const bool right = plan.is_cpu() && plan.scalar_type() == at::kLong && plan.is_contiguous() &&
+                     plan.dim() == 1 && plan.size(0) == 2 * ranks + 2;
+  const int64_t* const begin = right ? plan.const_data_ptr<int64_t>() : nullptr;
+  TORCH_CHECK_VALUE(right && begin[2 * ranks + 1] == tag_of(dispatcher, begin), to_string(phase),
+                    ": the handle must be that of a dispatch in group '", dispatcher.group,
+                    "'; use the dispatcher that made it, and the handle as it made it");
   return {{begin, begin + ranks}, {begin + ranks, begin + 2 * ranks}, begin[2 * ranks]};
 }
 
@@ -136,7 +147,7 @@ Tensor Plan::write(const Dispatcher& dispatcher) const {
   out = std::copy(sent.begin(), sent.end(), out);
   out = std::copy(received.begin(), received.end(), out);
   out[0] = dispatch;
-  out[1] = dispatcher.group_tag();
+  out[1] = tag_of(dispatcher, plan.const_data_ptr<int64_t>());
   return plan;
 }
 
@@ -217,7 +228,9 @@ Tensor as_bytes(const Tensor& extra) {
   // Zero bytes cannot be viewed as such.
   if (tokens == 0 || bytes == 0)
     return at::empty({tokens, bytes}, extra.options().dtype(at::kByte));
-  return extra.contiguous().view({tokens, -1}).view(at::kByte);
+  // A dimension of one element has any stride in what is contiguous, but not in a view of bytes.
+  const int64_t elements = bytes / extra.element_size();
+  return extra.contiguous().as_strided({tokens, elements}, {elements, 1}).view(at::kByte);
 }
 
 Tensor from_bytes(const Tensor& bytes, const Tensor& extra) {

@@ -34,6 +34,23 @@ struct Tokens {
   std::optional<at::Tensor> extra;  // [T, ...] of any dtype: travels with x, without gradient
 };
 
+// The first of several errors. From any thread.
+class FirstError {
+ public:
+  void set(const std::string& error) const {
+    const std::lock_guard lock(mutex_);
+    if (text_.empty()) text_ = error;
+  }
+  std::string get() const {
+    const std::lock_guard lock(mutex_);
+    return text_;
+  }
+
+ private:
+  mutable std::mutex mutex_;
+  mutable std::string text_;
+};
+
 // What a transport has begun: calling it, once, ends it.
 template <typename Result>
 using Ending = std::function<Result()>;
@@ -97,6 +114,7 @@ struct Dispatcher {
 
   Begun<Arrived> dispatches;
   Begun<at::Tensor> combines;
+  FirstError failure;  // of c10d's exchanges; shared memory has its own, of the group
 
   int64_t experts() const { return placement.experts(); }
   // A number for the group, the same within this process.
@@ -127,12 +145,13 @@ std::optional<Joined> recall_joined(const std::string& group);
 void forget_joined(const std::string& group);
 
 // The rows of a dispatch, by rank, and its number. As a tensor: plan [2 P + 2] int64 on the CPU,
-// rows sent to each rank, those received from each, the number, and the tag of the group.
+// rows sent to each rank, those received from each, the number, and a tag that tells them and their
+// group from others: sizes that were changed would read and write what is not theirs.
 struct Plan {
   std::vector<int64_t> sent, received;
   int64_t dispatch = -1;
 
-  // ValueError unless it is one of the dispatcher's group.
+  // ValueError unless it is one of the dispatcher's group, as write() made it.
   static Plan read(Phase phase, const Dispatcher& dispatcher, const at::Tensor& plan);
   at::Tensor write(const Dispatcher& dispatcher) const;
 };

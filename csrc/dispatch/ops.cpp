@@ -3,9 +3,11 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 
 #include "dispatch/dispatcher.h"
 #include "dispatch/rows.h"
@@ -32,7 +34,17 @@ Outputs outputs_of(Arrived arrived) {
 }
 
 // A ticket travels as a tensor: it is what orders the end of a call after its beginning in a graph.
-Tensor write_ticket(int64_t ticket) { return at::scalar_tensor(ticket, at::kLong); }
+// With the last of it goes what nobody can ask for any more.
+template <typename Result>
+Tensor write_ticket(const std::shared_ptr<Dispatcher>& dispatcher,
+                    Begun<Result> Dispatcher::* begun, Ending<Result> ending) {
+  auto number = std::make_unique<int64_t>((*dispatcher.*begun).keep(std::move(ending)));
+  const auto forget = [weak = std::weak_ptr(dispatcher), begun](void* data) {
+    const std::unique_ptr<int64_t> ticket(static_cast<int64_t*>(data));
+    if (const auto owner = weak.lock()) (*owner.*begun).take(*ticket);
+  };
+  return at::from_blob(number.release(), {}, forget, at::kLong);
+}
 
 template <typename Result>
 Result end_of(Begun<Result>& begun, const char* op, const Tensor& ticket) {
@@ -50,8 +62,8 @@ Outputs dispatch(const Tensor& x, const Tensor& ids, const Tensor& weights,
 Tensor dispatch_start(const Tensor& x, const Tensor& ids, const Tensor& weights,
                       const std::optional<Tensor>& extra, std::string name) {
   const auto dispatcher = find_dispatcher(name);
-  return write_ticket(dispatcher->dispatches.keep(
-      transport_of(*dispatcher, x).dispatch(dispatcher, {x, ids, weights, extra})));
+  return write_ticket(dispatcher, &Dispatcher::dispatches,
+                      transport_of(*dispatcher, x).dispatch(dispatcher, {x, ids, weights, extra}));
 }
 
 Outputs dispatch_finish(const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&,
@@ -67,8 +79,8 @@ Tensor combine(const Tensor& y, const Tensor& slot_rows, const Tensor& plan, std
 Tensor combine_start(const Tensor& y, const Tensor& slot_rows, const Tensor& plan,
                      std::string name) {
   const auto dispatcher = find_dispatcher(name);
-  return write_ticket(dispatcher->combines.keep(
-      transport_of(*dispatcher, y).combine(dispatcher, y, slot_rows, plan)));
+  return write_ticket(dispatcher, &Dispatcher::combines,
+                      transport_of(*dispatcher, y).combine(dispatcher, y, slot_rows, plan));
 }
 
 Tensor combine_finish(const Tensor&, const Tensor&, const Tensor&, const Tensor& ticket,

@@ -55,7 +55,13 @@ class Exchange {
         owner_(std::move(dispatcher)),
         dispatcher_(*owner_),
         group_(c10d::resolve_process_group(dispatcher_.group)),
-        timeout_(static_cast<int64_t>(std::ceil(dispatcher_.timeout * 1000))) {}
+        timeout_(static_cast<int64_t>(std::ceil(dispatcher_.timeout * 1000))) {
+    const std::string cause = dispatcher_.failure.get();
+    TORCH_CHECK_WITH(
+        DistBackendError, cause.empty(), to_string(phase), ": this dispatcher of group '",
+        dispatcher_.group,
+        "' is of no use after an error; start the ranks again. The first error was: ", cause);
+  }
 
   // An exchange under way. It keeps its tensors; the group does too, should it be dropped.
   class Pending {
@@ -171,6 +177,7 @@ class Exchange {
          << dispatcher_.rank << " of " << dispatcher_.ranks << " in group '" << dispatcher_.group
          << "'. A rank has died, is stuck, or has not made this call: every rank of the group must "
          << "make the same calls in the same order. The backend says: " << reason;
+    dispatcher_.failure.set(text.str());
     TORCH_CHECK_WITH(DistBackendError, false, text.str());
   }
 
@@ -258,7 +265,13 @@ struct Returning {
 
   Returning(const Exchange& exchange, const Plan& plan, const char* what, const Tensor& values)
       : rows(at::empty({sum(plan.sent), values.size(1)}, values.options())),
-        pending(exchange.start(what, rows, values.contiguous(), plan.sent, plan.received)) {}
+        pending(exchange.start(what, rows, dense(values), plan.sent, plan.received)) {}
+
+  // Contiguous, with the strides of its sizes: one column may have any, a view of bytes may not.
+  static Tensor dense(const Tensor& values) {
+    const int64_t width = values.size(1);
+    return values.contiguous().as_strided(values.sizes(), {width, 1});
+  }
 };
 
 Ending<Tensor> combine(const DispatcherRef& owner, const Tensor& y, const Tensor& slot_rows,

@@ -11,7 +11,6 @@
 #include <algorithm>
 #include <exception>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <utility>
 
@@ -20,6 +19,7 @@
 #include "dispatch/copy.h"
 #include "dispatch/dispatcher.h"
 #include "dispatch/rows.h"
+#include "dispatch/shared_memory/in_flight.h"
 
 namespace moe::ep {
 namespace {
@@ -30,41 +30,7 @@ using shm::Place;
 using shm::Stage;
 using Block = std::shared_ptr<shm::Heap::Block>;
 using Call = shm::Communicator::Call;
-
-// A call that has begun. It ends when its result is asked for, or when another call of the ranks
-// begins, whichever comes first: so ranks that begin and end alike exchange alike.
-template <typename Result>
-class InFlight {
- public:
-  InFlight(std::shared_ptr<Call> call, Ending<Result> rest)
-      : call_(std::move(call)), rest_(std::move(rest)) {}
-
-  void complete() {
-    const std::lock_guard lock(mutex_);
-    if (!call_) return;
-    try {
-      result_ = rest_();
-      call_->finish();
-    } catch (...) {
-      error_ = std::current_exception();
-    }
-    rest_ = nullptr;
-    call_ = nullptr;
-  }
-
-  Result take() {
-    complete();
-    if (error_) std::rethrow_exception(error_);
-    return std::move(*result_);
-  }
-
- private:
-  std::mutex mutex_;
-  std::shared_ptr<Call> call_;
-  Ending<Result> rest_;
-  std::optional<Result> result_;
-  std::exception_ptr error_;
-};
+using shm::InFlight;
 
 // f(), whose errors end the use of the communicator unless the ranks have agreed on them: the
 // others wait for what will not come.
@@ -95,11 +61,14 @@ template <typename Result, typename F>
 Ending<Result> begin(Phase phase, const DispatcherRef& dispatcher, const F& f) {
   const auto call = new_call(phase, *dispatcher);
   Ending<Result> rest = guarded(*call, [&] { return Ending<Result>(f(*call)); });
-  const auto in_flight =
-      std::make_shared<InFlight<Result>>(call, [call, rest] { return guarded(*call, rest); });
-  dispatcher->shared_memory->set_settle([weak = std::weak_ptr(in_flight)] {
-    if (const auto open = weak.lock()) open->complete();
+  const auto in_flight = std::make_shared<InFlight<Result>>(call, [call, rest] {
+    return guarded(*call, [&] {
+      call->check_usable();  // a fork of the rank has the call too, and the group may be gone
+      return rest();
+    });
   });
+  // Whether or not somebody still waits for it: the others do.
+  dispatcher->shared_memory->set_settle([in_flight] { in_flight->complete(); });
   return [in_flight] { return in_flight->take(); };
 }
 
@@ -212,14 +181,15 @@ Tensor tensor_in(const Block& block, int64_t offset, at::IntArrayRef sizes, at::
 // name, and of this rank at `own`.
 template <typename Byte>
 RowParts<Byte> parts_at(Call& call, const Dispatcher& dispatcher,
-                        const std::vector<int64_t>& rows_by_rank, const std::vector<Places>& places,
-                        int64_t index, Byte* own) {
+                        const std::vector<int64_t>& rows_by_rank, int64_t row_bytes,
+                        const std::vector<Places>& places, int64_t index, Byte* own) {
   RowParts<Byte> parts{{}, first_rows(rows_by_rank)};
   for (int64_t peer = 0; peer < dispatcher.ranks; ++peer) {
     Byte* part = own;
     if (peer != dispatcher.rank) {
-      part = rows_by_rank[peer] == 0 ? nullptr
-                                     : call.at(static_cast<int>(peer), places[peer].at(index));
+      const int64_t rows = rows_by_rank[peer];
+      part = rows == 0 ? nullptr
+                       : call.at(static_cast<int>(peer), places[peer].at(index), rows * row_bytes);
     }
     parts.parts.push_back(part);
   }
@@ -288,15 +258,16 @@ Arrived deliver(Call& call, const Dispatcher& dispatcher, const Outgoing& outgoi
     const int64_t peer = (rank + i) % ranks;
     grants[peer] = Places::read(call.receive(static_cast<int>(peer), Stage::kGrant), 0);
   }
-  const auto parts = [&](int64_t index, char* own) {
-    return parts_at<char>(call, dispatcher, tally.sent, grants, index, own);
+  // Of rows of so many bytes, in this rank's own part from `own` on.
+  const auto parts = [&](int64_t index, int64_t bytes, char* own) {
+    return parts_at<char>(call, dispatcher, tally.sent, bytes, grants, index,
+                          own + first[rank] * bytes);
   };
-  const int64_t mine = first[rank];
   push_routing(topk_ids, topk_weights, layout.slot_rows, dispatcher.placement,
-               parts(1, routing->data() + mine * weight_bytes),
-               parts(2, routing->data() + ids_at + mine * id_bytes));
-  if (extra) push_rows(extra_rows, layout.slot_rows, parts(3, extras->data() + mine * extra_bytes));
-  push_rows(x, layout.slot_rows, parts(0, rows->data() + mine * row_bytes));
+               parts(1, weight_bytes, routing->data()),
+               parts(2, id_bytes, routing->data() + ids_at));
+  if (extra) push_rows(extra_rows, layout.slot_rows, parts(3, extra_bytes, extras->data()));
+  push_rows(x, layout.slot_rows, parts(0, row_bytes, rows->data()));
   exchange_done(call, dispatcher);
 
   Tensor out_extra = at::empty({0}, x.options());
@@ -392,8 +363,9 @@ Tensor collect(Call& call, const Dispatcher& dispatcher, const Left& left,
   const auto agreement =
       read_headers(call, Phase::kCombine, dispatcher, left.headers, left.refusal);
   const Tensor& y = left.rows->dense;
-  const auto parts = parts_at<const char>(call, dispatcher, left.plan.sent, agreement.places, 0,
-                                          left.rows->own(dispatcher, left.plan));
+  const auto parts =
+      parts_at<const char>(call, dispatcher, left.plan.sent, bytes_per_row(y), agreement.places, 0,
+                           left.rows->own(dispatcher, left.plan));
   return sum_rows(parts, slot_rows, y.size(1), y.scalar_type());
 }
 
@@ -409,19 +381,24 @@ Tensor combine_backward_in(Call& call, const Dispatcher& dispatcher, const Tenso
                       sum(plan.received), " rows of the dispatch; got ", num_received);
   });
   Terms terms = terms_of(dispatcher);
-  terms.hidden = grad.size(1), terms.x_dtype = dtype_number(grad);
-  const int64_t row_bytes = bytes_per_row(grad);
-  const Block out = dispatcher.shared_memory->heap().allocate(num_received * row_bytes);
-  const auto first = first_rows(plan.received);
+  int64_t row_bytes = 0;
+  Block out;
+  std::vector<int64_t> first;
   std::vector<Places> places(dispatcher.ranks);
-  for (int64_t peer = 0; !refusal && peer < dispatcher.ranks; ++peer) {
-    places[peer].add(shifted(out->place(), first[peer] * row_bytes));
+  if (!refusal) {
+    terms.hidden = grad.size(1), terms.x_dtype = dtype_number(grad);
+    row_bytes = bytes_per_row(grad);
+    out = dispatcher.shared_memory->heap().allocate(num_received * row_bytes);
+    first = first_rows(plan.received);
+    for (int64_t peer = 0; peer < dispatcher.ranks; ++peer) {
+      places[peer].add(shifted(out->place(), first[peer] * row_bytes));
+    }
   }
   const auto headers = equal_headers(Phase::kCombineBackward, dispatcher, terms, plan, refusal);
   send_headers(call, dispatcher, headers, places);
   const auto agreement = read_headers(call, Phase::kCombineBackward, dispatcher, headers, refusal);
   push_rows(grad, slot_rows,
-            parts_at<char>(call, dispatcher, plan.sent, agreement.places, 0,
+            parts_at<char>(call, dispatcher, plan.sent, row_bytes, agreement.places, 0,
                            out->data() + first[dispatcher.rank] * row_bytes));
   exchange_done(call, dispatcher);
   return tensor_in(out, 0, {num_received, grad.size(1)}, grad.scalar_type());
@@ -439,11 +416,15 @@ std::tuple<Tensor, Tensor> dispatch_backward_in(Call& call, const Dispatcher& di
     for (const auto* grad : {&grad_x, &grad_weights}) {
       if (*grad) check_rows(Phase::kDispatchBackward, "grad", **grad, sum(plan.received));
     }
+    TORCH_CHECK_VALUE(!grad_weights || grad_weights->size(1) == slot_rows.size(1),
+                      "dispatch_backward: grad of the weights must have the ", slot_rows.size(1),
+                      " columns of the handle's slot_rows; got ", grad_weights->sizes());
   });
   Terms terms = terms_of(dispatcher);
-  if (grad_x) terms.hidden = grad_x->size(1), terms.x_dtype = dtype_number(*grad_x);
-  if (grad_weights)
+  if (!refusal && grad_x) terms.hidden = grad_x->size(1), terms.x_dtype = dtype_number(*grad_x);
+  if (!refusal && grad_weights) {
     terms.top_k = grad_weights->size(1), terms.weight_dtype = dtype_number(*grad_weights);
+  }
   std::vector<Places> places(dispatcher.ranks);
   std::vector<Readable> readable;
   for (const auto* grad : {&grad_x, &grad_weights}) {
@@ -455,8 +436,9 @@ std::tuple<Tensor, Tensor> dispatch_backward_in(Call& call, const Dispatcher& di
   send_headers(call, dispatcher, headers, places);
   const auto agreement = read_headers(call, Phase::kDispatchBackward, dispatcher, headers, refusal);
   const auto parts = [&](int64_t index) {
-    return parts_at<const char>(call, dispatcher, plan.sent, agreement.places, index,
-                                readable[index].own(dispatcher, plan));
+    const Readable& rows = readable[index];
+    return parts_at<const char>(call, dispatcher, plan.sent, bytes_per_row(rows.dense),
+                                agreement.places, index, rows.own(dispatcher, plan));
   };
   Tensor out_x = at::empty({0}, slot_rows.options()), out_weights = at::empty_like(out_x);
   if (grad_x) out_x = sum_rows(parts(0), slot_rows, grad_x->size(1), grad_x->scalar_type());

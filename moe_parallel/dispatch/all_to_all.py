@@ -6,9 +6,12 @@ T tokens, H hidden size, K experts a token, E experts, P ranks, U tokens receive
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+from operator import index
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -52,7 +55,7 @@ def _owners(
         )
     owners = []
     for expert, entry in enumerate(placement):
-        mine = sorted([entry] if isinstance(entry, int) else entry)
+        mine = sorted(map(index, [entry] if hasattr(entry, "__index__") else entry))
         if not mine or len(set(mine)) < len(mine) or mine[0] < 0 or mine[-1] >= ranks:
             raise ValueError(
                 f"AllToAllDispatcher: placement must give expert {expert} one or more different "
@@ -270,6 +273,26 @@ class AllToAllDispatcher:
         """
         self._native.check()
 
+    def trim(self) -> int:
+        """Give memory in which this rank receives, and has no rows, back to the system.
+
+        That of "shared_memory", which all dispatchers of the group share. It grows with the largest
+        call and stays; after one that was much larger than those to come, this frees the parts in
+        which no tensor of an earlier call lives. They are taken again when a call needs them. Of
+        this rank alone: it may call it whenever it likes, the others need not.
+
+        Returns:
+            The bytes that were freed; 0 by other transports.
+
+        Raises:
+            torch.distributed.DistBackendError: the dispatchers of the group are of no use any more.
+        """
+        try:
+            freed: int = self._native.trim()
+        except RuntimeError as error:
+            raise dist.DistBackendError(str(error)) from None
+        return freed
+
     def dispatch(
         self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, *, extra: Tensor | None = None
     ) -> Dispatched:
@@ -301,7 +324,8 @@ class AllToAllDispatcher:
         ``wait()`` returns what ``dispatch`` does, with its gradients. Every rank begins and waits
         in the same order; another exchange that begins meanwhile may end this one first. Through a
         process group the tokens travel meanwhile; in shared memory the ranks learn how many rows
-        each brings, and nobody waits for the last to come.
+        each brings, and nobody waits for the last to come. Until ``wait()`` returns, the tensors
+        must not be changed in place. What nobody waits for ends by itself, with the next call.
         """
         self._check_differentiable(x, topk_weights)
         tokens = (topk_ids, topk_weights, extra)
@@ -311,6 +335,16 @@ class AllToAllDispatcher:
         )
 
     def _check_differentiable(self, x: Tensor, topk_weights: Tensor) -> None:
+        try:
+            self._refuse_what_cannot_be_differentiated(x, topk_weights)
+        except (ValueError, NotImplementedError):
+            # So that the other ranks learn of it, instead of waiting for this one.
+            nothing = torch.empty((), device=x.device)
+            with suppress(RuntimeError, ValueError, TypeError):
+                ops.dispatch(nothing, nothing, nothing, None, self._name)
+            raise
+
+    def _refuse_what_cannot_be_differentiated(self, x: Tensor, topk_weights: Tensor) -> None:
         refuse_tangent("dispatch", "x", x)
         refuse_tangent("dispatch", "topk_weights", topk_weights)
         if x.requires_grad and x.element_size() == 1:
@@ -345,7 +379,7 @@ class AllToAllDispatcher:
         return out
 
     def combine_async(self, y: Tensor, handle: Handle) -> Pending[Tensor]:
-        """Begin :meth:`combine`, as :meth:`dispatch_async` does dispatch."""
+        """Begin :meth:`combine`, as :meth:`dispatch_async` does dispatch; so y must not change."""
         refuse_tangent("combine", "y", y)
         ticket = ops.combine_start(y.detach(), *handle, self._name)
         return Pending(lambda: ops.combine_finish(y, *handle, ticket, self._name))

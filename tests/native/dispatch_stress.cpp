@@ -54,6 +54,14 @@ Mapping Mapping::of(const Fd& fd, size_t bytes) {
   return Mapping(files.at(inode(fd)), bytes);
 }
 
+// Writes, so that whoever reads or writes meanwhile is found.
+bool Mapping::release(const Fd&) {
+  std::memset(data_, 0xab, size_);
+  return true;
+}
+
+void Mapping::restore(const Fd&) { std::memset(data_, 0, size_); }
+
 Mapping::Mapping(Mapping&& other) noexcept
     : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
 
@@ -112,6 +120,7 @@ class Rank {
       // Blocks are dropped in another order than they were made in.
       if (!kept_.empty() && draw_() % 2) kept_.erase(kept_.begin() + draw_() % kept_.size());
       if (kept_.size() > 20) kept_.clear();
+      if (draw_() % 8 == 0) communicator_->trim();
     }
   }
 
@@ -156,7 +165,8 @@ class Rank {
       const Message grant = exchange(call, peer, Stage::kGrant);
       if (sent[peer] == 0) continue;
       char* const to = peer == rank_ ? block->data() + begin[peer]
-                                     : call.at(peer, {grant.words[0], grant.words[1]});
+                                     : call.at(peer, {grant.words[0], grant.words[1]},
+                                               static_cast<int64_t>(sent[peer]));
       std::vector<char> row(sent[peer]);
       for (size_t i = 0; i < row.size(); ++i) row[i] = content(rank_, peer, number, i);
       (stream ? stream_row : copy_row)(to, row.data(), static_cast<int64_t>(row.size()));
@@ -202,7 +212,7 @@ class Rank {
     for (int peer = 0; peer < ranks_; ++peer) {
       const auto* const words = messages[peer].words;
       if (peer == rank_ || words[0] == 0) continue;
-      const char* const rows = call.at(peer, {words[1], words[2]});
+      const char* const rows = call.at(peer, {words[1], words[2]}, words[0]);
       for (int64_t i = 0; i < words[0]; ++i) {
         check(rows[i] == content(peer, rank_, number, static_cast<size_t>(i)), "published rows");
       }

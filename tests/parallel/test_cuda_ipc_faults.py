@@ -384,3 +384,37 @@ def _leaks(rank: int, ranks: int) -> None:
 
 def test_dispatchers_and_groups_leave_nothing_behind() -> None:
     run_ranks(2, _leaks)
+
+
+def _unequal_growth(rank: int, ranks: int, what: str) -> tuple[tuple[str, str], tuple[str, str]]:
+    """A call that needs more memory than there is, but not on rank 1."""
+    dispatcher = cuda_ipc(12, timeout=100)
+    dispatcher.dispatch(*arguments(small_case(rank)))
+    case = make_case(1, rank, 9, 30000, 2, 12)
+    if rank == 1 and what == "hidden":
+        case = small_case(rank)
+    if rank == 1 and what == "refused":
+        case = Case(case.x[:-1], case.ids, case.weights)
+    result = raised(dispatcher.dispatch, *arguments(case))
+    return result, raised(dispatcher.check)
+
+
+@pytest.mark.parametrize("what", ["hidden", "refused"])
+def test_memory_that_one_rank_does_not_need_is_an_error_at_once(what: str) -> None:
+    """Not at the timeout; and it says what differs."""
+    results = run_ranks(3, _unequal_growth, what, timeout=30)
+    for rank, (call, check) in enumerate(results):
+        if rank == 1 and what == "refused":
+            assert call[0] == "ValueError"
+            assert "topk_ids must be [T, K] with T = 8" in call[1]
+            continue
+        kind, message = check if rank == 1 else call
+        if what == "refused":
+            assert kind == "RuntimeError", message
+            assert "rank 1 (process" in message
+            assert "found an error in its own arguments" in message
+        else:
+            assert kind == "ValueError", message
+            mine, other = ("6", "30000") if rank == 1 else ("30000", "6")
+            assert f"must agree on H (the columns of x); rank {rank} has {mine} and" in message
+            assert f"has {other}." in message

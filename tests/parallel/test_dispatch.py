@@ -55,7 +55,10 @@ def make_case(
     generator = torch.Generator().manual_seed(1000 * seed + rank)
     shape = (hidden, tokens) if strided else (tokens, hidden)
     x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-    ids = torch.rand(tokens, experts, generator=generator).topk(top_k, dim=1).indices
+    if skew == "repeated":  # an expert may be there more than once, and K be larger than E
+        ids = torch.randint(experts, (tokens, top_k), generator=generator)
+    else:
+        ids = torch.rand(tokens, experts, generator=generator).topk(top_k, dim=1).indices
     if skew == "one_expert":
         ids.fill_(experts - 1)
     elif skew == "dropped":
@@ -234,6 +237,26 @@ def _payloads(rank: int, ranks: int, way: str) -> None:
     assert raised(dispatcher.dispatch, x, ids, ids)[0] == "ValueError"
 
 
+def _one_element(rank: int, ranks: int, way: str) -> None:
+    """A dimension of one element may have any stride, and be contiguous."""
+    dispatcher = dispatcher_of(way, 2)
+    x = (torch.arange(7.0) + rank)[None, ::7]
+    extra = torch.arange(9).view(3, 3)[:1, 1]
+    assert x.stride(-1) == 7
+    assert extra.stride(-1) == 3
+    tokens = dispatcher.dispatch(x, torch.tensor([[1 - rank]]), torch.ones(1, 1), extra=extra)
+    assert tokens.extra is not None
+    assert tokens.extra.tolist() == [1]
+    rows = (torch.arange(7.0) + tokens.x.item())[None, ::7]
+    assert rows.stride(-1) == 7
+    assert dispatcher.combine(rows, tokens.handle).item() == rank
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_one_element_may_have_any_stride(way: str) -> None:
+    run_ranks(2, _one_element, way)
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_any_rows_travel_with_the_tokens(ranks: int, way: str) -> None:
@@ -353,7 +376,15 @@ def _missing_rank(rank: int, ranks: int, how: str) -> tuple[str, str, float]:
         time.sleep(3)
     kind, message = raised(dispatcher.combine, tokens.x, tokens.handle)
     assert kind == "DistBackendError" or rank == 1, message
-    return kind, message, time.monotonic() - begin
+    seconds = time.monotonic() - begin
+    if rank != 1:  # the first error is what counts from now on
+        again_kind, again = raised(dispatcher.dispatch, case.x, case.ids, case.weights)
+        assert again_kind == "DistBackendError"
+        assert again.startswith(
+            "dispatch: this dispatcher of group '0' is of no use after an error"
+        )
+        assert again.endswith(message)
+    return kind, message, seconds
 
 
 def test_a_stuck_rank_is_an_error_after_the_timeout() -> None:

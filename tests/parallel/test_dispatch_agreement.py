@@ -192,6 +192,7 @@ def _no_handle(rank: int, ranks: int, way: str) -> list[tuple[str, str]]:
         Handle(slot_rows, plan.float()),
         Handle(slot_rows + 1000, plan),
         Handle(slot_rows.long(), plan),
+        Handle(slot_rows, plan + torch.eye(plan.numel(), dtype=torch.int64)[0]),
     ]
     return [
         raised(dispatcher.combine, tokens.x, handle if rank == 1 else tokens.handle)
@@ -202,11 +203,11 @@ def _no_handle(rank: int, ranks: int, way: str) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("way", WAYS[:2])
 def test_what_is_no_handle_of_the_group_leaves_nobody_waiting(way: str) -> None:
     good, bad = run_ranks(2, _no_handle, way)
-    assert [kind for kind, _ in bad] == ["ValueError"] * 5
-    assert [kind for kind, _ in good] == ["RuntimeError"] * 5
-    for _, message in bad[3:]:
+    assert [kind for kind, _ in bad] == ["ValueError"] * 6
+    assert [kind for kind, _ in good] == ["RuntimeError"] * 6
+    for _, message in bad[3:5]:
         assert message.startswith("combine: the handle's slot_rows are not those of its plan;")
-    for _, message in bad[:3]:
+    for _, message in bad[:3] + bad[5:]:
         assert message.startswith("combine: the handle must be that of a dispatch in group '0';")
 
 
@@ -265,6 +266,30 @@ def test_one_rank_with_wrong_arguments_leaves_nobody_waiting(way: str) -> None:
     ):
         assert message.startswith("dispatch: ")
         assert part in message
+
+
+def _one_differentiates(rank: int, ranks: int, way: str) -> list[tuple[str, str]]:
+    copied = dispatcher_of(way, 3, placement=[[0, 1], 0, 1])
+    case = make_case(1, rank, 9, 6, 2, 3)
+    x = case.x.clone().requires_grad_(rank == 1)
+    float8 = case.x.float().to(torch.float8_e4m3fn).requires_grad_(rank == 1)
+    results = [
+        raised(copied.dispatch, x, case.ids, case.weights),
+        raised(lambda: copied.dispatch_async(x, case.ids, case.weights).wait()),
+        raised(copied.dispatch, float8, case.ids, case.weights),
+    ]
+    copied.dispatch(case.x, case.ids, case.weights)
+    return results
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_one_rank_alone_cannot_differentiate_leaves_nobody_waiting(way: str) -> None:
+    good, bad = run_ranks(2, _one_differentiates, way)
+    for (kind, message), (bad_kind, bad_message) in zip(good, bad, strict=True):
+        assert kind == "RuntimeError", message
+        assert "rank 1 of group '0' found an error in its own arguments" in message
+        assert bad_kind == "ValueError"
+        assert "copies of experts are for inference" in bad_message or "has no grad" in bad_message
 
 
 @pytest.mark.parametrize("way", WAYS[:2])

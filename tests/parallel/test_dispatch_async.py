@@ -6,6 +6,11 @@ T tokens, H hidden size, K experts a token, E experts, P ranks.
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
+from moe_kernels import _C
 from moe_parallel import MoE
 from moe_parallel.dispatch import AllToAllDispatcher, Dispatched
 from moe_parallel.experts import GroupedExperts
@@ -98,6 +104,95 @@ def _in_flight(rank: int, ranks: int, way: str) -> None:
 @pytest.mark.parametrize("way", WAYS[:2])
 def test_any_number_in_flight(way: str) -> None:
     run_ranks(2, _in_flight, way)
+
+
+def _not_waited_for(rank: int, ranks: int) -> None:
+    """What nobody waits for is not kept, whether it has ended by then or not."""
+    dispatcher = dispatcher_of("shared_memory", EXPERTS)
+    case = make_case(1, rank, 2000, 512, 2, EXPERTS, dtype=torch.float32)
+    reserved = []
+    for turn in range(20):
+        pending, *_ = begin(dispatcher, case)
+        if turn % 3 == 0:  # so that it ends before it is dropped
+            dispatcher.dispatch(case.x, case.ids, case.weights)
+        tokens = None if turn % 3 else dispatcher.dispatch(case.x, case.ids, case.weights)
+        if tokens is not None and turn % 2 == 0:
+            dispatcher.combine_async(tokens.x, tokens.handle)
+        del pending, tokens
+        reserved.append(_C.recall_joined("0")[0].reserved_bytes)
+    assert reserved[6] == reserved[-1], reserved
+
+
+def test_what_nobody_waits_for_is_not_kept() -> None:
+    run_ranks(2, _not_waited_for)
+
+
+def _threads(rank: int, ranks: int) -> None:
+    """A thread waits for its turn while another leaves a call open, and then waits for it."""
+    dispatcher = dispatcher_of("shared_memory", EXPERTS)
+    store = store_of(dist.group.WORLD)
+    case = make_case(1, rank, 9, 6, 2, EXPERTS)
+    arguments = (case.x, case.ids, case.weights)
+    expected = dispatcher.dispatch(*arguments)
+    for turn in range(5):
+        thread = threading.Thread(target=dispatcher.dispatch, args=arguments)
+        if rank == 1:  # makes the three calls that rank 0 makes, late
+            store.get(f"{turn}")
+            time.sleep(0.1)
+            thread.run()
+        else:
+            threading.Timer(0.05, thread.start).start()
+            store.set(f"{turn}", "")
+        dispatcher.dispatch(*arguments)
+        pending = dispatcher.dispatch_async(*arguments)
+        while rank == 0 and thread.ident is None:
+            time.sleep(0.01)
+        if rank == 0:
+            thread.join()
+        assert same(pending.wait(), expected)
+
+
+def test_a_thread_that_waits_for_its_turn_ends_what_another_leaves_open() -> None:
+    run_ranks(2, _threads, timeout=20)
+
+
+_EXITS = """
+import sys, threading, time
+import torch
+import torch.distributed as dist
+from moe_parallel.dispatch import AllToAllDispatcher
+
+rank, store = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+dispatcher = AllToAllDispatcher(dist.group.WORLD, 2)
+ids = torch.zeros(1, 1, dtype=torch.int64)
+if rank == 1:
+    sys.stdin.read()
+else:
+    call = lambda: dispatcher.dispatch(torch.ones(1, 2), ids, torch.ones(1, 1))
+    threading.Thread(target=call, daemon=True).start()
+    time.sleep(0.2)
+"""
+
+
+@pytest.mark.slow
+def test_a_thread_that_waits_does_not_keep_the_interpreter_from_ending(tmp_path: Path) -> None:
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", _EXITS, str(rank), str(tmp_path / "store")],
+            stdin=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        _, errors = ranks[0].communicate(timeout=120)
+        assert ranks[0].returncode == 0, errors
+    finally:
+        for process in ranks:
+            process.kill()
+            process.communicate()
 
 
 def _late(rank: int, ranks: int) -> None:

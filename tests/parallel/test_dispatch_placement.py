@@ -6,19 +6,22 @@ T tokens, H hidden size, K experts a token, E experts, P ranks.
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.testing import assert_close
 
 from moe_parallel.dispatch import AllToAllDispatcher, Dispatched
 from tests.parallel.ranks import run_ranks
 from tests.parallel.test_dispatch import WAYS, Case, dispatcher_of, make_case, raised
 
 Owners = list[list[int]]
+
+FLOAT8 = torch.float8_e4m3fn
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def home(owners: Owners, expert: int, token: int, rank: int) -> int:
@@ -27,27 +30,52 @@ def home(owners: Owners, expert: int, token: int, rank: int) -> int:
     return rank if rank in mine else mine[token % len(mine)]
 
 
-def expected(cases: list[Case], rank: int, owners: Owners) -> tuple[Tensor, Tensor, Tensor]:
-    """What ``rank`` receives: rows, its numbers of their experts, their weights."""
+def homes(case: Case, token: int, rank: int, owners: Owners) -> list[int]:
+    """Where each slot of a token of ``rank`` goes; -1 for one without an expert."""
+    row = case.ids[token].tolist()
+    return [home(owners, e, token, rank) if 0 <= e < len(owners) else -1 for e in row]
+
+
+def expected(
+    cases: list[Case], extras: list[Tensor], rank: int, owners: Owners
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What ``rank`` receives: rows, its numbers of their experts, their weights, the extra rows."""
     numbers = {e: n for n, e in enumerate(e for e, mine in enumerate(owners) if rank in mine)}
     first = cases[0]
-    rows: list[tuple[Tensor, list[int], list[float]]] = []
+    xs, ids, weights, extra = [], [], [], []
     for source, case in enumerate(cases):
-        for token, row in enumerate(case.ids.tolist()):
-            here = [0 <= e < len(owners) and home(owners, e, token, source) == rank for e in row]
-            if any(here):
-                ids = [numbers[e] if mine else -1 for e, mine in zip(row, here, strict=True)]
-                weights = case.weights[token].tolist()
-                weights = [w if mine else 0.0 for w, mine in zip(weights, here, strict=True)]
-                rows.append((case.x[token], ids, weights))
+        for token in range(len(case.x)):
+            where = homes(case, token, source, owners)
+            if rank not in where:
+                continue
+            row = zip(case.ids[token].tolist(), case.weights[token].tolist(), where, strict=True)
+            slots = [(numbers[e], w) if at == rank else (-1, 0.0) for e, w, at in row]
+            xs.append(case.x[token])
+            ids.append([n for n, _ in slots])
+            weights.append([w for _, w in slots])
+            extra.append(extras[source][token])
     top_k = first.ids.shape[1]
-    if not rows:
-        return first.x[:0], torch.empty(0, top_k, dtype=torch.int32), first.weights[:0]
     return (
-        torch.stack([row[0] for row in rows]),
-        torch.tensor([row[1] for row in rows], dtype=torch.int32),
-        torch.tensor([row[2] for row in rows], dtype=first.weights.dtype),
+        torch.stack(xs) if xs else first.x[:0],
+        torch.tensor(ids, dtype=torch.int32).view(-1, top_k),
+        torch.tensor(weights, dtype=first.weights.dtype).view(-1, top_k),
+        torch.stack(extra) if extra else extras[0][:0],
     )
+
+
+def combined(case: Case, values: Tensor, rank: int, owners: Owners) -> Tensor:
+    """Of each token: a row of ``values`` times the scale of each rank's experts, rounded there,
+    added in the order of the ranks in float32."""
+    wide = torch.float64 if values.dtype == torch.float64 else torch.float32
+    out = torch.zeros(values.shape, dtype=wide)
+    for token in range(len(values)):
+        where = homes(case, token, rank, owners)
+        for peer in sorted(set(where) - {-1}):
+            mine = torch.tensor([at == peer for at in where])
+            factors = torch.where(mine, case.ids[token] + 1, 0)
+            scale = (factors * case.weights[token].double()).sum().to(values.dtype)
+            out[token] += (values[token] * scale).to(wide)
+    return out.to(values.dtype)
 
 
 def draw_placement(draw: random.Random, experts: int, ranks: int, copies: bool) -> Owners:
@@ -55,10 +83,28 @@ def draw_placement(draw: random.Random, experts: int, ranks: int, copies: bool) 
     return [sorted(draw.sample(range(ranks), draw.randint(1, most))) for _ in range(experts)]
 
 
+def draw_cases(draw: random.Random, seed: int, ranks: int, experts: int) -> list[Case]:
+    """Of all ranks: any sizes, dtypes and skew. Weights are eighths, whose sums are exact."""
+    skew = draw.choice(["even", "one_expert", "dropped", "repeated"])
+    settings: dict[str, Any] = {
+        "hidden": draw.choice([1, 5, 64, 257]),
+        "top_k": draw.randint(1, 12 if skew == "repeated" else min(experts, 8)),
+        "experts": experts,
+        "skew": skew,
+        "ids_dtype": draw.choice([torch.int32, torch.int64]),
+        "strided": draw.random() < 0.3,
+        "dtype": draw.choice(DTYPES),
+    }
+    weight_dtype = draw.choice(DTYPES)
+    tokens = [draw.choice([0, 1, 3, 33]) for _ in range(ranks)]
+    cases = [make_case(seed, r, tokens[r], **settings) for r in range(ranks)]
+    return [Case(c.x, c.ids, ((c.weights * 8).round() / 8).to(weight_dtype)) for c in cases]
+
+
 def apply(tokens: Dispatched, dispatcher: AllToAllDispatcher) -> Tensor:
     """Expert e multiplies by e + 1, wherever it is."""
     factors = torch.tensor([*(e + 1.0 for e in dispatcher.local_experts), 0.0]).double()
-    scale = (factors[tokens.topk_ids.long()] * tokens.topk_weights).sum(1, keepdim=True)
+    scale = (factors[tokens.topk_ids.long()] * tokens.topk_weights.double()).sum(1, keepdim=True)
     return tokens.x * scale.to(tokens.x.dtype)
 
 
@@ -67,34 +113,59 @@ def _fuzz(rank: int, ranks: int, seeds: list[int], way: str, copies: bool) -> No
         draw = random.Random(seed)
         experts = draw.choice([1, 3, ranks, 2 * ranks + 1, 40])
         owners = draw_placement(draw, experts, ranks, copies)
-        settings: dict[str, Any] = {
-            "hidden": draw.choice([1, 5, 64, 257]),
-            "top_k": draw.randint(1, min(experts, 8)),
-            "experts": experts,
-            "skew": draw.choice(["even", "one_expert", "dropped"]),
-            "ids_dtype": draw.choice([torch.int32, torch.int64]),
-            "strided": draw.random() < 0.3,
-        }
-        tokens = [draw.choice([0, 1, 3, 33]) for _ in range(ranks)]
-        cases = [make_case(seed, r, tokens[r], **settings) for r in range(ranks)]
-        mine = cases[rank]
+        cases = draw_cases(draw, seed, ranks, experts)
+        extras = [draw_extra(draw, seed, len(case.x)) for case in cases]
+        apart = draw.random() < 0.5
         entries = [ranks_of[0] if len(ranks_of) == 1 else ranks_of for ranks_of in owners]
         dispatcher = dispatcher_of(way, experts, placement=entries)
-        x, weights = (t.clone().requires_grad_(not copies) for t in (mine.x, mine.weights))
-        got = dispatcher.dispatch(x, mine.ids, weights)
-        for name, truth in zip(
-            ("x", "topk_ids", "topk_weights"), expected(cases, rank, owners), strict=True
-        ):
-            assert torch.equal(getattr(got, name), truth), (seed, name)
-        y = dispatcher.combine(apply(got, dispatcher), got.handle)
-        valid = (mine.ids >= 0) & (mine.ids < experts)
-        factor = torch.where(valid, mine.ids + 1, 0)
-        scale = (factor * mine.weights).sum(1, keepdim=True)
-        assert_close(y, mine.x * scale)
-        if not copies:
-            y.sum().backward()
-            assert_close(x.grad, scale.expand_as(x))
-            assert_close(weights.grad, factor * mine.x.sum(1, keepdim=True))
+        mine, trained = cases[rank], not copies and seed % 4 != 0
+        x, weights = (t.clone().requires_grad_(trained) for t in (mine.x, mine.weights))
+        if not copies and not trained:  # float8 rows, which have no gradient
+            cases = [Case(c.x.to(FLOAT8), c.ids, c.weights) for c in cases]
+            x = x.to(FLOAT8)
+        arguments: dict[str, Any] = {"extra": extras[rank]}
+        if apart:
+            got = dispatcher.dispatch_async(x, mine.ids, weights, **arguments).wait()
+        else:
+            got = dispatcher.dispatch(x, mine.ids, weights, **arguments)
+        truth = expected(cases, extras, rank, owners)
+        for name, value in zip(("x", "topk_ids", "topk_weights", "extra"), truth, strict=True):
+            ours = getattr(got, name)
+            assert ours.dtype == value.dtype, (seed, name)
+            assert ours.shape == value.shape, (seed, name)
+            if ours.dtype == FLOAT8 and len(ours):
+                ours, value = ours.view(torch.uint8), value.contiguous().view(torch.uint8)
+            assert len(ours) == 0 or torch.equal(ours, value), (seed, name)
+        assert got.num_rows == int((truth[1] >= 0).sum()), (seed, "num_rows")
+        if x.dtype == FLOAT8:
+            got = replace(got, x=got.x.to(mine.x.dtype))
+            mine = Case(x.to(mine.x.dtype), mine.ids, mine.weights)
+        rows = apply(got, dispatcher)
+        if apart:
+            y = dispatcher.combine_async(rows, got.handle).wait()
+        else:
+            y = dispatcher.combine(rows, got.handle)
+        assert torch.equal(y, combined(mine, mine.x, rank, owners)), (seed, "y")
+        if trained:
+            grad = torch.randn(y.shape, dtype=torch.float64).to(y.dtype)
+            y.backward(grad)
+            assert torch.equal(x.grad, combined(mine, grad, rank, owners)), (seed, "dx")
+            valid = (mine.ids >= 0) & (mine.ids < experts)
+            factors = torch.where(valid, mine.ids + 1, 0)
+            # By the expert's own backward, in x's dtype.
+            products = grad.double() * mine.x.double()
+            assert weights.grad is not None
+            error = (weights.grad.double() - factors * products.sum(1, keepdim=True)).abs()
+            unit = sum(torch.finfo(t.dtype).eps for t in (mine.x, weights))
+            assert (error <= 4 * unit * factors * products.abs().sum(1, keepdim=True)).all(), seed
+
+
+def draw_extra(draw: random.Random, seed: int, tokens: int) -> Tensor:
+    """Rows that travel along: of the same dtype and width on all ranks."""
+    kind = seed % 3
+    numbers = [draw.randint(-99, 99) for _ in range(3 * tokens)]
+    rows = torch.tensor(numbers, dtype=torch.int64).view(tokens, 3)
+    return (rows.short(), rows[:, 0], rows.float())[kind]
 
 
 @pytest.mark.parametrize("copies", [False, True], ids=["one owner", "copies"])

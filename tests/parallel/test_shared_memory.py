@@ -5,13 +5,20 @@ T tokens, H hidden size, K experts a token, E experts, P ranks, U tokens receive
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import gc
 import os
+import platform
 import resource
+import select
 import signal
+import struct
 import subprocess
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -250,6 +257,150 @@ def _forked(rank: int, ranks: int) -> str:
 def test_a_fork_of_a_rank_is_refused_and_harms_nobody() -> None:
     message = run_ranks(2, _forked)[0]
     assert message.startswith("DistBackendError/combine: this process is a fork of rank 0 of group")
+
+
+def _forked_in_flight(rank: int, ranks: int) -> list[str]:
+    """The child has the call that its parent has begun, and can neither end nor drop it."""
+    dispatcher = dispatcher_of("shared_memory", 12, timeout=20)
+    case = small_case(rank)
+    messages = []
+    for what in ("wait", "dispatch", "drop", "trim"):
+        pending = dispatcher.dispatch_async(*arguments(case))
+        if rank == 0:
+            read, write = os.pipe()
+            if os.fork() == 0:
+                calls: dict[str, Callable[[], Any]] = {
+                    "wait": pending.wait,
+                    "dispatch": lambda: dispatcher.dispatch(*arguments(case)),
+                    "trim": dispatcher.trim,
+                }
+                text = "/".join(raised(calls.get(what, lambda: None)))
+                del pending, dispatcher, calls
+                gc.collect()
+                os.write(write, text.encode())
+                os._exit(0)
+            os.wait()
+            messages.append(os.read(read, 4096).decode())
+        tokens = pending.wait()
+        dispatcher.combine(tokens.x, tokens.handle)
+    round_trip(dispatcher, case, rank)
+    return messages
+
+
+def test_a_fork_cannot_end_what_the_rank_has_begun() -> None:
+    wait, dispatch, drop, trim = run_ranks(2, _forked_in_flight)[0]
+    assert drop == "nothing/"
+    for op, message in (("dispatch", wait), ("dispatch", dispatch), ("trim", trim)):
+        assert message.startswith(f"DistBackendError/{op}: this process is a fork of rank 0 of")
+
+
+def _trimmed(rank: int, ranks: int) -> None:
+    """Ranks trim when they like, and at different times; what still lives stays."""
+    dispatcher, twin = dispatcher_of("shared_memory", 12), dispatcher_of("process_group", 12)
+    memory = _C.recall_joined("0")[0]
+    small, large = small_case(rank), make_case(2, rank, 4000, 600, 3, 12, dtype=torch.float32)
+    kept = dispatcher.dispatch(*arguments(small))
+    copy = kept.x.clone()
+    for turn in range(3):
+        got = round_trip(dispatcher, large, rank)
+        for ours, theirs in zip(got[1:], round_trip(twin, large, rank)[1:], strict=True):
+            assert torch.equal(ours, theirs)
+        del got, ours, theirs
+        before, usage = memory.reserved_bytes, shared_bytes()
+        if turn != rank:
+            freed = dispatcher.trim()
+            assert freed > large.x.nbytes
+            assert memory.reserved_bytes == before - freed
+            assert shared_bytes() == usage - freed
+            assert dispatcher.trim() == 0
+        assert torch.equal(kept.x, copy)
+        y = dispatcher.combine(kept.x, kept.handle)
+        assert torch.equal(y, twin.combine(kept.x, twin.dispatch(*arguments(small)).handle))
+    assert twin.trim() == 0
+
+
+def shared_bytes() -> int:
+    """Of the memory files that this process has, its own and those of others."""
+    files = {}
+    for entry in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):
+            if "memfd:moe_kernels" in os.readlink(entry):
+                status = os.stat(entry)
+                files[status.st_ino] = 512 * status.st_blocks
+    return sum(files.values())
+
+
+def test_memory_is_given_back_and_taken_again() -> None:
+    run_ranks(2, _trimmed)
+
+
+def _signals(rank: int, ranks: int) -> None:
+    """As on systems where a signal undoes what is done of a piece: here of every large one."""
+    dispatcher = dispatcher_of("shared_memory", 12)
+    case = make_case(1, rank, 4000, 1024, 2, 12, dtype=torch.float32)
+    fallocate = {"x86_64": 285, "aarch64": 47}[platform.machine()]
+    forbid(fallocate, errno.EINTR, above=3 << 20)
+    dispatcher.dispatch(*arguments(case))
+    assert _C.recall_joined("0")[0].reserved_bytes > case.x.nbytes
+
+
+def test_signals_do_not_keep_memory_from_growing() -> None:
+    run_ranks(2, _signals, timeout=20)
+
+
+def _leaves_early(rank: int, ranks: int) -> None:
+    """Rank 1 exits after its last combine, with news of rank 0's memory unread; what it left is
+    there, in memory that rank 0 has not mapped yet."""
+    dispatcher = dispatcher_of("shared_memory", 2)
+    watch = os.pidfd_open(processes()[1])  # readable when its last thread is gone
+    x, weights = torch.randn(3000, 512), torch.ones(3000, 1)
+    kept = dispatcher.dispatch(x, torch.full((3000, 1), rank), weights)  # nobody need know of it
+    tokens = dispatcher.dispatch(x, torch.ones(3000, 1, dtype=torch.int64), weights)
+    assert len(kept.x) == 3000
+    assert len(tokens.x) == 6000 * rank
+    pending = dispatcher.combine_async(tokens.x.repeat(1, 4), tokens.handle)
+    if rank == 1:
+        pending.wait()
+        os._exit(0)
+    select.select([watch], [], [])
+    assert torch.equal(pending.wait(), x.repeat(1, 4))
+
+
+def test_what_a_rank_leaves_when_it_exits_is_there() -> None:
+    failed = "1 of 2 ranks failed\n--- rank 1: died with exit code 0"
+    with pytest.raises(AssertionError, match=failed):
+        run_ranks(2, _leaves_early)
+
+
+def forbid(call: int, error: int, above: int = -1) -> None:
+    """From now on a call of the system, by its number, fails in this process: where its fourth
+    argument is larger."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    load, equal, larger, back = 0x20, 0x15, 0x25, 0x06
+    refused, allowed = 0x00050000 | error, 0x7FFF0000
+    steps = [(load, 0, 0, 0), (equal, 0, 3 if above >= 0 else 1, call)]
+    if above >= 0:
+        steps += [(load, 0, 0, 40), (larger, 0, 1, above)]
+    steps += [(back, 0, 0, refused), (back, 0, 0, allowed)]
+    program = b"".join(struct.pack("HBBI", *step) for step in steps)
+    filters = ctypes.create_string_buffer(program)
+    settings = struct.pack("HxxxxxxP", len(steps), ctypes.addressof(filters))
+    assert libc.prctl(38, 1, 0, 0, 0) == 0  # no new privileges
+    assert libc.prctl(22, 2, settings) == 0, os.strerror(ctypes.get_errno())  # a filter of calls
+
+
+def _no_pidfd(rank: int, ranks: int) -> str:
+    if rank == 1:
+        forbid(434, errno.EPERM)  # pidfd_open
+    dispatcher = AllToAllDispatcher(dist.group.WORLD, 12)
+    round_trip(dispatcher, small_case(rank), rank)
+    return dispatcher.explain()
+
+
+def test_a_system_that_cannot_watch_processes_has_no_shared_memory() -> None:
+    for reason in run_ranks(2, _no_pidfd):
+        assert reason.startswith("process_group carries tensors of the CPU: rank 1 cannot share")
+        assert "pidfd_open of process" in reason
 
 
 def open_things() -> tuple[int, int, int]:

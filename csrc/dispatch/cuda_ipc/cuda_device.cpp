@@ -99,6 +99,11 @@ class CudaDevice : public Device {
     check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
   }
 
+  void download(void* to, const char* from, size_t bytes) override {
+    const c10::cuda::CUDAGuard guard(index_);
+    check(cudaMemcpy(to, from, bytes, cudaMemcpyDeviceToHost), "cudaMemcpy");
+  }
+
   void synchronize() override {
     const c10::cuda::CUDAGuard guard(index_);
     check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");

@@ -32,6 +32,8 @@ class Device {
   virtual char* allocate_host(size_t bytes, char** on_device) = 0;
   // Waits until it is done.
   virtual void upload(char* to, const void* from, size_t bytes) = 0;
+  // After what was launched, if synchronize() was called since.
+  virtual void download(void* to, const char* from, size_t bytes) = 0;
   virtual void synchronize() = 0;
   // Whether the current stream is captured in a graph.
   virtual bool is_capturing() = 0;

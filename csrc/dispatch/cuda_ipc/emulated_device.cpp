@@ -81,6 +81,10 @@ class CpuDevice : public EmulatedDevice {
     forbid("upload");
     std::memcpy(to, from, bytes);
   }
+  void download(void* to, const char* from, size_t bytes) override {
+    forbid("download");
+    std::memcpy(to, from, bytes);
+  }
   void synchronize() override { forbid("synchronize"); }
   bool is_capturing() override { return capturing_; }
   void follow() override {}

@@ -147,6 +147,15 @@ device::Link PeerMemory::link(Phase phase, int64_t parity_bytes, double timeout,
   return link;
 }
 
+// A rank that has posted the call that this one is about to begin does not come to make memory.
+void PeerMemory::check_unmatched() {
+  Control control;
+  device_->download(&control, control_.own, sizeof(control));
+  for (int p = 0; p < communicator_->size(); ++p) {
+    if (p != rank() && control.posts[p].epoch > control.state.epoch) throw Unmatched();
+  }
+}
+
 // All ranks come here in the same call, for they need the same. What the old memory was for is over
 // on all of them once they have met.
 void PeerMemory::grow(Phase phase, int64_t parity_bytes, double timeout) {
@@ -165,7 +174,7 @@ void PeerMemory::grow(Phase phase, int64_t parity_bytes, double timeout) {
     bool keep = false, refused = false;
     std::string refusal;
     for (int p = 0; p < communicator_->size(); ++p) {
-      const Message& theirs = call.receive(p, Stage::kHeader);
+      const Message& theirs = call.receive(p, Stage::kHeader, [this] { check_unmatched(); });
       keep = keep || theirs.words[1] != 0;
       if (theirs.words[0] == bytes || !refusal.empty()) continue;
       refused = theirs.words[0] == kRefused;
@@ -199,6 +208,9 @@ void PeerMemory::grow(Phase phase, int64_t parity_bytes, double timeout) {
     }
     captured_ = false;
   } catch (const c10::Error&) {
+    throw;
+  } catch (const Unmatched&) {
+    call.finish();
     throw;
   } catch (const std::exception& error) {
     call.abandon(error.what());
@@ -361,6 +373,11 @@ void PeerMemory::close() {
     for (const Staging& memory : retired_) close_all(memory.peers);
     for (const auto& table : tables_) device_->free(table->on_device);
     communicator_->close();
+    {
+      std::function<void()> open;  // a call that is open keeps this
+      const std::lock_guard lock(mutex_);
+      open.swap(settle_);
+    }
     const auto deadline = shm::Clock::now() + kFarewell;
     while (!communicator_->all_left() && shm::Clock::now() < deadline) {
       std::this_thread::sleep_for(std::chrono::milliseconds(1));

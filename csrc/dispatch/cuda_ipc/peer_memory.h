@@ -45,7 +45,9 @@ class PeerMemory {
 
   // What a call needs that stages so many bytes, the same on all ranks; kRefused for a call that
   // stages nothing. `timeout` in seconds; `table`: what the call reads, or null.
+  // Throws Unmatched where the call needs more memory than there is, but not on every rank.
   static constexpr int64_t kRefused = -1;
+  struct Unmatched {};
   device::Link link(Phase phase, int64_t parity_bytes, double timeout, Table* table = nullptr);
 
   // One table for equal numbers. Who lets go of it frees nothing: that may be while a graph is
@@ -86,6 +88,7 @@ class PeerMemory {
                               const Device::Handle& handle, char* own);
   void close_all(const std::vector<char*>& peers);
   void grow(Phase phase, int64_t parity_bytes, double timeout);
+  void check_unmatched();
   void watch();
   [[noreturn]] void raise_fault(device::Fault fault);
 

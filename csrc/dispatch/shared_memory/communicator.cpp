@@ -76,6 +76,7 @@ Communicator::Communicator(int rank, int size, std::string group)
       process_(::getpid()),
       address_(random_name()),
       peers_(size) {
+  watch_process(process_);  // what peers will do: where it is forbidden they had better know now
   control_memory_ = Mapping::create(Control::bytes(size), &control_fd_);
   listener_ = listen_at(address_, size);
   heap_ = std::make_shared<Heap>([this](int64_t segment, size_t bytes, const Fd& fd) {
@@ -103,6 +104,8 @@ void Communicator::close() {
   uint32_t open = static_cast<uint32_t>(State::kOpen);
   own_control().state.compare_exchange_strong(open, static_cast<uint32_t>(State::kClosed));
   for (int peer = 0; peer < size_; ++peer) ring(peer);
+  // A call that is open keeps this; whoever waits for it learns of the end.
+  set_settle(nullptr);
 }
 
 std::string Communicator::name_of(int peer) const {
@@ -217,6 +220,7 @@ std::string Communicator::failure() const {
 }
 
 void Communicator::fail(const std::string& reason) {
+  if (!is_owner()) return;
   {
     const std::lock_guard lock(failure_mutex_);
     if (!failure_.empty()) return;
@@ -260,7 +264,7 @@ bool Communicator::arrived(int peer, Stage stage, uint64_t call) const {
 }
 
 const Message& Communicator::wait_for(int peer, Stage stage, uint64_t call, const char* phase,
-                                      double timeout) {
+                                      double timeout, const std::function<void()>& meanwhile) {
   Control& mine = own_control();
   const Message& message = mine.mailbox(stage, call, peer, size_).message;
   if (arrived(peer, stage, call)) return message;
@@ -281,6 +285,7 @@ const Message& Communicator::wait_for(int peer, Stage stage, uint64_t call, cons
     if (there || arrived(peer, stage, call)) return message;
     check_peers(stage, call, phase, deadline, timeout);
     if (interrupt_) interrupt_();
+    if (meanwhile) meanwhile();
   }
 }
 
@@ -320,9 +325,15 @@ void Communicator::check_peers(Stage stage, uint64_t call, const char* phase, De
   }
 }
 
+int64_t Communicator::trim() {
+  check_usable("trim");
+  return heap_->trim();
+}
+
 void Communicator::set_settle(std::function<void()> settle) {
+  // What was there goes after the lock: it may be all that keeps tensors, and dispatchers.
   const std::lock_guard lock(settle_mutex_);
-  settle_ = std::move(settle);
+  settle_.swap(settle);
 }
 
 void Communicator::settle() {
@@ -337,8 +348,10 @@ void Communicator::settle() {
 Communicator::Call::Call(std::shared_ptr<Communicator> communicator, const char* phase,
                          double timeout)
     : communicator_(std::move(communicator)), phase_(phase), timeout_(timeout) {
+  communicator_->check_usable(phase);
   communicator_->settle();
-  communicator_->turn_.acquire();
+  // Another thread may leave its call open after that: it is settled too.
+  while (!communicator_->turn_.try_acquire_for(kSlice)) communicator_->settle();
   try {
     communicator_->check_usable(phase);
   } catch (...) {
@@ -373,23 +386,34 @@ void Communicator::Call::send(int peer, Stage stage, const Message& message) {
   c.ring(peer);
 }
 
-const Message& Communicator::Call::receive(int peer, Stage stage) {
-  return communicator_->wait_for(peer, stage, number_, phase_, timeout_);
+const Message& Communicator::Call::receive(int peer, Stage stage,
+                                           const std::function<void()>& meanwhile) {
+  return communicator_->wait_for(peer, stage, number_, phase_, timeout_, meanwhile);
 }
 
-char* Communicator::Call::at(int peer, Place place) {
+char* Communicator::Call::at(int peer, Place place, int64_t bytes) {
   Communicator& c = *communicator_;
   PeerLink& link = c.peers_[peer];
-  while (place.segment >= static_cast<int64_t>(link.segments.size())) {
-    // It was announced before the place was named.
-    SegmentNotice notice;
-    Fd fd;
-    if (!receive_message(link.socket, &notice, sizeof(notice), &fd, deadline_in(timeout_)) ||
-        notice.segment != static_cast<int64_t>(link.segments.size()) || !fd.valid()) {
-      c.fail_and_throw(std::string(phase_) + ": " + c.name_of(peer) +
-                       " has named memory that it has not announced");
+  const auto who = [&] { return std::string(phase_) + ": " + c.name_of(peer); };
+  try {
+    while (place.segment >= static_cast<int64_t>(link.segments.size())) {
+      // It was announced before the place was named.
+      SegmentNotice notice;
+      Fd fd;
+      if (!receive_message(link.socket, &notice, sizeof(notice), &fd, deadline_in(timeout_)) ||
+          notice.segment != static_cast<int64_t>(link.segments.size()) || !fd.valid()) {
+        throw Error("it has not announced it");
+      }
+      link.segments.push_back(Mapping::of(fd, static_cast<size_t>(notice.bytes)));
     }
-    link.segments.push_back(Mapping::of(fd, static_cast<size_t>(notice.bytes)));
+  } catch (const Error& error) {
+    c.fail_and_throw(who() + " has named memory that cannot be had: " + error.what());
+  }
+  const auto size =
+      place.segment < 0 ? int64_t{-1} : static_cast<int64_t>(link.segments[place.segment].size());
+  if (place.offset < 0 || bytes < 0 || bytes > size - place.offset) {
+    c.fail_and_throw(who() + " has named " + std::to_string(bytes) +
+                     " bytes that are not in its memory");
   }
   return link.segments[place.segment].data() + place.offset;
 }

@@ -40,9 +40,10 @@ class Communicator {
   Heap& heap() { return *heap_; }
   // Why there can be no further calls; empty while there can.
   std::string failure() const;
-  // Raises if a call cannot begin: the reason, or that this process is a fork of the rank.
+  // Raises if a call cannot begin, or end: the reason, or that this process is a fork of the rank.
   void check_usable(const char* phase) const;
-  // Ends the use of the communicator, by all ranks; the first reason stays.
+  // Ends the use of the communicator, by all ranks; the first reason stays. A fork of the rank ends
+  // nothing.
   void fail(const std::string& reason);
   // What is said of a rank, and whether its process "is running", "is stopped" or "has exited".
   std::string name_of(int peer) const;
@@ -56,7 +57,12 @@ class Communicator {
   // Called now and then by a thread that waits, and may throw.
   void set_interrupt(std::function<void()> interrupt) { interrupt_ = std::move(interrupt); }
 
-  // Called before the next call begins: it ends one that was left open meanwhile.
+  // Gives receiving memory without rows back to the system; returns the bytes. Of this rank alone:
+  // the others need not know.
+  int64_t trim();
+
+  // Called before the next call begins: it ends one that was left open meanwhile. It is kept, with
+  // what it keeps, until then, or until close().
   void set_settle(std::function<void()> settle);
 
   // One call of all ranks, in the order that they share. One exists at a time, others wait for it.
@@ -70,9 +76,12 @@ class Communicator {
     Call& operator=(const Call&) = delete;
 
     void send(int peer, Stage stage, const Message& message);
-    const Message& receive(int peer, Stage stage);
-    // The memory at a place that `peer` has named.
-    char* at(int peer, Place place);
+    // `meanwhile` is called now and then while it waits, and may throw.
+    const Message& receive(int peer, Stage stage, const std::function<void()>& meanwhile = {});
+    // Raises if what has begun cannot end, as check_usable().
+    void check_usable() const { communicator_->check_usable(phase_); }
+    // The memory of `bytes` at a place that `peer` has named.
+    char* at(int peer, Place place, int64_t bytes);
     // Memory that peers read in this call: it is kept until all of them have entered the next one.
     void publish(std::shared_ptr<Heap::Block> block);
     // Every header of this call was received: the peers are done with the calls before.
@@ -106,7 +115,8 @@ class Communicator {
   void ring(int peer);
   std::string reason_of(const PeerLink& link) const;
   [[noreturn]] void fail_and_throw(const std::string& reason);
-  const Message& wait_for(int peer, Stage stage, uint64_t call, const char* phase, double timeout);
+  const Message& wait_for(int peer, Stage stage, uint64_t call, const char* phase, double timeout,
+                          const std::function<void()>& meanwhile);
   bool arrived(int peer, Stage stage, uint64_t call) const;
   void check_peers(Stage stage, uint64_t call, const char* phase, Deadline deadline,
                    double timeout);

@@ -19,17 +19,27 @@ int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to;
 std::shared_ptr<Heap::Block> Heap::allocate(int64_t bytes) {
   const int64_t size = round_up(std::max<int64_t>(bytes, 1), kAlignment);
   const std::lock_guard lock(mutex_);
-  // The smallest part that is large enough: large ones stay whole for large blocks.
+  // The smallest part that is large enough: large ones stay whole for large blocks. What was
+  // released is for when there is no other.
   Segment* best = nullptr;
   std::map<int64_t, int64_t>::iterator part;
+  const auto better = [&](const Segment& segment, int64_t bytes) {
+    if (!best) return true;
+    if (segment.released != best->released) return best->released;
+    return bytes < part->second;
+  };
   for (Segment& segment : segments_) {
     for (auto it = segment.free.begin(); it != segment.free.end(); ++it) {
-      if (it->second >= size && (!best || it->second < part->second)) best = &segment, part = it;
+      if (it->second >= size && better(segment, it->second)) best = &segment, part = it;
     }
   }
   if (!best) {
     best = &grow(size);
     part = best->free.begin();
+  }
+  if (best->released) {
+    best->memory.restore(best->fd);
+    best->released = false;
   }
   const int64_t offset = part->first, left = part->second - size;
   best->free.erase(part);
@@ -40,12 +50,11 @@ std::shared_ptr<Heap::Block> Heap::allocate(int64_t bytes) {
 }
 
 Heap::Segment& Heap::grow(int64_t bytes) {
-  int64_t total = 0;
-  for (const Segment& segment : segments_) total += static_cast<int64_t>(segment.memory.size());
-  const int64_t size = round_up(std::max(bytes, std::min(total, kMaxStep)), kPage);
+  const int64_t size = round_up(std::max(bytes, std::min(held(), kMaxStep)), kPage);
   Fd fd;
-  Segment segment{Mapping::create(static_cast<size_t>(size), &fd), {{0, size}}, {}};
+  Mapping memory = Mapping::create(static_cast<size_t>(size), &fd);
   if (announce_) announce_(static_cast<int64_t>(segments_.size()), static_cast<size_t>(size), fd);
+  Segment segment{std::move(memory), std::move(fd), /*released=*/false, {{0, size}}, {}};
   segments_.push_back(std::move(segment));
   return segments_.back();
 }
@@ -68,10 +77,27 @@ void Heap::free(Place place) {
   }
 }
 
+int64_t Heap::held() const {
+  int64_t total = 0;
+  for (const Segment& segment : segments_) {
+    if (!segment.released) total += static_cast<int64_t>(segment.memory.size());
+  }
+  return total;
+}
+
 int64_t Heap::reserved() const {
   const std::lock_guard lock(mutex_);
+  return held();
+}
+
+int64_t Heap::trim() {
+  const std::lock_guard lock(mutex_);
   int64_t total = 0;
-  for (const Segment& segment : segments_) total += static_cast<int64_t>(segment.memory.size());
+  for (Segment& segment : segments_) {
+    if (segment.released || !segment.used.empty()) continue;
+    segment.released = segment.memory.release(segment.fd);
+    if (segment.released) total += static_cast<int64_t>(segment.memory.size());
+  }
   return total;
 }
 

@@ -47,19 +47,25 @@ class Heap : public std::enable_shared_from_this<Heap> {
   // At least one byte, aligned to 512. Error where the system has no more memory.
   std::shared_ptr<Block> allocate(int64_t bytes);
 
-  // Bytes of the segments; they stay for what comes.
+  // Bytes of the segments; they stay for what comes, until trim().
   int64_t reserved() const;
+  // Gives segments without blocks back to the system. Peers map them as before, for they touch
+  // blocks alone; they are filled again when they are needed. Returns the bytes.
+  int64_t trim();
   // Forget how to announce: from now on the heap holds the blocks that are left, no more.
   void retire();
 
  private:
   struct Segment {
     Mapping memory;
+    Fd fd;
+    bool released;
     std::map<int64_t, int64_t> free;  // offset to size of what is free, never two in a row
     std::map<int64_t, int64_t> used;
   };
 
   void free(Place place);
+  int64_t held() const;  // with the lock
   Segment& grow(int64_t bytes);
 
   Announce announce_;

@@ -127,9 +127,12 @@ bool receive_message(const Fd& socket, void* data, size_t bytes, Fd* fd, Deadlin
   alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
   message.msg_control = control;
   message.msg_controllen = sizeof(control);
+  // The other end may have closed with something unread: that is said once, and before what it had
+  // sent, which is there all the same.
   ssize_t received;
+  bool reset = false;
   do received = ::recvmsg(socket.get(), &message, MSG_CMSG_CLOEXEC);
-  while (received < 0 && errno == EINTR);
+  while (received < 0 && (errno == EINTR || (errno == ECONNRESET && !std::exchange(reset, true))));
   if (received < 0) fail_with_errno("recvmsg");
   for (cmsghdr* header = CMSG_FIRSTHDR(&message); header; header = CMSG_NXTHDR(&message, header)) {
     if (header->cmsg_level != SOL_SOCKET || header->cmsg_type != SCM_RIGHTS) continue;

@@ -51,8 +51,12 @@ class Mapping {
   Mapping() = default;
   // `bytes` of zeros, there for sure: to run out of memory is an Error here, not a signal later.
   static Mapping create(size_t bytes, Fd* fd);
-  // The memory of another process.
+  // The memory of another process; Error if it has fewer bytes.
   static Mapping of(const Fd& fd, size_t bytes);
+  // Gives the memory back to the system, for all who map it, and takes as much again: zeros, there
+  // for sure. In between nobody may touch it. False where the system does not.
+  bool release(const Fd& fd);
+  void restore(const Fd& fd);
   Mapping(Mapping&& other) noexcept;
   Mapping& operator=(Mapping&& other) noexcept;
   ~Mapping();
