@@ -37,6 +37,7 @@ from moe_kernels.triton._operands import (
     load_weight,
     pipeline_stages,
     row_operand,
+    specializes,
     weight_is_aligned,
     weight_operand,
 )
@@ -63,7 +64,7 @@ def _up_kernel(
     KIND: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, CLAMP: tl.constexpr,
     PRECISE: tl.constexpr, SAVE_H: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr, STAGES: tl.constexpr,
+    GROUP_M: tl.constexpr, STAGES: tl.constexpr, SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
     """A tile's gate and up columns are one product, BLOCK_N of each; they part in registers.
 
@@ -73,7 +74,10 @@ def _up_kernel(
     TWO: tl.constexpr = HALVES and W_MODE == TMA
     WIDTH: tl.constexpr = 2 * BLOCK_N if GATED and not TWO else BLOCK_N
     row_tiles, column_tiles = tile_count(tiles), tl.cdiv(I, BLOCK_N)
-    for step in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0)):
+    for step in tl.range(
+        tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0),
+        warp_specialize=SPECIALIZE,
+    ):  # fmt: skip
         tile, column_tile = walk(step, row_tiles, column_tiles, GROUP_M)
         expert, first, end = load_tile(tiles, bound, tile)
         n = column_tile * (BLOCK_N if HALVES else WIDTH)
@@ -170,7 +174,8 @@ def _project_up(
         X_MODE=r.mode, GATHERED=source is not None, W_MODE=w.mode, BIASED=bias is not None,
         **activation.constants(x), SAVE_H=h.shape[0] > 0, EVEN_K=H % cut.block_k == 0,
         PRECISION=dot_precision(x), BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, BLOCK_K=cut.block_k,
-        GROUP_M=cut.group_m, STAGES=pipeline_stages(cut.stages, r, w), num_warps=cut.warps,
+        GROUP_M=cut.group_m, STAGES=pipeline_stages(cut.stages, r, w),
+        SPECIALIZE=specializes("up", cut, w), num_warps=cut.warps,
     )  # fmt: skip
 
 

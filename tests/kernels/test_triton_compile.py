@@ -96,6 +96,17 @@ def test_aligned_operands_are_loaded_by_tma(reports: Reports) -> None:
             assert report["cp_async"] == 0, report  # both operands
 
 
+def test_warps_have_roles_where_that_is_asked_for(reports: Reports) -> None:
+    for report in reports:
+        if report["kernel"] != "_tile_map_kernel":
+            assert report["specialized"] == report["case"].endswith("_roles"), report
+
+
+def test_copies_fill_their_memory(reports: Reports) -> None:
+    """With as many bytes as the barrier waits for."""
+    assert [report for report in reports if report["torn"]] == []
+
+
 def test_aligned_tiles_go_straight_to_tensor_cores(reports: Reports) -> None:
     """But for TF32 and float8, whose operands the tensor cores take in one order only."""
     for report in _gemms(reports):

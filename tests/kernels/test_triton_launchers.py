@@ -1,6 +1,7 @@
 """What Triton launchers promise beyond their ops: any tile shape, any memory, any ids."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,11 +14,14 @@ import moe_kernels
 from moe_kernels import reference
 from moe_kernels.triton import (
     _fused_experts_backward,
+    _operands,
     _wgrad,
     fused_experts,
+    grouped_gemm,
     permute,
     sort_by_expert,
 )
+from moe_kernels.triton._config_tables import WARP_SPECIALIZE, Config
 from moe_kernels.triton._configs import CONFIGS
 from moe_kernels.triton._math import exp, fast_sigmoid, sigmoid, softplus
 from moe_kernels.triton._tiles import build_tile_map, walk
@@ -122,6 +126,43 @@ def test_every_configuration(
         monkeypatch.setattr(module, "config", lambda kernel, *_, **__: CONFIGS[kernel][key])
     inputs, upstream = _case(torch.float32 if key[1] == "full" else torch.bfloat16)
     check(impl, inputs, upstream)
+
+
+@pytest.mark.skipif(HAS_GPU, reason="on a GPU the tuner compares them, where they end")
+@pytest.mark.parametrize("arch", [90, 100])
+def test_roles_of_warps_change_nothing(
+    impl: Implementation, arch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the loops that may have them, and of the descriptor that a kernel makes for them."""
+    monkeypatch.setattr(_operands, "architecture", lambda device: arch)
+    monkeypatch.setattr(_operands, "TRITON_VERSION", (3, 7))
+    inputs, upstream = _case()
+    asked: list[bool] = []
+    specializes = _operands.specializes
+    results = []
+    for by in ("no", "triton"):
+        cut = Config(128, 64, 32, warps=4, stages=2, warp_specialize=by)
+        for module in (_fused_experts_backward, fused_experts):
+            monkeypatch.setattr(
+                module,
+                "config",
+                lambda kernel, *_, cut=cut, **__: replace(
+                    cut, warp_specialize=cut.warp_specialize if kernel in WARP_SPECIALIZE else "no"
+                ),
+            )
+        for module in (_fused_experts_backward, fused_experts, grouped_gemm):
+
+            def noted(*arguments: Any) -> bool:
+                asked.append(specializes(*arguments))
+                return asked[-1]
+
+            monkeypatch.setattr(module, "specializes", noted)
+        asked.clear()
+        results.append(_run(impl, inputs, upstream))
+        # up, down, through down, dX
+        assert asked == [by == "triton" and (arch == 100 or gemm) for gemm in (False, True) * 2]
+    for name, value in results[0].items():
+        assert torch.equal(value, results[1][name]), name
 
 
 def test_gathering_rows_first_changes_nothing(
