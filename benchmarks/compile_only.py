@@ -28,6 +28,14 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 
+MBARRIERS = {
+    "init": "init",
+    "arrive": "arrive",
+    "expect": r"arrive\.expect_tx",
+    "wait": r"try_wait\.parity",
+}
+
+
 class CompileOnlyDriver(DriverBase):
     """Says which GPU to compile for and has none."""
 
@@ -99,6 +107,9 @@ class Report:
         specialized: warps have roles of their own.
         torn: TMA copies of another size than the box of their descriptor. The barrier then waits
             for fewer or more bytes than come: results are wrong, or the kernel never ends.
+        role_registers: of a thread, as warps with roles set them, in the order of the code.
+        mbarriers: how often barriers are made ("init"), arrived at ("arrive", and "expect" where
+            bytes are to come) and waited for ("wait").
     """
 
     case: str
@@ -121,6 +132,8 @@ class Report:
     serialized: bool
     specialized: bool
     torn: int
+    role_registers: list[int]
+    mbarriers: dict[str, int]
     instructions: int
 
 
@@ -209,5 +222,10 @@ def read(case: str, kernel: Any, arch: int) -> Report:
         serialized="serialized" in log,
         specialized="ttg.warp_specialize(" in kernel.asm["ttgir"],
         torn=_torn(kernel.asm["ttgir"]),
+        role_registers=[int(n) for n in re.findall(r"setmaxnreg\S+\s+(\d+)", ptx)],
+        mbarriers={
+            name: len(re.findall(rf"mbarrier\.{operation}\.shared", ptx))
+            for name, operation in MBARRIERS.items()
+        },
         instructions=len(re.findall(r"^\s+[a-z@].*;", ptx, re.M)),
     )

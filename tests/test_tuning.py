@@ -26,6 +26,7 @@ from benchmarks.tuning.search import Found, search
 from benchmarks.tuning.trials import Trials
 from moe_kernels.triton._config_tables import ROWS, Bucket, Config, read_table
 from moe_kernels.triton._configs import CONFIGS, default_config
+from moe_kernels.triton._hopper_gemm import LARGEST_TILE
 from tests.conftest import HAS_GPU
 from tests.kernels.interpreter import mended_interpreter
 
@@ -46,12 +47,15 @@ def test_candidates_can_work(kernel: str, rows: int | None, arch: int) -> None:
     many = rows is None or rows > 16
     on_hopper = arch == 90 and kernel == "grouped_gemm" and many
     roles = kernel != "wgrad" and (arch == 100 or on_hopper)
-    assert {cut.warp_specialize for cut in found} == ({"no", "triton"} if roles else {"no"})
+    ways = {"no"} | ({"triton"} if roles else set()) | ({"gluon"} if roles and on_hopper else set())
+    assert {cut.warp_specialize for cut in found} == ways
     for cut in found:
         weights = 2 if kernel == "up" else 1
         if cut.warp_specialize != "no":
             assert cut.programs == 1
-            if arch == 90:  # eight warps multiply, in two groups
+            if cut.warp_specialize == "gluon":
+                assert cut.block_m * cut.block_n in (LARGEST_TILE, 2 * LARGEST_TILE)
+            elif arch == 90:  # eight warps multiply, in two groups
                 assert (cut.warps, cut.block_m >= 128) == (4, True)
                 cut = dataclasses.replace(cut, warps=8)
         stage = 2 * (cut.block_m * cut.block_k + cut.block_k * cut.block_n * weights)

@@ -77,17 +77,23 @@ def candidates(
 
 
 def _specialized(kernel: str, arch: int, config: Config) -> Iterator[Config]:
-    """The same tile, where Triton may give warps roles; one program a multiprocessor then.
+    """The same tile where warps have roles; one program a multiprocessor then.
 
-    On sm_90 it halves a tile between two groups of four warps beside the one that loads.
+    On sm_90 Triton halves a tile between two groups of four warps beside the one that loads. The
+    kernel in Gluon gives each group tiles of its own, or halves those that are too large for one.
     """
-    if "triton" not in WARP_SPECIALIZE.get(kernel, ()):
-        return
-    if 100 <= arch < 120:
+    ways = WARP_SPECIALIZE.get(kernel, ())
+    if "triton" in ways and 100 <= arch < 120:
         yield replace(config, programs=1, warp_specialize="triton")
-    halved = config.warps == 8 and config.block_m >= 128
-    if 90 <= arch < 100 and kernel == "grouped_gemm" and halved:
+    if kernel != "grouped_gemm" or not 90 <= arch < 100:
+        return
+    if config.warps == 8 and config.block_m >= 128:
         yield replace(config, warps=4, programs=1, warp_specialize="triton")
+    owned = config.warps == 4 and config.block_m >= 64
+    halved = config.warps == 8 and config.block_m >= 128
+    sums = config.block_m * config.block_n / (32 * config.warps)
+    if (owned or halved) and sums == LARGEST_SUM and config.block_k == 64:
+        yield replace(config, warps=8, programs=1, warp_specialize="gluon")
 
 
 def refinements(config: Config, shared: int, registers: int, arch: int) -> Iterator[Config]:

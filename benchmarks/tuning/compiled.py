@@ -145,8 +145,8 @@ def _answer(job: Mapping[str, Any], arch: int, kernels: list[Any]) -> dict[str, 
     kernels.clear()
     cut = Config(**job["config"])
     problem.run(cut)
-    name = f"_{job['kernel']}_kernel"
-    (kernel,) = (kernel for kernel in kernels if kernel.metadata.name == name)
+    names = (f"_{job['kernel']}_kernel", "_hopper_gemm_kernel")
+    (kernel,) = (kernel for kernel in kernels if kernel.metadata.name in names)
     report = dataclasses.asdict(read(job["kernel"], kernel, family(arch)))
     return {
         "problem": judge(report, SHARED_MEMORY[family(arch)], cut.warp_specialize != "no"),

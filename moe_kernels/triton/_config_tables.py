@@ -36,7 +36,7 @@ INNER = ("any", "narrow", "wide")
 PRECISIONS = ("half", "full", "fp8")
 # who may give the warps of a kernel roles, where not all of them do the same
 WARP_SPECIALIZE = {
-    "grouped_gemm": ("no", "triton"),
+    "grouped_gemm": ("no", "triton", "gluon"),
     "up": ("no", "triton"),
     "down_backward": ("no", "triton"),
 }
@@ -57,7 +57,8 @@ class Config:
         group_m: row tiles that are walked together, so that they find a weight tile in L2.
         programs: programs a multiprocessor holds; each walks many tiles.
         warp_specialize: whether warps have roles, to load or to multiply: "no", or given by
-            "triton", its compiler. Never a default; see ``_operands.specializes``.
+            "triton", its compiler, see ``_operands.specializes``, or "gluon", a kernel written so
+            (``_hopper_gemm.py``), whose ``warps`` are those that multiply. Never a default.
     """
 
     block_m: int

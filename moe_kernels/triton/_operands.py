@@ -16,7 +16,12 @@ from triton.tools.ragged_tma import create_ragged_descriptor, load_ragged
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_kernels.triton._config_tables import Config
-from moe_kernels.triton._launch import TRITON_VERSION, architecture, pipelines_pointer_loads
+from moe_kernels.triton._launch import (
+    INTERPRETED,
+    TRITON_VERSION,
+    architecture,
+    pipelines_pointer_loads,
+)
 
 POINTER = tl.constexpr(0)
 TMA = tl.constexpr(1)
@@ -133,6 +138,20 @@ def specializes(kernel: str, cut: Config, weight: Operand, rows: Operand | None 
         return arch < 120 and TRITON_VERSION >= (3, 7)
     by_tma = rows is not None and rows.mode == TMA.value
     return kernel == "grouped_gemm" and by_tma and cut.block_m >= 128 and cut.warps == 4
+
+
+def has_hopper_gemm(cut: Config, weight: Operand, rows: Operand, out: Tensor) -> bool:
+    """Whether the kernel of ``_hopper_gemm.py`` is asked for, and computes this product.
+
+    It was compiled with the two releases of Triton that are named. Without it the same tiles are
+    computed by warps that are all alike.
+    """
+    if cut.warp_specialize != "gluon" or INTERPRETED or not (3, 6) <= TRITON_VERSION < (3, 8):
+        return False
+    if weight.mode == POINTER.value or rows.mode != TMA.value:
+        return False
+    half = rows.value.base.element_size() == out.element_size() == 2
+    return half and cut.block_k >= 64 and 90 <= architecture(out.device) < 100
 
 
 def weight_operand(b: Tensor, block_k: int, block_n: int, *, halves: bool = False) -> Operand:

@@ -25,7 +25,9 @@ from moe_kernels.triton._launch import (
 )
 from moe_kernels.triton._operands import (
     TMA_IN_KERNEL,
+    TMA_TRANSPOSED,
     described_in_kernel,
+    has_hopper_gemm,
     is_aligned,
     load_rows,
     load_weight,
@@ -116,6 +118,12 @@ def multiply_rows(
     Kd, N = b.shape[1:]
     x = row_operand(a, None, cut.block_m, cut.block_k)
     w = weight_operand(b, cut.block_k, cut.block_n)
+    if has_hopper_gemm(cut, w, x, out):
+        from moe_kernels.triton import _hopper_gemm  # not every Triton has Gluon
+
+        transposed = w.mode == TMA_TRANSPOSED.value
+        _hopper_gemm.multiply_rows(a, b, bias, out, tiles, cut, transposed=transposed)
+        return
     specialize = specializes("grouped_gemm", cut, w, x)
     if specialize:
         x = described_in_kernel(a)

@@ -11,7 +11,12 @@ from torch import Tensor
 
 T, K, E, H, INNER = 4096, 8, 128, 2048, 768
 BF16 = torch.bfloat16
-ROLES: dict[str, Any] = {"block_k": 64, "stages": 3, "warps": 4, "warp_specialize": "triton"}
+# of kernels whose warps have roles, given by Triton or in Gluon
+ROLES: dict[str, Any] = {
+    "block_m": 128, "block_k": 64, "warps": 4, "stages": 3, "warp_specialize": "triton"
+}  # fmt: skip
+GLUON = ROLES | {"warps": 8, "stages": 4, "warp_specialize": "gluon"}
+HOPPER = range(90, 100)
 
 
 def _order(tokens: int = T) -> tuple[Tensor, Tensor, Tensor]:
@@ -202,8 +207,8 @@ def _fused_experts_of(*counts: tuple[int, int, int]) -> None:
         _fused_experts("swiglu", tokens=tokens, biased=True, experts=experts, top_k=top_k)
 
 
-def _roles(kernels: tuple[str, ...], archs: range, **cut: Any) -> None:
-    """The kernels where warps have roles, on the architectures that this is for."""
+def _roles(parts: dict[str, int], archs: range, **cut: Any) -> None:
+    """A part of each kernel where warps have roles, on the architectures that this is for."""
     from benchmarks.registry import Shape
     from benchmarks.tuning.problems import PROBLEMS, Layer
     from moe_kernels.triton._config_tables import Config
@@ -214,9 +219,8 @@ def _roles(kernels: tuple[str, ...], archs: range, **cut: Any) -> None:
         return
     shape = Shape({"T": 512, "H": H, "I": INNER, "E": 2, "K": 1})
     layer = Layer(shape, BF16, torch.device("cpu"), filled=False)
-    for kernel in kernels:
-        for part in PROBLEMS[kernel]:
-            part.make(layer).run(Config(**cut))
+    for kernel, part in parts.items():
+        PROBLEMS[kernel][part].make(layer).run(Config(**cut))
 
 
 def _with_tf32(call: Callable[[], None]) -> None:
@@ -252,9 +256,9 @@ CASES: dict[str, Callable[[], None]] = {
     "round": partial(_round, "nearest", masked=True),
     "activation": partial(_activation, "swiglu", BF16),
     "gemm_many": partial(_grouped_gemm, T * K, BF16, False),
-    "gemm_roles": partial(
-        _roles, ("grouped_gemm",), range(90, 100), **ROLES, block_m=128, block_n=256
-    ),
+    "gemm_roles": partial(_roles, {"grouped_gemm": 0}, HOPPER, **ROLES, block_n=256),
+    "gluon_turns_roles": partial(_roles, {"grouped_gemm": 0}, HOPPER, **GLUON, block_n=128),
+    "gluon_shared_roles": partial(_roles, {"grouped_gemm": 1}, HOPPER, **GLUON, block_n=256),
     "quantize": partial(_quantize, BF16),
     "scaled_many": partial(_scaled_gemm, T * K),
     "experts": partial(_fused_experts, "swiglu"),
@@ -300,8 +304,11 @@ MORE_CASES: dict[str, Callable[[], None]] = {
     "experts_full_interleaved": partial(
         _fused_experts, "swigluoai", torch.float32, transposed=False, interleaved=True, biased=True
     ),
+    "gemm_dx_roles": partial(_roles, {"grouped_gemm": 1}, range(90, 110), **ROLES, block_n=128),
+    "gluon_turns_dx_roles": partial(_roles, {"grouped_gemm": 1}, HOPPER, **GLUON, block_n=128),
+    "gluon_shared_down_roles": partial(_roles, {"grouped_gemm": 0}, HOPPER, **GLUON, block_n=256),
     "experts_roles": partial(
-        _roles, ("up", "down_backward"), range(100, 110), **ROLES, block_m=128, block_n=64
+        _roles, {"up": 0, "down_backward": 0}, range(100, 110), **ROLES, block_n=64
     ),
     "experts_unaligned": partial(_fused_experts, "swiglu", hidden=H + 1),
 }

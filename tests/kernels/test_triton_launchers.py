@@ -140,14 +140,17 @@ def test_roles_of_warps_change_nothing(
     asked: list[bool] = []
     specializes = _operands.specializes
     results = []
-    for by in ("no", "triton"):
+    for by in ("no", "triton", "gluon"):
         cut = Config(128, 64, 32, warps=4, stages=2, warp_specialize=by)
         for module in (_fused_experts_backward, fused_experts):
             monkeypatch.setattr(
                 module,
                 "config",
                 lambda kernel, *_, cut=cut, **__: replace(
-                    cut, warp_specialize=cut.warp_specialize if kernel in WARP_SPECIALIZE else "no"
+                    cut,
+                    warp_specialize=cut.warp_specialize
+                    if cut.warp_specialize in WARP_SPECIALIZE.get(kernel, ())
+                    else "no",
                 ),
             )
         for module in (_fused_experts_backward, fused_experts, grouped_gemm):
@@ -163,6 +166,7 @@ def test_roles_of_warps_change_nothing(
         assert asked == [by == "triton" and (arch == 100 or gemm) for gemm in (False, True) * 2]
     for name, value in results[0].items():
         assert torch.equal(value, results[1][name]), name
+        assert torch.equal(value, results[2][name]), name
 
 
 def test_gathering_rows_first_changes_nothing(
