@@ -88,18 +88,27 @@ def _grouped_gemm_kernel(
         )
 
 
-@triton.jit(do_not_specialize=["R", "E"])
-def _zero_tail_kernel(out, offsets, R, N, E, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Zero the rows of no expert."""
-    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+@triton.jit
+def zero_rows(
+    out, offsets, R, N, E, begin, end, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """Zero a program's part of the rows of no expert, the columns from ``begin`` to ``end``."""
     used = tl.minimum(tl.maximum(tl.load(offsets + E), 0), R)
     for first in range(used + tl.program_id(0) * BLOCK_R, R, tl.num_programs(0) * BLOCK_R):
         row = (first + tl.arange(0, BLOCK_R)).to(tl.int64)
-        tl.store(
-            out + row[:, None] * N + column[None, :],
-            tl.zeros((BLOCK_R, BLOCK_N), out.dtype.element_ty),
-            mask=(row < R)[:, None] & (column < N)[None, :],
-        )
+        for n in range(begin, end, BLOCK_N):
+            column = n + tl.arange(0, BLOCK_N)
+            tl.store(
+                out + row[:, None] * N + column[None, :],
+                tl.zeros((BLOCK_R, BLOCK_N), out.dtype.element_ty),
+                mask=(row < R)[:, None] & (column < end)[None, :],
+            )
+
+
+@triton.jit(do_not_specialize=["R", "E"])
+def _zero_tail_kernel(out, offsets, R, N, E, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr):
+    begin = tl.program_id(1) * BLOCK_N
+    zero_rows(out, offsets, R, N, E, begin, tl.minimum(begin + BLOCK_N, N), BLOCK_R, BLOCK_N)
 
 
 def zero_tail(out: Tensor, offsets: Tensor) -> None:

@@ -192,6 +192,25 @@ def test_fresh_memory_may_hold_anything(impl: Implementation) -> None:
         assert torch.equal(value, poisoned[name]), name
 
 
+@pytest.mark.parametrize("dropped", [False, True])
+def test_saved_rows_of_no_expert_are_zero(impl: Implementation, dropped: bool) -> None:
+    """Though no tile has them: of a bound above the rows that there are, or of no row at all."""
+    inputs, _ = _case()
+    if dropped:
+        inputs["topk_ids"].fill_(-1)
+    moved = {name: value.to(impl.device) for name, value in inputs.items()}
+    names = ("x", "gate_up", "down", "topk_ids", "topk_weights", "gate_up_bias", "down_bias")
+    bound = inputs["topk_ids"].numel() + 37
+    options = ("swiglu", False, 1.0, float("inf"), bound, True, None, None)
+    with poisoned_memory():
+        _, h, *order = fused_experts.fused_experts(*(moved[name] for name in names), *options)
+    used = int(order[2][-1])
+    assert (h.shape[0], used == 0) == (bound, dropped)
+    assert h[:used].isfinite().all()
+    assert h[:used].abs().sum(1).all()
+    assert (h[used:] == 0).all()
+
+
 def test_unknown_ids_are_dropped_unless_checked(
     impl: Implementation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
