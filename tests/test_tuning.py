@@ -122,6 +122,17 @@ def test_roles_of_warps_are_dropped_where_the_compiler_errs_or_gives_none() -> N
     assert judge(report | {"specialized": False}, 9, False) == ""
 
 
+def test_the_compiler_gives_warps_roles() -> None:
+    shape = layer(4096, 2048, 768, 128, 8)
+    roles = Config(128, 256, 64, warps=4, stages=3, warp_specialize="triton")
+    gluon = Config(128, 128, 64, warps=8, stages=4, warp_specialize="gluon")
+    plain = dataclasses.replace(roles, block_m=64, block_n=128)  # too few rows to halve
+    configs = [roles, gluon, plain]
+    found = compile_all("grouped_gemm", 0, shape, "bf16", configs, 90, processes=1, seconds=240)
+    assert (found[roles].problem, found[gluon].problem) == ("", "")
+    assert found[plain].problem == "has no warps with roles, although it is asked for"
+
+
 def test_a_run_that_does_not_end_is_tried_once(tmp_path: Path) -> None:
     """The process really ends, and the next one leaves the configuration out."""
     path, ours = tmp_path / "new" / "tiles.json", [Config(128, 64, 64, warps=4, stages=2)]
