@@ -122,7 +122,10 @@ gpu-bench: build
 
 # The device's table of tile shapes, about an hour. Started again, it does the buckets that are left.
 gpu-tune: build
-	$(PY) -m benchmarks tune --device cuda --limit $(LIMIT) --out $(OUT)/tiles.json $(ARGS)
+	until $(PY) -m benchmarks tune --device cuda --limit $(LIMIT) --out $(OUT)/tiles.json $(ARGS); do \
+		test -e $(OUT)/tiles.trying || exit 1; \
+		echo "gpu-tune: a kernel did not end; again without it" >&2; \
+	done
 
 # CMake and ninja do only what is needed, so it is always run.
 build: $(ENVIRONMENT)

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,14 @@ from triton.runtime.jit import JITFunction
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # bytes of shared memory that a block may have, by architecture
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
+MBARRIERS = {
+    "init": "init",
+    "arrive": "arrive",
+    "expect": r"arrive\.expect_tx",
+    "wait": r"try_wait\.parity",
+}
 
 
 class CompileOnlyDriver(DriverBase):
@@ -95,6 +104,12 @@ class Report:
         detours: tiles that pass through registers on their way to a ``wgmma``, in a pipelined loop.
         fenced: every wait for ``cp.async`` is followed by a proxy fence before a ``wgmma``.
         serialized: ptxas could not keep ``wgmma`` asynchronous.
+        specialized: warps have roles of their own.
+        torn: TMA copies of another size than the box of their descriptor. The barrier then waits
+            for fewer or more bytes than come: results are wrong, or the kernel never ends.
+        role_registers: of a thread, as warps with roles set them, in the order of the code.
+        mbarriers: how often barriers are made ("init"), arrived at ("arrive", and "expect" where
+            bytes are to come) and waited for ("wait").
     """
 
     case: str
@@ -115,6 +130,10 @@ class Report:
     detours: int
     fenced: bool
     serialized: bool
+    specialized: bool
+    torn: int
+    role_registers: list[int]
+    mbarriers: dict[str, int]
     instructions: int
 
 
@@ -151,6 +170,17 @@ def _detours(ttgir: str) -> int:
     indent = len(lines[start]) - len(lines[start].lstrip())
     end = next(i for i in range(start + 1, len(lines)) if lines[i].startswith(" " * indent + "}"))
     return sum("ttg.local_alloc" in line for line in lines[start:end])
+
+
+def _torn(ttgir: str) -> int:
+    """TMA copies to shared memory that has not as many elements as the descriptor's box."""
+    copy = r"async_tma_copy_global_to_local .*tensordesc<tensor<([0-9x]+)x.*memdesc<([0-9x]+)x\D"
+    pairs = re.findall(copy, ttgir)
+    return sum(_elements(box) != _elements(memory) for box, memory in pairs)
+
+
+def _elements(shape: str) -> int:
+    return prod(int(extent) for extent in shape.split("x"))
 
 
 def read(case: str, kernel: Any, arch: int) -> Report:
@@ -190,5 +220,12 @@ def read(case: str, kernel: Any, arch: int) -> Report:
         detours=_detours(kernel.asm["ttgir"]),
         fenced=_is_fenced(ptx),
         serialized="serialized" in log,
+        specialized="ttg.warp_specialize(" in kernel.asm["ttgir"],
+        torn=_torn(kernel.asm["ttgir"]),
+        role_registers=[int(n) for n in re.findall(r"setmaxnreg\S+\s+(\d+)", ptx)],
+        mbarriers={
+            name: len(re.findall(rf"mbarrier\.{operation}\.shared", ptx))
+            for name, operation in MBARRIERS.items()
+        },
         instructions=len(re.findall(r"^\s+[a-z@].*;", ptx, re.M)),
     )

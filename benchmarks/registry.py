@@ -220,6 +220,7 @@ class Provider:
         requires: modules that must be importable.
         devices: device types it runs on.
         limit: it stands for a limit of the machine and computes nothing that could be wrong.
+        by_name: it runs only if it is asked for.
     """
 
     name: str
@@ -227,6 +228,7 @@ class Provider:
     requires: tuple[str, ...] = ()
     devices: tuple[str, ...] = ("cpu", "cuda")
     limit: bool = False
+    by_name: bool = False
 
     def unavailable(self, device: str) -> str:
         """Why it cannot run on ``device`` here, or ""."""

@@ -100,7 +100,9 @@ class Contender:
 def available(op: Op, device: str, wanted: Sequence[str] = ()) -> dict[str, str]:
     """Of the providers of ``op`` (those ``wanted``, or all) why each cannot run, or ""."""
     names = [
-        n for n, p in PROVIDERS.items() if op.name in p.builders and n in (wanted or PROVIDERS)
+        n
+        for n, p in PROVIDERS.items()
+        if op.name in p.builders and (n in wanted or not (wanted or p.by_name))
     ]
     return {name: PROVIDERS[name].unavailable(device) for name in names}
 

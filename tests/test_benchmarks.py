@@ -14,10 +14,13 @@ from benchmarks.accuracy import judge
 from benchmarks.cli import main
 from benchmarks.limits import Limits
 from benchmarks.ops import OPS
-from benchmarks.providers import LIMITS, OURS, PROVIDERS
-from benchmarks.registry import Case, Implementation, Inputs, Output, Shape, Truth
+from benchmarks.providers import LIMITS, OURS, OWN, PROVIDERS
+from benchmarks.registry import Case, Implementation, Inputs, Output, Shape, Truth, Unsupported
 from benchmarks.routing import ROUTINGS, make_topk_ids
+from benchmarks.runner import available
 from tests.conftest import GPU, HAS_GPU
+from tests.kernels.accuracy import frobenius_error
+from tests.kernels.interpreter import mended_interpreter
 
 TINY = {
     "fused_experts": "T=5,H=32,I=16,E=8,K=2",
@@ -343,3 +346,32 @@ def test_memory_of_activation_checkpointing(tmp_path: Path) -> None:
         assert row["peak_bytes"] == pytest.approx(peaks[row["provider"]], rel=0.01)
     assert main(["report", str(tmp_path / "a.json"), "--out", str(tmp_path)]) == 0
     assert "| full |" in (tmp_path / "report.md").read_text()
+
+
+# ------------------------------------------------------------------------------ warps with roles
+
+
+def test_warps_with_roles_are_measured_only_if_named() -> None:
+    names = [name for name, provider in PROVIDERS.items() if provider.by_name]
+    assert len(names) == 3
+    assert set(names) < set(OWN)
+    op = OPS["grouped_gemm"]
+    assert not set(names) & set(available(op, "cuda"))
+    assert list(available(op, "cuda", [OURS, *names])) == [OURS, *names]
+
+
+@pytest.mark.skipif(HAS_GPU, reason="in the interpreter")
+def test_warps_with_roles_compute_the_product() -> None:
+    """Those that Triton gives; the others say that they cannot run here."""
+    op, device = OPS["grouped_gemm"], torch.device("cpu")
+    case = op.make_case(
+        Shape({"R": 150, "D": 64, "N": 40, "E": 3}), torch.bfloat16, device, "uniform", 0
+    )
+    build = PROVIDERS["moe_kernels_roles_triton"].builders["grouped_gemm"]
+    with mended_interpreter():
+        found = build(case).run(case.inputs[0])
+    truth = op.truth(case, 0, False)["c"]
+    assert frobenius_error(found[truth.rows], truth.values) < 4e-3
+    for name in ("moe_kernels_roles_gluon_turns", "moe_kernels_roles_gluon_shared"):
+        with pytest.raises(Unsupported, match="cannot give warps roles on this device"):
+            PROVIDERS[name].builders["grouped_gemm"](case)

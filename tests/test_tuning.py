@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,11 +20,13 @@ from benchmarks.ops._shapes import layer, layer_sets, tuning_set
 from benchmarks.tuning import table
 from benchmarks.tuning.candidates import GROUPS, LARGEST_SUM, SHARED_MEMORY, candidates, refinements
 from benchmarks.tuning.command import KERNELS, _buckets, _candidates
-from benchmarks.tuning.compiled import Compiled, compile_all, small_shape
+from benchmarks.tuning.compiled import Compiled, compile_all, judge, small_shape
 from benchmarks.tuning.problems import PROBLEMS, Layer, Problem, bucket_of
 from benchmarks.tuning.search import Found, search
+from benchmarks.tuning.trials import Trials
 from moe_kernels.triton._config_tables import ROWS, Bucket, Config, read_table
 from moe_kernels.triton._configs import CONFIGS, default_config
+from moe_kernels.triton._hopper_gemm import LARGEST_TILE
 from tests.conftest import HAS_GPU
 from tests.kernels.interpreter import mended_interpreter
 
@@ -39,8 +44,20 @@ def test_candidates_can_work(kernel: str, rows: int | None, arch: int) -> None:
     found = candidates(kernel, arch, 2, rows, 2048, 768)
     assert len(found) == len(set(found)) > 10
     assert found == candidates(kernel, arch, 2, rows, 2048, 768)
+    many = rows is None or rows > 16
+    on_hopper = arch == 90 and kernel == "grouped_gemm" and many
+    roles = kernel != "wgrad" and (arch == 100 or on_hopper)
+    ways = {"no"} | ({"triton"} if roles else set()) | ({"gluon"} if roles and on_hopper else set())
+    assert {cut.warp_specialize for cut in found} == ways
     for cut in found:
         weights = 2 if kernel == "up" else 1
+        if cut.warp_specialize != "no":
+            assert cut.programs == 1
+            if cut.warp_specialize == "gluon":
+                assert cut.block_m * cut.block_n in (LARGEST_TILE, 2 * LARGEST_TILE)
+            elif arch == 90:  # eight warps multiply, in two groups
+                assert (cut.warps, cut.block_m >= 128) == (4, True)
+                cut = dataclasses.replace(cut, warps=8)
         stage = 2 * (cut.block_m * cut.block_k + cut.block_k * cut.block_n * weights)
         assert stage * cut.stages * cut.programs <= SHARED_MEMORY[arch]
         assert cut.block_m * cut.block_n * weights <= LARGEST_SUM * 32 * cut.warps
@@ -95,6 +112,48 @@ def test_the_compiler_drops_what_spills_or_does_not_fit() -> None:
     assert "spills" in found[spills].problem
     assert "bytes of shared memory; there are 232448" in found[large].problem
     assert "does not compile" in found[refused].problem
+
+
+def test_roles_of_warps_are_dropped_where_the_compiler_errs_or_gives_none() -> None:
+    report = {"spilled": 0, "shared": 1, "serialized": False, "torn": 0, "specialized": True}
+    assert judge(report, 9, True) == ""
+    assert "2 tiles of another size" in judge(report | {"torn": 2}, 9, True)
+    assert "no warps with roles" in judge(report | {"specialized": False}, 9, True)
+    assert judge(report | {"specialized": False}, 9, False) == ""
+
+
+def test_the_compiler_gives_warps_roles() -> None:
+    shape = layer(4096, 2048, 768, 128, 8)
+    roles = Config(128, 256, 64, warps=4, stages=3, warp_specialize="triton")
+    gluon = Config(128, 128, 64, warps=8, stages=4, warp_specialize="gluon")
+    plain = dataclasses.replace(roles, block_m=64, block_n=128)  # too few rows to halve
+    configs = [roles, gluon, plain]
+    found = compile_all("grouped_gemm", 0, shape, "bf16", configs, 90, processes=1, seconds=240)
+    assert (found[roles].problem, found[gluon].problem) == ("", "")
+    assert found[plain].problem == "has no warps with roles, although it is asked for"
+
+
+def test_a_run_that_does_not_end_is_tried_once(tmp_path: Path) -> None:
+    """The process really ends, and the next one leaves the configuration out."""
+    path, ours = tmp_path / "new" / "tiles.json", [Config(128, 64, 64, warps=4, stages=2)]
+    ours += [dataclasses.replace(ours[0], warp_specialize="triton", stages=s) for s in (2, 3)]
+    for cut in ours[:2]:
+        with Trials(path).of(BUCKET, cut):
+            pass
+    child = os.fork()
+    if child == 0:
+        with (
+            open(os.devnull, "w") as sys.stderr,  # where the traceback goes
+            Trials(path).of(BUCKET, ours[1], seconds=0.1),
+        ):
+            time.sleep(60)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+    assert path.with_suffix(".trying").exists()
+    for trials in (Trials(path), Trials(path)):
+        assert [trials.ended(BUCKET, cut) for cut in ours] == [True, False, True]
+        assert trials.ended(dataclasses.replace(BUCKET, rows=4), ours[1])
+        assert not path.with_suffix(".trying").exists()
 
 
 def test_what_is_not_compiled_in_time_is_dropped() -> None:

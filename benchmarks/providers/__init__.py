@@ -13,6 +13,7 @@ from benchmarks.providers.quantized import (
     moe_kernels_unquantized,
     torch_packed,
 )
+from benchmarks.providers.roles import roles
 from benchmarks.providers.torch_chain import torch_chain
 from benchmarks.providers.transformers import (
     transformers_batched_mm,
@@ -31,6 +32,7 @@ OWN = (
     moe_kernels_mxfp4.name,
     our_compiled_model.name,
     *(transport.name for transport in transports),
+    *(provider.name for provider in roles),
 )
 DENSE = dense_limit.name
 MACHINE = (DENSE, copy_limit.name)  # what the machine allows
@@ -54,6 +56,7 @@ PROVIDERS: dict[str, Provider] = {
         moe_kernels_mxfp4,
         moe_kernels_unquantized,
         torch_packed,
+        *roles,
         *transports,
         torch_all_to_all,
         gloo_rows,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 
-from moe_kernels.triton._config_tables import Config
+from moe_kernels.triton._config_tables import WARP_SPECIALIZE, Config
 
 # bytes of shared memory that a block may have, and registers of a multiprocessor
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -73,7 +73,27 @@ def candidates(
         for stages in range(max(2, fit - 1), fit + 1):
             programs = 2 if 2 * stages * stage <= memory and sums <= LARGEST_SUM / 2 else 1
             found.append(Config(m, n, k, warps=warps, stages=stages, programs=programs))
-    return found
+    return found + [other for config in found for other in _specialized(kernel, arch, config)]
+
+
+def _specialized(kernel: str, arch: int, config: Config) -> Iterator[Config]:
+    """The same tile where warps have roles; one program a multiprocessor then.
+
+    On sm_90 Triton halves a tile between two groups of four warps beside the one that loads. The
+    kernel in Gluon gives each group tiles of its own, or halves those that are too large for one.
+    """
+    ways = WARP_SPECIALIZE.get(kernel, ())
+    if "triton" in ways and 100 <= arch < 120:
+        yield replace(config, programs=1, warp_specialize="triton")
+    if kernel != "grouped_gemm" or not 90 <= arch < 100:
+        return
+    if config.warps == 8 and config.block_m >= 128:
+        yield replace(config, warps=4, programs=1, warp_specialize="triton")
+    owned = config.warps == 4 and config.block_m >= 64
+    halved = config.warps == 8 and config.block_m >= 128
+    sums = config.block_m * config.block_n / (32 * config.warps)
+    if (owned or halved) and sums == LARGEST_SUM and config.block_k == 64:
+        yield replace(config, warps=8, programs=1, warp_specialize="gluon")
 
 
 def refinements(config: Config, shared: int, registers: int, arch: int) -> Iterator[Config]:
@@ -85,7 +105,9 @@ def refinements(config: Config, shared: int, registers: int, arch: int) -> Itera
     memory = SHARED_MEMORY[family(arch)]
     for group_m, programs in product(GROUPS, PROGRAMS):
         resident = (
-            programs * shared <= memory and programs * registers * 32 * config.warps <= REGISTERS
+            programs * shared <= memory
+            and programs * registers * 32 * config.warps <= REGISTERS
+            and config.warp_specialize == "no"  # roles take most of the registers
         )
         other = replace(config, group_m=group_m, programs=programs)
         if (resident or programs == 1) and other != config:

@@ -171,6 +171,7 @@ def _tune(wanted: Sequence[Any], options: argparse.Namespace) -> int:
     from benchmarks.tuning import table
     from benchmarks.tuning.problems import PROBLEMS, Layer, Problem
     from benchmarks.tuning.search import search
+    from benchmarks.tuning.trials import Trials
     from moe_kernels.triton._config_tables import device_class
     from moe_kernels.triton._configs import CONFIGS, default_config
     from moe_kernels.triton._launch import architecture
@@ -180,6 +181,9 @@ def _tune(wanted: Sequence[Any], options: argparse.Namespace) -> int:
     path = options.out or RUNS / f"{name}.json"
     document = table.load(path, name, CONFIGS)
     known = table.buckets(document, CONFIGS)
+    trials = Trials(path)
+    for hung in trials.hung:
+        print(f"not tried, since it did not end: {hung}", flush=True)
     described = environment.describe(device)
     measure = measure_in_turns(device, options.seconds)
 
@@ -208,7 +212,11 @@ def _tune(wanted: Sequence[Any], options: argparse.Namespace) -> int:
             found = search(
                 bucket,
                 default,
-                _candidates(problems, options.dtype, arch),
+                [
+                    config
+                    for config in _candidates(problems, options.dtype, arch)
+                    if trials.ended(bucket, config)
+                ],
                 [
                     (f"{k} {part} {shape}", maker(k, part, shape), _compile(p, options, arch))
                     for p in problems
@@ -216,6 +224,7 @@ def _tune(wanted: Sequence[Any], options: argparse.Namespace) -> int:
                 ],
                 measure,
                 arch,
+                functools.partial(trials.of, bucket),
             )
         except (RuntimeError, torch.OutOfMemoryError) as error:
             failed.append(f"{bucket}: {error}".split("\n")[0])

@@ -117,7 +117,7 @@ class _Worker(threading.Thread):
             process.wait()
 
 
-def judge(report: Mapping[str, Any], memory: int) -> str:
+def judge(report: Mapping[str, Any], memory: int, specialized: bool) -> str:
     """Why a compiled kernel is not worth a try, or ""."""
     if report["spilled"]:
         return f"spills {report['spilled']} bytes of registers"
@@ -125,6 +125,10 @@ def judge(report: Mapping[str, Any], memory: int) -> str:
         return f"needs {report['shared']} bytes of shared memory; there are {memory}"
     if report["serialized"]:
         return "products wait for one another"
+    if report["torn"]:
+        return f"copies {report['torn']} tiles of another size than their descriptors have"
+    if specialized and not report["specialized"]:
+        return "has no warps with roles, although it is asked for"
     return ""
 
 
@@ -139,12 +143,13 @@ def _answer(job: Mapping[str, Any], arch: int, kernels: list[Any]) -> dict[str, 
     layer = Layer(Shape(job["sizes"]), DTYPES[job["dtype"]], torch.device("cpu"), filled=False)
     problem = PROBLEMS[job["kernel"]][job["part"]].make(layer)
     kernels.clear()
-    problem.run(Config(**job["config"]))
-    name = f"_{job['kernel']}_kernel"
-    (kernel,) = (kernel for kernel in kernels if kernel.metadata.name == name)
+    cut = Config(**job["config"])
+    problem.run(cut)
+    names = (f"_{job['kernel']}_kernel", "_hopper_gemm_kernel")
+    (kernel,) = (kernel for kernel in kernels if kernel.metadata.name in names)
     report = dataclasses.asdict(read(job["kernel"], kernel, family(arch)))
     return {
-        "problem": judge(report, SHARED_MEMORY[family(arch)]),
+        "problem": judge(report, SHARED_MEMORY[family(arch)], cut.warp_specialize != "no"),
         "registers": report["registers"],
         "shared": report["shared"],
     }

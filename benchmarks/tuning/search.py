@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -19,6 +20,8 @@ from moe_kernels.triton._config_tables import Bucket, Config
 # Milliseconds of each call, taken in turns; a call that fails is left out.
 Measure = Callable[[Mapping[Config, Callable[[], None]]], Mapping[Config, float]]
 Compile = Callable[[Sequence[Config]], Mapping[Config, Compiled]]
+# Around a configuration's first run on a problem, and its check.
+Guard = Callable[[Config], AbstractContextManager[None]]
 
 FINALISTS = 5  # tiles whose walking orders are tried
 TIE = 0.98  # the default stays unless another takes less than this part of its time
@@ -55,6 +58,7 @@ def search(
     problems: Sequence[tuple[str, Callable[[], Problem], Compile]],
     measure: Measure,
     arch: int,
+    guard: Guard = lambda config: nullcontext(),
 ) -> Found:
     """The configuration that is fastest on all ``problems`` of a bucket together.
 
@@ -73,7 +77,7 @@ def search(
             if made.problem and config != default:
                 dropped[config] = made.problem
             compiled[config] = made
-    first = _measure_all(default, _left(wanted, dropped), problems, measure, dropped)
+    first = _measure_all(default, _left(wanted, dropped), problems, measure, dropped, guard)
     finalists = [config for config in _ranked(first) if config != default][:FINALISTS]
     wider = {
         other
@@ -82,7 +86,7 @@ def search(
     }
     # in an order that does not depend on hashes
     more = sorted(wider - {default, *finalists}, key=lambda config: tuple(vars(config).values()))
-    last = _measure_all(default, [*finalists, *more], problems, measure, dropped)
+    last = _measure_all(default, [*finalists, *more], problems, measure, dropped, guard)
     best = _ranked(last)[0]
     if _score(last, best) > TIE:
         best = default
@@ -106,6 +110,7 @@ def _measure_all(
     problems: Sequence[tuple[str, Callable[[], Problem], Compile]],
     measure: Measure,
     dropped: dict[Config, str],
+    guard: Guard,
 ) -> dict[str, dict[Config, float]]:
     """Times by problem of those that are right on every problem, the default's with them."""
     times: dict[str, dict[Config, float]] = {}
@@ -115,7 +120,9 @@ def _measure_all(
             raise RuntimeError(f"{name}: the default, {default}, is wrong: {wrong}")
         results = problem.results()
         for config in _left(configs, dropped):
-            if wrong := _wrong(problem, config, results):
+            with guard(config):
+                wrong = _wrong(problem, config, results)
+            if wrong:
                 dropped[config] = wrong
         del results
         calls = {config: _call(problem, config) for config in (default, *_left(configs, dropped))}

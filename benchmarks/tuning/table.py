@@ -85,6 +85,8 @@ def summary(entries: Sequence[dict[str, Any]]) -> str:
         cut = entry["config"]
         tile = f"{cut['block_m']}x{cut['block_n']}x{cut['block_k']}"
         rest = f"{cut['warps']} warps, {cut['stages']} stages, group {cut['group_m']}"
+        if cut.get("warp_specialize", "no") != "no":
+            rest += f", roles by {cut['warp_specialize']}"
         cells = [
             entry["kernel"],
             entry["precision"],

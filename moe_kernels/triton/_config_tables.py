@@ -6,6 +6,8 @@ what won there, and what that is known from:
     {"kernel": "up", "precision": "half", "rows": 64, "inner": "narrow",
      "config": {"block_m": 64, ...}, "measured": {...}}
 
+"warp_specialize" may be left out of a configuration: "no".
+
 ``rows``: the most rows an expert has on average, one of ROWS, or null for more than all of them.
 ``inner``: whether the shorter of the two sides of an expert's matrix has at most NARROW elements
 ("narrow"), more ("wide"), or either ("any").
@@ -32,6 +34,12 @@ ROWS = (4, 16, 64, 256, 1024)
 NARROW = 512
 INNER = ("any", "narrow", "wide")
 PRECISIONS = ("half", "full", "fp8")
+# who may give the warps of a kernel roles, where not all of them do the same
+WARP_SPECIALIZE = {
+    "grouped_gemm": ("no", "triton", "gluon"),
+    "up": ("no", "triton"),
+    "down_backward": ("no", "triton"),
+}
 FOLDER = Path(__file__).parent / "configs"
 # parts of the names by which GPUs of one architecture are told apart
 MODELS = ("h200", "h100", "h800", "h20", "gh200", "a100", "b200", "b300", "gb200")
@@ -48,6 +56,9 @@ class Config:
         stages: how deep loads are pipelined.
         group_m: row tiles that are walked together, so that they find a weight tile in L2.
         programs: programs a multiprocessor holds; each walks many tiles.
+        warp_specialize: whether warps have roles, to load or to multiply: "no", or given by
+            "triton", its compiler, see ``_operands.specializes``, or "gluon", a kernel written so
+            (``_hopper_gemm.py``), whose ``warps`` are those that multiply. Never a default.
     """
 
     block_m: int
@@ -57,6 +68,7 @@ class Config:
     stages: int
     group_m: int = 8
     programs: int = 1
+    warp_specialize: str = "no"
 
 
 @dataclass(frozen=True)
@@ -147,14 +159,23 @@ def parse_entry(entry: Any, kernels: Collection[str], where: str) -> tuple[Bucke
             )
     if not isinstance(entry.get("config"), dict):
         raise ValueError(f"{where}: config must be an object; got {entry.get('config')!r}")
-    return Bucket(**{key: entry[key] for key in allowed}), parse_config(entry["config"], where)
+    bucket = Bucket(**{key: entry[key] for key in allowed})
+    return bucket, parse_config(entry["config"], bucket.kernel, where)
 
 
-def parse_config(values: Mapping[str, Any], where: str) -> Config:
+def parse_config(document: Mapping[str, Any], kernel: str, where: str) -> Config:
     names = [field.name for field in dataclasses.fields(Config)]
+    values = {"warp_specialize": "no", **document}
     if sorted(values) != sorted(names):
         raise ValueError(
-            f"{where}: config must have exactly {', '.join(names)}; got {', '.join(sorted(values))}"
+            f"{where}: config must have exactly {', '.join(names)}; got "
+            f"{', '.join(sorted(document))}"
+        )
+    specialize, known = values.pop("warp_specialize"), WARP_SPECIALIZE.get(kernel, ("no",))
+    if specialize not in known:
+        raise ValueError(
+            f"{where}: warp_specialize of {kernel} must be one of {', '.join(known)}; got "
+            f"{specialize!r}"
         )
     for name, value in values.items():
         if type(value) is not int or not 1 <= value <= 1024:
@@ -167,7 +188,7 @@ def parse_config(values: Mapping[str, Any], where: str) -> Config:
             raise ValueError(f"{where}: {name} must be at least {size}; got {values[name]}")
     if values["warps"] > 32:
         raise ValueError(f"{where}: warps must be at most 32; got {values['warps']}")
-    return Config(**values)
+    return Config(**values, warp_specialize=specialize)
 
 
 def as_table(document: Mapping[str, Any], kernels: Collection[str]) -> dict[Bucket, Config]:

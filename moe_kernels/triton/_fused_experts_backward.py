@@ -41,6 +41,7 @@ from moe_kernels.triton._operands import (
     load_weight,
     pipeline_stages,
     row_operand,
+    specializes,
     weight_is_aligned,
     weight_operand,
 )
@@ -148,10 +149,13 @@ def _down_backward_kernel(
     PRECISE: tl.constexpr, NEEDS_H: tl.constexpr, NEEDS_A: tl.constexpr, NEEDS_S: tl.constexpr,
     EVEN_K: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr, STAGES: tl.constexpr,
+    GROUP_M: tl.constexpr, STAGES: tl.constexpr, SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
     row_tiles, column_tiles = tile_count(tiles), tl.cdiv(columns, BLOCK_N)
-    for step in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0)):
+    for step in tl.range(
+        tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0),
+        warp_specialize=SPECIALIZE,
+    ):  # fmt: skip
         tile, column_tile = walk(step, row_tiles, column_tiles, GROUP_M)
         expert, first, end = load_tile(tiles, bound, tile)
         n = begin + column_tile * BLOCK_N
@@ -277,7 +281,8 @@ def _through_down(
         NEEDS_S=partials is not None, EVEN_K=H % cut.block_k == 0, PRECISION=dot_precision(h),
         SPLIT=cut.block_m * cut.block_n >= 1024 * cut.warps, BLOCK_M=cut.block_m,
         BLOCK_N=cut.block_n, BLOCK_K=cut.block_k, GROUP_M=cut.group_m,
-        STAGES=pipeline_stages(cut.stages, g, w), num_warps=cut.warps,
+        STAGES=pipeline_stages(cut.stages, g, w),
+        SPECIALIZE=specializes("down_backward", cut, w), num_warps=cut.warps,
     )  # fmt: skip
 
 

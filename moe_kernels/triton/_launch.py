@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
@@ -38,6 +40,18 @@ def processors(device: torch.device) -> int:
     if device.type != "cuda":
         return INTERPRETED_PROCESSORS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def with_scratch(device: torch.device, launch: Callable[[], None]) -> None:
+    """Call ``launch``, of kernels that ask for global memory; its allocator is set for it alone."""
+
+    def call() -> None:
+        triton.set_allocator(
+            lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device)
+        )
+        launch()
+
+    contextvars.copy_context().run(call)
 
 
 def float_type(tensor: Tensor) -> tl.dtype:

@@ -15,11 +15,19 @@ from torch import Tensor
 from triton.tools.ragged_tma import create_ragged_descriptor, load_ragged
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moe_kernels.triton._launch import architecture, pipelines_pointer_loads
+from moe_kernels.triton._config_tables import Config
+from moe_kernels.triton._launch import (
+    INTERPRETED,
+    TRITON_VERSION,
+    architecture,
+    pipelines_pointer_loads,
+)
 
 POINTER = tl.constexpr(0)
 TMA = tl.constexpr(1)
 TMA_TRANSPOSED = tl.constexpr(2)
+# rows by TMA, whose descriptor the kernel makes; see described_in_kernel
+TMA_IN_KERNEL = tl.constexpr(3)
 
 
 class Source(NamedTuple):
@@ -67,14 +75,15 @@ def contiguous_rows(tensor: Tensor) -> Tensor:
 
 
 def _by_tma(tensor: Tensor, block: list[int], mode: int) -> Operand:
+    descriptor = TensorDescriptor(tensor, list(tensor.shape), tma_strides(tensor), block)
+    return Operand(descriptor, mode, (0,) * min(tensor.dim(), 3))
+
+
+def tma_strides(tensor: Tensor) -> list[int]:
     # the stride of a dimension of one is never used, but must be a multiple of 16 bytes
     step = 16 // tensor.element_size()
-    strides = [
-        step if extent == 1 else stride
-        for extent, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
-    ]
-    descriptor = TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], block)
-    return Operand(descriptor, mode, (0,) * min(tensor.dim(), 3))
+    extents = zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
+    return [*(step if extent == 1 else stride for extent, stride in extents), 1]
 
 
 def by_pointer(tensor: Tensor) -> Operand:
@@ -99,6 +108,50 @@ def row_operand(a: Tensor, source: Source | None, block_m: int, block_k: int) ->
     if source is None and _takes_tma(a):
         return _by_tma(a, [block_m, block_k], TMA.value)
     return by_pointer(a)
+
+
+def described_in_kernel(a: Tensor) -> Operand:
+    """``a [R, Kd]``, aligned, of which the kernel makes the descriptor, in memory of its own.
+
+    Where Triton gives warps roles it halves a tile between two groups of warps. It can halve the
+    box of a descriptor only where the kernel makes it: of the host's, 3.7 refuses to copy half a
+    box, and 3.6 copies all of it to half the memory, while the barrier waits for half the bytes.
+    """
+    return Operand(a, TMA_IN_KERNEL.value, tuple(tma_strides(a)))
+
+
+def specializes(kernel: str, cut: Config, weight: Operand, rows: Operand | None = None) -> bool:
+    """Whether Triton is to give warps roles of their own in the kernel's loop over tiles.
+
+    That is asked for by the configuration. Triton can where TMA brings 16-bit weights, and on sm_90
+    only if it brings all, in the loop of "grouped_gemm", to two groups of four warps with at least
+    64 rows each; from sm_100 on only since Triton 3.7. Elsewhere the same tiles are computed by
+    warps that are all alike.
+    """
+    if cut.warp_specialize != "triton" or weight.mode == POINTER.value:
+        return False
+    base = weight.value.base
+    if base.element_size() != 2:
+        return False
+    arch = architecture(base.device)
+    if arch >= 100:
+        return arch < 120 and TRITON_VERSION >= (3, 7)
+    by_tma = rows is not None and rows.mode == TMA.value
+    return kernel == "grouped_gemm" and by_tma and cut.block_m >= 128 and cut.warps == 4
+
+
+def has_hopper_gemm(cut: Config, weight: Operand, rows: Operand, out: Tensor) -> bool:
+    """Whether the kernel of ``_hopper_gemm.py`` is asked for, and computes this product.
+
+    It was compiled with the two releases of Triton that are named. Without it the same tiles are
+    computed by warps that are all alike.
+    """
+    if cut.warp_specialize != "gluon" or INTERPRETED or not (3, 6) <= TRITON_VERSION < (3, 8):
+        return False
+    if weight.mode == POINTER.value or rows.mode != TMA.value:
+        return False
+    half = rows.value.base.element_size() == out.element_size() == 2
+    return half and cut.block_k >= 64 and 90 <= architecture(out.device) < 100
 
 
 def weight_operand(b: Tensor, block_k: int, block_n: int, *, halves: bool = False) -> Operand:

@@ -37,6 +37,7 @@ from moe_kernels.triton._operands import (
     load_weight,
     pipeline_stages,
     row_operand,
+    specializes,
     weight_is_aligned,
     weight_operand,
 )
@@ -48,22 +49,22 @@ from moe_kernels.triton._tiles import (
     tile_count,
     walk,
 )
-from moe_kernels.triton.grouped_gemm import zero_tail
+from moe_kernels.triton.grouped_gemm import zero_rows
 from moe_kernels.triton.permute import gathered_rows
 from moe_kernels.triton.sort_by_expert import sort_and_map, sort_by_expert
 
 __all__ = ["fused_experts", "fused_experts_backward", "fused_experts_wgrad_"]
 
 
-@triton.jit(do_not_specialize=["bound", "top_k"])
+@triton.jit(do_not_specialize=["bound", "top_k", "h_rows", "E"])
 def _up_kernel(
-    x, row_to_slot, w, bias, h, a, tiles, bound, H, I, W, top_k, alpha, limit,
+    x, row_to_slot, offsets, w, bias, h, a, tiles, bound, h_rows, H, I, W, E, top_k, alpha, limit,
     stride_xm, stride_xk, stride_we, stride_wk, stride_wn, stride_bias_e, stride_bias_n,
     X_MODE: tl.constexpr, GATHERED: tl.constexpr, W_MODE: tl.constexpr, BIASED: tl.constexpr,
     KIND: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, CLAMP: tl.constexpr,
     PRECISE: tl.constexpr, SAVE_H: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr, STAGES: tl.constexpr,
+    GROUP_M: tl.constexpr, STAGES: tl.constexpr, SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
     """A tile's gate and up columns are one product, BLOCK_N of each; they part in registers.
 
@@ -73,7 +74,10 @@ def _up_kernel(
     TWO: tl.constexpr = HALVES and W_MODE == TMA
     WIDTH: tl.constexpr = 2 * BLOCK_N if GATED and not TWO else BLOCK_N
     row_tiles, column_tiles = tile_count(tiles), tl.cdiv(I, BLOCK_N)
-    for step in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0)):
+    for step in tl.range(
+        tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0),
+        warp_specialize=SPECIALIZE,
+    ):  # fmt: skip
         tile, column_tile = walk(step, row_tiles, column_tiles, GROUP_M)
         expert, first, end = load_tile(tiles, bound, tile)
         n = column_tile * (BLOCK_N if HALVES else WIDTH)
@@ -139,6 +143,8 @@ def _up_kernel(
             value = activate(total, KIND, PRECISE)
         cell = a + first.to(tl.int64) * I + (within * I + column[None, :])
         tl.store(cell, value.to(a.dtype.element_ty), mask=stored)
+    if SAVE_H:
+        zero_rows(h, offsets, h_rows, W, E, 0, W, 16, 256)
 
 
 def _project_up(
@@ -152,7 +158,10 @@ def _project_up(
     tiles: TileMap,
     cut: Config,
 ) -> None:
-    """``a [rows, I]``, and ``h [num_rows, W]`` unless it has no rows, for the rows of the map."""
+    """``a [rows, I]``, and ``h [num_rows, W]`` unless it has no rows, for the rows of the map.
+
+    Further rows of h are zero.
+    """
     (H, W), (rows, I) = gate_up.shape[1:], a.shape
     if I == 0:
         return
@@ -164,13 +173,15 @@ def _project_up(
     )
     steps = tiles.bound * ceil_div(I, cut.block_n)
     _up_kernel[(min(steps, processors(x.device) * cut.programs),)](
-        r.value, order[0], w.value, bias, h, a, tiles.tiles, tiles.bound, H, I, W,
-        order[1].shape[1], activation.alpha, activation.limit, *r.strides, *w.strides,
+        r.value, order[0], order[2], w.value, bias, h, a, tiles.tiles, tiles.bound, h.shape[0],
+        H, I, W, gate_up.shape[0], order[1].shape[1], activation.alpha, activation.limit,
+        *r.strides, *w.strides,
         *((0, 0) if bias is None else bias.stride()),
         X_MODE=r.mode, GATHERED=source is not None, W_MODE=w.mode, BIASED=bias is not None,
         **activation.constants(x), SAVE_H=h.shape[0] > 0, EVEN_K=H % cut.block_k == 0,
         PRECISION=dot_precision(x), BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, BLOCK_K=cut.block_k,
-        GROUP_M=cut.group_m, STAGES=pipeline_stages(cut.stages, r, w), num_warps=cut.warps,
+        GROUP_M=cut.group_m, STAGES=pipeline_stages(cut.stages, r, w),
+        SPECIALIZE=specializes("up", cut, w), num_warps=cut.warps,
     )  # fmt: skip
 
 
@@ -225,7 +236,6 @@ def fused_experts(
                 tiles = build_tile_map(order[2], rows, cut_down.block_m)
             width = chunk_width(rows, H, x.element_size())
             multiply_and_sum(a, down, down_bias, order, topk_weights, y, tiles, cut_down, width)
-            zero_tail(h, order[2])
     if save_for_backward:
         return y, h, *order
     return (

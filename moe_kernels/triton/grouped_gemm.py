@@ -21,13 +21,19 @@ from moe_kernels.triton._launch import (
     on_device_of,
     processors,
     refuse_float64,
+    with_scratch,
 )
 from moe_kernels.triton._operands import (
+    TMA_IN_KERNEL,
+    TMA_TRANSPOSED,
+    described_in_kernel,
+    has_hopper_gemm,
     is_aligned,
     load_rows,
     load_weight,
     pipeline_stages,
     row_operand,
+    specializes,
     weight_is_aligned,
     weight_operand,
 )
@@ -41,16 +47,21 @@ from moe_kernels.triton._tiles import (
 from moe_kernels.triton._wgrad import empty_like_weight, sum_rows, weight_gradient
 
 
-@triton.jit(do_not_specialize=["bound"])
+@triton.jit(do_not_specialize=["bound", "rows"])
 def _grouped_gemm_kernel(
-    a, b, bias, out, tiles, bound, N, Kd,
+    a, b, bias, out, tiles, bound, rows, N, Kd,
     stride_am, stride_ak, stride_be, stride_bk, stride_bn, stride_bias_e, stride_bias_n,
     A_MODE: tl.constexpr, B_MODE: tl.constexpr, BIASED: tl.constexpr, EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr, STAGES: tl.constexpr,
+    GROUP_M: tl.constexpr, STAGES: tl.constexpr, SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
     row_tiles, column_tiles = tile_count(tiles), tl.cdiv(N, BLOCK_N)
-    for step in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0)):
+    if A_MODE == TMA_IN_KERNEL:
+        a = tl.make_tensor_descriptor(a, [rows, Kd], [stride_am, 1], [BLOCK_M, BLOCK_K])
+    for step in tl.range(
+        tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0),
+        warp_specialize=SPECIALIZE,
+    ):  # fmt: skip
         tile, column_tile = walk(step, row_tiles, column_tiles, GROUP_M)
         expert, first, end = load_tile(tiles, bound, tile)
         n = column_tile * BLOCK_N
@@ -77,18 +88,27 @@ def _grouped_gemm_kernel(
         )
 
 
-@triton.jit(do_not_specialize=["R", "E"])
-def _zero_tail_kernel(out, offsets, R, N, E, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Zero the rows of no expert."""
-    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+@triton.jit
+def zero_rows(
+    out, offsets, R, N, E, begin, end, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """Zero a program's part of the rows of no expert, the columns from ``begin`` to ``end``."""
     used = tl.minimum(tl.maximum(tl.load(offsets + E), 0), R)
     for first in range(used + tl.program_id(0) * BLOCK_R, R, tl.num_programs(0) * BLOCK_R):
         row = (first + tl.arange(0, BLOCK_R)).to(tl.int64)
-        tl.store(
-            out + row[:, None] * N + column[None, :],
-            tl.zeros((BLOCK_R, BLOCK_N), out.dtype.element_ty),
-            mask=(row < R)[:, None] & (column < N)[None, :],
-        )
+        for n in range(begin, end, BLOCK_N):
+            column = n + tl.arange(0, BLOCK_N)
+            tl.store(
+                out + row[:, None] * N + column[None, :],
+                tl.zeros((BLOCK_R, BLOCK_N), out.dtype.element_ty),
+                mask=(row < R)[:, None] & (column < end)[None, :],
+            )
+
+
+@triton.jit(do_not_specialize=["R", "E"])
+def _zero_tail_kernel(out, offsets, R, N, E, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr):
+    begin = tl.program_id(1) * BLOCK_N
+    zero_rows(out, offsets, R, N, E, begin, tl.minimum(begin + BLOCK_N, N), BLOCK_R, BLOCK_N)
 
 
 def zero_tail(out: Tensor, offsets: Tensor) -> None:
@@ -107,15 +127,31 @@ def multiply_rows(
     Kd, N = b.shape[1:]
     x = row_operand(a, None, cut.block_m, cut.block_k)
     w = weight_operand(b, cut.block_k, cut.block_n)
+    if has_hopper_gemm(cut, w, x, out):
+        from moe_kernels.triton import _hopper_gemm  # not every Triton has Gluon
+
+        transposed = w.mode == TMA_TRANSPOSED.value
+        _hopper_gemm.multiply_rows(a, b, bias, out, tiles, cut, transposed=transposed)
+        return
+    specialize = specializes("grouped_gemm", cut, w, x)
+    if specialize:
+        x = described_in_kernel(a)
     steps = tiles.bound * ceil_div(N, cut.block_n)
-    _grouped_gemm_kernel[(min(steps, processors(a.device) * cut.programs),)](
-        x.value, w.value, bias, out, tiles.tiles, tiles.bound, N, Kd, *x.strides, *w.strides,
-        *(bias.stride() if bias is not None else (0, 0)),
-        A_MODE=x.mode, B_MODE=w.mode, BIASED=bias is not None, EVEN_K=Kd % cut.block_k == 0,
-        PRECISION=dot_precision(a), BLOCK_M=cut.block_m, BLOCK_N=cut.block_n,
-        BLOCK_K=cut.block_k, GROUP_M=cut.group_m, STAGES=pipeline_stages(cut.stages, x, w),
-        num_warps=cut.warps,
-    )  # fmt: skip
+
+    def launch() -> None:
+        _grouped_gemm_kernel[(min(steps, processors(a.device) * cut.programs),)](
+            x.value, w.value, bias, out, tiles.tiles, tiles.bound, a.shape[0], N, Kd, *x.strides,
+            *w.strides, *(bias.stride() if bias is not None else (0, 0)),
+            A_MODE=x.mode, B_MODE=w.mode, BIASED=bias is not None, EVEN_K=Kd % cut.block_k == 0,
+            PRECISION=dot_precision(a), BLOCK_M=cut.block_m, BLOCK_N=cut.block_n,
+            BLOCK_K=cut.block_k, GROUP_M=cut.group_m, STAGES=pipeline_stages(cut.stages, x, w),
+            SPECIALIZE=specialize, num_warps=cut.warps,
+        )  # fmt: skip
+
+    if specialize:
+        with_scratch(a.device, launch)
+    else:
+        launch()
 
 
 def check_offsets(offsets: Tensor, rows: int) -> None:

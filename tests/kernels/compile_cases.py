@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 T, K, E, H, INNER = 4096, 8, 128, 2048, 768
 BF16 = torch.bfloat16
+# of kernels whose warps have roles, given by Triton or in Gluon
+ROLES: dict[str, Any] = {
+    "block_m": 128, "block_k": 64, "warps": 4, "stages": 3, "warp_specialize": "triton"
+}  # fmt: skip
+GLUON = ROLES | {"warps": 8, "stages": 4, "warp_specialize": "gluon"}
+HOPPER = range(90, 100)
 
 
 def _order(tokens: int = T) -> tuple[Tensor, Tensor, Tensor]:
@@ -200,6 +207,22 @@ def _fused_experts_of(*counts: tuple[int, int, int]) -> None:
         _fused_experts("swiglu", tokens=tokens, biased=True, experts=experts, top_k=top_k)
 
 
+def _roles(parts: dict[str, int], archs: range, **cut: Any) -> None:
+    """A part of each kernel where warps have roles, on the architectures that this is for."""
+    from benchmarks.registry import Shape
+    from benchmarks.tuning.problems import PROBLEMS, Layer
+    from moe_kernels.triton._config_tables import Config
+    from moe_kernels.triton._launch import TRITON_VERSION, architecture
+
+    arch = architecture(torch.device("cpu"))
+    if arch not in archs or (arch >= 100 and TRITON_VERSION < (3, 7)):
+        return
+    shape = Shape({"T": 512, "H": H, "I": INNER, "E": 2, "K": 1})
+    layer = Layer(shape, BF16, torch.device("cpu"), filled=False)
+    for kernel, part in parts.items():
+        PROBLEMS[kernel][part].make(layer).run(Config(**cut))
+
+
 def _with_tf32(call: Callable[[], None]) -> None:
     matmul = torch.backends.cuda.matmul
     before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
@@ -233,6 +256,9 @@ CASES: dict[str, Callable[[], None]] = {
     "round": partial(_round, "nearest", masked=True),
     "activation": partial(_activation, "swiglu", BF16),
     "gemm_many": partial(_grouped_gemm, T * K, BF16, False),
+    "gemm_roles": partial(_roles, {"grouped_gemm": 0}, HOPPER, **ROLES, block_n=256),
+    "gluon_turns_roles": partial(_roles, {"grouped_gemm": 0}, HOPPER, **GLUON, block_n=128),
+    "gluon_shared_roles": partial(_roles, {"grouped_gemm": 1}, HOPPER, **GLUON, block_n=256),
     "quantize": partial(_quantize, BF16),
     "scaled_many": partial(_scaled_gemm, T * K),
     "experts": partial(_fused_experts, "swiglu"),
@@ -277,6 +303,12 @@ MORE_CASES: dict[str, Callable[[], None]] = {
     "experts_tf32": partial(_with_tf32, partial(_fused_experts, "swiglu", torch.float32)),
     "experts_full_interleaved": partial(
         _fused_experts, "swigluoai", torch.float32, transposed=False, interleaved=True, biased=True
+    ),
+    "gemm_dx_roles": partial(_roles, {"grouped_gemm": 1}, range(90, 110), **ROLES, block_n=128),
+    "gluon_turns_dx_roles": partial(_roles, {"grouped_gemm": 1}, HOPPER, **GLUON, block_n=128),
+    "gluon_shared_down_roles": partial(_roles, {"grouped_gemm": 0}, HOPPER, **GLUON, block_n=256),
+    "experts_roles": partial(
+        _roles, {"up": 0, "down_backward": 0}, range(100, 110), **ROLES, block_n=64
     ),
     "experts_unaligned": partial(_fused_experts, "swiglu", hidden=H + 1),
 }

@@ -24,6 +24,10 @@ def entry(rows: int | None = 256, inner: str = "any", **changes: Any) -> dict[st
     return base | changes
 
 
+def _specialized(by: Any) -> dict[str, Any]:
+    return dataclasses.asdict(OTHER) | {"warp_specialize": by}
+
+
 def write(path: Path, *entries: dict[str, Any]) -> Path:
     path.write_text(json.dumps({"format": 1, "device": "sm_90-h200", "entries": entries}))
     return path
@@ -117,6 +121,22 @@ def test_a_users_table_comes_before_the_shipped_ones(
     assert stages == [3, 2, 1]
 
 
+def test_roles_of_warps_are_only_what_a_table_asks_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    defaults = [cut for of in _configs.CONFIGS.values() for cut in of.values()]
+    assert {cut.warp_specialize for cut in defaults} == {"no"}
+    older = {k: v for k, v in dataclasses.asdict(OTHER).items() if k != "warp_specialize"}
+    path = write(
+        tmp_path / "own.json",
+        entry(config=_specialized("triton")),
+        entry(rows=64, config=older),  # the key may be left out
+    )
+    monkeypatch.setenv(tables.VARIABLE, str(path))
+    found = [_configs.config("up", BF16, rows, 1, aligned=True) for rows in (256, 64)]
+    assert found == [dataclasses.replace(OTHER, warp_specialize="triton"), OTHER]
+
+
 def test_a_table_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "own.json", entry())
     monkeypatch.setenv(tables.VARIABLE, str(path))
@@ -144,6 +164,12 @@ def test_a_table_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ([entry(config=dataclasses.asdict(OTHER) | {"stages": 0})], "stages must be an integer"),
         ([entry(config=dataclasses.asdict(OTHER) | {"stages": True})], "stages must be an integer"),
         ([entry(config=dataclasses.asdict(OTHER) | {"warps": 64})], "warps must be at most 32"),
+        ([entry(config=_specialized("gluon"))], "warp_specialize of up must be one of no, triton"),
+        ([entry(config=_specialized(True))], "warp_specialize of up must be .*; got True"),
+        (
+            [entry(kernel="wgrad", config=_specialized("triton"))],
+            "warp_specialize of wgrad must be one of no; got 'triton'",
+        ),
         ([3], "entry 0: must be an object"),
     ],
 )

@@ -96,6 +96,43 @@ def test_aligned_operands_are_loaded_by_tma(reports: Reports) -> None:
             assert report["cp_async"] == 0, report  # both operands
 
 
+def test_warps_have_roles_where_that_is_asked_for(reports: Reports) -> None:
+    for report in reports:
+        if report["kernel"] != "_tile_map_kernel":
+            assert report["specialized"] == report["case"].endswith("_roles"), report
+
+
+def test_the_gemm_of_hopper_is_what_it_was_written_to_be(reports: Reports) -> None:
+    """One warp loads, two groups multiply, by turns or half a tile each."""
+    found = [report for report in reports if report["kernel"] == "_hopper_gemm_kernel"]
+    assert len(found) == (2 if reports[0]["arch"] == 90 else 0)
+    for report in found:
+        turns = "turns" in report["case"]
+        # 128 x 128 or 64 x 256 elements, 64 contracted, by 64 x n x 16, for either group
+        assert report["wgmma"] == (16 if turns else 8), report
+        assert report["tma_load"] >= 2, report
+        assert (report["cp_async"], report["serialized"]) == (0, False), report
+        # two groups of four warps take no more than the loading one, padded to four, leaves of
+        # what the block starts with; they would wait for it
+        assert report["role_registers"].count(240) == 2, report
+        assert min(report["role_registers"]) == 24, report
+        assert report["registers"] * report["warps"] >= 4 * (2 * 240 + 24), report
+        # full and empty for each of four slots, and two turns. Once the loading warp waits and
+        # says how many bytes come; either group waits for full and for its turn, hands back in
+        # the loop and after it, and passes its turn on
+        assert report["mbarriers"] == {
+            "init": 10,
+            "expect": 1,
+            "wait": 5 if turns else 3,
+            "arrive": 6 if turns else 4,
+        }, report
+
+
+def test_copies_fill_their_memory(reports: Reports) -> None:
+    """With as many bytes as the barrier waits for."""
+    assert [report for report in reports if report["torn"]] == []
+
+
 def test_aligned_tiles_go_straight_to_tensor_cores(reports: Reports) -> None:
     """But for TF32 and float8, whose operands the tensor cores take in one order only."""
     for report in _gemms(reports):

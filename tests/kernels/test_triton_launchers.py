@@ -1,6 +1,7 @@
 """What Triton launchers promise beyond their ops: any tile shape, any memory, any ids."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,11 +14,14 @@ import moe_kernels
 from moe_kernels import reference
 from moe_kernels.triton import (
     _fused_experts_backward,
+    _operands,
     _wgrad,
     fused_experts,
+    grouped_gemm,
     permute,
     sort_by_expert,
 )
+from moe_kernels.triton._config_tables import WARP_SPECIALIZE, Config
 from moe_kernels.triton._configs import CONFIGS
 from moe_kernels.triton._math import exp, fast_sigmoid, sigmoid, softplus
 from moe_kernels.triton._tiles import build_tile_map, walk
@@ -124,6 +128,47 @@ def test_every_configuration(
     check(impl, inputs, upstream)
 
 
+@pytest.mark.skipif(HAS_GPU, reason="on a GPU the tuner compares them, where they end")
+@pytest.mark.parametrize("arch", [90, 100])
+def test_roles_of_warps_change_nothing(
+    impl: Implementation, arch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the loops that may have them, and of the descriptor that a kernel makes for them."""
+    monkeypatch.setattr(_operands, "architecture", lambda device: arch)
+    monkeypatch.setattr(_operands, "TRITON_VERSION", (3, 7))
+    inputs, upstream = _case()
+    asked: list[bool] = []
+    specializes = _operands.specializes
+    results = []
+    for by in ("no", "triton", "gluon"):
+        cut = Config(128, 64, 32, warps=4, stages=2, warp_specialize=by)
+        for module in (_fused_experts_backward, fused_experts):
+            monkeypatch.setattr(
+                module,
+                "config",
+                lambda kernel, *_, cut=cut, **__: replace(
+                    cut,
+                    warp_specialize=cut.warp_specialize
+                    if cut.warp_specialize in WARP_SPECIALIZE.get(kernel, ())
+                    else "no",
+                ),
+            )
+        for module in (_fused_experts_backward, fused_experts, grouped_gemm):
+
+            def noted(*arguments: Any) -> bool:
+                asked.append(specializes(*arguments))
+                return asked[-1]
+
+            monkeypatch.setattr(module, "specializes", noted)
+        asked.clear()
+        results.append(_run(impl, inputs, upstream))
+        # up, down, through down, dX
+        assert asked == [by == "triton" and (arch == 100 or gemm) for gemm in (False, True) * 2]
+    for name, value in results[0].items():
+        assert torch.equal(value, results[1][name]), name
+        assert torch.equal(value, results[2][name]), name
+
+
 def test_gathering_rows_first_changes_nothing(
     impl: Implementation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,6 +190,25 @@ def test_fresh_memory_may_hold_anything(impl: Implementation) -> None:
         poisoned = _run(impl, inputs, upstream)
     for name, value in clean.items():
         assert torch.equal(value, poisoned[name]), name
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_saved_rows_of_no_expert_are_zero(impl: Implementation, dropped: bool) -> None:
+    """Though no tile has them: of a bound above the rows that there are, or of no row at all."""
+    inputs, _ = _case()
+    if dropped:
+        inputs["topk_ids"].fill_(-1)
+    moved = {name: value.to(impl.device) for name, value in inputs.items()}
+    names = ("x", "gate_up", "down", "topk_ids", "topk_weights", "gate_up_bias", "down_bias")
+    bound = inputs["topk_ids"].numel() + 37
+    options = ("swiglu", False, 1.0, float("inf"), bound, True, None, None)
+    with poisoned_memory():
+        _, h, *order = fused_experts.fused_experts(*(moved[name] for name in names), *options)
+    used = int(order[2][-1])
+    assert (h.shape[0], used == 0) == (bound, dropped)
+    assert h[:used].isfinite().all()
+    assert h[:used].abs().sum(1).all()
+    assert (h[used:] == 0).all()
 
 
 def test_unknown_ids_are_dropped_unless_checked(

@@ -50,8 +50,8 @@ def experts(tokens: int, save: bool) -> tuple[Any, ...]:
 def test_forward(tokens: int, sort: list[str]) -> None:
     """The tile map comes with the sort."""
     assert launches(fused_experts, *experts(tokens, False))[0] == [*sort, *EXPERTS]
-    trained = launches(fused_experts, *experts(tokens, True))[0]
-    assert trained == [*sort, *EXPERTS, "_zero_tail_kernel"]
+    # also in training: what saves h clears the rows of no expert
+    assert launches(fused_experts, *experts(tokens, True))[0] == [*sort, *EXPERTS]
 
 
 def test_backward() -> None:

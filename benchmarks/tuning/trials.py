@@ -1,0 +1,56 @@
+"""First runs of configurations that may never end.
+
+Where warps have roles they wait for one another, and a mistake of the compiler can make them wait
+for ever. Nothing interrupts that: the process has to end. So the configuration is written to
+``TABLE.trying`` before, and what a process leaves there when it ends, the next one moves to
+``TABLE.hung`` and tries no more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import faulthandler
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from moe_kernels.triton._config_tables import Bucket, Config
+
+SECONDS = 60.0  # a run takes milliseconds, and what it needs is compiled by then
+
+
+class Trials:
+    """Those beside one table."""
+
+    def __init__(self, table: Path) -> None:
+        self._trying, self._hung = table.with_suffix(".trying"), table.with_suffix(".hung")
+        self.hung: list[Any] = json.loads(self._hung.read_text()) if self._hung.exists() else []
+        if self._trying.exists():
+            self.hung.append(json.loads(self._trying.read_text()))
+            self._hung.write_text(json.dumps(self.hung, indent=1) + "\n")
+            self._trying.unlink()
+
+    def ended(self, bucket: Bucket, config: Config) -> bool:
+        """Whether no earlier process ended in a run of the configuration."""
+        return _entry(bucket, config) not in self.hung
+
+    @contextmanager
+    def of(self, bucket: Bucket, config: Config, seconds: float = SECONDS) -> Iterator[None]:
+        """Around a run and its synchronisation; ends the process after ``seconds``."""
+        if config.warp_specialize == "no":
+            yield
+            return
+        self._trying.parent.mkdir(parents=True, exist_ok=True)
+        self._trying.write_text(json.dumps(_entry(bucket, config)) + "\n")
+        faulthandler.dump_traceback_later(seconds, exit=True)
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            self._trying.unlink()
+
+
+def _entry(bucket: Bucket, config: Config) -> dict[str, Any]:
+    return {"bucket": dataclasses.asdict(bucket), "config": dataclasses.asdict(config)}

@@ -1,0 +1,346 @@
+"""Runs the source of a Gluon kernel on a CPU: warps as threads, memory and barriers as a model.
+
+Gluon has no interpreter. Here the functions of a kernel run as the Python they are, with stand-ins
+for its language: tensors are torch's, layouts are ignored. What is modelled is what can go wrong:
+
+* one thread runs at a time, and at every operation on a barrier a generator of random numbers
+  says which goes on, so that a seed is a schedule;
+* a role has several warps, each a thread; arrivals and copies are of the first one, and a warp may
+  look at a barrier late;
+* a barrier has a phase, arrivals and bytes that it waits for, and knows parities only;
+* memory that TMA is copying to holds NaN until the copy, at some later time, is done;
+* an asynchronous product reads its operands when it is issued, and once more when it is waited for.
+
+When nothing can go on, that is a :class:`DeadlockError`; a product that reads what is not there, or
+no longer, is a :class:`RaceError`.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WARPS = 2  # of a role that has several: the first, which arrives, and another
+
+
+class DeadlockError(AssertionError):
+    """No warp can go on, and nothing is being copied."""
+
+
+class RaceError(AssertionError):
+    """A product read memory that holds something else."""
+
+
+@dataclass
+class _Warp:
+    role: int
+    number: int
+    go: threading.Event = field(default_factory=threading.Event)
+    until: Callable[[], bool] | None = None
+    done: bool = False
+
+
+class Machine:
+    """The warps of one program, of which one runs at a time."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+        self._paused = threading.Event()
+        self._warps: list[_Warp] = []
+        self._local = threading.local()
+        self._error: BaseException | None = None
+        self.copies: list[Callable[[], None]] = []
+        self.met: dict[int, list[int]] = {}
+
+    @property
+    def warp(self) -> _Warp:
+        found: _Warp = self._local.warp
+        return found
+
+    def pause(self, until: Callable[[], bool] = lambda: True) -> None:
+        """Let others run, at least until the condition holds."""
+        warp = self.warp
+        warp.until = until
+        warp.go.clear()
+        self._paused.set()
+        warp.go.wait()
+        if self._error is not None:
+            raise SystemExit  # the program is over
+
+    def run(self, roles: Sequence[tuple[Callable[..., None], tuple[Any, ...]]], warps: int) -> None:
+        """The last role has one warp, the others have ``warps``."""
+        threads = []
+        for role, (function, arguments) in enumerate(roles):
+            for number in range(warps if role < len(roles) - 1 else 1):
+                warp = _Warp(role, number)
+                self._warps.append(warp)
+                thread = threading.Thread(
+                    target=self._main, args=(warp, function, arguments), daemon=True
+                )
+                threads.append(thread)
+                thread.start()
+        try:
+            self._schedule()
+        except BaseException as error:
+            self._error = error
+        for warp in self._warps:
+            warp.go.set()
+        for thread in threads:
+            thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _main(self, warp: _Warp, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+        self._local.warp = warp
+        warp.until = lambda: True
+        warp.go.wait()
+        try:
+            if self._error is None:
+                function(*arguments)
+        except SystemExit:
+            pass
+        except BaseException as error:
+            self._error = error
+        warp.done = True
+        self._paused.set()
+
+    def _schedule(self) -> None:
+        while self._error is None:
+            able = [w for w in self._warps if not w.done and w.until is not None and w.until()]
+            choices: list[Any] = [*able, *self.copies]
+            if not choices:
+                stuck = [(w.role, w.number) for w in self._warps if not w.done]
+                if stuck:
+                    raise DeadlockError(f"roles and warps that wait: {stuck}")
+                return
+            chosen = self._random.choice(choices)
+            if isinstance(chosen, _Warp):
+                self._paused.clear()
+                chosen.go.set()
+                self._paused.wait()
+            else:
+                self.copies.remove(chosen)
+                chosen()
+
+
+class Barrier:
+    def __init__(self) -> None:
+        self.count = self.arrivals = self.bytes = self.phase = 0
+
+    def index(self, _: int) -> Barrier:
+        return self
+
+    def init(self, count: int) -> None:
+        self.count = self.arrivals = count
+
+    def change(self, arrivals: int, size: int) -> None:
+        self.arrivals -= arrivals
+        self.bytes += size
+        assert self.arrivals >= 0, "more arrivals than the barrier counts"
+        if self.arrivals == 0 and self.bytes == 0:
+            self.phase += 1
+            self.arrivals = self.count
+
+
+class Barriers:
+    def __init__(self, count: int) -> None:
+        self._all = [Barrier() for _ in range(count)]
+
+    def index(self, number: Any) -> Barrier:
+        return self._all[int(number)]
+
+
+class Memory:
+    """Shared memory: a tensor and its views."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+    def index(self, number: Any) -> Memory:
+        return Memory(self.values[int(number)])
+
+    def slice(self, start: int, length: int, dim: int) -> Memory:
+        return Memory(self.values.narrow(dim, start, length))
+
+    def permute(self, order: Sequence[int]) -> Memory:
+        return Memory(self.values.permute(*order))
+
+
+@dataclass(frozen=True)
+class Descriptor:
+    """Of TMA: what is past a dimension's end is zero."""
+
+    values: Tensor
+    block: tuple[int, ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    def read(self, coordinates: Sequence[Any], shape: torch.Size) -> Tensor:
+        out = torch.zeros(self.block, dtype=self.dtype)
+        source, target = [], []
+        for start, size, extent in zip(
+            map(int, coordinates), self.block, self.values.shape, strict=True
+        ):
+            length = max(min(size, extent - start), 0)
+            source.append(slice(start, start + length))
+            target.append(slice(0, length))
+        out[tuple(target)] = self.values[tuple(source)]
+        return out.reshape(shape)
+
+
+@dataclass(frozen=True)
+class Pointer:
+    values: Tensor  # flat
+    offset: Any = 0
+
+    def __add__(self, offset: Any) -> Pointer:
+        return Pointer(self.values, self.offset + offset)
+
+    @property
+    def dtype(self) -> Any:
+        return types.SimpleNamespace(element_ty=self.values.dtype)
+
+
+class Sums:
+    """A tensor and the products that are still to be added, oldest first."""
+
+    def __init__(self, values: Tensor, pending: tuple[tuple[Memory, Memory, Tensor], ...]) -> None:
+        self.values, self.pending = values, pending
+
+
+def _product(a: Memory, b: Memory) -> Tensor:
+    result = a.values.float() @ b.values.float()
+    if not result.isfinite().all():
+        raise RaceError("a product read memory that is not loaded")
+    return result
+
+
+class Language:
+    """Stand-ins for the names that a kernel's module has imported."""
+
+    def __init__(self, program: int, programs: int, seed: int) -> None:
+        self.machine = machine = Machine(seed)
+        layouts = {
+            name: lambda *arguments: None
+            for name in (
+                *("SliceLayout", "BlockedLayout", "NVMMADistributedLayout", "NVMMASharedLayout"),
+                "MBarrierLayout",
+            )
+        }
+
+        def copy(
+            source: Descriptor, coordinates: list[Any], barrier: Barrier, target: Memory
+        ) -> None:
+            if machine.warp.number:
+                return
+            values = source.read(coordinates, target.values.shape)
+            target.values.fill_(torch.nan)
+
+            def arrive() -> None:
+                target.values.copy_(values)
+                barrier.change(0, -values.numel() * values.element_size())
+
+            machine.copies.append(arrive)
+            machine.pause()
+
+        def change(barrier: Barrier, arrivals: int, size: int, condition: Any) -> None:
+            machine.pause()
+            if condition and machine.warp.number == 0:
+                barrier.change(arrivals, size)
+
+        def meet() -> None:
+            """All of the role's warps, as often as each other."""
+            warp = machine.warp
+            size = WARPS if warp.role < 2 else 1
+            counts = machine.met.setdefault(warp.role, [0] * size)
+            counts[warp.number] += 1
+            machine.pause(lambda: min(counts) >= counts[warp.number])
+
+        def issue(a: Memory, b: Memory, acc: Any, *, is_async: bool) -> Sums:
+            before = acc if isinstance(acc, Sums) else Sums(acc, ())
+            return Sums(before.values, (*before.pending, (a, b, _product(a, b))))
+
+        def complete(number: int, deps: tuple[Sums]) -> Any:
+            (acc,) = deps
+            values, pending = acc.values, list(acc.pending)
+            machine.pause()
+            while len(pending) > number:
+                a, b, first = pending.pop(0)
+                if not torch.equal(_product(a, b), first):
+                    raise RaceError("a product's operands were overwritten")
+                values = values + first
+            return Sums(values, tuple(pending)) if pending else values
+
+        def load(pointer: Pointer, mask: Any = None, other: float = 0.0) -> Tensor:
+            offset = torch.as_tensor(pointer.offset)
+            if mask is None:
+                return pointer.values[offset]
+            inside = torch.where(mask, offset, 0)
+            return torch.where(mask, pointer.values[inside], other).to(pointer.values.dtype)
+
+        def store(pointer: Pointer, values: Tensor, mask: Tensor) -> None:
+            pointer.values[pointer.offset[mask]] = values[mask]
+
+        def allocate(dtype: torch.dtype, shape: list[int], layout: None) -> Any:
+            if dtype == torch.int64:
+                return Barriers(shape[0])
+            return Memory(torch.full(shape, torch.nan, dtype=dtype))
+
+        language = types.SimpleNamespace(
+            **layouts,
+            float32=torch.float32,
+            int64=torch.int64,
+            program_id=lambda axis: program,
+            num_programs=lambda axis: programs,
+            cdiv=lambda a, b: -(-int(a) // b),
+            minimum=lambda a, b: torch.minimum(torch.as_tensor(a), torch.as_tensor(b)),
+            zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
+            arange=lambda start, end, layout: torch.arange(start, end),
+            static_range=range,
+            split=lambda tile: (tile[..., 0], tile[..., 1]),
+            convert_layout=lambda tile, layout: tile,
+            load=load,
+            store=store,
+            allocate_shared_memory=allocate,
+            warp_specialize=lambda roles, warps, registers: machine.run(roles, WARPS),
+        )
+        self.names: dict[str, Any] = {
+            "gl": language,
+            "tl": language,
+            "tma": types.SimpleNamespace(async_copy_global_to_shared=copy),
+            "mbarrier": types.SimpleNamespace(
+                MBarrierLayout=lambda: None,
+                init=lambda barrier, count: barrier.init(count),
+                wait=lambda barrier, parity: machine.pause(
+                    lambda: barrier.phase % 2 != int(parity)
+                ),
+                expect=lambda barrier, size: change(barrier, 1, size, True),
+                arrive=lambda barrier, pred=True: change(barrier, 1, 0, pred),
+            ),
+            "warpgroup_mma": issue,
+            "warpgroup_mma_wait": complete,
+            "meet": meet,
+        }
+
+
+def as_python(kernel: Any, names: dict[str, Any]) -> Callable[..., Any]:
+    """The function behind a compiled one, and those that it calls, with other globals."""
+    function = kernel.fn
+    scope = dict(function.__globals__) | {"__builtins__": __builtins__}
+    for name in function.__code__.co_names:
+        value = scope.get(name)
+        if isinstance(getattr(value, "fn", None), types.FunctionType) and name not in names:
+            scope[name] = as_python(value, names)
+        elif type(value).__name__ == "constexpr":
+            scope[name] = value.value
+    scope.update(names)
+    return types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__)
