@@ -14,6 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from moe_kernels.ops._autocast import autocast
 from moe_kernels.ops._checks import (
+    check_accumulator,
     check_count,
     check_device,
     check_dtype,
@@ -307,13 +308,11 @@ def _check_main_grad(op: str, name: str, main: Tensor, weight: Tensor, x: Tensor
     check_device(op, "x", x, name, main)
     if main.shape != weight.shape:
         raise ValueError(f"{op}: {name} must be {shape(weight)} as the weight; got {shape(main)}")
-    if main.requires_grad or any(
-        size > 1 and step == 0 for size, step in zip(main.shape, main.stride(), strict=True)
-    ):
+    check_accumulator(op, name, main)
+    if main.requires_grad:
         raise ValueError(
-            f"{op}: {name} must be a buffer that is added to: without requires_grad, with memory "
-            f"of its own for each element; got strides {list(main.stride())}, requires_grad "
-            f"{main.requires_grad}"
+            f"{op}: {name} must be a buffer that is added to, without requires_grad; got one that "
+            "requires a gradient"
         )
 
 
@@ -390,7 +389,14 @@ def fused_experts(
         # Not under torch.compile, where comparing sizes that only the run knows breaks the graph.
         if not torch.compiler.is_compiling():
             num_rows = min(num_rows, slots)
-    main_up, main_down = (None, None) if main_grads is None else main_grads
+    if main_grads is None:
+        main_grads = (None, None)
+    if not isinstance(main_grads, tuple | list) or len(main_grads) != 2:
+        raise TypeError(
+            f"{op}: main_grads must be a pair, for gate_up and down, of buffers or None; got "
+            f"{main_grads!r:.100}"
+        )
+    main_up, main_down = main_grads
     for name, main, weight in (("gate_up", main_up, gate_up), ("down", main_down, down)):
         if main is not None:
             _check_main_grad(op, name, main, weight, x)
