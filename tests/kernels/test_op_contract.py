@@ -282,11 +282,11 @@ def test_autocast_does_not_widen_float8(impl: Implementation) -> None:
     order = moe_kernels.sort_by_expert(inputs["topk_ids"], 8)
     rows = moe_kernels.permute(inputs["x"], order).to(torch.float8_e4m3fn)
     with torch.autocast(impl.device.type, dtype=torch.bfloat16):
-        with pytest.raises(TypeError, match="fused_experts: x must be one of .*; got float8_e4m3"):
+        with pytest.raises(TypeError, match=r"fused_experts: x must be one of .*; got float8_e4m3"):
             moe_kernels.fused_experts(**experts)
-        with pytest.raises(TypeError, match="fused_experts_quantized: x must be one of .* float8"):
+        with pytest.raises(TypeError, match=r"fused_experts_quantized: x must be one of .* float8"):
             moe_kernels.fused_experts_quantized(**{**experts, **packed})
-        with pytest.raises(TypeError, match="grouped_gemm: a must be one of .*; got float8_e4m3"):
+        with pytest.raises(TypeError, match=r"grouped_gemm: a must be one of .*; got float8_e4m3"):
             moe_kernels.grouped_gemm(rows, inputs["gate_up"], order.offsets)
         with pytest.raises(TypeError, match="b must have a's dtype"):
             moe_kernels.grouped_gemm(
