@@ -53,6 +53,7 @@ MODELS = (
     *("qwen3-235b-a22b", "kimi-k2"),
 )
 SMALL_OPS = "topk_router sort_by_expert permute unpermute expert_activation"
+FLOAT8_OPS = "quantize_rows permute_quantize quantize_weights scaled_grouped_gemm fp8_grouped_gemm"
 
 # in under three minutes: what a reader asks for first
 MAIN = (
@@ -60,6 +61,7 @@ MAIN = (
     _run("decode", "fused_experts --shape decode --direction forward --seconds 0.5", 40),
     _run("published", f"fused_experts --shape {SOME_PUBLISHED} --seconds 1", 70),
     _run("grouped_gemm", "grouped_gemm --shape qwen3-30b-a3b --seconds 0.5", 40),
+    _run("float8", "fused_experts_fp8 --shape T=32768 --seconds 0.5", 40),
     _run("gpt-oss", "fused_experts --shape gpt-oss-120b --seconds 1", 40),
     _run("small ops", f"{SMALL_OPS} --seconds 0.3", 60),
     _run("published, all", "fused_experts --shape sonicmoe --seconds 1", 180),
@@ -74,8 +76,12 @@ def _everything() -> Iterator[Part]:
     for model in MODELS:
         text = f"fused_experts --shape {model}-decode --direction forward --seconds 1"
         yield _run(f"{model}, decode", text, 240)
-    for op in SMALL_OPS.split():
+    for model in MODELS:
+        yield _run(f"{model}, float8", f"fused_experts_fp8 --shape {model}", 300)
+    for op in (*SMALL_OPS.split(), "round_tokens", *FLOAT8_OPS.split()):
         yield _run(op, op, 240)
+    yield _run("a model's step", "model_decode", 600)
+    yield _run("8 and 4 bits", "fused_experts_quantized --seconds 1", 300)
     for letter in "TEI":
         yield _run(f"scaling with {letter}", f"fused_experts --shape scaling-{letter}", 400)
     for routing in ("zipf", "one"):
