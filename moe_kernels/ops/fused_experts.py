@@ -237,7 +237,6 @@ register_autograd("fused_experts", backward_through(_backward_op), setup_context
 refuse_double_backward("fused_experts_backward")
 
 
-@register_flop_formula(torch.ops.moe_kernels.fused_experts)
 def flops(
     x: Any, gate_up: Any, down: Any, topk_ids: Any, *args: Any, out_shape: Any = None, **kwargs: Any
 ) -> int:
@@ -247,7 +246,6 @@ def flops(
     return int(2 * min(slots, num_rows) * (gate_up[1] * gate_up[2] + down[1] * down[2]))
 
 
-@register_flop_formula(torch.ops.moe_kernels.fused_experts_backward)
 def backward_flops(
     grad: Any,
     x: Any,
@@ -267,6 +265,10 @@ def backward_flops(
     wanted = dx or dgate_up or dweights or dbias1 or keep_grad_h
     through_down = known_grad_h is None and wanted
     return int(low * (through_down + ddown) + up * (dx + dgate_up))
+
+
+register_flop_formula(torch.ops.moe_kernels.fused_experts)(flops)
+register_flop_formula(torch.ops.moe_kernels.fused_experts_backward)(backward_flops)
 
 
 @register_flop_formula(torch.ops.moe_kernels.fused_experts_wgrad_)

@@ -9,10 +9,9 @@ end. The public function is :func:`moe_kernels.fused_experts` with ``precision="
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from moe_kernels.ops._library import define, refuse_double_backward, register_autograd
@@ -29,15 +28,6 @@ from moe_kernels.reference.fused_experts_fp8 import (
 )
 from moe_kernels.reference.fused_experts_fp8 import fused_experts_fp8_forward
 
-
-def _forward_on_cpu(*args: Any) -> tuple[Tensor, ...]:
-    return fused_experts_fp8_forward(*args, parts=torch.ops.moe_kernels)
-
-
-def _backward_on_cpu(*args: Any) -> tuple[Tensor, ...]:
-    return fused_experts_fp8_backward_reference(*args, parts=torch.ops.moe_kernels)
-
-
 _op = define(
     "fused_experts_fp8(Tensor x, Tensor gate_up, Tensor down, Tensor topk_ids, Tensor topk_weights,"
     " Tensor? gate_up_bias, Tensor? down_bias, str activation, bool interleaved, float alpha,"
@@ -46,7 +36,7 @@ _op = define(
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=fused_experts_fp8_forward,
     fake=lambda *args: experts_fake(*args[:15]),
-    cpu=_forward_on_cpu,
+    cpu=partial(fused_experts_fp8_forward, parts=torch.ops.moe_kernels),
 )
 _backward_op = define(
     "fused_experts_fp8_backward(Tensor grad, Tensor x, Tensor gate_up, Tensor down,"
@@ -57,7 +47,7 @@ _backward_op = define(
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=fused_experts_fp8_backward_reference,
     fake=lambda *args: backward_fake(*args[:19]),
-    cpu=_backward_on_cpu,
+    cpu=partial(fused_experts_fp8_backward_reference, parts=torch.ops.moe_kernels),
 )
 register_autograd("fused_experts_fp8", backward_through(_backward_op), setup_context)
 refuse_double_backward("fused_experts_fp8_backward")

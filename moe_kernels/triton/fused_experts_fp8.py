@@ -84,11 +84,12 @@ def _load_halves(
 def _store_block(
     tile, row, column, inside, block, valid, rows, W, values, scales, BYTES: tl.constexpr
 ):
-    """A block of W columns in float8, of values that h's dtype holds."""
+    """A block of W columns in float8, if there is such a block."""
     scale, reciprocal = block_scales(tl.max(magnitude(tile), 1), False)
     cell = values + row[:, None] * W + column[None, :]
     tl.store(cell, encode(tile * reciprocal[:, None], BYTES), mask=valid[:, None] & inside[None, :])
-    tl.store(scales + block.to(tl.int64) * rows + row, scale, mask=valid)
+    exists = block * column.shape[0] < W
+    tl.store(scales + block.to(tl.int64) * rows + row, scale, mask=valid & exists)
 
 
 @triton.jit(do_not_specialize=["rows", "E"])

@@ -307,7 +307,7 @@ MORE_CASES: dict[str, Callable[[], None]] = {
     ),
     "experts_fp8_half": partial(_fused_experts_fp8, "geglu", torch.float16, inner=INNER + 16),
     "experts_fp8_ungated": partial(_fused_experts_fp8, "relu2", biased=True),
-    "experts_fp8_single": partial(_fused_experts_fp8, "swiglu", torch.float32),
+    "experts_fp8_full": partial(_fused_experts_fp8, "swiglu", torch.float32),
     "main_grads_few": partial(_main_grads, 8, BF16),
     "main_grads_full": partial(_main_grads, T, torch.float32),
     "experts_plain": partial(_fused_experts, "geglu", torch.float16, transposed=False),

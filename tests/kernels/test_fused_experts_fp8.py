@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -17,13 +18,14 @@ from moe_kernels.reference.fused_experts_fp8 import (
     fused_experts_fp8_backward,
     fused_experts_fp8_forward,
 )
-from tests.conftest import Implementation
+from tests.conftest import HAS_GPU, Implementation
 from tests.kernels.accuracy import (
     assert_accurate,
     frobenius_error,
     gradients,
     torch_activation,
 )
+from tests.kernels.interpreter import mended_interpreter
 from tests.kernels.routing import SHAPES
 from tests.kernels.test_fused_experts import make_case
 from tests.kernels.test_main_grads import leaves_of, zeros_for
@@ -284,7 +286,7 @@ def test_main_grads_and_a_split_backward(impl: Implementation) -> None:
         y = fp8(**leaves)
         torch.autograd.grad(y, [leaves[name] for name in NAMES], up)
     cost = counter.get_total_flops()
-    assert cost == 18 * 37 * 3 * 136 * 72
+    assert cost == 18 * 29 * 4 * 136 * 72
     with FlopCounterMode(display=False) as counter:
         y = fp8(**leaves)
         first = torch.autograd.grad(y, (leaves["x"], leaves["topk_weights"]), up, retain_graph=True)
@@ -337,6 +339,43 @@ def test_chunks_of_columns_change_nothing(
     parts = gradients(fp8, on(impl, inputs), upstream.to(impl.device))
     for name, value in whole.items():
         assert torch.equal(parts[name], value), name
+
+
+@pytest.mark.parametrize(("inner", "interleaved"), [(24, True), (200, True), (128, False)])
+def test_kernels_write_within_their_buffers(inner: int, interleaved: bool) -> None:
+    """The last block of activations has one block of h, or two."""
+    from moe_kernels.triton.fused_experts_fp8 import Activation, _activate, _activate_backward
+
+    device = torch.device("cuda" if HAS_GPU else "cpu")
+    rows, width, spare = 37, 2 * inner, 5
+    blocks = -(-width // 128)
+    with contextlib.nullcontext() if HAS_GPU else mended_interpreter():
+        h = torch.randn(rows, width, device=device)
+        offsets = torch.tensor([0, 20, rows - 3], dtype=torch.int32, device=device)
+        act = Activation("swigluoai", interleaved, 1.702, 7.0)
+        values = torch.full((rows + spare, width), 1.0, device=device).to(FLOAT8)
+        scales = torch.full((blocks + 2, rows), 7.0, device=device)
+        quantized = values[:rows], scales[:blocks].t()
+        grad_h = torch.full((rows + spare, width), 7.0, device=device)
+        partials = torch.full((4, rows), 7.0, device=device)
+        weights = torch.rand(rows, device=device)
+        grad = torch.randn(rows, inner, device=device)
+        _activate_backward(
+            grad, h, weights, offsets, act, grad_h[:rows], quantized, None, partials[:2]
+        )
+        found = moe_kernels.reference.quantize_rows(grad_h[:rows].cpu())
+        assert torch.equal(values[: rows - 3].cpu().float(), found[0][: rows - 3].float())
+        assert torch.equal(quantized[1][: rows - 3].cpu(), found[1][: rows - 3])
+        for buffer, written in ((grad_h, rows - 3), (values.float(), rows - 3), (scales, blocks)):
+            untouched = buffer[written:]
+            assert torch.equal(untouched, untouched[:1, :1].expand(untouched.shape))
+        assert (partials[-(-inner // 128) :] == 7).all()
+        a, a_scales = _activate(h, offsets, rows, inner, act)
+        value = moe_kernels.reference.expert_activation(
+            h.cpu(), "swigluoai", None, interleaved, 1.702, 7.0
+        )
+        back = moe_kernels.reference.dequantize_rows(a.cpu(), a_scales.cpu(), torch.float32)
+        assert frobenius_error(back[: rows - 3], value[: rows - 3].double()) < 0.04
 
 
 def test_opcheck(impl: Implementation) -> None:
