@@ -113,10 +113,10 @@ def chain(
     return y
 
 
-@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("routing", SHAPES)
-def test_equals_the_definition(impl: Implementation, routing: str, bias: bool) -> None:
+def test_equals_the_definition(impl: Implementation, routing: str) -> None:
     """In float32, whose rounding seldom moves a value from one float8 to the next."""
+    bias = routing not in ("plain", "one_expert")
     inputs, upstream = make_case(routing, torch.float32, hidden=136, inner=72, bias=bias)
     found = gradients(fp8, on(impl, inputs), upstream.to(impl.device))
     for name, value in definition(inputs, upstream).items():
@@ -166,19 +166,20 @@ def test_activations_and_blocks(
         assert frobenius_error(found[name], value) < 2e-3, name
 
 
-@pytest.mark.parametrize("wanted", [*NAMES, ("x", "down"), ("gate_up", "topk_weights")])
-def test_each_gradient_alone(impl: Implementation, wanted: Any) -> None:
-    inputs, upstream = make_case("plain", torch.float32, hidden=40, inner=72, bias=True)
+def test_each_gradient_alone(impl: Implementation) -> None:
+    inputs, upstream = make_case("one_token", torch.float32, hidden=40, inner=72, bias=True)
     whole = gradients(fp8, on(impl, inputs), upstream.to(impl.device))
-    names = (wanted,) if isinstance(wanted, str) else wanted
-    leaves = {k: v.requires_grad_(k in names) for k, v in on(impl, inputs).items()}
-    fp8(**leaves).backward(upstream.to(impl.device))
-    for name, value in leaves.items():
-        if name in names:
-            assert value.grad is not None
-            assert torch.equal(value.grad, whole[name]), name
-        else:
-            assert value.grad is None
+    for names in (*((name,) for name in NAMES), ("x", "down"), ("gate_up", "topk_weights")):
+        leaves = {
+            k: v.detach().clone().requires_grad_(k in names) for k, v in on(impl, inputs).items()
+        }
+        fp8(**leaves).backward(upstream.to(impl.device))
+        for name, value in leaves.items():
+            if name in names:
+                assert value.grad is not None
+                assert torch.equal(value.grad, whole[name]), name
+            else:
+                assert value.grad is None
 
 
 def test_bytes_kept_are_those_without_float8(impl: Implementation) -> None:
