@@ -48,11 +48,14 @@ def _run(name: str, text: str, seconds: float) -> Part:
 
 # one of each group of three of the published shapes
 SOME_PUBLISHED = "T=40960,H=768,I=512,E=64,K=4 T=24576,H=1536,I=512,E=64,K=4 sonicmoe-wide"
+# experts wide enough for products to be what counts, in float8 and without
+WIDE = "T=32768,H=4096,I=2048,E=32,K=4"
 MODELS = (
     *("qwen3-30b-a3b", "gpt-oss-120b", "deepseek-v3", "mixtral-8x7b"),
     *("qwen3-235b-a22b", "kimi-k2"),
 )
 SMALL_OPS = "topk_router sort_by_expert permute unpermute expert_activation"
+FLOAT8_OPS = "quantize_rows permute_quantize quantize_weights scaled_grouped_gemm fp8_grouped_gemm"
 
 # no other run has these shapes: the package's grouped GEMM beside those whose warps have roles
 ROLES = _run(
@@ -69,6 +72,7 @@ MAIN = (
     _run("decode", "fused_experts --shape decode --direction forward --seconds 0.5", 40),
     _run("published", f"fused_experts --shape {SOME_PUBLISHED} --seconds 1", 70),
     _run("grouped_gemm", "grouped_gemm --shape qwen3-30b-a3b --seconds 0.5", 40),
+    _run("float8", f"fused_experts fused_experts_fp8 --shape {WIDE} --seconds 0.5", 50),
     _run("gpt-oss", "fused_experts --shape gpt-oss-120b --seconds 1", 40),
     _run("small ops", f"{SMALL_OPS} --seconds 0.3", 60),
     ROLES,
@@ -85,8 +89,13 @@ def _everything() -> Iterator[Part]:
     for model in MODELS:
         text = f"fused_experts --shape {model}-decode --direction forward --seconds 1"
         yield _run(f"{model}, decode", text, 240)
-    for op in SMALL_OPS.split():
+    yield _run("float8", f"fused_experts fused_experts_fp8 --shape {WIDE}", 400)
+    for model in MODELS:
+        yield _run(f"{model}, float8", f"fused_experts_fp8 --shape {model}", 300)
+    for op in (*SMALL_OPS.split(), "round_tokens", *FLOAT8_OPS.split()):
         yield _run(op, op, 240)
+    yield _run("a model's step", "model_decode", 600)
+    yield _run("8 and 4 bits", "fused_experts_quantized --seconds 1", 300)
     for letter in "TEI":
         yield _run(f"scaling with {letter}", f"fused_experts --shape scaling-{letter}", 400)
     for routing in ("zipf", "one"):

@@ -12,6 +12,7 @@ import torch
 from moe_parallel.dispatch import TRANSPORTS
 
 ROUNDING_MODES = ("nearest", "up", "down")
+PRECISIONS = ("fp8_block",)
 
 _DTYPES = {
     "float": torch.float32,
@@ -242,6 +243,9 @@ class BackendConfig:
         dispatcher_capacity: rows that a rank has room for by "cuda_ipc"; None for all there can be.
         dispatcher_slot_capacity: the same for the slots in them.
         experts: "auto" for :func:`moe_kernels.fused_experts`, "reference" for its definition.
+        experts_precision: of the routed experts' products, None for the dtype of their input;
+            "fp8_block" for float8 with a scale for each block, see
+            :func:`moe_kernels.fused_experts`. Parameters and their gradients stay as they are.
         fake_balanced_gate: replace the router by one that balances perfectly (for benchmarks).
         fake_gate_noise: how uneven that one is, 0 to 1.
         enable_fsdp_optimizations: skip FSDP communication between accumulated micro-batches.
@@ -254,19 +258,29 @@ class BackendConfig:
     dispatcher_capacity: int | None = None
     dispatcher_slot_capacity: int | None = None
     experts: str = "auto"
+    experts_precision: str | None = None
     fake_balanced_gate: bool = False
     fake_gate_noise: float = 0.0
     enable_fsdp_optimizations: bool = False
     gate_precision: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        choices = {"dispatcher": ("auto", *TRANSPORTS), "experts": ("auto", "reference")}
+        choices: dict[str, tuple[str | None, ...]] = {
+            "dispatcher": ("auto", *TRANSPORTS),
+            "experts": ("auto", "reference"),
+            "experts_precision": (None, *PRECISIONS),
+        }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(
-                    f"BackendConfig: {name} must be one of {', '.join(allowed)}; "
+                    f"BackendConfig: {name} must be one of {', '.join(map(str, allowed))}; "
                     f"got {getattr(self, name)!r}"
                 )
+        if self.experts_precision is not None and self.experts == "reference":
+            raise ValueError(
+                "BackendConfig: experts_precision must be None with experts 'reference', which "
+                f"computes in one precision; got {self.experts_precision!r}"
+            )
         if self.dispatcher_timeout is not None and not self.dispatcher_timeout > 0:
             raise ValueError(
                 f"BackendConfig: dispatcher_timeout must be positive; got {self.dispatcher_timeout}"

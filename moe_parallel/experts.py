@@ -152,7 +152,12 @@ class GroupedExperts(nn.Module):
         }
         if self.backend.experts == "reference":
             return reference.fused_experts(*arguments, **options)
-        return fused_experts(*arguments, **options, num_rows=self._num_rows(tokens))
+        return fused_experts(
+            *arguments,
+            **options,
+            num_rows=self._num_rows(tokens),
+            precision=self.backend.experts_precision,
+        )
 
     def _num_rows(self, tokens: Dispatched) -> int | None:
         """The dispatcher's bound of the slots in use, or that of token rounding without one."""

@@ -39,6 +39,8 @@ OPS = (
     "fused_experts",
     "fused_experts_backward",
     "fused_experts_wgrad_",
+    "fused_experts_fp8",
+    "fused_experts_fp8_backward",
     "quantize_rows",
     "quantize_weights",
     "dequantize_rows",

@@ -214,6 +214,11 @@ def test_every_model_of_the_sweep_is_a_shape_set() -> None:
                 assert len(found) >= max(1, len(shapes)), part
 
 
+def test_the_full_sweep_has_every_op_of_one_gpu() -> None:
+    measured = {word for part in PLANS["full"] for word in part.arguments}
+    assert {name for name, op in OPS.items() if not op.on_ranks} <= measured
+
+
 # ------------------------------------------------------------------------------------------- ratios
 
 

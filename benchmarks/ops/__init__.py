@@ -3,6 +3,7 @@
 from benchmarks.ops.dispatch import dispatch
 from benchmarks.ops.expert_activation import expert_activation
 from benchmarks.ops.fused_experts import fused_experts
+from benchmarks.ops.fused_experts_fp8 import fused_experts_fp8
 from benchmarks.ops.fused_experts_quantized import fused_experts_quantized
 from benchmarks.ops.grouped_gemm import grouped_gemm
 from benchmarks.ops.model_decode import model_decode
@@ -19,6 +20,7 @@ OPS: dict[str, Op] = {
     op.name: op
     for op in (
         fused_experts,
+        fused_experts_fp8,
         fused_experts_quantized,
         grouped_gemm,
         expert_activation,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
+
 import torch
+from torch import Tensor
 
 from benchmarks.ops._shapes import ALL_LAYERS, CPU_TOKENS, TRAINING_TOKENS
-from benchmarks.registry import Inputs, Shape
+from benchmarks.registry import Inputs, Shape, Truth
 from benchmarks.routing import make_topk_ids
 from moe_kernels import ExpertOrder, reference
 
@@ -21,6 +24,24 @@ def row_sets() -> dict[str, list[Shape]]:
     """Shapes of routed batches by set name."""
     cpu = {"cpu": _shapes("qwen3-30b-a3b", CPU_TOKENS)}
     return cpu | {name: _shapes(name, TRAINING_TOKENS) for name in ALL_LAYERS}
+
+
+def slot_sets() -> dict[str, list[Shape]]:
+    """The same for ops on slots alone, whose rows have no width."""
+    return {
+        name: [Shape({letter: shape[letter] for letter in "TEK"}) for shape in shapes]
+        for name, shapes in row_sets().items()
+    }
+
+
+def whole_truth(
+    names: Sequence[str], values: Iterable[Tensor], device: torch.device
+) -> Mapping[str, Truth]:
+    """All rows of each of an op's outputs."""
+    return {
+        name: Truth(torch.arange(len(value), device=device), value.double())
+        for name, value in zip(names, values, strict=True)
+    }
 
 
 ROW_DEFAULTS = {"cpu": ("cpu",), "cuda": ("qwen3-30b-a3b", "deepseek-v3")}

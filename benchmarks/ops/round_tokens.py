@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from benchmarks.ops._order import INPUT_SETS, ROW_DEFAULTS, row_sets
+from benchmarks.ops._order import INPUT_SETS, ROW_DEFAULTS, slot_sets, whole_truth
 from benchmarks.registry import Case, Cost, Op, Shape, Truth
 from benchmarks.routing import make_topk_ids
 from moe_kernels import RoundedTokens, reference
@@ -43,19 +43,13 @@ def _truth(case: Case, index: int, gradients: bool) -> Mapping[str, Truth]:
     fields = reference.round_tokens(
         weights, ids, None, case.shape["E"], case.shape["K"], TILE, MODE
     )
-    return {
-        name: Truth(torch.arange(len(value), device=case.device), value.double())
-        for name, value in zip(OUTPUTS, fields, strict=True)
-    }
+    return whole_truth(OUTPUTS, fields, case.device)
 
 
 round_tokens = Op(
     name="round_tokens",
     outputs=OUTPUTS,
-    shape_sets={
-        name: [Shape({"T": s["T"], "E": s["E"], "K": s["K"]}) for s in shapes]
-        for name, shapes in row_sets().items()
-    },
+    shape_sets=slot_sets(),
     defaults=ROW_DEFAULTS,
     # routing weights are float32 whatever the layer's dtype
     dtypes={"cpu": ("fp32",), "cuda": ("fp32",)},

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from benchmarks.ops._order import INPUT_SETS, ROW_DEFAULTS, row_sets
+from benchmarks.ops._order import INPUT_SETS, ROW_DEFAULTS, slot_sets
 from benchmarks.registry import Case, Cost, Op, Shape, Truth
 from moe_kernels import reference
 
@@ -54,10 +54,7 @@ def _truth(case: Case, index: int, gradients: bool) -> Mapping[str, Truth]:
 topk_router = Op(
     name="topk_router",
     outputs=("topk_weights", "topk_ids"),
-    shape_sets={
-        name: [Shape({"T": s["T"], "E": s["E"], "K": s["K"]}) for s in shapes]
-        for name, shapes in row_sets().items()
-    },
+    shape_sets=slot_sets(),
     defaults=ROW_DEFAULTS,
     make_case=_make_case,
     cost=_cost,

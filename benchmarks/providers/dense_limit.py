@@ -72,6 +72,7 @@ dense_limit = Provider(
     "dense_limit",
     {
         "fused_experts": _products(("TK", "H", "2I"), ("TK", "I", "H")),
+        "fused_experts_fp8": _products(("TK", "H", "2I"), ("TK", "I", "H"), float8=True),
         "grouped_gemm": _products(("R", "D", "N")),
         "scaled_grouped_gemm": _products(("R", "D", "N"), float8=True),
         "fp8_grouped_gemm": _products(("R", "D", "N"), float8=True),

@@ -10,17 +10,21 @@ from benchmarks.ops.round_tokens import MODE, TILE
 from benchmarks.registry import Builder, Case, Implementation, Inputs, Output, Provider, Unsupported
 
 
-def _fused_experts(case: Case) -> Implementation:
-    def run(inputs: Inputs) -> Output:
-        return ours.fused_experts(
-            inputs["x"],
-            *matrices(case),
-            inputs["topk_ids"],
-            inputs["topk_weights"],
-            **options(case),
-        )
+def _fused_experts(precision: str | None = None) -> Builder:
+    def build(case: Case) -> Implementation:
+        def run(inputs: Inputs) -> Output:
+            return ours.fused_experts(
+                inputs["x"],
+                *matrices(case),
+                inputs["topk_ids"],
+                inputs["topk_weights"],
+                **options(case),
+                precision=precision,
+            )
 
-    return Implementation(run)
+        return Implementation(run)
+
+    return build
 
 
 def quantized_experts(formats: dict[int, str]) -> Builder:
@@ -100,7 +104,8 @@ def _round_tokens(case: Case) -> Implementation:
 moe_kernels = Provider(
     "moe_kernels",
     {
-        "fused_experts": _fused_experts,
+        "fused_experts": _fused_experts(),
+        "fused_experts_fp8": _fused_experts("fp8_block"),
         "fused_experts_quantized": quantized_experts({8: "int8", 4: "int4"}),
         "grouped_gemm": _grouped_gemm,
         "expert_activation": lambda case: Implementation(

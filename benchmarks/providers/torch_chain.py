@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.ops.fused_experts import is_oai, matrices
 from benchmarks.ops.round_tokens import TILE
-from benchmarks.providers.float8_chain import CHAIN
+from benchmarks.providers.float8_chain import CHAIN, rounded_product
 from benchmarks.registry import Case, Implementation, Inputs, Output, Provider
 
 
@@ -30,12 +32,15 @@ def _swigluoai(h: Tensor) -> Tensor:
     return gate * torch.sigmoid(1.702 * gate) * (up + 1)
 
 
-def _fused_experts(case: Case) -> Implementation:
+def _fused_experts(case: Case, *, float8: bool = False) -> Implementation:
     experts, top_k = case.shape["E"], case.shape["K"]
     activation = _swigluoai if is_oai(case) else _swiglu
 
     def product(rows: Tensor, matrix: Tensor, bias: str, ids: Tensor, ends: Tensor) -> Tensor:
-        out = functional.grouped_mm(rows, matrix, offs=ends)
+        if float8:
+            out = rounded_product(rows, matrix.mT, ends)
+        else:
+            out = functional.grouped_mm(rows, matrix, offs=ends)
         if bias in case.weights:  # in float32, or its gradient would be summed in the dtype
             out = (out.float() + case.weights[bias].float()[ids]).to(out.dtype)
         return out
@@ -129,6 +134,7 @@ torch_chain = Provider(
     "torch",
     {
         "fused_experts": _fused_experts,
+        "fused_experts_fp8": partial(_fused_experts, float8=True),
         "grouped_gemm": _grouped_gemm,
         "expert_activation": lambda case: Implementation(lambda i: _swiglu(i["h"])),
         "permute": _permute,

@@ -77,8 +77,8 @@ Pair quantize_experts(const at::Tensor& weight_EKN, std::string_view format_name
       if (!finite) lower(first_bad, e);
     });
   });
-  TORCH_CHECK_VALUE(first_bad == experts, kOp, ": weight must be finite; expert ", first_bad.load(),
-                    " is not");
+  TORCH_CHECK_VALUE(first_bad == experts, kOp, ": weight must be finite in float32; expert ",
+                    first_bad.load(), " is not");
   return {codes, scales};
 }
 

@@ -341,6 +341,11 @@ def quantize_experts_of(model: nn.Module, format: str = "int4") -> dict[str, Qua
     }
     if not found:
         raise ValueError(f"{caller}: {type(model).__name__} has no experts to quantise")
+    if "" in found:
+        raise ValueError(
+            f"{caller}: model must be a module that holds the experts, in whose place others are "
+            f"put; got the experts themselves, {type(model).__name__}"
+        )
     for name, (module, options) in found.items():
         who = f"{caller}: {type(module).__name__} ({name})"
         if options is None:
@@ -358,8 +363,9 @@ def quantize_experts_of(model: nn.Module, format: str = "int4") -> dict[str, Qua
         name, (module, options) = found.popitem()
         assert options is not None
         layers[name] = QuantizedExpertsLayer(module, format, options).train(module.training)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layers[name])
+        for parent in list(model.modules()):  # a module may be in several places
+            for child in [key for key, part in parent._modules.items() if part is module]:
+                setattr(parent, child, layers[name])
         del module  # before the next one's codes are made
     for part in model.modules():
         if hasattr(part, "save_pretrained"):

@@ -1,5 +1,6 @@
 """Public functions: schema, checks, fakes, autograd, and the kernels behind them."""
 
+from moe_kernels.ops import fused_experts_fp8 as _  # noqa: F401  registers its op
 from moe_kernels.ops.chunk_permute import chunk_permute
 from moe_kernels.ops.expert_activation import expert_activation
 from moe_kernels.ops.fused_experts import fused_experts, fused_moe

@@ -7,11 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+CONVERTED = (torch.bfloat16, torch.float16, torch.float32)
+
 
 def autocast(*operands: Tensor | None) -> tuple[Any, ...]:
     """The operands as the enabled autocast wants them; the first decides the device.
 
-    float64 operands stay as they are, as in torch.
+    float64 operands stay as they are, as in torch. So do those in float8, which would be widened
+    without their scales: the checks of the op refuse them.
     """
     device = operands[0].device.type if isinstance(operands[0], Tensor) else "cpu"
     if device == "meta" or not torch.is_autocast_enabled(device):  # meta knows no autocast
@@ -19,7 +22,6 @@ def autocast(*operands: Tensor | None) -> tuple[Any, ...]:
     dtype = torch.get_autocast_dtype(device)
 
     def convert(value: Any) -> Any:
-        narrow = isinstance(value, Tensor) and value.is_floating_point()
-        return value.to(dtype) if narrow and value.dtype != torch.float64 else value
+        return value.to(dtype) if isinstance(value, Tensor) and value.dtype in CONVERTED else value
 
     return tuple(convert(value) for value in operands)

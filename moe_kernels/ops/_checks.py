@@ -63,6 +63,20 @@ def check_device(op: str, first_name: str, first: Tensor, name: str, value: Tens
         )
 
 
+def check_accumulator(op: str, name: str, buffer: Tensor) -> None:
+    """Raise unless each element of ``buffer``, which is added to in place, has its own memory."""
+    if buffer.numel() == 0:
+        return
+    reach = 0  # of the dimensions of smaller strides, beyond the first element
+    for step, size in sorted(zip(buffer.stride(), buffer.shape, strict=True)):
+        if size > 1 and step <= reach:
+            raise ValueError(
+                f"{op}: {name} must have memory of its own for each element, which is added to; "
+                f"got {shape(buffer)} with strides {list(buffer.stride())}"
+            )
+        reach += (size - 1) * step
+
+
 def check_choice(op: str, name: str, value: Any, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{op}: {name} must be one of {', '.join(choices)}; got {value!r}")

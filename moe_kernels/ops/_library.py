@@ -1,7 +1,7 @@
 """How an op reaches PyTorch's dispatcher: one schema, one implementation per dispatch key.
 
     CompositeExplicitAutograd   the plain PyTorch reference: any device without kernels of its own
-    CPU                         C++, registered by importing ``moe_kernels._C``
+    CPU                         C++, registered by importing ``moe_kernels._C``; or a chain of ops
     CUDA                        Triton, imported at the first call
     Meta                        the fake
     Autograd                    one formula for every device
@@ -102,7 +102,12 @@ def _lazy_triton(name: str) -> Callable[..., Any]:
 
 
 def define(
-    schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any], triton: bool = True
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    triton: bool = True,
+    cpu: Callable[..., Any] | None = None,
 ) -> torch._ops.OpOverload:
     """Define ``moe_kernels::<schema>`` and register every Python implementation of it.
 
@@ -111,6 +116,7 @@ def define(
         reference: plain PyTorch with the schema's arguments.
         fake: shapes, dtypes and strides of the outputs.
         triton: whether there is a launcher; without one the reference serves CUDA.
+        cpu: what runs on CPU where the extension has no kernel: a chain of ops that it has.
 
     Returns:
         The op's default overload.
@@ -121,6 +127,8 @@ def define(
     if _backend == "native":
         if triton:
             _lib.impl(name, _lazy_triton(name), "CUDA")
+        if cpu is not None:
+            _lib.impl(name, cpu, "CPU")
     else:
         with warnings.catch_warnings():  # the kernel of the extension is overridden on purpose
             warnings.simplefilter("ignore")

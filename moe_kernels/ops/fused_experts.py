@@ -6,6 +6,7 @@ W = 2 * I columns for gated activations, else I.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from moe_kernels.ops._autocast import autocast
 from moe_kernels.ops._checks import (
+    check_accumulator,
+    check_choice,
     check_count,
     check_device,
     check_dtype,
@@ -33,6 +36,7 @@ from moe_kernels.ops._library import (
 )
 from moe_kernels.ops.expert_activation import resolve_activation
 from moe_kernels.ops.grouped_gemm import empty_like_weight
+from moe_kernels.ops.quantize import check_weight_scales
 from moe_kernels.reference.expert_activation import is_gated
 from moe_kernels.reference.fused_experts import (
     fused_experts_backward as fused_experts_backward_reference,
@@ -45,8 +49,10 @@ from moe_kernels.reference.fused_experts import (
 )
 from moe_kernels.reference.grouped_gemm import is_transposed
 
+PRECISIONS = ("fp8_block",)
 
-def _fake(
+
+def experts_fake(
     x: Tensor,
     gate_up: Tensor,
     down: Tensor,
@@ -74,7 +80,7 @@ def _fake(
     )
 
 
-def _backward_fake(
+def backward_fake(
     grad: Tensor,
     x: Tensor,
     gate_up: Tensor,
@@ -124,7 +130,7 @@ _op = define(
     " Tensor? down_main_grad)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=fused_experts_forward_reference,
-    fake=_fake,
+    fake=experts_fake,
 )
 _direct = direct_call("fused_experts")
 _backward_op = define(
@@ -135,7 +141,7 @@ _backward_op = define(
     " bool keep_weighted_a=False)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=fused_experts_backward_reference,
-    fake=_backward_fake,
+    fake=backward_fake,
 )
 _wgrad_op = define(
     "fused_experts_wgrad_(Tensor(a!) out, Tensor a, Tensor grad, Tensor row_to_slot,"
@@ -145,8 +151,9 @@ _wgrad_op = define(
 )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, gate_up, down, _, topk_weights, gate_up_bias, down_bias, *options = inputs
+    scales = options[8:]  # of float8 weights
     _, h, row_to_slot, slot_to_row, offsets = output
     ctx.mark_non_differentiable(h, row_to_slot, slot_to_row, offsets)
     ctx.set_materialize_grads(False)
@@ -165,6 +172,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
         offsets,
         gate_up_bias,
         down_bias,
+        *scales,
     )
 
 
@@ -183,43 +191,55 @@ def _known_grad_h(ctx: Any, grad: Tensor, needs: list[bool]) -> Tensor | None:
     return grad_h if same else None
 
 
-def _backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 15
-    owed = owed_gradients(ctx)
-    up_main, down_main = (
-        main if need else None for main, need in zip(ctx.main_grads, owed[1:3], strict=True)
-    )
-    # x, gate_up, down, topk_weights, gate_up_bias, down_bias
-    needs = [owed[0], owed[1], owed[2], owed[4], owed[5], owed[6]]
-    needs[1] &= up_main is None
-    needs[2] &= down_main is None
-    grad_h = _known_grad_h(ctx, grad, needs)
-    later = grad_h is None and needs[0] and _is_followed_by_weights(ctx, owed)
-    keep_h = grad_h is None and (later or up_main is not None)
-    saved = ctx.saved_tensors  # once: activation checkpointing gives them once
-    *results, kept, weighted_a = _backward_op(
-        grad, *saved, *ctx.options, needs, grad_h, keep_h, down_main is not None
-    )
-    ctx.kept = (grad, grad._version, kept) if later else None
-    x, _, _, topk_weights, _, row_to_slot, _, offsets = saved[:8]
-    order = (row_to_slot, offsets, topk_weights.shape[1])
-    if up_main is not None:
-        _wgrad_op(up_main, x, kept if grad_h is None else grad_h, *order, True)
-    if down_main is not None:
-        _wgrad_op(down_main, weighted_a, grad, *order, False)
-    dx, dgate_up, ddown, dweights, dbias1, dbias2 = (
-        result if need else None for result, need in zip(results, needs, strict=True)
-    )
-    return dx, dgate_up, ddown, None, dweights, dbias1, dbias2, *(None,) * 8
+def backward_through(op: Any) -> Callable[..., tuple[Tensor | None, ...]]:
+    """The backward of an op with the arguments of ``fused_experts``, by its backward op."""
+
+    def backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
+        others = (None,) * (len(ctx.tensor_inputs) - 7)
+        if grad is None:
+            return *(None,) * 7, *others
+        owed = owed_gradients(ctx)
+        up_main, down_main = (
+            main if need else None for main, need in zip(ctx.main_grads, owed[1:3], strict=True)
+        )
+        # x, gate_up, down, topk_weights, gate_up_bias, down_bias
+        needs = [owed[0], owed[1], owed[2], owed[4], owed[5], owed[6]]
+        needs[1] &= up_main is None
+        needs[2] &= down_main is None
+        grad_h = _known_grad_h(ctx, grad, needs)
+        later = grad_h is None and needs[0] and _is_followed_by_weights(ctx, owed)
+        keep_h = grad_h is None and (later or up_main is not None)
+        saved = ctx.saved_tensors  # once: activation checkpointing gives them once
+        *results, kept, weighted_a = op(
+            grad,
+            *saved[:10],
+            *ctx.options,
+            needs,
+            grad_h,
+            keep_h,
+            down_main is not None,
+            *saved[10:],
+        )
+        ctx.kept = (grad, grad._version, kept) if later else None
+        x, _, _, topk_weights, _, row_to_slot, _, offsets = saved[:8]
+        order = (row_to_slot, offsets, topk_weights.shape[1])
+        if up_main is not None:
+            _wgrad_op(up_main, x, kept if grad_h is None else grad_h, *order, True)
+        if down_main is not None:
+            _wgrad_op(down_main, weighted_a, grad, *order, False)
+        dx, dgate_up, ddown, dweights, dbias1, dbias2 = (
+            result if need else None for result, need in zip(results, needs, strict=True)
+        )
+        return dx, dgate_up, ddown, None, dweights, dbias1, dbias2, *others
+
+    return backward
 
 
-register_autograd("fused_experts", _backward, _setup_context)
+register_autograd("fused_experts", backward_through(_backward_op), setup_context)
 refuse_double_backward("fused_experts_backward")
 
 
-@register_flop_formula(torch.ops.moe_kernels.fused_experts)
-def _flops(
+def flops(
     x: Any, gate_up: Any, down: Any, topk_ids: Any, *args: Any, out_shape: Any = None, **kwargs: Any
 ) -> int:
     """Two products over every slot: ``2 * R * (H * W + I * H)``."""
@@ -228,8 +248,7 @@ def _flops(
     return int(2 * min(slots, num_rows) * (gate_up[1] * gate_up[2] + down[1] * down[2]))
 
 
-@register_flop_formula(torch.ops.moe_kernels.fused_experts_backward)
-def _backward_flops(
+def backward_flops(
     grad: Any,
     x: Any,
     gate_up: Any,
@@ -250,6 +269,10 @@ def _backward_flops(
     return int(low * (through_down + ddown) + up * (dx + dgate_up))
 
 
+register_flop_formula(torch.ops.moe_kernels.fused_experts)(flops)
+register_flop_formula(torch.ops.moe_kernels.fused_experts_backward)(backward_flops)
+
+
 @register_flop_formula(torch.ops.moe_kernels.fused_experts_wgrad_)
 def _wgrad_flops(
     out: Any, a: Any, grad: Any, row_to_slot: Any, *args: Any, out_shape: Any = None, **kwargs: Any
@@ -268,6 +291,7 @@ def _check(
     activation: str,
     gate_up_bias: Tensor | None,
     down_bias: Tensor | None,
+    weight_scales: tuple[Tensor, Tensor] | None,
 ) -> None:
     op = "fused_experts"
     check_routing(op, x, topk_ids, topk_weights)
@@ -285,8 +309,11 @@ def _check(
             f"{op}: down must be [E, I, H] = {[experts, inner, hidden]} for gate_up "
             f"{shape(gate_up)} and activation {activation}; got {shape(down)}"
         )
-    check_same(op, "x", x, "gate_up", gate_up)
-    check_same(op, "x", x, "down", down)
+    if weight_scales is None:
+        check_same(op, "x", x, "gate_up", gate_up)
+        check_same(op, "x", x, "down", down)
+    else:
+        check_weight_scales(op, weight_scales, x, gate_up, down)
     for name, bias, size in (
         ("gate_up_bias", gate_up_bias, width),
         ("down_bias", down_bias, hidden),
@@ -301,6 +328,24 @@ def _check(
     check_device(op, "x", x, "topk_weights", topk_weights)
 
 
+def _check_precision(
+    op: str,
+    precision: str | None,
+    weight_scales: tuple[Tensor, Tensor] | None,
+    main_grads: tuple[Tensor | None, Tensor | None],
+) -> None:
+    if precision is not None:
+        check_choice(op, "precision", precision, PRECISIONS)
+    if weight_scales is None:
+        return
+    if precision is None:
+        raise ValueError(f"{op}: weight_scales need precision='fp8_block'; got None")
+    if any(main is not None for main in main_grads):
+        raise ValueError(
+            f"{op}: main_grads must be None with weight_scales, whose weights have no gradient"
+        )
+
+
 def _check_main_grad(op: str, name: str, main: Tensor, weight: Tensor, x: Tensor) -> None:
     name = f"main_grads: that of {name}"
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -309,13 +354,11 @@ def _check_main_grad(op: str, name: str, main: Tensor, weight: Tensor, x: Tensor
     check_device(op, "x", x, name, main)
     if main.shape != weight.shape:
         raise ValueError(f"{op}: {name} must be {shape(weight)} as the weight; got {shape(main)}")
-    if main.requires_grad or any(
-        size > 1 and step == 0 for size, step in zip(main.shape, main.stride(), strict=True)
-    ):
+    check_accumulator(op, name, main)
+    if main.requires_grad:
         raise ValueError(
-            f"{op}: {name} must be a buffer that is added to: without requires_grad, with memory "
-            f"of its own for each element; got strides {list(main.stride())}, requires_grad "
-            f"{main.requires_grad}"
+            f"{op}: {name} must be a buffer that is added to, without requires_grad; got one that "
+            "requires a gradient"
         )
 
 
@@ -334,6 +377,8 @@ def fused_experts(
     limit: float | None = None,
     num_rows: int | None = None,
     main_grads: tuple[Tensor | None, Tensor | None] | None = None,
+    precision: str | None = None,
+    weight_scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Run every token through its experts and sum the weighted results.
 
@@ -367,6 +412,17 @@ def fused_experts(
             any strides, or None. Backward adds the weight's gradient to it, unrounded, and gives
             autograd none: gradients of many micro-batches accumulate in place. Only for weights
             that require a gradient.
+        precision: of the products; None is x's dtype. "fp8_block" rounds x, the activation and the
+            weights to float8_e4m3fn with a scale for each 128 elements of a row and 128 x 128 of a
+            matrix, as :func:`quantize_rows` and :func:`quantize_weights` do. In backward the
+            products that give the gradients of the activation and of x have the upstream gradient
+            and that of h rounded likewise; those of the weights are products in x's dtype of what
+            was not rounded. h is the only [rows, W] buffer kept, in x's dtype: as many bytes as
+            without. For GPUs of sm_89 or later; elsewhere it is right and not fast.
+        weight_scales: those of gate_up and down that are float8_e4m3fn already, as of
+            :func:`quantize_weights` or a checkpoint: [E, ceil(H / 128), ceil(W / 128)] and
+            [E, ceil(I / 128), ceil(H / 128)] float32. Only with "fp8_block". Such weights have no
+            gradient; x and topk_weights do.
 
     Returns:
         [T, H] in x.dtype.
@@ -401,7 +457,9 @@ def fused_experts(
         if found is not None:
             return found
     x, gate_up, down, gate_up_bias, down_bias = autocast(x, gate_up, down, gate_up_bias, down_bias)
-    _check(x, gate_up, down, topk_ids, topk_weights, activation, gate_up_bias, down_bias)
+    _check(
+        x, gate_up, down, topk_ids, topk_weights, activation, gate_up_bias, down_bias, weight_scales
+    )
     slots = topk_ids.shape[0] * topk_ids.shape[1]
     check_rows(op, slots)
     if num_rows is not None:
@@ -409,7 +467,15 @@ def fused_experts(
         # Not under torch.compile, where comparing sizes that only the run knows breaks the graph.
         if not torch.compiler.is_compiling():
             num_rows = min(num_rows, slots)
-    main_up, main_down = (None, None) if main_grads is None else main_grads
+    if main_grads is None:
+        main_grads = (None, None)
+    if not isinstance(main_grads, tuple | list) or len(main_grads) != 2:
+        raise TypeError(
+            f"{op}: main_grads must be a pair, for gate_up and down, of buffers or None; got "
+            f"{main_grads!r:.100}"
+        )
+    main_up, main_down = main_grads
+    _check_precision(op, precision, weight_scales, (main_up, main_down))
     for name, main, weight in (("gate_up", main_up, gate_up), ("down", main_down, down)):
         if main is not None:
             _check_main_grad(op, name, main, weight, x)
@@ -417,7 +483,7 @@ def fused_experts(
     save = torch.is_grad_enabled() and any(
         value is not None and value.requires_grad for value in differentiable
     )
-    y: Tensor = _op(
+    arguments = (
         x,
         gate_up,
         down,
@@ -433,7 +499,12 @@ def fused_experts(
         save,
         main_up if save else None,
         main_down if save else None,
-    )[0]
+    )
+    if precision is None:
+        y: Tensor = _op(*arguments)[0]
+    else:
+        scales = (None, None) if weight_scales is None else weight_scales
+        y = torch.ops.moe_kernels.fused_experts_fp8.default(*arguments, *scales)[0]
     return y
 
 

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 from moe_kernels.ops._autocast import autocast
 from moe_kernels.ops._checks import (
     FLOAT_DTYPES,
+    check_accumulator,
     check_device,
     check_dtype,
     check_same,
@@ -243,10 +244,6 @@ def grouped_gemm_wgrad(
     check_device(op, "a", a, "out", out)
     if shape(out) != expected:
         raise ValueError(f"{op}: out must be [E, Kd, N] = {expected}; got {shape(out)}")
-    if any(size > 1 and step == 0 for size, step in zip(expected, out.stride(), strict=True)):
-        raise ValueError(
-            f"{op}: out must have memory of its own for each element, which is added to; "
-            f"got strides {list(out.stride())}"
-        )
+    check_accumulator(op, "out", out)
     _wgrad_into_op(out, a, grad, offsets)
     return out

@@ -240,6 +240,31 @@ def check_row_scales(
         raise ValueError(f"{op}: {name} must be {layout}; got {shape(scales)}")
 
 
+def check_weight_scales(op: str, scales: Any, x: Tensor, gate_up: Tensor, down: Tensor) -> None:
+    """Raise unless ``scales`` are those of the float8 matrices ``gate_up`` and ``down``."""
+    if not isinstance(scales, tuple | list) or len(scales) != 2:
+        raise TypeError(f"{op}: weight_scales must be a pair, for gate_up and down; got {scales!r}")
+    for name, weight, its in (("gate_up", gate_up, scales[0]), ("down", down, scales[1])):
+        check_dtype(op, f"{name}, with weight_scales,", weight, FLOAT8_DTYPES)
+        check_device(op, "x", x, name, weight)
+        if weight.requires_grad:
+            raise ValueError(
+                f"{op}: {name}, with weight_scales, has no gradient; detach it, or train with "
+                "weights that are not quantised"
+            )
+        expected = [weight.shape[0], *(blocks_of(size, 128) for size in weight.shape[1:])]
+        part = f"weight_scales: that of {name}"
+        check_tensor(op, part, its, 3, str(expected))
+        check_dtype(op, part, its, (torch.float32,))
+        check_device(op, "x", x, part, its)
+        if shape(its) != expected:
+            raise ValueError(
+                f"{op}: {part} must be {expected} for {name} {shape(weight)}; got {shape(its)}"
+            )
+        if its.requires_grad:
+            raise ValueError(f"{op}: {part} must not require a gradient; it has none")
+
+
 def dequantize_rows(
     values: Tensor,
     scales: Tensor,

@@ -14,6 +14,7 @@ from torch import Tensor
 from moe_kernels.ops._checks import (
     FLOAT_DTYPES,
     check_choice,
+    check_device,
     check_dtype,
     check_tensor,
     shape,
@@ -106,6 +107,7 @@ def check_quantized(op: str, name: str, value: object, layout: str) -> None:
                 f"{op}: {name}.{part} must be {list(expected)} for {value.format} of "
                 f"{list(value.shape)}; got {shape(tensor)}"
             )
+    check_device(op, f"{name}.codes", value.codes, f"{name}.scales", value.scales)
 
 
 def quantize_experts(weight: Tensor, format: str = "int4") -> QuantizedExperts:
@@ -130,9 +132,8 @@ def quantize_experts(weight: Tensor, format: str = "int4") -> QuantizedExperts:
     and a last tile of less than 16 columns take the memory of full ones.
 
     Args:
-        weight: [E, Kd, N], any float dtype and strides, finite: a checkpoint's [E, N, Kd] comes in
-        as
-            ``w.mT``.
+        weight: [E, Kd, N], any float dtype and strides, finite in float32: a checkpoint's
+            [E, N, Kd] comes in as ``w.mT``.
         format: one of the above.
 
     Returns:
@@ -172,7 +173,9 @@ def experts_from_mxfp4(blocks: Tensor, scales: Tensor) -> QuantizedExperts:
     op = "experts_from_mxfp4"
     check_tensor(op, "blocks", blocks, 4, "[E, N, G, 16]")
     check_dtype(op, "blocks", blocks, (torch.uint8,))
+    check_tensor(op, "scales", scales, 3, "[E, N, G]")
     check_dtype(op, "scales", scales, (torch.uint8,))
+    check_device(op, "blocks", blocks, "scales", scales)
     experts, columns, groups = blocks.shape[:3]
     if blocks.shape[3] != GROUP // 2 or blocks.numel() == 0:
         raise ValueError(f"{op}: blocks must be [E, N, G, 16] and not empty; got {shape(blocks)}")

@@ -80,6 +80,12 @@ def _backward(
 register_autograd("round_tokens", _backward, _setup_context)
 
 
+def _check_tile(op: str, tile: Any) -> None:
+    check_count(op, "tile", tile)
+    if not 1 <= tile < 2**30:
+        raise ValueError(f"{op}: tile must be in [1, 2**30); got {tile}")
+
+
 def rounded_rows(tokens: int, top_k: int, num_experts: int, *, tile: int, mode: str) -> int:
     """The most slots that :func:`round_tokens` leaves in use, of T tokens with K choices.
 
@@ -87,9 +93,13 @@ def rounded_rows(tokens: int, top_k: int, num_experts: int, *, tile: int, mode: 
     nothing, to the nearest at most tile / 2 tokens an expert, up at most tile - 1.
 
     Raises:
-        ValueError: another mode.
+        ValueError: another mode, or a number or tile that cannot be.
     """
-    check_choice("rounded_rows", "mode", mode, MODES)
+    op = "rounded_rows"
+    check_choice(op, "mode", mode, MODES)
+    for name, value in (("tokens", tokens), ("top_k", top_k), ("num_experts", num_experts)):
+        check_count(op, name, value)
+    _check_tile(op, tile)
     chosen = tokens * top_k
     most = {"down": 0, "nearest": tile // 2, "up": tile - 1}[mode]
     return chosen + min(num_experts, chosen) * most
@@ -160,14 +170,12 @@ def round_tokens(
     check_rows(op, topk_ids.shape[0] * topk_ids.shape[1])
     check_count(op, "num_experts", num_experts)
     check_count(op, "top_k", top_k)
-    check_count(op, "tile", tile)
+    _check_tile(op, tile)
     check_choice(op, "mode", mode, MODES)
     if top_k > topk_ids.shape[1]:
         raise ValueError(
             f"{op}: top_k must be at most topk_ids.shape[1] = {topk_ids.shape[1]}; got {top_k}"
         )
-    if not 1 <= tile < 2**30:
-        raise ValueError(f"{op}: tile must be in [1, 2**30); got {tile}")
     if token_mask is not None:
         check_tensor(op, "token_mask", token_mask, 1, "[T]")
         check_dtype(op, "token_mask", token_mask, (torch.bool,))

@@ -7,6 +7,7 @@ beneath it, with the op's schema, what the dispatcher runs where there is no ker
 from moe_kernels.reference.chunk_permute import chunk_permute
 from moe_kernels.reference.expert_activation import ACTIVATIONS, expert_activation, is_gated
 from moe_kernels.reference.fused_experts import fused_experts
+from moe_kernels.reference.fused_experts_fp8 import fused_experts_fp8
 from moe_kernels.reference.fused_experts_quantized import fused_experts_quantized
 from moe_kernels.reference.grouped_gemm import grouped_gemm
 from moe_kernels.reference.permute import permute
@@ -31,6 +32,7 @@ __all__ = [
     "expert_activation",
     "fp8_grouped_gemm",
     "fused_experts",
+    "fused_experts_fp8",
     "fused_experts_quantized",
     "grouped_gemm",
     "is_gated",

@@ -12,6 +12,8 @@ that a chunk writes, which a product bound by tensor cores hides; more chunks wo
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -51,6 +53,35 @@ def backward_widths(rows: int, inner: int, hidden: int, element_size: int) -> tu
     )
 
 
+def sum_products(
+    multiply: Callable[[slice, Tensor], None],
+    rows: int,
+    order: tuple[Tensor, Tensor, Tensor],
+    weights: Tensor | None,
+    out: Tensor,
+    width: int,
+) -> None:
+    """``out[t]``, the (weighted) sum over the token's rows of a product's results.
+
+    Args:
+        multiply: writes some columns of the results [rows, N] to a buffer of those columns.
+        order: of the slots by expert.
+        weights: [T, K], or None for ones.
+        out: [T, N], contiguous.
+        width: columns of a chunk.
+    """
+    columns = out.shape[1]
+    if out.numel() == 0:
+        return
+    buffer = torch.empty(rows * width, dtype=out.dtype, device=out.device)
+    for start in range(0, columns, width):
+        chunk = slice(start, min(start + width, columns))
+        size = chunk.stop - start
+        part = buffer[: rows * size].view(rows, size)
+        multiply(chunk, part)
+        sum_slots(part, *order, weights, out[:, chunk])
+
+
 def multiply_and_sum(
     a: Tensor,
     b: Tensor,
@@ -62,25 +93,16 @@ def multiply_and_sum(
     cut: Config,
     width: int,
 ) -> None:
-    """``out[t]``, the (weighted) sum over the token's rows r of ``a[r] @ b[e] + bias[e]``.
+    """:func:`sum_products` of ``a[r] @ b[e] + bias[e]``.
 
     Args:
         a: [R, Kd], the rows of the map.
         b: [E, Kd, N], any strides.
         bias: [E, N].
-        order: of the slots by expert.
-        weights: [T, K], or None for ones.
-        out: [T, N], contiguous.
-        width: columns of a chunk.
     """
-    rows, columns = a.shape[0], b.shape[2]
-    if out.numel() == 0:
-        return
-    buffer = torch.empty(rows * width, dtype=out.dtype, device=out.device)
-    for start in range(0, columns, width):
-        chunk = slice(start, min(start + width, columns))
-        size = chunk.stop - start
-        part = buffer[: rows * size].view(rows, size)
+
+    def multiply(chunk: slice, part: Tensor) -> None:
         shift = None if bias is None else bias[:, chunk]
         multiply_rows(a, b[:, :, chunk], shift, part, tiles, cut)
-        sum_slots(part, *order, weights, out[:, chunk])
+
+    sum_products(multiply, a.shape[0], order, weights, out, width)

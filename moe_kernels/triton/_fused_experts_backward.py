@@ -239,7 +239,7 @@ def _sum_partials_kernel(
     tl.store(grad_weights + slot, total.to(grad_weights.dtype.element_ty), mask=sane)
 
 
-def _prepare(topk_weights: Tensor, order: Order, rows: int, block_m: int) -> tuple[Tensor, TileMap]:
+def prepare(topk_weights: Tensor, order: Order, rows: int, block_m: int) -> tuple[Tensor, TileMap]:
     """Each row's routing weight, ``[rows]`` float32, zero in rows of no expert; and the tiles."""
     E = order[2].numel() - 1
     row_weights = torch.empty(rows, dtype=torch.float32, device=topk_weights.device)
@@ -286,7 +286,7 @@ def _through_down(
     )  # fmt: skip
 
 
-def _bias_dots(
+def bias_dots(
     grad: Tensor, source: Source, bias: Tensor, dots: Tensor, tiles: TileMap, block_m: int
 ) -> None:
     """``dots[r] = <dO of the row's token, down_bias[e]>``."""
@@ -294,6 +294,27 @@ def _bias_dots(
         grad, source.row_to_slot, bias, dots, tiles.tiles, tiles.bound, grad.shape[1],
         source.top_k, *grad.stride(), *bias.stride(), BLOCK_M=block_m, BLOCK_H=32,
     )  # fmt: skip
+
+
+def sum_partials(
+    partials: Tensor, row_to_slot: Tensor, offsets: Tensor, grad_weights: Tensor
+) -> None:
+    """Write every slot's gradient: the sum of its row's ``partials [P, rows]``."""
+    (parts, rows), R = partials.shape, row_to_slot.numel()
+    _sum_partials_kernel[(ceil_div(R, 1024),)](
+        partials, row_to_slot, offsets, grad_weights, parts, rows, R, offsets.numel() - 1,
+        BLOCK=1024,
+    )  # fmt: skip
+
+
+def empty_gradients(needs: list[bool], *inputs: Tensor | None) -> list[Tensor]:
+    """Those that are needed, with no elements where one is not."""
+    x = inputs[0]
+    assert x is not None
+    return [
+        _empty_like(value) if need and value is not None else x.new_empty(0)
+        for need, value in zip(needs, inputs, strict=True)
+    ]
 
 
 def fused_experts_backward(
@@ -321,12 +342,8 @@ def fused_experts_backward(
     grad, x = contiguous_rows(grad), contiguous_rows(x)
     order = (row_to_slot, slot_to_row, offsets)
     act = Activation(activation, interleaved, alpha, limit)
-    inputs = (x, gate_up, down, topk_weights, gate_up_bias, down_bias)
-    dx, dgate_up, ddown, dweights, dbias, ddown_bias = (
-        _empty_like(value) if need and value is not None else x.new_empty(0)
-        for need, value in zip(needs, inputs, strict=True)
-    )
-    grads = (dx, dgate_up, ddown, dweights, dbias, ddown_bias)
+    grads = empty_gradients(needs, x, gate_up, down, topk_weights, gate_up_bias, down_bias)
+    dx, dgate_up, ddown, dweights, dbias, ddown_bias = grads
     (E, I, H), R = down.shape, row_to_slot.numel()
     rows = min(h.shape[0], R)
     dh = known_grad_h
@@ -341,7 +358,7 @@ def fused_experts_backward(
     with on_device_of(x):
         aligned = is_aligned(grad) and weight_is_aligned(down)
         cut = config("down_backward", x, rows, E, aligned=aligned, inner=min(H, I))
-        row_weights, tiles = _prepare(topk_weights, order, rows, cut.block_m)
+        row_weights, tiles = prepare(topk_weights, order, rows, cut.block_m)
         grad_rows, grad_source = gathered_rows(grad, order, rows)
         widths = backward_widths(rows, I, H, h.element_size())
         if known_grad_h is None and (dh is not None or needs[3]):
@@ -369,10 +386,8 @@ def fused_experts_backward(
             if partials is not None:
                 if down_bias is not None:
                     source = Source(row_to_slot, topk_weights.shape[1])
-                    _bias_dots(grad, source, down_bias, partials[parts], tiles, cut.block_m)
-                _sum_partials_kernel[(ceil_div(R, 1024),)](
-                    partials, row_to_slot, offsets, dweights, all_parts, rows, R, E, BLOCK=1024
-                )
+                    bias_dots(grad, source, down_bias, partials[parts], tiles, cut.block_m)
+                sum_partials(partials, row_to_slot, offsets, dweights)
             del partials
         elif needs[2] or keep_weighted_a:
             weighted_a = expert_activation(

@@ -185,7 +185,7 @@ def _project_up(
     )  # fmt: skip
 
 
-def _check_bound(offsets: Tensor, num_rows: int) -> None:
+def check_bound(offsets: Tensor, num_rows: int) -> None:
     if checks_values() and int(offsets[-1]) > num_rows:
         raise ValueError(
             f"fused_experts: num_rows must be at least the number of ids in [0, E) = "
@@ -218,7 +218,7 @@ def fused_experts(
     rows = min(num_rows, topk_ids.numel())
     if rows == 0 or E == 0 or H == 0:
         order = sort_by_expert(topk_ids, E)
-        _check_bound(order[2], num_rows)
+        check_bound(order[2], num_rows)
         y = x.new_zeros(x.shape)
         h.zero_()
     else:
@@ -229,7 +229,7 @@ def fused_experts(
         aligned = is_aligned(a) and H * x.element_size() % 16 == 0 and weight_is_aligned(down)
         cut_down = config("grouped_gemm", x, rows, E, aligned=aligned, inner=min(H, I))
         order, tiles = sort_and_map(topk_ids, E, rows, cut.block_m)
-        _check_bound(order[2], num_rows)
+        check_bound(order[2], num_rows)
         with on_device_of(x):
             _project_up(x, gate_up, gate_up_bias, order, h, a, act, tiles, cut)
             if cut_down.block_m != cut.block_m:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_kernels.triton._configs import config
+from moe_kernels.triton._configs import Config, config
 from moe_kernels.triton._fp8 import has_float8, multipliable, raw
 from moe_kernels.triton._launch import (
     ceil_div,
@@ -31,7 +31,7 @@ from moe_kernels.triton._operands import (
     weight_is_aligned,
     weight_operand,
 )
-from moe_kernels.triton._tiles import build_tile_map, load_tile, tile_count, walk
+from moe_kernels.triton._tiles import TileMap, build_tile_map, load_tile, tile_count, walk
 from moe_kernels.triton.grouped_gemm import check_offsets, zero_tail
 from moe_kernels.triton.quantize import quantize_rows, quantize_weights
 
@@ -87,6 +87,38 @@ def _scaled_grouped_gemm_kernel(
         )
 
 
+def scaled_config(b: Tensor, rows: int, *, aligned: bool) -> Config:
+    """The configuration for products of ``rows`` rows, if they and the results are aligned."""
+    aligned = aligned and weight_is_aligned(b)
+    return config("scaled_grouped_gemm", b, rows, b.shape[0], aligned=aligned)
+
+
+def multiply_scaled_rows(
+    a: Tensor,
+    b: Tensor,
+    scales_a: Tensor,
+    scales_b: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    tiles: TileMap,
+    cut: Config,
+) -> None:
+    """Write ``out[r] = a[r] @ b[e] + bias[e]``, contiguous, for the rows of the map."""
+    Kd, N = b.shape[1:]
+    x = row_operand(raw(a), None, cut.block_m, cut.block_k)
+    w = weight_operand(raw(b), cut.block_k, cut.block_n)
+    steps = tiles.bound * ceil_div(N, cut.block_n)
+    _scaled_grouped_gemm_kernel[(min(steps, processors(a.device) * cut.programs),)](
+        x.value, w.value, scales_a, scales_b, bias, out, tiles.tiles, tiles.bound, N, Kd,
+        *x.strides, *w.strides, *scales_a.stride(), *scales_b.stride(),
+        *(bias.stride() if bias is not None else (0, 0)),
+        A_MODE=x.mode, B_MODE=w.mode, BIASED=bias is not None, EVEN_K=Kd % cut.block_k == 0,
+        BYTES=not has_float8(a.device), BLOCK_M=cut.block_m, BLOCK_N=cut.block_n,
+        BLOCK_K=cut.block_k, GROUP_M=cut.group_m, STAGES=pipeline_stages(cut.stages, x, w),
+        num_warps=cut.warps,
+    )  # fmt: skip
+
+
 def scaled_grouped_gemm(
     a: Tensor,
     b: Tensor,
@@ -101,7 +133,7 @@ def scaled_grouped_gemm(
             "scaled_grouped_gemm: out_dtype must be bfloat16, float16 or float32 on CUDA; got "
             "float64. Convert the result, or set MOE_KERNELS_BACKEND=reference."
         )
-    R, (E, Kd, N) = a.shape[0], b.shape
+    R, (E, _, N) = a.shape[0], b.shape
     if checks_values():
         check_offsets(offsets, R)
     offsets = offsets.contiguous()
@@ -110,22 +142,10 @@ def scaled_grouped_gemm(
         return out
     if E == 0:
         return out.zero_()
-    aligned = is_aligned(a, out) and weight_is_aligned(b)
-    cut = config("scaled_grouped_gemm", a, R, E, aligned=aligned)
-    x = row_operand(raw(a), None, cut.block_m, cut.block_k)
-    w = weight_operand(raw(b), cut.block_k, cut.block_n)
-    tiles = build_tile_map(offsets, R, cut.block_m)
-    steps = tiles.bound * ceil_div(N, cut.block_n)
+    cut = scaled_config(b, R, aligned=is_aligned(a, out))
     with on_device_of(a):
-        _scaled_grouped_gemm_kernel[(min(steps, processors(a.device) * cut.programs),)](
-            x.value, w.value, scales_a, scales_b, bias, out, tiles.tiles, tiles.bound, N, Kd,
-            *x.strides, *w.strides, *scales_a.stride(), *scales_b.stride(),
-            *(bias.stride() if bias is not None else (0, 0)),
-            A_MODE=x.mode, B_MODE=w.mode, BIASED=bias is not None, EVEN_K=Kd % cut.block_k == 0,
-            BYTES=not has_float8(a.device), BLOCK_M=cut.block_m, BLOCK_N=cut.block_n,
-            BLOCK_K=cut.block_k, GROUP_M=cut.group_m, STAGES=pipeline_stages(cut.stages, x, w),
-            num_warps=cut.warps,
-        )  # fmt: skip
+        tiles = build_tile_map(offsets, R, cut.block_m)
+        multiply_scaled_rows(a, b, scales_a, scales_b, bias, out, tiles, cut)
         zero_tail(out, offsets)
     return out
 

@@ -128,8 +128,20 @@ def test_training_is_refused() -> None:
         loss.backward()
 
 
+def test_experts_that_layers_share_are_replaced_everywhere() -> None:
+    model = tiny_model("qwen3_moe").eval()
+    first, second = (layer.mlp for layer in model.model.layers[:2])
+    second.experts = first.experts
+    layers = quantize_experts_of(model, "int8")
+    assert second.experts is first.experts
+    assert first.experts in layers.values()
+    assert not any(".experts." in name for name, _ in model.named_parameters())
+
+
 def test_what_cannot_be_quantised_is_named() -> None:
     model = tiny_model("qwen3_moe")
+    with pytest.raises(ValueError, match="got the experts themselves, Qwen3MoeExperts"):
+        quantize_experts_of(model.model.layers[0].mlp.experts)
     experts = model.model.layers[1].mlp.experts
     experts.act_fn = torch.nn.Tanh()
     before = list(model.modules())

@@ -191,6 +191,38 @@ def _fused_experts(
     fused_experts_backward(y, x, gate_up, down, topk_weights, h, *order, *biases, *options, needs)
 
 
+def _fused_experts_fp8(
+    activation: str = "swiglu",
+    dtype: torch.dtype = BF16,
+    tokens: int = T,
+    hidden: int = H,
+    inner: int = INNER,
+    interleaved: bool = False,
+    biased: bool = False,
+) -> None:
+    from moe_kernels.triton.fused_experts_fp8 import (
+        fused_experts_fp8,
+        fused_experts_fp8_backward,
+    )
+
+    width = inner if activation == "relu2" else 2 * inner
+    x, topk_weights = torch.empty(tokens, hidden, dtype=dtype), torch.empty(tokens, K)
+    gate_up = torch.empty(E, width, hidden, dtype=dtype).mT
+    down = torch.empty(E, hidden, inner, dtype=dtype).mT
+    biases = (
+        torch.empty(E, width, dtype=dtype) if biased else None,
+        torch.empty(E, hidden, dtype=dtype) if biased else None,
+    )
+    ids = torch.empty(tokens, K, dtype=torch.int32)
+    options = (activation, interleaved, 1.702, 7.0)
+    saved = (tokens * K, True, None, None, None, None)
+    y, h, *order = fused_experts_fp8(x, gate_up, down, ids, topk_weights, *biases, *options, *saved)
+    needs = [True] * 4 + [biased] * 2
+    fused_experts_fp8_backward(
+        y, x, gate_up, down, topk_weights, h, *order, *biases, *options, needs
+    )
+
+
 def _main_grads(tokens: int, dtype: torch.dtype) -> None:
     from moe_kernels.triton.fused_experts import fused_experts_wgrad_
 
@@ -265,6 +297,7 @@ CASES: dict[str, Callable[[], None]] = {
     "experts_interleaved": partial(
         _fused_experts, "swigluoai", transposed=False, interleaved=True, biased=True
     ),
+    "experts_fp8": _fused_experts_fp8,
     "main_grads": partial(_main_grads, T, BF16),
     "experts_few": partial(_fused_experts, "swiglu", tokens=8),
     "experts_full": partial(_fused_experts, "swiglu", torch.float32),
@@ -295,6 +328,12 @@ MORE_CASES: dict[str, Callable[[], None]] = {
     "scaled_unaligned": partial(_scaled_gemm, T * K, hidden=H + 1),
     "scaled_n_contiguous": partial(_scaled_gemm, T * K, transposed=False),
     "experts_biased": partial(_fused_experts, "swigluoai", biased=True),
+    "experts_fp8_oai": partial(
+        _fused_experts_fp8, "swigluoai", interleaved=True, biased=True, tokens=512
+    ),
+    "experts_fp8_half": partial(_fused_experts_fp8, "geglu", torch.float16, inner=INNER + 16),
+    "experts_fp8_ungated": partial(_fused_experts_fp8, "relu2", biased=True),
+    "experts_fp8_full": partial(_fused_experts_fp8, "swiglu", torch.float32),
     "main_grads_few": partial(_main_grads, 8, BF16),
     "main_grads_full": partial(_main_grads, T, torch.float32),
     "experts_plain": partial(_fused_experts, "geglu", torch.float16, transposed=False),

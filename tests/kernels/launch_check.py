@@ -51,6 +51,11 @@ def every_op() -> None:
         x, gate_up.mT, down.mT, routed.topk_ids, routed.topk_weights.detach(), num_rows=500
     )
     y.sum().backward()
+    y = moe_kernels.fused_experts(
+        x, gate_up.mT, down.mT, routed.topk_ids, routed.topk_weights.detach().requires_grad_(),
+        num_rows=500, precision="fp8_block",
+    )  # fmt: skip
+    y.sum().backward()
 
 
 READS: dict[str, Callable[[torch.Tensor], object]] = {

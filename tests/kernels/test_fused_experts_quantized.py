@@ -192,6 +192,10 @@ def test_mxfp4_of_a_checkpoint() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             moe_kernels.experts_from_mxfp4(*changes)
+    with pytest.raises(TypeError, match=r"scales must be a tensor \[E, N, G\]; got list"):
+        moe_kernels.experts_from_mxfp4(blocks, scales.tolist())
+    with pytest.raises(ValueError, match="scales must be on blocks's device cpu; got meta"):
+        moe_kernels.experts_from_mxfp4(blocks, scales.to("meta"))
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -214,8 +218,10 @@ def test_quantize_refuses_what_does_not_fit() -> None:
     with pytest.raises(TypeError, match="weight must be one of bfloat16"):
         quantize_experts(weight.int())
     weight[1, 3, 2] = torch.inf
-    with pytest.raises(ValueError, match="weight must be finite; expert 1 is not"):
+    with pytest.raises(ValueError, match="weight must be finite in float32; expert 1"):
         quantize_experts(weight)
+    with pytest.raises(ValueError, match="weight must be finite in float32; expert 0"):
+        quantize_experts(torch.full((1, 8, 4), 1e39, dtype=torch.float64))
 
 
 # --- the op -------------------------------------------------------------------------------------
@@ -472,5 +478,7 @@ def test_refuses_what_does_not_fit() -> None:
         r"down.codes must be \[8, 3, 1, 4, 16, 4\] for int4 of \[8, 24, 40\]",
         down=other,
     )
+    other = QuantizedExperts(down.codes, down.scales.to("meta"), "int4", down.shape)
+    wrong(ValueError, "down.scales must be on down.codes's device cpu; got meta", down=other)
     with pytest.raises(TypeError, match=r"gate_up must be a tensor .*; got QuantizedExperts"):
         moe_kernels.fused_experts(**{**inputs, "gate_up": case["gate_up"]})

@@ -114,6 +114,11 @@ def test_nothing_synchronises_with_the_host() -> None:
             bias=layer["gate_up_bias"],
         )
         rounded.sum().backward()
+        y = moe_kernels.fused_experts(
+            layer["x"], layer["gate_up"].mT, layer["down"].mT, route.topk_ids,
+            route.topk_weights.detach().requires_grad_(), num_rows=500, precision="fp8_block",
+        )  # fmt: skip
+        y.backward(upstream)
         with torch.no_grad():
             values, scales = moe_kernels.permute_quantize(layer["x"], expert_order)
             w, w_scales = moe_kernels.quantize_weights(layer["gate_up"].mT)

@@ -148,4 +148,31 @@ def test_wrong_buffers_are_refused(impl: Implementation) -> None:
     refused(TypeError, "main_grads: that of gate_up", right[0].bfloat16())
     refused(ValueError, r"must be \[8, 40, 48\] as the weight", right[0][:, :-1])
     refused(ValueError, "memory of its own", right[0][:1].expand(8, 40, 48))
+    overlapping = torch.zeros(40 + 8 + 48, device=impl.device).as_strided((8, 40, 48), (1, 1, 1))
+    refused(ValueError, "memory of its own", overlapping)
     refused(ValueError, "without requires_grad", right[0].clone().requires_grad_())
+    for wrong in (right[:1], (*right, None), right[0], 5):
+        with pytest.raises(TypeError, match="main_grads must be a pair, for gate_up and down"):
+            moe_kernels.fused_experts(**leaves, main_grads=wrong)
+
+
+def test_buffers_may_lie_in_larger_ones(impl: Implementation) -> None:
+    """As parts of one flat buffer, or with columns between that belong to others."""
+    inputs, upstream = make_case("plain", torch.float32)
+    leaves, up = leaves_of(inputs, impl), upstream.to(impl.device)
+    right = zeros_for(leaves)
+    moe_kernels.fused_experts(**leaves, main_grads=right).backward(up)
+    flat = torch.zeros(sum(buffer.numel() for buffer in right), device=impl.device)
+    parts = [
+        part.view(buffer.shape)
+        for part, buffer in zip(flat.split([b.numel() for b in right]), right, strict=True)
+    ]
+    spaced = [torch.zeros(b.shape[0], 2, *b.shape[1:], device=impl.device)[:, 1] for b in right]
+    wide = [torch.zeros(*b.shape[:2], 2 * b.shape[2], device=impl.device)[..., ::2] for b in right]
+    for buffers in (parts, spaced, wide):
+        moe_kernels.fused_experts(**leaves, main_grads=buffers).backward(up)
+        for buffer, expected in zip(buffers, right, strict=True):
+            torch.testing.assert_close(buffer, expected)
+    last = wide[0]._base
+    assert last is not None
+    assert last[..., 1::2].count_nonzero() == 0

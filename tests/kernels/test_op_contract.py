@@ -283,6 +283,27 @@ def test_autocast_follows_linear(impl: Implementation) -> None:
     assert_accurate("y", y.detach(), torch_experts(**wide), torch_experts(**narrow))
 
 
+def test_autocast_does_not_widen_float8(impl: Implementation) -> None:
+    """Without their scales its numbers mean nothing, so that they are refused as they are else."""
+    inputs, _ = make_case("plain", torch.float32)
+    inputs = {name: value.to(impl.device) for name, value in inputs.items()}
+    experts = {**inputs, "x": inputs["x"].to(torch.float8_e4m3fn)}
+    packed = {name: moe_kernels.quantize_experts(inputs[name]) for name in ("gate_up", "down")}
+    order = moe_kernels.sort_by_expert(inputs["topk_ids"], 8)
+    rows = moe_kernels.permute(inputs["x"], order).to(torch.float8_e4m3fn)
+    with torch.autocast(impl.device.type, dtype=torch.bfloat16):
+        with pytest.raises(TypeError, match=r"fused_experts: x must be one of .*; got float8_e4m3"):
+            moe_kernels.fused_experts(**experts)
+        with pytest.raises(TypeError, match=r"fused_experts_quantized: x must be one of .* float8"):
+            moe_kernels.fused_experts_quantized(**{**experts, **packed})
+        with pytest.raises(TypeError, match=r"grouped_gemm: a must be one of .*; got float8_e4m3"):
+            moe_kernels.grouped_gemm(rows, inputs["gate_up"], order.offsets)
+        with pytest.raises(TypeError, match="b must have a's dtype"):
+            moe_kernels.grouped_gemm(
+                rows.bfloat16(), inputs["gate_up"].to(torch.float8_e4m3fn), order.offsets
+            )
+
+
 def test_flops_are_counted(impl: Implementation) -> None:
     inputs, _ = make_case("plain", torch.float32)
     leaves = _leaves(inputs, impl)

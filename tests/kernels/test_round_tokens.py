@@ -251,6 +251,10 @@ def test_refuses_wrong_arguments() -> None:
             moe_kernels.round_tokens(weights, ids, 5, **options)
     with pytest.raises(ValueError, match="rounded_rows: mode must be one of nearest, up, down"):
         moe_kernels.rounded_rows(4, 2, 5, tile=8, mode="even")
+    with pytest.raises(ValueError, match="rounded_rows: tile must be in"):
+        moe_kernels.rounded_rows(4, 2, 5, tile=0, mode="up")
+    with pytest.raises(ValueError, match="rounded_rows: num_experts must be at least 0; got -5"):
+        moe_kernels.rounded_rows(4, 2, -5, tile=8, mode="up")
     with pytest.raises(ValueError, match=r"topk_ids must be \[4, 3\] as topk_weights"):
         moe_kernels.round_tokens(weights, ids[:, :2], 5, top_k=2)
     with pytest.raises(TypeError, match="topk_weights must be one of"):

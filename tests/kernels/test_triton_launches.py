@@ -9,6 +9,10 @@ import pytest
 import torch
 
 from moe_kernels.triton.fused_experts import fused_experts, fused_experts_backward
+from moe_kernels.triton.fused_experts_fp8 import (
+    fused_experts_fp8,
+    fused_experts_fp8_backward,
+)
 from moe_kernels.triton.round_tokens import round_tokens
 from moe_kernels.triton.topk_router import topk_router, topk_router_backward
 from tests.conftest import HAS_GPU
@@ -69,6 +73,40 @@ def test_backward() -> None:
         "_sum_partials_kernel",
         "_wgrad_kernel",
         "_grouped_gemm_kernel",
+        "_unpermute_kernel",
+    ]
+
+
+def test_float8() -> None:
+    """Gathering and rounding are one launch, the activation and rounding another."""
+    arguments = (*experts(4096, True), None, None)
+    names, (y, h, *order) = launches(fused_experts_fp8, *arguments)
+    assert names == [
+        "_quantize_weights_kernel",
+        *SORT,
+        "_quantize_rows_kernel",
+        "_scaled_grouped_gemm_kernel",
+        "_activate_quantize_kernel",
+        "_quantize_weights_kernel",
+        "_scaled_grouped_gemm_kernel",
+        "_unpermute_kernel",
+        "_zero_tail_kernel",
+    ]
+    x, gate_up, down, _, weights, *options = arguments
+    needs = [True] * 4 + [False] * 2
+    saved = (y, x, gate_up, down, weights, h, *order, *options[:6])
+    names, _ = launches(fused_experts_fp8_backward, *saved, needs)
+    assert names == [
+        "_quantize_weights_kernel",
+        "_prepare_kernel",
+        "_quantize_rows_kernel",
+        "_scaled_grouped_gemm_kernel",
+        "_activate_quantize_backward_kernel",
+        "_sum_partials_kernel",
+        "_wgrad_kernel",
+        "_wgrad_kernel",
+        "_quantize_weights_kernel",
+        "_scaled_grouped_gemm_kernel",
         "_unpermute_kernel",
     ]
 

@@ -128,6 +128,14 @@ def test_moe_config_warns_of_a_bias_that_nothing_reads() -> None:
             "dispatcher must be one of auto, process_group, .*cuda_ipc, deepep.*'pigeon'",
         ),
         ({"experts": "loop"}, "experts must be one of auto, reference; got 'loop'"),
+        (
+            {"experts_precision": "fp4"},
+            "experts_precision must be one of None, fp8_block; got 'fp4'",
+        ),
+        (
+            {"experts_precision": "fp8_block", "experts": "reference"},
+            "experts_precision must be None with experts 'reference'",
+        ),
         ({"dispatcher_timeout": 0}, "dispatcher_timeout must be positive; got 0"),
         ({"fake_gate_noise": 2.0}, r"fake_gate_noise must be in \[0, 1\]; got 2.0"),
     ],

@@ -220,6 +220,24 @@ def test_each_rank_rounds_its_own_tokens() -> None:
     run_ranks(2, _token_rounding)
 
 
+def _float8(rank: int, ranks: int) -> None:
+    """Rows and experts are rounded alone, wherever they are."""
+    torch.set_default_dtype(torch.float64)
+    config = make_config(expert_bias=True, n_shared_experts=1)
+    options = {"experts_precision": "fp8_block"}
+    x, upstream = make_inputs(TOKENS[ranks], config.dim, torch.float64)
+    expected = run_layer(make_layer(config, **options), x, upstream)
+    plain = run_layer(make_layer(config), x, upstream)
+    actual = run_expert_parallel(rank, ranks, make_layer(config, **options), TOKENS[ranks])
+    for name, value in actual.items():
+        assert_close(value, expected[name], msg=name)
+    assert not torch.allclose(expected["y"], plain["y"], rtol=1e-4)  # type: ignore[arg-type]
+
+
+def test_experts_in_float8() -> None:
+    run_ranks(2, _float8)
+
+
 def _half_precision(rank: int, ranks: int) -> dict[str, Tensor | None]:
     torch.set_default_dtype(torch.bfloat16)
     config = make_config(dtype=torch.bfloat16, dim=64, moe_inter_dim=48, expert_bias=True)

@@ -422,6 +422,29 @@ def test_a_layer_with_token_rounding_compiles_whole() -> None:
         assert_close(compiled(x), layer(x))
 
 
+def test_experts_in_float8() -> None:
+    """Close to the layer without, in value and gradients, and no nearer than rounding allows."""
+    backend = BackendConfig(experts_precision="fp8_block")
+    layer, config = make_moe(backend, expert_bias=True, token_rounding="up", token_rounding_tile=4)
+    plain = MoE(config, BackendConfig())
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(40, config.dim, dtype=torch.float64)
+    upstream = torch.randn_like(x)
+    found, expected = (
+        [y, *torch.autograd.grad(y, list(module.parameters()), upstream)]
+        for module in (layer, plain)
+        for y in [module(x)]
+    )
+    names = ["y", *dict(layer.named_parameters())]
+    for name, ours, theirs in zip(names, found, expected, strict=True):
+        error = (ours - theirs).norm() / theirs.norm()
+        assert error < 0.2, name
+        if name == "y" or name.endswith("projs"):
+            assert error > 1e-4, name
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(x), layer(x))
+
+
 def test_autocast_computes_the_experts_narrow_and_returns_what_came() -> None:
     layer, config = make_moe(dtype="float32", n_shared_experts=1)
     x = torch.randn(9, config.dim, requires_grad=True)
