@@ -14,18 +14,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from moe_kernels.ops._autocast import autocast
-from moe_kernels.ops._checks import (
-    check_accumulator,
-    check_choice,
-    check_count,
-    check_device,
-    check_dtype,
-    check_routing,
-    check_rows,
-    check_same,
-    check_tensor,
-    shape,
-)
+from moe_kernels.ops._checks import check_count, check_rows
+from moe_kernels.ops._fused_experts_checks import check_layer, check_main_grad, check_precision
 from moe_kernels.ops._library import (
     define,
     direct_call,
@@ -36,8 +26,6 @@ from moe_kernels.ops._library import (
 )
 from moe_kernels.ops.expert_activation import resolve_activation
 from moe_kernels.ops.grouped_gemm import empty_like_weight
-from moe_kernels.ops.quantize import check_weight_scales
-from moe_kernels.reference.expert_activation import is_gated
 from moe_kernels.reference.fused_experts import (
     fused_experts_backward as fused_experts_backward_reference,
 )
@@ -48,8 +36,6 @@ from moe_kernels.reference.fused_experts import (
     fused_experts_wgrad_ as fused_experts_wgrad_reference_,
 )
 from moe_kernels.reference.grouped_gemm import is_transposed
-
-PRECISIONS = ("fp8_block",)
 
 
 def experts_fake(
@@ -282,86 +268,6 @@ def _wgrad_flops(
     return int(2 * rows * a[1] * grad[1])
 
 
-def _check(
-    x: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    activation: str,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    weight_scales: tuple[Tensor, Tensor] | None,
-) -> None:
-    op = "fused_experts"
-    check_routing(op, x, topk_ids, topk_weights)
-    hidden = x.shape[1]
-    columns = "2*I" if is_gated(activation) else "I"
-    layout = f"[E, H, {columns}] with H = {hidden} (x.shape[1])"
-    check_tensor(op, "gate_up", gate_up, 3, layout)
-    if gate_up.shape[1] != hidden or (is_gated(activation) and gate_up.shape[2] % 2):
-        raise ValueError(f"{op}: gate_up must be {layout}; got {shape(gate_up)}")
-    experts, width = gate_up.shape[0], gate_up.shape[2]
-    inner = width // 2 if is_gated(activation) else width
-    check_tensor(op, "down", down, 3, "[E, I, H]")
-    if shape(down) != [experts, inner, hidden]:
-        raise ValueError(
-            f"{op}: down must be [E, I, H] = {[experts, inner, hidden]} for gate_up "
-            f"{shape(gate_up)} and activation {activation}; got {shape(down)}"
-        )
-    if weight_scales is None:
-        check_same(op, "x", x, "gate_up", gate_up)
-        check_same(op, "x", x, "down", down)
-    else:
-        check_weight_scales(op, weight_scales, x, gate_up, down)
-    for name, bias, size in (
-        ("gate_up_bias", gate_up_bias, width),
-        ("down_bias", down_bias, hidden),
-    ):
-        if bias is None:
-            continue
-        check_tensor(op, name, bias, 2, f"[E, {size}]")
-        check_same(op, "x", x, name, bias)
-        if shape(bias) != [experts, size]:
-            raise ValueError(f"{op}: {name} must be {[experts, size]}; got {shape(bias)}")
-    check_device(op, "x", x, "topk_ids", topk_ids)
-    check_device(op, "x", x, "topk_weights", topk_weights)
-
-
-def _check_precision(
-    op: str,
-    precision: str | None,
-    weight_scales: tuple[Tensor, Tensor] | None,
-    main_grads: tuple[Tensor | None, Tensor | None],
-) -> None:
-    if precision is not None:
-        check_choice(op, "precision", precision, PRECISIONS)
-    if weight_scales is None:
-        return
-    if precision is None:
-        raise ValueError(f"{op}: weight_scales need precision='fp8_block'; got None")
-    if any(main is not None for main in main_grads):
-        raise ValueError(
-            f"{op}: main_grads must be None with weight_scales, whose weights have no gradient"
-        )
-
-
-def _check_main_grad(op: str, name: str, main: Tensor, weight: Tensor, x: Tensor) -> None:
-    name = f"main_grads: that of {name}"
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    check_tensor(op, name, main, 3, str(shape(weight)))
-    check_dtype(op, name, main, (wide,))
-    check_device(op, "x", x, name, main)
-    if main.shape != weight.shape:
-        raise ValueError(f"{op}: {name} must be {shape(weight)} as the weight; got {shape(main)}")
-    check_accumulator(op, name, main)
-    if main.requires_grad:
-        raise ValueError(
-            f"{op}: {name} must be a buffer that is added to, without requires_grad; got one that "
-            "requires a gradient"
-        )
-
-
 def fused_experts(
     x: Tensor,
     gate_up: Tensor,
@@ -457,7 +363,7 @@ def fused_experts(
         if found is not None:
             return found
     x, gate_up, down, gate_up_bias, down_bias = autocast(x, gate_up, down, gate_up_bias, down_bias)
-    _check(
+    check_layer(
         x, gate_up, down, topk_ids, topk_weights, activation, gate_up_bias, down_bias, weight_scales
     )
     slots = topk_ids.shape[0] * topk_ids.shape[1]
@@ -475,10 +381,10 @@ def fused_experts(
             f"{main_grads!r:.100}"
         )
     main_up, main_down = main_grads
-    _check_precision(op, precision, weight_scales, (main_up, main_down))
+    check_precision(op, precision, weight_scales, (main_up, main_down))
     for name, main, weight in (("gate_up", main_up, gate_up), ("down", main_down, down)):
         if main is not None:
-            _check_main_grad(op, name, main, weight, x)
+            check_main_grad(op, name, main, weight, x)
     differentiable = (x, gate_up, down, topk_weights, gate_up_bias, down_bias)
     save = torch.is_grad_enabled() and any(
         value is not None and value.requires_grad for value in differentiable

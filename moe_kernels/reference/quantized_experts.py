@@ -148,7 +148,9 @@ def quantize_experts(weight: Tensor, format: str) -> tuple[Tensor, Tensor]:
     scales = weight.new_empty(scales_shape, dtype=scales_dtype(format))
     for e, expert in enumerate(weight.unbind(0)):
         if not bool(expert.float().isfinite().all()):
-            raise ValueError(f"quantize_experts: weight must be finite in float32; expert {e} is not")
+            raise ValueError(
+                f"quantize_experts: weight must be finite in float32; expert {e} is not"
+            )
         codes[e], scales[e] = quantize_expert(expert, format)
     return codes, scales
 
