@@ -345,7 +345,8 @@ def fused_experts(
     """
     op = "fused_experts"
     alpha_value, limit_value = resolve_activation(op, activation, interleaved, alpha, limit)
-    if main_grads is None and not torch.compiler.is_compiling():
+    plain = main_grads is None and precision is None and weight_scales is None
+    if plain and not torch.compiler.is_compiling():
         found: Tensor | None = _direct(
             x,
             gate_up,
