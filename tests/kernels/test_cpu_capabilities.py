@@ -147,7 +147,9 @@ def test_quantising_finds_what_is_not_finite(format: str, dtype: torch.dtype) ->
             weight = torch.randn(3, 99, 67).to(dtype)
             weight[expert, k, column] = weight[2, 50, 30] = value
             for stored in (weight, weight.mT.contiguous().mT):
-                with pytest.raises(ValueError, match=f"must be finite in float32; expert {expert} is not"):
+                with pytest.raises(
+                    ValueError, match=f"must be finite in float32; expert {expert} is not"
+                ):
                     moe_kernels.quantize_experts(stored, format)
 
 
