@@ -61,9 +61,11 @@ def loss_and_gradients(model: Any, implementation: str, ids: Tensor) -> tuple[An
 
 
 def eager_rounding(model: Any, gradients: dict[str, Tensor | None], ids: Tensor) -> float:
-    """The largest error of eager's float32 gradients, at least 3e-6. Makes the model float64.
+    """How far two float32 gradients may be apart, at least 3e-6: each as far from float64 as the
+    farthest of eager's. Makes the model float64.
 
-    Where a family's other layers amplify roundings, eager itself is far from float64.
+    A family's other layers may amplify roundings, and sums of few tokens have few of them. A router
+    that draws noise draws other noise in float64, which then tells nothing.
     """
     model.zero_grad()
     _, exact = loss_and_gradients(model.double(), "eager", ids)
@@ -72,7 +74,7 @@ def eager_rounding(model: Any, gradients: dict[str, Tensor | None], ids: Tensor)
         for name, gradient in gradients.items()
         if gradient is not None
     ]
-    return max(3e-6, *errors)
+    return max(3e-6, 2 * max(errors)) if max(errors) < 1e-3 else 3e-6
 
 
 @pytest.mark.parametrize("family", CONFIGS)
