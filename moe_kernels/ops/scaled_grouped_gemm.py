@@ -5,6 +5,7 @@ R rows, E experts, Kd contracted size, N columns; blocks of 128 along Kd and N.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -136,14 +137,23 @@ def _flops(a: Any, b: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> 
 
 
 def _check_operands(
-    op: str, a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None, out_dtype: Any
+    op: str,
+    a: Tensor,
+    b: Tensor,
+    offsets: Tensor,
+    bias: Tensor | None,
+    out_dtype: Any,
+    dtypes: Sequence[torch.dtype],
 ) -> None:
+    check_tensor(op, "a", a, 2, "[R, Kd]")
+    check_dtype(op, "a", a, dtypes)
     check_offsets(op, offsets, "a", a)
     experts, inner = offsets.shape[0] - 1, a.shape[1]
     layout = f"[E, Kd, N] with E = {experts} (offsets), Kd = {inner} (a.shape[1])"
     check_tensor(op, "b", b, 3, layout)
     if b.shape[0] != experts or b.shape[1] != inner:
         raise ValueError(f"{op}: b must be {layout}; got {shape(b)}")
+    check_dtype(op, "b", b, dtypes)
     check_same(op, "a", a, "b", b)
     if bias is not None:
         check_tensor(op, "bias", bias, 2, "[E, N]")
@@ -193,9 +203,7 @@ def scaled_grouped_gemm(
         RuntimeError: in backward.
     """
     op = "scaled_grouped_gemm"
-    check_tensor(op, "a", a, 2, "[R, Kd]")
-    check_dtype(op, "a", a, FLOAT8_DTYPES)
-    _check_operands(op, a, b, offsets, bias, out_dtype)
+    _check_operands(op, a, b, offsets, bias, out_dtype, FLOAT8_DTYPES)
     if bias is not None:
         check_dtype(op, "bias", bias, FLOAT_DTYPES)
     check_row_scales(op, "scales_a", scales_a, "a", a, BLOCK)
@@ -251,9 +259,7 @@ def fp8_grouped_gemm(
     """
     op = "fp8_grouped_gemm"
     a, b, bias = autocast(a, b, bias)
-    check_tensor(op, "a", a, 2, "[R, Kd]")
-    check_dtype(op, "a", a, FLOAT_DTYPES)
-    _check_operands(op, a, b, offsets, bias, out_dtype)
+    _check_operands(op, a, b, offsets, bias, out_dtype, FLOAT_DTYPES)
     check_same(op, "a", a, "bias", bias)
     out: Tensor = _fp8_op(a, b, offsets, bias, out_dtype, power_of_two, save_float8)[0]
     return out
