@@ -10,8 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton.experimental.gluon")
-
 from moe_kernels.triton import _hopper_gemm, _operands
 from moe_kernels.triton._config_tables import Config
 from tests.conftest import HAS_GPU, triton_under_cpu
