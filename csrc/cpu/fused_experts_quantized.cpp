@@ -97,6 +97,11 @@ at::Tensor written_out(const QuantizedWeights& b) {
   return out;
 }
 
+// The first tile of columns that begin at `column`, of an expert's matrix.
+const uint8_t* first_tile(const QuantizedWeights& b, int64_t expert, int64_t column) {
+  return b.of(expert).tile(column / kTileColumns);
+}
+
 // Rows of one matrix, packed for products with quantised ones.
 template <typename T>
 class PackedForQuantized {
@@ -124,9 +129,10 @@ class PackedForQuantized {
 // inside of a tile.
 template <typename T>
 const float* multiply_columns(const QuantizedWeights& b, int64_t expert, const void* const* rows,
-                              int64_t m, Range wanted, float* out, int64_t stride) {
+                              int64_t m, Range wanted, const uint8_t* next, float* out,
+                              int64_t stride) {
   const Range tiles{wanted.begin / kTileColumns, (wanted.end + kTileColumns - 1) / kTileColumns};
-  kernels<QuantizedKernels<T>>().multiply(b.of(expert), rows, m, tiles, out, stride);
+  kernels<QuantizedKernels<T>>().multiply(b.of(expert), rows, m, tiles, next, out, stride);
   return out + wanted.begin % kTileColumns;
 }
 
@@ -169,8 +175,12 @@ void run_quantized(const QuantizedLayer& layer, const at::Tensor& x, const Sorte
   // Units begin at multiples of a group, so that each packs whole ones.
   const int64_t step = columns_per_unit(inner, blocks.size(), 128, kGroupSize);
   const int64_t parts = (inner + step - 1) / step;
-  parallel_units(blocks.size() * parts, [&](int64_t unit, int) {
+  const int64_t units = blocks.size() * parts, threads = at::get_num_threads();
+  parallel_units(units, [&](int64_t unit, int) {
     const RowBlock& block = blocks[unit / parts];
+    const int64_t later = std::min(unit + threads, units - 1);  // most likely this thread's
+    const uint8_t* next =
+        first_tile(gate_up, blocks[later / parts].expert, later % parts * step * (pairs ? 2 : 1));
     const Range range{unit % parts * step, std::min((unit % parts + 1) * step, inner)};
     const int64_t n = range.size(), piece = products_stride(pairs ? 2 * n : n);
     const int64_t stride = gated && !pairs ? 2 * piece : piece;
@@ -181,18 +191,22 @@ void run_quantized(const QuantizedLayer& layer, const at::Tensor& x, const Sorte
     float* sums =
         static_cast<float*>(thread_scratch(Scratch::kTile, block.count * stride * sizeof(float)));
     float* values = static_cast<float*>(thread_scratch(Scratch::kNarrowTile, n * sizeof(float)));
-    const auto half = [&](Range columns, float* out) {
-      float* first = const_cast<float*>(
-          multiply_columns<T>(gate_up, block.expert, rows, block.count, columns, out, stride));
+    const auto half = [&](Range columns, const uint8_t* after, float* out) {
+      float* first = const_cast<float*>(multiply_columns<T>(
+          gate_up, block.expert, rows, block.count, columns, after, out, stride));
       for (int64_t i = 0; gate_up_bias && i < block.count; ++i) {
         const T* bias = gate_up_bias + block.expert * gate_up.columns + columns.begin;
         functions.add_scaled(first + i * stride, bias, 1, columns.size());
       }
       return first;
     };
-    const float* gate = half(pairs ? Range{2 * range.begin, 2 * range.end} : range, sums);
+    const Range second{inner + range.begin, inner + range.end};
+    const bool halves_apart = gated && !pairs;
+    const float* gate =
+        half(pairs ? Range{2 * range.begin, 2 * range.end} : range,
+             halves_apart ? first_tile(gate_up, block.expert, second.begin) : next, sums);
     const float* up = pairs ? gate + 1 : gate;
-    if (gated && !pairs) up = half(Range{inner + range.begin, inner + range.end}, sums + piece);
+    if (halves_apart) up = half(second, next, sums + piece);
     for (int64_t i = 0; i < block.count; ++i) {
       const HalvesOf<const float> halves{gate + i * stride, up + i * stride, pairs};
       kernels<ActivationKernels<float>>().activation(layer.activation, values, halves, 1, n);
@@ -208,11 +222,16 @@ void run_quantized(const QuantizedLayer& layer, const at::Tensor& x, const Sorte
     const Range columns{unit * columns_step, std::min((unit + 1) * columns_step, hidden)};
     const int64_t n = columns.size();
     float* products = mutable_data<float>(buffer) + thread * used * stride;
-    for (const RowBlock& block : blocks) {
+    for (size_t b = 0; b < blocks.size(); ++b) {
+      const RowBlock& block = blocks[b];
       const void* rows[kRowsPerBlock];
       for (int64_t i = 0; i < block.count; ++i) rows[i] = activated.get(block.begin + i);
       float* out = products + block.begin * stride;
-      multiply_columns<T>(down, block.expert, rows, block.count, columns, out, stride);
+      const uint8_t* next = b + 1 < blocks.size()
+                                ? first_tile(down, blocks[b + 1].expert, columns.begin)
+                                : first_tile(down, blocks[0].expert,
+                                             std::min((unit + threads) * columns_step, hidden - 1));
+      multiply_columns<T>(down, block.expert, rows, block.count, columns, next, out, stride);
       for (int64_t i = 0; down_bias && i < block.count; ++i) {
         const T* bias = down_bias + block.expert * hidden + columns.begin;
         functions.add_scaled(out + i * stride, bias, 1, n);

@@ -145,6 +145,8 @@ struct QuantizedMatrix {
   int64_t group_bytes() const {
     return kTileColumns * kGroupSize / (has_group_scales(format) ? 2 : 1);
   }
+
+  const uint8_t* tile(int64_t number) const { return codes + number * groups * group_bytes(); }
 };
 
 // Products with quantised matrices. Rows of T are rounded to integers of 16 bits, of 24 where T has
@@ -156,9 +158,9 @@ struct QuantizedKernels {
   int64_t (*packed_size)(Format format, int64_t groups);
   // Packs n elements, the last group of which may be short, as groups first_group and following.
   void (*pack)(Format format, void* packed, const float* row, int64_t first_group, int64_t n);
-  // out[i, j] = row i times column tiles.begin * 16 + j.
+  // out[i, j] = row i times column tiles.begin * 16 + j. next: the tile that is wanted after these.
   void (*multiply)(const QuantizedMatrix& b, const void* const* rows, int64_t m, Range tiles,
-                   float* out, int64_t out_stride);
+                   const uint8_t* next, float* out, int64_t out_stride);
 };
 
 // A matrix [k, n] with any strides.

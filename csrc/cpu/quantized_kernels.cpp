@@ -17,7 +17,6 @@ namespace {
 constexpr int L = kLanes<float>;
 constexpr int kTileVectors = kTileColumns / L;
 constexpr int kStepBytes = 4 * kTileColumns;  // one code of 4 consecutive k for each column
-constexpr int64_t kAhead = 4096;              // bytes that are read ahead
 
 typedef uint8_t VecU8 __attribute__((vector_size(kVectorBytes)));
 
@@ -152,31 +151,63 @@ MOE_INLINE Vec<float> join(const VecI32 (&sums)[kPlanes<wide>]) {
   }
 }
 
+// To the nearest integers, ties to even.
+MOE_INLINE VecI32 rounded(Vec<float> v) {
+#if defined(MOE_AVX512)
+  return bit_cast<VecI32>(_mm512_cvtps_epi32(bit_cast<__m512>(v)));
+#elif defined(MOE_AVX2)
+  return bit_cast<VecI32>(_mm256_cvtps_epi32(bit_cast<__m256>(v)));
+#elif defined(__SSE2__)
+  return bit_cast<VecI32>(_mm_cvtps_epi32(bit_cast<__m128>(v)));
+#else
+  VecI32 integers;
+  for (int i = 0; i < L; ++i) integers[i] = static_cast<int32_t>(std::lrint(v[i]));
+  return integers;
+#endif
+}
+
 template <bool wide>
 void pack_group(RowGroup<wide>& group, const float* row, int64_t n, int32_t offset) {
   float values[kGroupSize] = {};
   std::memcpy(values, row, n * sizeof(float));
-  float largest = 0, finite = 0;
-  for (const float value : values) {
-    largest = std::fabs(value) > largest ? std::fabs(value) : largest;
-    finite += value * 0;  // NaN for infinities too
+  Vec<float> maxima{}, zeros{};
+  for (int64_t k = 0; k < kGroupSize; k += L) {
+    const Vec<float> v = load(values + k);
+    maxima = max<float>(maxima, v < 0.0f ? -v : v);
+    zeros += v * 0.0f;  // NaN for infinities too
   }
+  float largest = 0;
+  for (int i = 0; i < L; ++i) largest = maxima[i] > largest ? maxima[i] : largest;
+  const float finite = sum_lanes<float>(zeros);
   const bool some = largest > 1e-30f && finite == 0;  // smaller ones have no inverse
   const float inverse = some ? kLargest<wide> / largest : 0;
   group.scale = some ? largest / kLargest<wide> : finite;
-  std::memset(group.starts, 0, sizeof(group.starts));
-  for (int64_t k = 0; k < kGroupSize; ++k) {
-    int32_t rest = static_cast<int32_t>(std::lrint(some ? values[k] * inverse : 0.0f));
-    const int64_t at = sizeof(PlaneElement) == 1 ? k : (k & ~3) | (k & 1) << 1 | (k & 2) >> 1;
-    for (int p = 0; p < kPlanes<wide>; ++p) {
-      constexpr int kUnused = 32 - kPlaneBits<wide>;
-      const bool last = p + 1 == kPlanes<wide>;
+  int32_t rest[kGroupSize] = {};
+  for (int64_t k = 0; some && k < kGroupSize; k += L) {
+    const VecI32 integers = rounded(load(values + k) * inverse);
+    std::memcpy(rest + k, &integers, sizeof(integers));
+  }
+  for (int p = 0; p < kPlanes<wide>; ++p) {
+    constexpr int kUnused = 32 - kPlaneBits<wide>;
+    const bool last = p + 1 == kPlanes<wide>;
+    PlaneElement plane[kGroupSize];
+    int32_t sum = 0;
+    for (int64_t k = 0; k < kGroupSize; ++k) {
       // The lowest bits as a signed number; what is left is a multiple of the next plane's unit.
       const int32_t low =
-          last ? rest : static_cast<int32_t>(static_cast<uint32_t>(rest) << kUnused) >> kUnused;
-      rest = (rest - low) >> kPlaneBits<wide>;
-      group.planes[p][at] = static_cast<PlaneElement>(low);
-      group.starts[p] -= offset * low;
+          last ? rest[k]
+               : static_cast<int32_t>(static_cast<uint32_t>(rest[k]) << kUnused) >> kUnused;
+      rest[k] = (rest[k] - low) >> kPlaneBits<wide>;
+      plane[k] = static_cast<PlaneElement>(low);
+      sum += low;
+    }
+    group.starts[p] = -offset * sum;
+    if constexpr (sizeof(PlaneElement) == 1) {
+      std::memcpy(group.planes[p], plane, sizeof(plane));
+    } else {
+      for (int64_t k = 0; k < kGroupSize; ++k) {
+        group.planes[p][(k & ~3) | (k & 1) << 1 | (k & 2) >> 1] = plane[k];
+      }
     }
   }
 }
@@ -188,6 +219,7 @@ constexpr int kMaxRows = kRegisters == 32 ? 8 : 4;
 struct Tile {
   const void* const* rows;
   const uint8_t* codes;
+  const uint8_t* ahead;  // as many bytes as codes has, read next
   const void* scales;
   int64_t groups;
   float* out;
@@ -211,7 +243,7 @@ void integer_tile(const Tile& tile) {
   const RowGroup<wide>* row[rows];
   MOE_UNROLL
   for (int r = 0; r < rows; ++r) row[r] = static_cast<const RowGroup<wide>*>(tile.rows[r]);
-  const uint8_t* codes = tile.codes;
+  const uint8_t *codes = tile.codes, *ahead = tile.ahead;
   const bf16* scales = static_cast<const bf16*>(tile.scales);
   Vec<float> sums[rows] = {};
   for (int64_t g = 0; g < tile.groups; ++g) {
@@ -223,10 +255,11 @@ void integer_tile(const Tile& tile) {
     }
     MOE_UNROLL
     for (int s = 0; s < steps; ++s) {
-      prefetch_line(codes + kAhead);
+      prefetch_line(ahead);
       VecU8 values[Code::kPerByte];
       Code::unpack(load_raw<VecU8>(codes), values);
       codes += kStepBytes;
+      ahead += kStepBytes;
       MOE_UNROLL
       for (int i = 0; i < Code::kPerByte; ++i) {
         MOE_UNROLL
@@ -240,7 +273,10 @@ void integer_tile(const Tile& tile) {
       }
     }
     Vec<float> scale = broadcast(1.0f);
-    if (grouped) scale = load(scales + g * kTileColumns);
+    if (grouped) {
+      prefetch_line(scales + (g + tile.groups) * kTileColumns);  // of the next tile
+      scale = load(scales + g * kTileColumns);
+    }
     MOE_UNROLL
     for (int r = 0; r < rows; ++r) {
       const Vec<float> factor = grouped ? scale * row[r][g].scale : broadcast(row[r][g].scale);
@@ -276,15 +312,16 @@ void fp8_tile(const Tile& tile) {
   const char* row[rows];
   MOE_UNROLL
   for (int r = 0; r < rows; ++r) row[r] = static_cast<const char*>(tile.rows[r]);
-  const uint8_t* codes = tile.codes;
+  const uint8_t *codes = tile.codes, *ahead = tile.ahead;
   Vec<float> sums[rows] = {};
   for (int64_t g = 0; g < tile.groups; ++g) {
     Vec<float> products[rows] = {};
     MOE_UNROLL
     for (int s = 0; s < kGroupSize / 4; ++s) {
-      prefetch_line(codes + kAhead);
+      prefetch_line(ahead);
       const VecU32 lanes = load_raw<VecU32>(codes);
       codes += kStepBytes;
+      ahead += kStepBytes;
 #if defined(CPU_CAPABILITY_AVX512_BF16)
       if constexpr (pairs) {
         const __m512i bits = bit_cast<__m512i>(lanes), mask = _mm512_set1_epi32(0x87f087f0);
@@ -376,24 +413,26 @@ Tile tile_of(const QuantizedMatrix& b, int64_t number, int vector) {
   const int64_t scale = grouped ? sizeof(bf16) : sizeof(float);
   const int64_t first = number * kTileColumns * (grouped ? b.groups : 1) + vector * L;
   Tile tile;
-  tile.codes = b.codes + number * b.groups * b.group_bytes() + vector * kVectorBytes;
+  tile.codes = b.tile(number) + vector * kVectorBytes;
   tile.scales = static_cast<const char*>(b.scales) + first * scale;
   tile.groups = b.groups;
   return tile;
 }
 
 template <typename T>
-void multiply(const QuantizedMatrix& b, const void* const* rows, int64_t m, Range tiles, float* out,
-              int64_t out_stride) {
+void multiply(const QuantizedMatrix& b, const void* const* rows, int64_t m, Range tiles,
+              const uint8_t* next, float* out, int64_t out_stride) {
   for (int64_t t = tiles.begin; t < tiles.end; ++t) {
     for (int v = 0; v < kTileVectors; ++v) {
       Tile tile = tile_of(b, t, v);
+      tile.ahead = t + 1 < tiles.end ? b.tile(t + 1) : next;
       tile.out_stride = out_stride;
       for (int64_t r = 0; r < m;) {
         const int64_t left = ceil_div(m - r, kMaxRows), count = ceil_div(m - r, left);
         tile.rows = rows + r;
         tile.out = out + r * out_stride + (t - tiles.begin) * kTileColumns + v * L;
         tile_function<T>(b.format, count, std::make_index_sequence<kMaxRows>())(tile);
+        tile.ahead = tile.codes;
         r += count;
       }
     }
