@@ -1,7 +1,9 @@
 #include "dispatch/bindings.h"
 
 #include <pybind11/stl.h>
+#include <sys/syscall.h>
 #include <torch/extension.h>
+#include <unistd.h>
 
 #include <memory>
 #include <optional>
@@ -22,9 +24,10 @@ using shm::Communicator;
 
 std::shared_ptr<Communicator> make_communicator(int rank, int size, std::string group) {
   auto communicator = std::make_shared<Communicator>(rank, size, std::move(group));
-  // So that Ctrl-C ends a wait.
+  // So that Ctrl-C ends a wait of the main thread, which alone gets signals. Others must not ask
+  // for the interpreter's lock: had it begun to end, it would end them there and then.
   communicator->set_interrupt([] {
-  // A thread that waits while the interpreter ends would be ended in the middle of it.
+    if (::syscall(SYS_gettid) != ::getpid()) return;
 #if PY_VERSION_HEX >= 0x030d0000
     if (Py_IsFinalizing()) return;
 #else

@@ -157,7 +157,7 @@ def test_a_thread_that_waits_for_its_turn_ends_what_another_leaves_open() -> Non
 
 
 _EXITS = """
-import sys, threading, time
+import atexit, sys, threading, time
 import torch
 import torch.distributed as dist
 from moe_parallel.dispatch import AllToAllDispatcher
@@ -166,12 +166,17 @@ rank, store = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
 dispatcher = AllToAllDispatcher(dist.group.WORLD, 2)
 ids = torch.zeros(1, 1, dtype=torch.int64)
+call = lambda: dispatcher.dispatch(torch.ones(1, 2), ids, torch.ones(1, 1))
+call()
 if rank == 1:
     sys.stdin.read()
 else:
-    call = lambda: dispatcher.dispatch(torch.ones(1, 2), ids, torch.ones(1, 1))
     threading.Thread(target=call, daemon=True).start()
-    time.sleep(0.2)
+    time.sleep(1)
+    # The interpreter ends with its lock held for longer than a wait lasts without looking up.
+    nothing = [None] * 30_000_000
+    atexit.register(nothing.count, 1)
+    atexit.register(nothing.count, 1)
 """
 
 
