@@ -173,7 +173,7 @@ void run_quantized(const QuantizedLayer& layer, const at::Tensor& x, const Sorte
 
   PackedForQuantized<T> activated(down.format, used, inner);
   // Units begin at multiples of a group, so that each packs whole ones.
-  const int64_t step = columns_per_unit(inner, blocks.size(), 128, kGroupSize);
+  const int64_t step = columns_per_unit(inner, blocks, kGroupSize);
   const int64_t parts = (inner + step - 1) / step;
   const int64_t units = blocks.size() * parts, threads = at::get_num_threads();
   parallel_units(units, [&](int64_t unit, int) {
@@ -214,7 +214,10 @@ void run_quantized(const QuantizedLayer& layer, const at::Tensor& x, const Sorte
     }
   });
 
-  const int64_t columns_step = columns_per_unit(hidden, 1, 128, 32);
+  // As many columns as leave the products of all rows in the cache: fewer pieces are read faster.
+  constexpr int64_t kProducts = 1 << 15, kLeast = 128;
+  const int64_t columns_step =
+      columns_per_unit(hidden, 1, std::max(kProducts / std::max<int64_t>(used, 1), kLeast), 32);
   const int64_t stride = products_stride(columns_step);
   const at::Tensor buffer = empty_large({at::get_num_threads(), used, stride}, at::kFloat);
   const float* weights = data<float>(topk_weights);

@@ -26,9 +26,12 @@ std::vector<RowBlock> row_blocks(const int32_t* offsets, int64_t experts) {
 }
 
 int64_t columns_per_unit(int64_t columns, int64_t blocks, int64_t most, int64_t least) {
-  const int64_t wanted = 6 * at::get_num_threads();
+  const int64_t threads = at::get_num_threads();
   blocks = std::max<int64_t>(blocks, 1);
-  const int64_t parts = std::max({(columns + most - 1) / most, (wanted + blocks - 1) / blocks, 1L});
+  int64_t parts =
+      std::max({(columns + most - 1) / most, (3 * threads + blocks - 1) / blocks, int64_t{1}});
+  // Large units are read fastest; but no thread should wait long for the last one.
+  while (blocks * parts < 8 * threads && blocks * parts % threads != 0) ++parts;
   return std::max(round_up((columns + parts - 1) / parts, least), least);
 }
 
