@@ -26,8 +26,8 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
 
 CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/native/*.cpp' 'tests/native/*.h')
 
-.PHONY: demo test test-all test-sanitizers test-stress test-instructions lint format bench gpu-check \
-	gpu-bench gpu-tune build clean
+.PHONY: demo test test-all test-amx test-sanitizers test-stress test-instructions lint format bench \
+	gpu-check gpu-bench gpu-tune build clean
 
 demo: build
 	OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc-per-node=2 \
@@ -45,6 +45,24 @@ endif
 
 test-all: build
 	$(PYTEST) $(ARGS)
+
+# The level amx with its instructions emulated, on any processor with AVX-512 BF16: its products alone,
+# under the sanitizers, and all tests of the CPU kernels on a copy of the packages with an extension
+# of its own, for which three files are compiled again.
+EMULATED := build/emulated
+AMX_SOURCES := tests/native/tile_products.cpp $(addprefix csrc/cpu/,amx.cpp gemm_kernels.cpp \
+	weight_grad_kernels.cpp scratch.cpp)
+AMX_FLAGS := -std=c++20 -O1 -g1 -Wall -Wextra -fno-math-errno -Icsrc -fsanitize=address,undefined \
+	-fno-sanitize-recover=undefined -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c \
+	-mavx512bf16 -DCPU_CAPABILITY=AMX -DCPU_CAPABILITY_AMX -DMOE_AMX_EMULATED
+test-amx: $(ENVIRONMENT)
+	@mkdir -p build
+	$${CXX:-g++} $(AMX_FLAGS) $(AMX_SOURCES) -o build/tile_products && build/tile_products
+	MOE_KERNELS_EMULATE_AMX=1 $(PY) setup.py --quiet build --build-base=build/emulated-base \
+		--build-lib=$(EMULATED)
+	@ln -sfn $(addprefix $(CURDIR)/,tests benchmarks pyproject.toml) $(EMULATED)
+	cd $(EMULATED) && MOE_KERNELS_CPU_CAPABILITY=amx PYTHONPATH=. \
+		$(PYTEST) -k "cpu or gradcheck or amx" -m "not slow" tests/kernels $(ARGS)
 
 # The C++ kernels under the address and the undefined behaviour sanitizer of GCC, in a build and a
 # copy of the packages of their own. Building takes many minutes on two cores.

@@ -8,6 +8,8 @@ Environment:
                             they do not; off; compile: as off, and compile the CUDA sources
                             without linking them, a check where torch has no CUDA.
     MOE_KERNELS_CUDA_ARCHS  in CMake's notation, "90a-real" or "80;90a-real" for example.
+    MOE_KERNELS_EMULATE_AMX 1: the CPU kernels for AMX call an emulation of its instructions. For
+                            tests, on a processor with AVX-512 BF16.
     CUDACXX, CUDA_HOME      where nvcc is, if it is not on PATH.
     CXXFLAGS                more flags for the compiler; builds with others lie beside each other.
     MAX_JOBS                parallel compilations; all processors by default.
@@ -147,18 +149,21 @@ class CMakeBuild(build_ext):
         build = ROOT / "build" / "cmake" / tag
         defines = [f"-D{name}={value}" for name, value in settings.items()]
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        emulated = os.environ.get("MOE_KERNELS_EMULATE_AMX") == "1"
+        target = "_C_emulated" if emulated else "all"
         cmake = find_tool("cmake")
         configure = [cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "--log-level=NOTICE"]
         try:
             subprocess.run([*configure, *defines], check=True)
-            subprocess.run([cmake, "--build", str(build), "--parallel", jobs], check=True)
+            make = [cmake, "--build", str(build), "--parallel", jobs, "--target", target]
+            subprocess.run(make, check=True)
         except subprocess.CalledProcessError as error:
             stop(f"`{shlex.join(error.cmd[:3])} ...` failed; the reason is above.")
 
-        target = Path(self.get_ext_fullpath(ext.name))
-        self.mkpath(str(target.parent))
+        path = Path(self.get_ext_fullpath(ext.name))
+        self.mkpath(str(path.parent))
         self.force = True  # copy whatever the dates say: another torch may have been here before
-        self.copy_file(str(build / target.name), str(target))
+        self.copy_file(str((build / "emulated" if emulated else build) / path.name), str(path))
 
 
 if importlib.util.find_spec("torch") is None:

@@ -5,6 +5,7 @@
 #include <torch/extension.h>
 
 #include "build_info.h"
+#include "cpu/amx.h"
 #include "cpu/capability.h"
 #include "cpu/large_buffers.h"
 #include "cpu/large_pages.h"
@@ -18,7 +19,7 @@ py::dict build_info() {
   using namespace py::literals;
   py::dict info("version"_a = MOE_KERNELS_VERSION, "torch"_a = MOE_KERNELS_TORCH_VERSION,
                 "compiler"_a = MOE_KERNELS_COMPILER, "cuda"_a = py::none(),
-                "cuda_architectures"_a = py::list());
+                "cuda_architectures"_a = py::list(), "amx_emulated"_a = moe::amx_emulated());
 #ifdef MOE_KERNELS_WITH_CUDA
   info["cuda"] = MOE_KERNELS_CUDA_VERSION;
   info["cuda_architectures"] = py::str(MOE_KERNELS_CUDA_ARCHITECTURES).attr("split")(";");
@@ -44,7 +45,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "build_info", &build_info,
       "What this library was built with: version, torch, compiler, cuda (the toolkit's version, or "
-      "None) and cuda_architectures.");
+      "None), cuda_architectures, and amx_emulated (True in builds for tests alone).");
   m.def("cpu_capabilities", &moe::cpu_capabilities,
         "The instruction sets of the CPU kernels that this processor has, weakest first.");
   m.def("cpu_capability", &moe::cpu_capability,

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstdlib>
 
+#include "cpu/amx.h"
 #include "cpu/kernel_table.h"
 
 namespace moe {
@@ -39,8 +40,15 @@ std::vector<Level> make_levels() {
   add("avx2", avx2, MOE_FILL(AVX2));
   add("avx512", avx512, MOE_FILL(AVX512));
   // Every processor with the one has the other.
-  const bool bf16 = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
-  add("avx512_bf16", avx512 && bf16, MOE_FILL(AVX512_BF16));
+  const bool avx512_bf16 =
+      avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+  add("avx512_bf16", avx512_bf16, MOE_FILL(AVX512_BF16));
+  // The same but for products of bf16.
+  add("amx", avx512_bf16 && amx_permitted(), [](KernelTable& table) {
+    MOE_FILL(AVX512_BF16)(table);
+    AMX::fill(std::get<GemmKernels<bf16>>(table));
+    AMX::fill(std::get<WeightGradKernels<bf16>>(table));
+  });
 #endif
   return levels;
 }

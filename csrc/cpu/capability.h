@@ -7,7 +7,7 @@
 namespace moe {
 
 // Names of what this processor and this build have, weakest first: "default", "avx2", "avx512",
-// "avx512_bf16".
+// "avx512_bf16", "amx".
 std::vector<std::string> cpu_capabilities();
 
 // The one in use: the strongest, or what MOE_KERNELS_CPU_CAPABILITY named when it was first asked

@@ -4,8 +4,10 @@
 // weights stored [n, k]) it is spread from where it lies, and vectors hold many packed rows; few
 // rows are instead multiplied with it element by element. Where a row of it is contiguous, a block
 // of the matrix is packed into vectors of columns, and rows are spread.
+#include "cpu/amx_tiles.h"
 #include "cpu/kernels.h"
 #include "cpu/panels.h"
+#include "cpu/row_packing.h"
 #include "cpu/tiles.h"
 
 namespace moe::CPU_CAPABILITY {
@@ -16,131 +18,6 @@ namespace {
 constexpr int64_t kFewRows = 24;
 constexpr int64_t kMaxGroups = 512;         // in one sum: longer ones round more
 constexpr int64_t kCacheBytes = 384 << 10;  // of a second-level cache, for what is read repeatedly
-
-template <typename T>
-constexpr int kStep = kLanes<acc_t<T>> * Compute<T>::G;  // elements of k in a vector
-
-// Rows of a matrix [k, n] that a few packed rows are multiplied with at a time. More are fewer
-// passes over sums, fewer are read faster: up to so many packed rows that is what takes the time.
-constexpr int kRowsTogether = kRegisters == 32 ? 16 : 4, kRowsReadFast = kRegisters == 32 ? 8 : 4;
-constexpr int64_t kVeryFewRows = 8;
-
-// Elements of a packed row: whole vectors and whole groups of kRowsTogether, and one vector more so
-// that rows do not fall on the same lines of a cache.
-template <typename T>
-MOE_INLINE int64_t padded(int64_t k) {
-  constexpr int64_t multiple = max(kStep<T>, kRowsTogether);
-  return ceil_div(k, multiple) * multiple + kStep<T>;
-}
-
-// How m rows are packed for a k-contiguous matrix: blocks of vectors, each [groups, vectors, lanes,
-// G], then rows that would fill too little of a vector, each padded.
-template <typename T>
-struct Blocks {
-  int64_t vectors, rest, count;
-
-  explicit Blocks(int64_t m) {
-    constexpr int64_t L = kLanes<acc_t<T>>;
-    vectors = m / L;
-    rest = m % L;
-    if (rest > (kRegisters == 32 ? 3 * L / 4 : L / 2)) {
-      ++vectors;
-      rest = 0;
-    }
-    count = ceil_div(vectors, OuterTile<T>::kMaxVectors);
-  }
-
-  // The number of the first vector of block i.
-  int64_t first(int64_t i) const { return vectors * i / count; }
-};
-
-template <typename T>
-MOE_INLINE int64_t group_count(int64_t k) {
-  return ceil_div(k, Compute<T>::G);
-}
-
-template <typename T>
-int64_t packed_size(bool k_contiguous, int64_t m, int64_t k) {
-  using U = operand_t<T>;
-  if (!k_contiguous) return m * padded<T>(k) * sizeof(U);
-  const Blocks<T> blocks(m);
-  const int64_t block = group_count<T>(k) * kStep<T>;
-  return (blocks.vectors * block + blocks.rest * padded<T>(k)) * sizeof(U);
-}
-
-// n elements and zeros up to `whole` of them.
-template <typename T>
-void pack_row(operand_t<T>* out, const T* row, int64_t n, int64_t whole) {
-  if constexpr (kNative<T>) {
-    std::memcpy(out, row, n * sizeof(T));
-  } else {
-    for (int64_t i = 0; i < n; i += kLanes<float>) {
-      const int64_t lanes = min(n - i, kLanes<float>);
-      if (lanes == kLanes<float>) {
-        store(out + i, load(row + i));
-      } else {
-        store_some(out + i, load_some(row + i, lanes), lanes);
-      }
-    }
-  }
-  std::memset(out + n, 0, (whole - n) * sizeof(operand_t<T>));
-}
-
-// Vector `vector` of so many rows, elements [0, n) of each: groups [0, groups) of it.
-template <typename T>
-void pack_vector(operand_t<T>* out, int64_t out_step, const T* const* rows, int64_t count,
-                 int64_t n) {
-  using A = acc_t<T>;
-  constexpr int L = kLanes<A>, G = Compute<T>::G;
-  for (int64_t k = 0; k < n; k += L * G) {
-    Vec<A> lanes[L];
-    MOE_UNROLL
-    for (int i = 0; i < L; ++i) {
-      if (i >= count) {
-        lanes[i] = Vec<A>{};
-      } else if (k + L * G <= n) {
-        lanes[i] = Groups<T>::load_wide(rows[i] + k);
-      } else {
-        T rest[L * G] = {};
-        std::memcpy(rest, rows[i] + k, (n - k) * sizeof(T));
-        lanes[i] = Groups<T>::load_wide(rest);
-      }
-    }
-    transpose<A>(lanes);
-    const int64_t groups = min(L, ceil_div(n - k, G));
-    operand_t<T>* to = out + k / G * out_step;
-    if (groups == L) {
-      MOE_UNROLL
-      for (int g = 0; g < L; ++g) std::memcpy(to + g * out_step, &lanes[g], sizeof(lanes[g]));
-    } else {
-      for (int64_t g = 0; g < groups; ++g)
-        std::memcpy(to + g * out_step, &lanes[g], sizeof(lanes[g]));
-    }
-  }
-}
-
-template <typename T>
-void pack(bool k_contiguous, void* packed, const T* const* rows, int64_t m, int64_t k, Range part) {
-  using U = operand_t<T>;
-  constexpr int64_t L = kLanes<acc_t<T>>, G = Compute<T>::G;
-  U* out = static_cast<U*>(packed);
-  const int64_t n = part.size(), row_size = padded<T>(k);
-  // The last part also writes the zeros.
-  const int64_t whole = part.end == k ? row_size - part.begin : n;
-  const Blocks<T> blocks(k_contiguous ? m : 0);
-  const int64_t groups = group_count<T>(k);
-  for (int64_t i = 0; i < blocks.count; ++i) {
-    const int64_t first = blocks.first(i), vectors = blocks.first(i + 1) - first;
-    U* block = out + first * groups * L * G + part.begin / G * vectors * L * G;
-    for (int64_t v = 0; v < vectors; ++v) {
-      const int64_t row = (first + v) * L;
-      pack_vector<T>(block + v * L * G, vectors * L * G, rows + row, min(m - row, L), n);
-    }
-  }
-  const int64_t done = min(blocks.vectors * L, m);
-  out += blocks.vectors * groups * L * G + part.begin;
-  for (int64_t i = done; i < m; ++i) pack_row<T>(out + (i - done) * row_size, rows[i], n, whole);
-}
 
 // --------------------------------------------------------------------------------- tile tables
 template <typename T>
@@ -164,6 +41,72 @@ MOE_INLINE DotFunction<T> dot_function(int64_t count, std::index_sequence<b...>)
 }
 
 // ------------------------------------------------------------------ matrices stored [n, k]
+// Sums [count, width], whole vectors of both, to out [rows, count].
+template <typename A>
+MOE_INLINE void store_transposed(const A* sums, int64_t width, int64_t count, int64_t rows, A* out,
+                                 int64_t out_stride) {
+  constexpr int L = kLanes<A>;
+  for (int64_t i = 0; i < count; i += L) {
+    for (int64_t r = 0; r < rows; r += L) {
+      Vec<A> lanes[L];
+      MOE_UNROLL
+      for (int j = 0; j < L; ++j) lanes[j] = load(sums + (i + j) * width + r);
+      transpose<A>(lanes);
+      A* to = out + r * out_stride + i;
+      const int64_t row_count = min(rows - r, L);
+      for (int64_t j = 0; j < row_count; ++j) store(to + j * out_stride, lanes[j]);
+    }
+  }
+}
+
+#if defined(CPU_CAPABILITY_AMX)
+// Columns [begin, end) of b for packed vectors of rows: 16 columns, where they lie if that is whole
+// tiles, are a tile times 16 rows. Transposed on the way to out.
+void multiply_vectors_in_tiles(const bf16* packed, int64_t rows, int64_t vectors, int64_t k,
+                               const MatrixOf<bf16>& b, Range columns, float* out,
+                               int64_t out_stride) {
+  constexpr int64_t L = kTileRows, G = 2, kStepGroups = kTileK / G;
+  const int64_t width = vectors * L, groups = group_count<bf16>(k);
+  // Both parts of a product come from the second-level cache.
+  const int64_t part_groups = min(groups, kMaxGroups);
+  const int64_t stage_row = part_groups * G + kTileK;  // not the same lines of a cache
+  float* result = static_cast<float*>(thread_scratch(
+      Scratch::kKernel,
+      kTileColumns * width * sizeof(float) + kTileColumns * stage_row * sizeof(bf16)));
+  bf16* stage = reinterpret_cast<bf16*>(result + kTileColumns * width);
+
+  const TileRegisters<bf16> registers;
+  TileProduct product;
+  product.b_stride = width * G * sizeof(bf16);
+  product.out_stride = width;
+  for (int64_t c = columns.begin; c < columns.end; c += kTileColumns) {
+    const int64_t count = min(kTileColumns, columns.end - c), tiles = ceil_div(count, L);
+    for (int64_t g = 0; g < groups; g += part_groups) {
+      product.steps = min(part_groups, groups - g) / kStepGroups;
+      product.accumulate = g > 0;
+      const int64_t n = min(product.steps * kTileK, k - g * G);
+      const auto column = [&](int64_t i) { return b.data + (c + i) * b.stride_n + g * G; };
+      if (count == tiles * L && n == product.steps * kTileK) {
+        product.set_a(column(0), b.stride_n);
+      } else {
+        for (int64_t i = 0; i < count; ++i) {
+          pack_row<bf16>(stage + i * stage_row, column(i), n, product.steps * kTileK);
+        }
+        product.set_a(stage, stage_row);
+      }
+      product.prefetch_from(column(kTileColumns), b.stride_n, kTileK);
+      for (int64_t v = 0; v < vectors; v += 2) {
+        product.b = packed + (g * width + v * L) * G;
+        product.out = result + v * L;
+        product.run(tiles, min(vectors - v, 2));
+        product.prefetch = nullptr;
+      }
+    }
+    store_transposed<float>(result, width, count, rows, out + (c - columns.begin), out_stride);
+  }
+}
+#endif
+
 // Columns [begin, end) of b for packed vectors of rows; transposed on the way to out.
 template <typename T>
 void multiply_vectors(const operand_t<T>* packed, int64_t rows, int64_t vectors, int64_t k,
@@ -223,17 +166,7 @@ void multiply_vectors(const operand_t<T>* packed, int64_t rows, int64_t vectors,
         run(tile);
       }
     }
-    for (int64_t i = 0; i < count; i += L) {
-      for (int64_t r = 0; r < rows; r += L) {
-        Vec<A> lanes[L];
-        MOE_UNROLL
-        for (int j = 0; j < L; ++j) lanes[j] = load(result + (i + j) * width + r);
-        transpose<A>(lanes);
-        A* to = out + r * out_stride + (c - columns.begin) + i;
-        const int64_t row_count = min(rows - r, L);
-        for (int64_t j = 0; j < row_count; ++j) store(to + j * out_stride, lanes[j]);
-      }
-    }
+    store_transposed<A>(result, width, count, rows, out + (c - columns.begin), out_stride);
   }
 }
 
@@ -260,28 +193,53 @@ void multiply_few(const operand_t<T>* packed, int64_t rows, int64_t k, const Mat
 }
 
 // --------------------------------------------------------------------- matrices stored [k, n]
-// Rows of a matrix, columns of each, that tiles fetch ahead: each a line of some rows.
+// Rows of a matrix, columns of each, that tiles fetch ahead: each a line of so many rows.
 template <typename T>
 struct Ahead {
   const MatrixOf<T>& b;
   Range rows, columns;
   int64_t done = 0;  // lines of rows
 
-  void fetch(OuterTile<T>& tile) {
+  // Where the next line is, or null past the last one.
+  const char* next(int64_t row_count) {
     constexpr int64_t kLine = 64;
     const int64_t lines = ceil_div(columns.size() * static_cast<int64_t>(sizeof(T)), kLine);
-    const int64_t row = lines > 0 ? rows.begin + done / lines * tile.groups : rows.end;
-    if (row >= rows.end) {
-      tile.prefetch = reinterpret_cast<const char*>(tile.columns);
-      tile.prefetch_step = 0;
-      return;
-    }
+    const int64_t row = lines > 0 ? rows.begin + done / lines * row_count : rows.end;
+    if (row >= rows.end) return nullptr;
     const T* const first = b.data + row * b.stride_k + columns.begin;
-    tile.prefetch = reinterpret_cast<const char*>(first) + done % lines * kLine;
-    tile.prefetch_step = b.stride_k * sizeof(T);
-    ++done;
+    return reinterpret_cast<const char*>(first) + done++ % lines * kLine;
+  }
+
+  void fetch(OuterTile<T>& tile) {
+    const char* line = next(tile.groups);
+    tile.prefetch = line ? line : reinterpret_cast<const char*>(tile.columns);
+    tile.prefetch_step = line ? b.stride_k * sizeof(T) : 0;
   }
 };
+
+#if defined(CPU_CAPABILITY_AMX)
+// Packed rows from some k on, times the panel of the tile: 32 columns of it, which stay in the
+// first-level cache, meet all rows.
+void multiply_panel_in_tiles(const bf16* rows, int64_t row_size, int64_t m,
+                             const OuterTile<bf16>& panel, int64_t vectors, Ahead<bf16>& ahead) {
+  constexpr int64_t G = 2;
+  TileProduct product;
+  product.b_stride = panel.column_step * sizeof(bf16);
+  product.steps = panel.groups * G / kTileK;
+  product.accumulate = panel.accumulate;
+  product.out_stride = panel.out_stride;
+  for (int64_t v = 0; v < vectors; v += 2) {
+    product.b = panel.columns + v * kTileRows * G;
+    for (int64_t r = 0; r < m; r += kTileColumns) {
+      product.set_a(rows + r * row_size, row_size);
+      product.prefetch_from(ahead.next(panel.groups * G), ahead.b.stride_k,
+                            kTileK * ahead.b.stride_k);
+      product.out = panel.out + r * panel.out_stride + v * kTileRows;
+      product.run_rows(min(m - r, kTileColumns), min(vectors - v, 2));
+    }
+  }
+}
+#endif
 
 template <typename T>
 void multiply_spread_rows(const operand_t<T>* packed, int64_t m, int64_t k, const MatrixOf<T>& b,
@@ -299,6 +257,7 @@ void multiply_spread_rows(const operand_t<T>* packed, int64_t m, int64_t k, cons
   U* panels =
       static_cast<U*>(thread_scratch(Scratch::kKernel, widest * block_groups * G * sizeof(U)));
 
+  [[maybe_unused]] const TileRegisters<T> registers;
   Tile tile;
   tile.row_step = G;
   tile.narrow = nullptr;
@@ -318,10 +277,16 @@ void multiply_spread_rows(const operand_t<T>* packed, int64_t m, int64_t k, cons
         const int64_t vectors = ceil_div(min(kPanel, block_end - p), L);
         tile.columns = panels + (p - c) * tile.groups * G;
         tile.column_step = vectors * L * G;
+        tile.out = out + (p - columns.begin);
+        if constexpr (kTileRegisters<T>) {
+          multiply_panel_in_tiles(packed + g * G, row_size, m, tile, vectors, ahead);
+          continue;
+        }
+        A* const to = tile.out;
         for_row_tiles(m, [&](int64_t r, int64_t count) {
           for (int64_t i = 0; i < count; ++i) tile.rows[i] = packed + (r + i) * row_size + g * G;
           ahead.fetch(tile);
-          tile.out = out + r * out_stride + (p - columns.begin);
+          tile.out = to + r * out_stride;
           panel_tile<T>(count, vectors)(tile);
         });
       }
@@ -408,17 +373,24 @@ void multiply(const void* packed_rows, int64_t m, int64_t k, const MatrixOf<T>& 
                                        : multiply_spread_rows<T>;
     return run(packed, m, k, b, columns, out, out_stride);
   }
+#if defined(CPU_CAPABILITY_AMX)
+  constexpr auto run = multiply_vectors_in_tiles;
+#else
+  constexpr auto run = multiply_vectors<T>;
+#endif
   const Blocks<T> blocks(m);
   const int64_t vector_size = group_count<T>(k) * kStep<T>, done = min(blocks.vectors * L, m);
   // So many columns at a time that they stay in the cache while all rows meet them.
-  const int64_t step = max(48, kCacheBytes / static_cast<int64_t>(k * sizeof(T)) / 48 * 48);
+  constexpr int64_t kTogether = kTileRegisters<T> ? 32 : 48;
+  const int64_t step =
+      max(kTogether, kCacheBytes / static_cast<int64_t>(k * sizeof(T)) / kTogether * kTogether);
   for (int64_t c = columns.begin; c < columns.end; c += step) {
     const Range part{c, min(c + step, columns.end)};
     A* to = out + (c - columns.begin);
     for (int64_t i = 0; i < blocks.count; ++i) {
       const int64_t first = blocks.first(i), end = blocks.first(i + 1);
-      multiply_vectors<T>(packed + first * vector_size, min(end * L, m) - first * L, end - first, k,
-                          b, part, to + first * L * out_stride, out_stride);
+      run(packed + first * vector_size, min(end * L, m) - first * L, end - first, k, b, part,
+          to + first * L * out_stride, out_stride);
     }
     multiply_few<T>(packed + blocks.vectors * vector_size, m - done, k, b, part,
                     to + done * out_stride, out_stride);
@@ -436,9 +408,11 @@ void fill_gemm(GemmKernels<T>& kernels) {
 
 // clang-format off
 template <> void fill(GemmKernels<bf16>& kernels) { fill_gemm(kernels); }
+#if !defined(CPU_CAPABILITY_AMX)
 template <> void fill(GemmKernels<fp16>& kernels) { fill_gemm(kernels); }
 template <> void fill(GemmKernels<float>& kernels) { fill_gemm(kernels); }
 template <> void fill(GemmKernels<double>& kernels) { fill_gemm(kernels); }
+#endif
 // clang-format on
 
 }  // namespace moe::CPU_CAPABILITY

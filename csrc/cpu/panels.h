@@ -12,6 +12,11 @@ MOE_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 MOE_INLINE constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 MOE_INLINE constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
+template <typename T>
+MOE_INLINE int64_t group_count(int64_t k) {
+  return ceil_div(k, Compute<T>::G * kWholeGroups<T>) * kWholeGroups<T>;
+}
+
 constexpr int kPanelVectors = kRegisters == 32 ? 4 : 2;
 constexpr int kPanelRows = 6;  // rows of a tile over a whole panel
 
@@ -52,10 +57,11 @@ MOE_INLINE void pack_panels(operand_t<T>* out, Row row, int64_t limit, Range par
   constexpr int L = kLanes<acc_t<T>>, G = Compute<T>::G;
   constexpr int64_t kPanel = kPanelVectors * L;
   constexpr int64_t kAhead = 16;  // rows
-  const int64_t groups = ceil_div(part.size(), G);
+  const int64_t groups = group_count<T>(part.size());
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t r = part.begin + g * G;
-    const T* first = row(r) + columns.begin;
+    const bool past = kTileRegisters<T> && r >= part.end;
+    const T* first = past ? nullptr : row(r) + columns.begin;
     const T* second = G == 2 && r + 1 < part.end ? row(r + 1) + columns.begin : nullptr;
     // Rows are far apart in memory: the processor does not foresee where the next ones are.
     for (int64_t i = r + kAhead; i < min(r + kAhead + G, limit); ++i) {
@@ -65,8 +71,12 @@ MOE_INLINE void pack_panels(operand_t<T>* out, Row row, int64_t limit, Range par
     }
     for (int64_t c = 0; c < columns.size(); c += kPanel) {
       const int64_t width = min(kPanel, columns.size() - c), stored = ceil_div(width, L) * L;
-      pack_group<T>(out + (c * groups + g * stored) * G, first + c, second ? second + c : nullptr,
-                    width);
+      operand_t<T>* to = out + (c * groups + g * stored) * G;
+      if (past) {
+        std::memset(to, 0, stored * G * sizeof(*to));
+      } else {
+        pack_group<T>(to, first + c, second ? second + c : nullptr, width);
+      }
     }
   }
 }

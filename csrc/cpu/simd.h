@@ -22,7 +22,11 @@
 
 namespace moe::CPU_CAPABILITY {
 
-#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX512_BF16)
+#if defined(CPU_CAPABILITY_AVX512_BF16) || defined(CPU_CAPABILITY_AMX)
+#define MOE_AVX512_BF16 1
+#endif
+
+#if defined(CPU_CAPABILITY_AVX512) || defined(MOE_AVX512_BF16)
 #define MOE_AVX512 1
 constexpr int kVectorBytes = 64;
 constexpr int kRegisters = 32;

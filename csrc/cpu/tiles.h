@@ -23,7 +23,7 @@ struct Compute {
   static constexpr int G = 1;
 };
 
-#if defined(CPU_CAPABILITY_AVX512_BF16)
+#if defined(MOE_AVX512_BF16)
 template <>
 struct Compute<bf16> {
   using U = bf16;
@@ -33,6 +33,17 @@ struct Compute<bf16> {
 
 template <typename T>
 using operand_t = typename Compute<T>::U;
+
+// Whether many rows are multiplied in tile registers (cpu/amx_tiles.h). Those hold 16 groups of k:
+// groups come in multiples of so many then, zeros after the last one.
+template <typename T>
+constexpr bool kTileRegisters = false;
+#if defined(CPU_CAPABILITY_AMX)
+template <>
+constexpr bool kTileRegisters<bf16> = true;
+#endif
+template <typename T>
+constexpr int kWholeGroups = kTileRegisters<T> ? 16 : 1;
 
 // Whether T can be multiplied as it lies in memory.
 template <typename T>
@@ -123,7 +134,7 @@ struct Groups {
 
   // The group at p in every lane.
   static MOE_INLINE V spread(const U* p) {
-#if defined(CPU_CAPABILITY_AVX512_BF16)
+#if defined(MOE_AVX512_BF16)
     if constexpr (G == 2) {
       int32_t pair;
       std::memcpy(&pair, p, sizeof(pair));
@@ -136,7 +147,7 @@ struct Groups {
   }
 
   static MOE_INLINE Vec<A> multiply_add(V a, V b, Vec<A> sum) {
-#if defined(CPU_CAPABILITY_AVX512_BF16)
+#if defined(MOE_AVX512_BF16)
     if constexpr (G == 2) {
       return bit_cast<V>(
           _mm512_dpbf16_ps(bit_cast<__m512>(sum), bit_cast<__m512bh>(a), bit_cast<__m512bh>(b)));

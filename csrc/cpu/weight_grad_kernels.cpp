@@ -1,6 +1,7 @@
 // Gradients of weights: rows of two factors multiplied and summed over the rows.
 //
 // out[i, j] = sum over m of a[m][i] * b[m][j].
+#include "cpu/amx_tiles.h"
 #include "cpu/kernels.h"
 #include "cpu/panels.h"
 #include "cpu/tiles.h"
@@ -11,21 +12,28 @@ namespace {
 
 constexpr int64_t kBlockGroups = 256;  // of rows that are packed at a time
 
-// One row of sums to where it belongs.
+// Some sums of one row, from a column on, to where they belong; `stream` needs aligned vectors.
 template <typename T>
-void emit(const OutputOf<T>& out, int64_t row, const acc_t<T>* sums, int64_t n) {
+void emit(const OutputOf<T>& out, int64_t row, int64_t column, const acc_t<T>* sums, int64_t n,
+          bool accumulate, bool stream_whole) {
   using A = acc_t<T>;
   constexpr int L = kLanes<A>;
-  A* wide = out.narrow ? nullptr : out.wide + row * out.stride;
-  T* narrow = out.narrow ? out.narrow + row * out.stride : nullptr;
+  const int64_t at = row * out.stride + column;
+  A* wide = out.narrow ? nullptr : out.wide + at;
+  T* narrow = out.narrow ? out.narrow + at : nullptr;
   for (int64_t c = 0; c < n; c += L) {
     const int64_t lanes = min(n - c, L);
-    Vec<A> value = load_some(sums + c, lanes);
-    if (narrow) {
+    const bool whole = lanes == L;
+    Vec<A> value = whole ? load(sums + c) : load_some(sums + c, lanes);
+    if (!narrow) {
+      if (accumulate) value += whole ? load(wide + c) : load_some(wide + c, lanes);
+      whole ? store(wide + c, value) : store_some(wide + c, value, lanes);
+    } else if (!whole) {
       store_some(narrow + c, value, lanes);
+    } else if (stream_whole) {
+      stream(narrow + c, value);
     } else {
-      if (out.accumulate) value += load_some(wide + c, lanes);
-      store_some(wide + c, value, lanes);
+      store(narrow + c, value);
     }
   }
 }
@@ -88,9 +96,69 @@ void weight_grad(const T* const* a, const T* const* b, int64_t m, Range i_range,
       }
     }
   }
-  for (int64_t i = 0; aside && i < rows; ++i) emit(out, i, sums + i * b_columns, columns);
+  for (int64_t i = 0; aside && i < rows; ++i) {
+    emit(out, i, 0, sums + i * b_columns, columns, out.accumulate, false);
+  }
   if (tile.stream) finish_streams();
 }
+
+#if defined(CPU_CAPABILITY_AMX)
+// The same in tile registers, which want columns of the first factor as rows.
+void weight_grad_in_tiles(const bf16* const* a, const bf16* const* b, int64_t m, Range i_range,
+                          Range j_range, const OutputOf<bf16>& out) {
+  constexpr int64_t L = kTileRows, G = 2, kPanel = kPanelVectors * L;
+  const int64_t groups = max(group_count<bf16>(m), L), block_groups = min(groups, kBlockGroups);
+  const int64_t rows = i_range.size(), columns = j_range.size();
+  const int64_t a_columns = ceil_div(rows, L) * L, b_columns = ceil_div(columns, L) * L;
+  const bool aside = out.narrow && groups > block_groups;  // bf16 cannot hold parts of sums
+  const int64_t sums_size = aside ? rows * b_columns : 0;
+  float* sums = static_cast<float*>(thread_scratch(
+      Scratch::kKernel,
+      sums_size * sizeof(float) + (a_columns + b_columns) * block_groups * G * sizeof(bf16)));
+  bf16* a_tiles = reinterpret_cast<bf16*>(sums + sums_size);
+  bf16* b_panels = a_tiles + a_columns * block_groups * G;
+  alignas(64) float some[kTileColumns * kTileColumns];
+
+  const TileRegisters<bf16> registers;
+  const bool stream = out.narrow && out.stream && aligned(out.narrow, out.stride);
+  TileProduct product;
+  product.a_stride = kTileK;
+  product.a_step = kTileRows * kTileK;
+  for (int64_t g = 0; g < groups; g += block_groups) {
+    const Range part{g * G, min((g + block_groups) * G, m)};
+    product.steps = ceil_div(part.size(), kTileK);
+    product.a_next = product.steps * product.a_step;
+    pack_transposed(a_tiles, [&](int64_t r) { return a[r]; }, m, part, i_range);
+    pack_panels<bf16>(b_panels, [&](int64_t r) { return b[r]; }, m, part, j_range);
+    for (int64_t p = 0; p < columns; p += kTileColumns) {
+      const int64_t panel = p / kPanel * kPanel;
+      const int64_t stored = min(b_columns - panel, kPanel);  // columns of this panel
+      const int64_t n = min(columns - p, kTileColumns), tiles = ceil_div(n, L);
+      product.b = b_panels + (panel * product.steps * L + (p - panel)) * G;
+      product.b_stride = stored * G * sizeof(bf16);
+      for (int64_t q = 0; q < rows; q += kTileColumns) {
+        const int64_t count = min(rows - q, kTileColumns);
+        product.a = a_tiles + q / L * product.a_next;
+        product.accumulate = aside && g > 0;
+        product.out = aside ? sums + q * b_columns + p : some;
+        product.out_stride = aside ? b_columns : kTileColumns;
+        if (aside) {
+          product.run_rows(count, tiles);
+          continue;
+        }
+        product.run(ceil_div(count, L), tiles);
+        for (int64_t i = 0; i < count; ++i) {
+          emit(out, q + i, p, some + i * kTileColumns, n, out.accumulate || g > 0, stream);
+        }
+      }
+    }
+  }
+  for (int64_t i = 0; aside && i < rows; ++i) {
+    emit(out, i, 0, sums + i * b_columns, columns, false, stream);
+  }
+  if (stream) finish_streams();
+}
+#endif
 
 void stream_zeros(void* out, int64_t bytes) {
   constexpr int64_t kLine = 64;
@@ -110,7 +178,11 @@ void stream_zeros(void* out, int64_t bytes) {
 
 template <typename T>
 void fill_weight_grad(WeightGradKernels<T>& kernels) {
+#if defined(CPU_CAPABILITY_AMX)
+  kernels.weight_grad = weight_grad_in_tiles;
+#else
   kernels.weight_grad = weight_grad<T>;
+#endif
   kernels.stream_zeros = stream_zeros;
 }
 
@@ -118,9 +190,11 @@ void fill_weight_grad(WeightGradKernels<T>& kernels) {
 
 // clang-format off
 template <> void fill(WeightGradKernels<bf16>& kernels) { fill_weight_grad(kernels); }
+#if !defined(CPU_CAPABILITY_AMX)
 template <> void fill(WeightGradKernels<fp16>& kernels) { fill_weight_grad(kernels); }
 template <> void fill(WeightGradKernels<float>& kernels) { fill_weight_grad(kernels); }
 template <> void fill(WeightGradKernels<double>& kernels) { fill_weight_grad(kernels); }
+#endif
 // clang-format on
 
 }  // namespace moe::CPU_CAPABILITY

@@ -229,6 +229,36 @@ def test_a_few_rows(columns: int, dtype: torch.dtype) -> None:
             assert_accurate("out", out, truth, narrow)
 
 
+def _among_nan(value: Tensor) -> Tensor:
+    """The same, in memory that is NaN before, after and between its rows."""
+    *outer, rows, columns = value.shape
+    padded = value.new_full((*outer, rows + 2, columns + 9), torch.nan)
+    return padded[..., 1:-1, 3:-6].copy_(value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("inner", "columns"), [(37, 53), (64, 32), (1250, 18)])
+def test_every_number_of_rows(inner: int, columns: int, dtype: torch.dtype) -> None:
+    """Few, many, and whatever is left beside whole tiles: all three products, among NaN."""
+    counts = [*range(0, 50, 1 if inner < 100 else 6), 97, 194]
+    experts, rows = len(counts), sum(counts)
+    offsets = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0).int()
+    a = _among_nan(torch.randn(rows, inner).to(dtype))
+    b = torch.randn(experts, inner, columns).to(dtype)
+    truth = reference.grouped_gemm(a.double(), b.double(), offsets)
+    parts = list(zip(a.split(counts), b, strict=True))
+    narrow = torch.cat([one @ matrix for one, matrix in parts])
+    for matrix in (_among_nan(b), _among_nan(b.mT).mT):
+        assert_accurate("out", moe_kernels.grouped_gemm(a, matrix, offsets), truth, narrow)
+    grad = _among_nan(torch.randn(rows, columns).to(dtype))
+    pairs = list(zip(a.split(counts), grad.split(counts), strict=True))
+    wide = torch.stack([one.double().T @ other.double() for one, other in pairs])
+    chain = torch.stack([one.T @ other for one, other in pairs])
+    for transposed in (False, True):
+        found = torch.ops.moe_kernels.grouped_gemm_wgrad(a, grad, offsets, dtype, transposed)
+        assert_accurate("wgrad", found, wide, chain)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("columns", [3072, 3073])
 @pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])

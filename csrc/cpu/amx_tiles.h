@@ -1,0 +1,185 @@
+// The tile registers of Intel's AMX, in which many rows are multiplied at the level of that name.
+//
+// A register holds 16 rows of 64 bytes. Of the first factor that is 16 rows and 32 of k; of the
+// second one it is 16 groups of k, each a vector of 16 columns; of the result 16 x 16 sums.
+#pragma once
+
+#include "cpu/panels.h"
+#include "cpu/tiles.h"
+
+#if defined(CPU_CAPABILITY_AMX) && defined(MOE_AMX_EMULATED)
+#include "cpu/amx_emulation.h"
+#endif
+
+namespace moe::CPU_CAPABILITY {
+
+// What holds the registers while products of T need them.
+template <typename T>
+struct TileRegisters {
+  TileRegisters() {}
+};
+
+#if defined(CPU_CAPABILITY_AMX)
+
+constexpr int64_t kTileRows = 16, kTileK = 32;
+constexpr int64_t kTileColumns = 2 * kTileRows;  // rows, or columns, of a product of 2 x 2 tiles
+
+// What ldtilecfg reads: eight registers of 16 rows of 64 bytes.
+struct TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+static_assert(sizeof(TileConfig) == 64);
+
+// They are released at the end, also by an exception: code of others that runs on this thread,
+// which configures them for itself, never finds them configured by us.
+template <>
+struct TileRegisters<bf16> {
+  TileRegisters() {
+    alignas(64) static constexpr TileConfig kConfig;
+    _tile_loadconfig(&kConfig);
+  }
+  ~TileRegisters() { _tile_release(); }
+  TileRegisters(const TileRegisters&) = delete;
+  TileRegisters& operator=(const TileRegisters&) = delete;
+};
+
+// One or two tiles of rows times one or two of columns: sums [rows, columns] over 32 * steps of k.
+// Of 2 x 2 tiles each register is used twice, and loading one takes half as long as a product.
+struct TileProduct {
+  const bf16* a;                     // the first tile of rows
+  int64_t a_stride, a_step, a_next;  // to its next row, to the next 32 of k, to the second tile
+  const bf16* b;                     // vectors of groups; the second tile's follow the first one's
+  int64_t b_stride;                  // to the next group, in bytes
+  int64_t steps;
+  float* out;
+  int64_t out_stride;
+  bool accumulate;  // add to out
+  // If not null: 32 lines are read ahead from here in each step.
+  const char* prefetch = nullptr;
+  int64_t prefetch_stride = 0, prefetch_step = 0;
+
+  // Rows of a matrix that are contiguous along k.
+  void set_a(const bf16* rows, int64_t stride) {
+    a = rows;
+    a_stride = stride;
+    a_step = kTileK;
+    a_next = kTileRows * stride;
+  }
+
+  // The line at p or nothing, the next ones of the step, and those of the next step.
+  void prefetch_from(const void* p, int64_t stride, int64_t step) {
+    prefetch = static_cast<const char*>(p);
+    prefetch_stride = stride * sizeof(bf16);
+    prefetch_step = step * sizeof(bf16);
+  }
+
+  // So many tiles of rows and of columns.
+  void run(int64_t rows, int64_t columns) const {
+    if (rows == 1) return columns == 1 ? run_tiles<1, 1>() : run_tiles<1, 2>();
+    return columns == 1 ? run_tiles<2, 1>() : run_tiles<2, 2>();
+  }
+
+  // The same for so many rows, which may end within a tile.
+  void run_rows(int64_t count, int64_t columns) const {
+    const int64_t tiles = ceil_div(count, kTileRows), bytes = columns * kTileRows * sizeof(float);
+    if (count == tiles * kTileRows) return run(tiles, columns);
+    alignas(64) float sums[kTileColumns * kTileColumns];
+    if (accumulate) {
+      for (int64_t i = 0; i < count; ++i) {
+        std::memcpy(sums + i * kTileColumns, out + i * out_stride, bytes);
+      }
+    }
+    TileProduct whole = *this;
+    whole.out = sums;
+    whole.out_stride = kTileColumns;
+    whole.run(tiles, columns);
+    for (int64_t i = 0; i < count; ++i) {
+      std::memcpy(out + i * out_stride, sums + i * kTileColumns, bytes);
+    }
+  }
+
+ private:
+  template <int rows, int columns>
+  void run_tiles() const {
+    const bf16 *a0 = a, *a1 = a + a_next, *b0 = b, *b1 = b + kTileK;
+    const int64_t a_bytes = a_stride * sizeof(bf16), out_bytes = out_stride * sizeof(float);
+    const int64_t b_bytes = b_stride, b_step = kTileRows * b_stride / sizeof(bf16);
+    float *top = out, *below = out + kTileRows * out_stride;
+    // Compilers do not know that tiles are loaded from what was written before.
+    asm volatile("" ::: "memory");
+    if (accumulate) {
+      _tile_loadd(0, top, out_bytes);
+      if constexpr (columns == 2) _tile_loadd(1, top + kTileRows, out_bytes);
+      if constexpr (rows == 2) _tile_loadd(2, below, out_bytes);
+      if constexpr (rows == 2 && columns == 2) _tile_loadd(3, below + kTileRows, out_bytes);
+    } else {
+      _tile_zero(0);
+      if constexpr (columns == 2) _tile_zero(1);
+      if constexpr (rows == 2) _tile_zero(2);
+      if constexpr (rows == 2 && columns == 2) _tile_zero(3);
+    }
+    const char* ahead = prefetch;
+    for (int64_t s = 0; s < steps; ++s) {
+      _tile_loadd(6, b0, b_bytes);
+      _tile_loadd(4, a0, a_bytes);
+      _tile_dpbf16ps(0, 4, 6);
+      if constexpr (columns == 2) {
+        _tile_loadd(7, b1, b_bytes);
+        _tile_dpbf16ps(1, 4, 7);
+      }
+      if constexpr (rows == 2) {
+        _tile_loadd(5, a1, a_bytes);
+        _tile_dpbf16ps(2, 5, 6);
+      }
+      if constexpr (rows == 2 && columns == 2) _tile_dpbf16ps(3, 5, 7);
+      a0 += a_step;
+      a1 += a_step;
+      b0 += b_step;
+      b1 += b_step;
+      if (ahead) {
+        for (int64_t i = 0; i < 32; ++i) prefetch_line(ahead + i * prefetch_stride);
+        ahead += prefetch_step;
+      }
+    }
+    _tile_stored(0, top, out_bytes);
+    if constexpr (columns == 2) _tile_stored(1, top + kTileRows, out_bytes);
+    if constexpr (rows == 2) _tile_stored(2, below, out_bytes);
+    if constexpr (rows == 2 && columns == 2) _tile_stored(3, below + kTileRows, out_bytes);
+  }
+};
+
+// Columns of rows [part.begin, part.end) of `row(i)`, i < limit, as rows of tiles:
+// [columns / 16, steps, 16, 32], zeros past the last row and column.
+template <typename Row>
+void pack_transposed(bf16* out, Row row, int64_t limit, Range part, Range columns) {
+  const int64_t steps = ceil_div(part.size(), kTileK);
+  for (int64_t s = 0; s < steps; ++s) {
+    const int64_t first = part.begin + s * kTileK;
+    for (int64_t i = first + kTileK; i < min(first + 2 * kTileK, limit); ++i) {
+      const bf16* next = row(i) + columns.begin;
+      for (int64_t c = 0; c < columns.size(); c += kTileK) prefetch_line(next + c);
+    }
+    for (int64_t c = 0; c < columns.size(); c += kTileRows) {
+      const int64_t width = min(columns.size() - c, kTileRows);
+      const auto mask = static_cast<__mmask16>((1u << width) - 1);
+      const auto values = [&](int64_t i) {
+        if (i >= part.end) return _mm512_setzero_si512();
+        return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, row(i) + columns.begin + c));
+      };
+      Vec<float> groups[kTileRows];
+      for (int64_t g = 0; g < kTileRows; ++g) {
+        const __m512i second = _mm512_slli_epi32(values(first + 2 * g + 1), 16);
+        groups[g] = bit_cast<Vec<float>>(_mm512_or_si512(values(first + 2 * g), second));
+      }
+      transpose<float>(groups);
+      bf16* tile = out + (c / kTileRows * steps + s) * kTileRows * kTileK;
+      std::memcpy(tile, groups, sizeof(groups));
+    }
+  }
+}
+
+#endif
+
+}  // namespace moe::CPU_CAPABILITY

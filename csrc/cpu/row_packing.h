@@ -1,0 +1,145 @@
+// How rows are packed for products with matrices.
+//
+// m rows of k elements. For a matrix whose columns are contiguous (k_contiguous) vectors hold many
+// rows; few rows, and all rows for a matrix [k, n], stay rows.
+#pragma once
+
+#include "cpu/panels.h"
+#include "cpu/tiles.h"
+
+namespace moe::CPU_CAPABILITY {
+
+template <typename T>
+constexpr int kStep = kLanes<acc_t<T>> * Compute<T>::G;  // elements of k in a vector
+
+// Rows of a matrix [k, n] that a few packed rows are multiplied with at a time. More are fewer
+// passes over sums, fewer are read faster: up to so many packed rows that is what takes the time.
+constexpr int kRowsTogether = kRegisters == 32 ? 16 : 4, kRowsReadFast = kRegisters == 32 ? 8 : 4;
+constexpr int64_t kVeryFewRows = 8;
+
+// Elements of a packed row: whole vectors and whole groups of kRowsTogether, and one vector more so
+// that rows do not fall on the same lines of a cache.
+template <typename T>
+MOE_INLINE int64_t padded(int64_t k) {
+  constexpr int64_t multiple = max(kStep<T>, kRowsTogether);
+  return ceil_div(k, multiple) * multiple + kStep<T>;
+}
+
+// More rows than this fill enough of a vector. In tile registers that is cheap: there any rest
+// beside whole vectors is one too.
+template <typename T>
+constexpr int kLeastOfVector =
+    kTileRegisters<T> || kRegisters < 32 ? kLanes<acc_t<T>> / 2 : 3 * kLanes<acc_t<T>> / 4;
+
+// How m rows are packed for a k-contiguous matrix: blocks of vectors, each [groups, vectors, lanes,
+// G], then rows that would fill too little of a vector, each padded.
+template <typename T>
+struct Blocks {
+  int64_t vectors, rest, count;
+
+  explicit Blocks(int64_t m) {
+    constexpr int64_t L = kLanes<acc_t<T>>;
+    vectors = m / L;
+    rest = m % L;
+    const bool whole = kTileRegisters<T> && vectors > 0;
+    if (rest > (whole ? 0 : kLeastOfVector<T>)) {
+      ++vectors;
+      rest = 0;
+    }
+    count = ceil_div(vectors, OuterTile<T>::kMaxVectors);
+  }
+
+  // The number of the first vector of block i.
+  int64_t first(int64_t i) const { return vectors * i / count; }
+};
+
+template <typename T>
+int64_t packed_size(bool k_contiguous, int64_t m, int64_t k) {
+  using U = operand_t<T>;
+  if (!k_contiguous) {
+    // Tile registers read 16 rows at a time; sums of those past the last one go nowhere.
+    const int64_t rows = kTileRegisters<T> ? ceil_div(m, 16) * 16 : m;
+    return rows * padded<T>(k) * sizeof(U);
+  }
+  const Blocks<T> blocks(m);
+  const int64_t block = group_count<T>(k) * kStep<T>;
+  return (blocks.vectors * block + blocks.rest * padded<T>(k)) * sizeof(U);
+}
+
+// n elements and zeros up to `whole` of them.
+template <typename T>
+void pack_row(operand_t<T>* out, const T* row, int64_t n, int64_t whole) {
+  if constexpr (kNative<T>) {
+    std::memcpy(out, row, n * sizeof(T));
+  } else {
+    for (int64_t i = 0; i < n; i += kLanes<float>) {
+      const int64_t lanes = min(n - i, kLanes<float>);
+      if (lanes == kLanes<float>) {
+        store(out + i, load(row + i));
+      } else {
+        store_some(out + i, load_some(row + i, lanes), lanes);
+      }
+    }
+  }
+  std::memset(out + n, 0, (whole - n) * sizeof(operand_t<T>));
+}
+
+// A vector of so many rows, elements [0, n) of each: groups [0, groups) of it, zeros past n.
+template <typename T>
+void pack_vector(operand_t<T>* out, int64_t out_step, const T* const* rows, int64_t count,
+                 int64_t n, int64_t groups) {
+  using A = acc_t<T>;
+  constexpr int L = kLanes<A>, G = Compute<T>::G;
+  for (int64_t k = 0; k < groups * G; k += L * G) {
+    Vec<A> lanes[L];
+    MOE_UNROLL
+    for (int i = 0; i < L; ++i) {
+      if (i >= count) {
+        lanes[i] = Vec<A>{};
+      } else if (k + L * G <= n) {
+        lanes[i] = Groups<T>::load_wide(rows[i] + k);
+      } else {
+        T rest[L * G] = {};
+        if (k < n) std::memcpy(rest, rows[i] + k, (n - k) * sizeof(T));
+        lanes[i] = Groups<T>::load_wide(rest);
+      }
+    }
+    transpose<A>(lanes);
+    const int64_t stored = min(L, groups - k / G);
+    operand_t<T>* to = out + k / G * out_step;
+    if (stored == L) {
+      MOE_UNROLL
+      for (int g = 0; g < L; ++g) std::memcpy(to + g * out_step, &lanes[g], sizeof(lanes[g]));
+    } else {
+      for (int64_t g = 0; g < stored; ++g)
+        std::memcpy(to + g * out_step, &lanes[g], sizeof(lanes[g]));
+    }
+  }
+}
+
+template <typename T>
+void pack(bool k_contiguous, void* packed, const T* const* rows, int64_t m, int64_t k, Range part) {
+  using U = operand_t<T>;
+  constexpr int64_t L = kLanes<acc_t<T>>, G = Compute<T>::G;
+  U* out = static_cast<U*>(packed);
+  const int64_t n = part.size(), row_size = padded<T>(k);
+  // The last part also writes the zeros.
+  const int64_t whole = part.end == k ? row_size - part.begin : n;
+  const Blocks<T> blocks(k_contiguous ? m : 0);
+  const int64_t groups = group_count<T>(k);
+  const int64_t part_groups = part.end == k ? groups - part.begin / G : ceil_div(n, G);
+  for (int64_t i = 0; i < blocks.count; ++i) {
+    const int64_t first = blocks.first(i), vectors = blocks.first(i + 1) - first;
+    U* block = out + first * groups * L * G + part.begin / G * vectors * L * G;
+    for (int64_t v = 0; v < vectors; ++v) {
+      const int64_t row = (first + v) * L;
+      pack_vector<T>(block + v * L * G, vectors * L * G, rows + row, min(m - row, L), n,
+                     part_groups);
+    }
+  }
+  const int64_t done = min(blocks.vectors * L, m);
+  out += blocks.vectors * groups * L * G + part.begin;
+  for (int64_t i = done; i < m; ++i) pack_row<T>(out + (i - done) * row_size, rows[i], n, whole);
+}
+
+}  // namespace moe::CPU_CAPABILITY
