@@ -164,8 +164,9 @@ def _topk_router_kernel(
     if ALONE:
         tl.store(load + expert, count, mask=mask)
     else:
-        # integers: the sum does not depend on the order of programs
-        tl.atomic_add(load + expert, count, mask=mask, sem="relaxed")
+        # Integers: the sum does not depend on the order of programs. Few experts are among the
+        # chosen of a program's few tokens; the others' counters are left alone.
+        tl.atomic_add(load + expert, count, mask=mask & (count > 0), sem="relaxed")
 
 
 @triton.jit
