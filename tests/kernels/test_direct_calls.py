@@ -311,6 +311,19 @@ def test_errors_are_those_of_python(
         assert found == [_error(function, inputs) for inputs in wrong]
 
 
+def test_shapes_of_quantised_experts_may_be_lists(without_direct_calls: Callable[[], None]) -> None:
+    """As one has them from JSON."""
+    inputs = quantized_case()
+    lists = {
+        name: replace(inputs[name], shape=list(inputs[name].shape)) for name in ("gate_up", "down")
+    }
+    with torch.inference_mode():
+        right = moe_kernels.fused_experts_quantized(**inputs)
+        assert same(moe_kernels.fused_experts_quantized(**{**inputs, **lists}), right)
+        without_direct_calls()
+        assert same(moe_kernels.fused_experts_quantized(**{**inputs, **lists}), right)
+
+
 def test_compiles_whole_in_inference_mode() -> None:
     inputs, router = experts_case(), router_case()
 
