@@ -101,8 +101,6 @@ bench: build
 # looking for GPUs without starting the driver leaves processes free to fork
 gpu-check gpu-bench gpu-tune: export PYTORCH_NVML_BASED_CUDA_CHECK ?= 1
 gpu-check: export MOE_KERNELS_CUDA ?= on
-gpu-check: export MOE_KERNELS_CUDA_ARCHS ?= $(shell nvidia-smi --query-gpu=compute_cap \
-	--format=csv,noheader 2>/dev/null | sed -n '1{s/\.//; s/^[0-9]*$$/&-real/p}' | sed 's/^\(9\|1.\)0-/\10a-/')
 gpu-check: $(ENVIRONMENT)
 	@mkdir -p $(OUT); status=0; began=$$(date +%s); \
 	left() { echo $$((began + $$1 - $$(date +%s))); }; \
@@ -123,6 +121,7 @@ gpu-check: $(ENVIRONMENT)
 		options="$$options $$(has pytest_timeout && echo --timeout=75 --timeout-method=thread)"; \
 		timeout --signal=INT --kill-after=20 $$(left 510) env --default-signal=INT $(PYTEST) \
 			-m "gpu and not slow" $$options -p tests.progress --progress $(OUT)/tests.jsonl \
+			--first tests/kernels/test_gpu.py \
 			--continue-on-collection-errors --junitxml=$(OUT)/tests.xml $(ARGS) || status=1; \
 	else \
 		echo "gpu-check needs pytest for the tests; the packages that they use are the extra" \

@@ -1,7 +1,8 @@
 """Results of tests, written as they come: ``-p tests.progress --progress FILE``.
 
 Pytest's own reports are written when all is over. A test that never ends takes them along, and is
-then the one that this file says was started and nothing else.
+then the one that this file says was started and nothing else. For runs that may be out of time,
+``--first`` says whose tests are worth most.
 """
 
 from __future__ import annotations
@@ -15,12 +16,18 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--progress", metavar="FILE", help="a line of JSON for each start and result")
+    parser.addoption("--first", metavar="FILE", help="tests of this file come before others")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     path = config.getoption("--progress")
     if path and not hasattr(config, "workerinput"):  # xdist's first process hears of all tests
         config.pluginmanager.register(Progress(Path(path)))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if first := config.getoption("--first"):
+        items.sort(key=lambda item: item.nodeid.split("::")[0] != first)
 
 
 class Progress:
