@@ -132,7 +132,7 @@ def test_router_adds_to_the_counters_of_chosen_experts_alone() -> None:
         adds.append(int(mask.data.sum()))
         return inner(self, operation, pointers, values, mask, *rest)
 
-    tokens, experts, top_k, at_once = 40, 64, 2, 1024 // 64
+    tokens, experts, top_k, at_once = 40, 64, 2, 512 // 64
     logits = torch.randn(tokens, experts)
     options = ("softmax", True, True, None, 1, 1, "max", 0.0, 1.0, None, None, False)
     with mock.patch.object(InterpreterBuilder, "create_atomic_rmw", note):
