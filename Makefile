@@ -127,7 +127,7 @@ gpu-check: $(ENVIRONMENT)
 		echo "gpu-check needs pytest for the tests; the packages that they use are the extra" \
 			"\"test\" of pyproject.toml." >&2; status=1; \
 	fi; \
-	tar --exclude=all.tgz -C $(OUT) -czf $(OUT)/all.tgz . || status=1; \
+	tar -C $(OUT) -czf $(OUT:/=).tgz . || status=1; \
 	exit $$status
 
 # The full sweep: hours. Started again, it goes on where it was. LIMIT=SECONDS ends it earlier.

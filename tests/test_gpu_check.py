@@ -69,7 +69,7 @@ def test_all_is_done_in_order(tmp_path: Path) -> None:
     assert "--timeout=75" in run.call("pytest -m")
     first = run.call("pytest -m").split("--first ")[1].split(" ")[0]
     assert (ROOT / first).exists()
-    with tarfile.open(run.out / "all.tgz") as archive:
+    with tarfile.open(run.out.with_suffix(".tgz")) as archive:
         assert "./build.log" in archive.getnames()
 
 
@@ -96,7 +96,7 @@ def test_what_fails_is_said_and_the_rest_goes_on(
         assert not any("-m pytest" in call for call in run.calls)
     else:
         assert run.call("-m pytest").split(" ")[1] == backend
-    assert (run.out / "all.tgz").exists()
+    assert run.out.with_suffix(".tgz").exists()
     if "ON" in fails:
         assert "failed or took too long" in run.error
         assert (run.out / "build.log").read_text() == "with CUDA\n"
