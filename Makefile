@@ -111,31 +111,41 @@ bench: build
 	$(PY) -m benchmarks run fused_experts $(ARGS)
 
 # On a machine with an NVIDIA GPU: PYTHON=python3 make gpu-check. Ends within nine minutes whatever
-# happens (130 + 50 + 175 + 15 + 150 seconds), with what it has found by then: the build, without CUDA
-# sources if they do not build; the main tables, each in a process of its own; the GPU's tests. What
-# fails is said and counted, and the rest goes on. Most of the tests' time goes into compiling kernels:
-# they run in parallel where pytest-xdist is installed.
+# happens, with what it has found by then: the build, without CUDA sources if they do not build, and
+# Triton's kernels alone if nothing does; the main tables, each in a process of its own, until second
+# 330; the GPU's tests, until second 510. Time that is not taken goes to what comes after. What fails
+# is said and counted, and the rest goes on. Most of the time goes into compiling kernels: that is
+# done side by side before the tables, and the tests run so where pytest-xdist is installed.
 # looking for GPUs without starting the driver leaves processes free to fork
 gpu-check gpu-bench gpu-tune: export PYTORCH_NVML_BASED_CUDA_CHECK ?= 1
 gpu-check: export MOE_KERNELS_CUDA ?= on
 gpu-check: $(ENVIRONMENT)
-	@mkdir -p $(OUT); status=0; \
-	timeout --kill-after=5 125 $(BUILD) > $(OUT)/build.log 2>&1 || { status=1; \
+	@mkdir -p $(OUT); status=0; began=$$(date +%s); \
+	left() { echo $$((began + $$1 - $$(date +%s))); }; \
+	has() { $(PY) -c "import $$1" 2> /dev/null; }; \
+	timeout --kill-after=5 120 $(BUILD) > $(OUT)/build.log 2>&1 || { status=1; \
 		echo "gpu-check: the build with MOE_KERNELS_CUDA=$$MOE_KERNELS_CUDA failed or took too" \
 			"long, see $(OUT)/build.log; trying without CUDA sources" >&2; \
-		MOE_KERNELS_CUDA=off timeout --kill-after=5 45 $(BUILD); }; \
-	timeout --signal=INT --kill-after=5 170 $(PY) -m benchmarks sweep main --device cuda \
-		--out $(OUT) --limit 165 || status=1; \
-	timeout --kill-after=5 10 $(PY) -m benchmarks report $(OUT) --tables \
+		MOE_KERNELS_CUDA=off timeout --kill-after=5 90 $(BUILD) > $(OUT)/build-off.log 2>&1 || { \
+			echo "gpu-check: that failed too, see $(OUT)/build-off.log; going on with Triton's" \
+				"kernels, without the extension" >&2; \
+			export MOE_KERNELS_BACKEND=triton; }; }; \
+	timeout --signal=INT --kill-after=5 $$(left 340) $(PY) -m benchmarks sweep main --device cuda \
+		--out $(OUT) --compile 45 --limit $$(left 330) || status=1; \
+	timeout --kill-after=5 20 $(PY) -m benchmarks report $(OUT) --tables \
 		--out $(OUT)/report > /dev/null || status=1; \
-	if $(PY) -c 'import pytest'; then \
-		parallel=$$($(PY) -c 'import xdist' 2>/dev/null && echo --numprocesses=8 --dist=worksteal); \
-		timeout --signal=INT --kill-after=5 145 env $(PYTEST) -m "gpu and not slow" $$parallel \
+	if has pytest; then \
+		options=$$(has xdist && echo --numprocesses=8 --dist=worksteal); \
+		options="$$options $$(has pytest_timeout && echo --timeout=75 --timeout-method=thread)"; \
+		timeout --signal=INT --kill-after=20 $$(left 510) env --default-signal=INT $(PYTEST) \
+			-m "gpu and not slow" $$options -p tests.progress --progress $(OUT)/tests.jsonl \
+			--first tests/kernels/test_gpu.py \
 			--continue-on-collection-errors --junitxml=$(OUT)/tests.xml $(ARGS) || status=1; \
 	else \
 		echo "gpu-check needs pytest for the tests; the packages that they use are the extra" \
 			"\"test\" of pyproject.toml." >&2; status=1; \
 	fi; \
+	tar -C $(OUT) -czf $(OUT:/=).tgz . || status=1; \
 	exit $$status
 
 # The full sweep: hours. Started again, it goes on where it was. LIMIT=SECONDS ends it earlier.
@@ -149,7 +159,7 @@ gpu-bench: build
 gpu-tune: build
 	until $(PY) -m benchmarks tune --device cuda --limit $(LIMIT) --out $(OUT)/tiles.json $(ARGS); do \
 		test -e $(OUT)/tiles.trying || exit 1; \
-		echo "gpu-tune: a kernel did not end; again without it" >&2; \
+		echo "gpu-tune: a kernel did not end, or broke the device; again without it" >&2; \
 	done
 
 # CMake and ninja do only what is needed, so it is always run.

@@ -261,11 +261,12 @@ def _report(options: argparse.Namespace) -> int:
     for file in files:
         found = results.read(file)
         device, commit = found["device"], found["commit"]
+        name = commit["hash"] or f"unknown, sources {commit['sources']}"
         dirty = " with changes" if commit["dirty"] else ""
         versions = ", ".join(f"{name} {of}" for name, of in found["versions"].items() if of)
         parts += [
             f"## {found['op']} on {device['name']}, {found['threads']} threads",
-            f"Commit {commit['hash']}{dirty}, {found['date']}; {versions}.",
+            f"Commit {name}{dirty}, {found['date']}; {versions}.",
             *_absent(found["providers"]),
             tables.summary(found["rows"]),
         ]

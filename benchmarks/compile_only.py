@@ -101,6 +101,7 @@ class Report:
         wgmma, tcgen05, mma: tensor core instructions of each kind, in the PTX.
         float8: those among them that multiply float8.
         tma_load, tma_store, cp_async: instructions that copy to or from shared memory.
+        wide_loads: loads of 16 bytes a thread to registers.
         detours: tiles that pass through registers on their way to a ``wgmma``, in a pipelined loop.
         fenced: every wait for ``cp.async`` is followed by a proxy fence before a ``wgmma``.
         serialized: ptxas could not keep ``wgmma`` asynchronous.
@@ -127,6 +128,7 @@ class Report:
     tma_load: int
     tma_store: int
     cp_async: int
+    wide_loads: int
     detours: int
     fenced: bool
     serialized: bool
@@ -217,6 +219,7 @@ def read(case: str, kernel: Any, arch: int) -> Report:
         tma_load=len(re.findall(r"cp\.async\.bulk\.tensor\S*\.shared::c\w+\.global", ptx)),
         tma_store=len(re.findall(r"cp\.async\.bulk\.tensor\S*\.global\.shared", ptx)),
         cp_async=len(re.findall(r"cp\.async\.c[ag]", ptx)),
+        wide_loads=len(re.findall(r"ld\.global\S*\.(?:v4\.b32|v2\.b64)", ptx)),
         detours=_detours(kernel.asm["ttgir"]),
         fenced=_is_fenced(ptx),
         serialized="serialized" in log,

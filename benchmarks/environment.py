@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.metadata
 import os
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ("benchmarks", "csrc", "moe_kernels", "moe_parallel")
+SUFFIXES = (".py", ".cpp", ".h", ".cu", ".json")
 MODULES = ("torch", "triton", "transformers", "moe_kernels", "numpy")
 # other libraries, by what pip calls them
 PEERS = (
@@ -67,10 +70,23 @@ def slug(device: dict[str, Any]) -> str:
 
 
 def commit() -> dict[str, Any]:
-    """Hash of the checked out commit, and whether tracked files differ from it."""
+    """Hash of the checked out commit, whether tracked files differ from it, and a digest of the
+    sources, which tells a copy without git from others."""
     hash_ = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
     changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
-    return {"hash": hash_ or None, "dirty": bool(changed)}
+    return {"hash": hash_ or None, "dirty": bool(changed), "sources": digest(ROOT)}
+
+
+def digest(root: Path) -> str:
+    """Of the names and contents of source files; results are none."""
+    seen = hashlib.sha256()
+    for folder in SOURCES:
+        for path in sorted((root / folder).rglob("*")):
+            name = path.relative_to(root)
+            if path.suffix in SUFFIXES and name.parts[:2] != ("benchmarks", "results"):
+                content = path.read_bytes()
+                seen.update(f"{name.as_posix()} {len(content)}\n".encode() + content)
+    return seen.hexdigest()[:16]
 
 
 def _output(*command: str) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DIRECTIONS = ("forward", "backward", "forward+backward")
+FORWARD_ONLY = {"cpu": ("forward",), "cuda": ("forward",)}  # of ops without gradients
 
 Inputs = Mapping[str, Tensor]
 Output = Tensor | tuple[Tensor, ...]

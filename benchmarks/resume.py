@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks import results
 from benchmarks.limits import Limits
-from benchmarks.runner import CaseKey
+from benchmarks.runner import CaseKey, Done
 
 Row = dict[str, Any]
 
@@ -47,8 +47,10 @@ class Earlier:
     crashed: dict[str, str] = field(default_factory=dict)
 
     @property
-    def done(self) -> frozenset[CaseKey]:
-        return frozenset((row["shape"], row["dtype"], row["routing"]) for row in self.rows)
+    def done(self) -> Done:
+        return frozenset(
+            ((row["shape"], row["dtype"], row["routing"]), row["direction"]) for row in self.rows
+        )
 
 
 def earlier(path: Path, described: Mapping[str, Any]) -> Earlier:

@@ -35,6 +35,7 @@ Row = dict[str, Any]
 NOTHING = {"forward": Cost(0.0, 0.0), "backward": Cost(0.0, 0.0)}
 SLOW_MS = 10000.0  # a first call longer than this is not repeated just to be warm
 CaseKey = tuple[str, str, str]  # shape, dtype, routing
+Done = frozenset[tuple[CaseKey, str]]  # cases and directions
 
 
 class DeviceLostError(RuntimeError):
@@ -59,7 +60,7 @@ class Settings:
         large_pages: whether weights in CPU memory lie on large pages.
         threads: of PyTorch in each process of an op on ranks; none means that they share the cores.
         timeout: seconds that a rank waits for the others in an exchange.
-        done: cases that are not computed again.
+        done: cases and directions that are not computed again.
         crashed: why providers are not tried, since they ended the process before.
         watch: is told which provider is tried on which case, and None when it is over.
     """
@@ -76,7 +77,7 @@ class Settings:
     large_pages: bool = False
     threads: int | None = None
     timeout: float = 120.0
-    done: frozenset[CaseKey] = frozenset()
+    done: Done = frozenset()
     crashed: Mapping[str, str] = field(default_factory=dict)
     watch: Callable[[CaseKey, str | None], None] = unwatched
 
@@ -108,20 +109,20 @@ def available(op: Op, device: str, wanted: Sequence[str] = ()) -> dict[str, str]
 
 
 def run_op(op: Op, settings: Settings) -> Iterator[tuple[list[Row], str, Limits]]:
-    """Measure ``op``: for each dtype and shape its rows, the dtype, and the machine's limits."""
+    """Measure ``op``: for each dtype, shape and mode rows, the dtype, and the machine's limits.
+
+    A mode's rows come before the next mode is begun, which may take the process with it.
+    """
     device = settings.device
     clock = make_clock(device)
     usable = [n for n, why in available(op, device.type, settings.providers).items() if not why]
     directions = settings.directions or op.directions[device.type]
-    modes = {
-        "inference": [d for d in directions if d == "forward"],
-        "training": [d for d in directions if d != "forward"],
-    }
     for dtype in settings.dtypes or op.dtypes[device.type]:
         shapes = op.shapes(device.type, settings.shapes)
         for shape, routing in [(s, r) for s in shapes for r in settings.routings(op, s)]:
             key = (str(shape), dtype, routing)
-            if key in settings.done:
+            left = [d for d in directions if (key, d) not in settings.done]
+            if not left:
                 continue
             limits = measure_limits(clock, device, DTYPES[dtype])
             common = {"op": op.name, "shape": str(shape), "sizes": dict(shape.sizes)}
@@ -137,20 +138,24 @@ def run_op(op: Op, settings: Settings) -> Iterator[tuple[list[Row], str, Limits]
             except torch.OutOfMemoryError as error:  # a smaller GPU: other shapes go on
                 note = f"its inputs do not fit: {error}".split("\n")[0]
                 nobody = {name: Contender(note=note) for name in usable}
-                for direction in directions:
+                for direction in left:
                     rows += make_rows(common, direction, nobody, NOTHING, None)
                 yield rows, dtype, limits
                 free(device)
                 continue
-            for mode, wanted in modes.items():
-                if not wanted or (mode == "training" and not case.differentiable):
+            for training in (False, True):
+                wanted = [d for d in left if (d != "forward") is training]
+                if not wanted or (training and not case.differentiable):
                     continue
-                contenders = _compete(op, case, clock, settings, usable, mode == "training", key)
+                rows = []
+                contenders = _compete(op, case, clock, settings, usable, training, key)
                 yardstick = contenders[op.plain].accuracy if op.plain in contenders else None
                 bound = ABSOLUTE[DTYPES[dtype]] if op.bound is None else op.bound
                 for direction in wanted:
                     rows += make_rows(common, direction, contenders, cost, yardstick, bound)
-            yield rows, dtype, limits
+                del contenders, yardstick  # with what they hold of the memory
+                free(device)
+                yield rows, dtype, limits
             del case
             free(device)
 
@@ -177,20 +182,21 @@ def _compete(
             continue
         settings.watch(key, name)
         contenders[name] = _try(op, PROVIDERS[name], case, clock, truth, training)
-    settings.watch(key, None)
     del truth
     calls = {name: contender.call for name, contender in contenders.items() if contender.call}
-    first = {name: contenders[name].first for name in calls}
     samples = take_turns(
-        clock, calls, first, seconds=settings.seconds, max_rounds=settings.max_rounds
+        clock,
+        calls,
+        {name: contenders[name].first for name in calls},
+        seconds=settings.seconds,
+        max_rounds=settings.max_rounds,
+        before=lambda name: settings.watch(key, name),
+        failed=lambda name: check_device(case.device, name),
     )
+    settings.watch(key, None)
     for name, taken in samples.items():
         contenders[name].samples = taken
         contenders[name].note = f"does not run: {taken.failure}" if taken.failure else ""
-        if taken.failure:
-            settings.watch(key, name)
-            check_device(case.device, name)
-            settings.watch(key, None)
     clear_gradients(case)
     return contenders
 

@@ -124,6 +124,8 @@ def take_turns(
     *,
     seconds: float,
     max_rounds: int,
+    before: Callable[[str], None] = lambda name: None,
+    failed: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Samples]:
     """Measure all ``calls`` in rounds until the time is used up.
 
@@ -132,6 +134,9 @@ def take_turns(
         seconds: for all of them together, at least 3 rounds. One whose call takes more than its
             share, ``seconds / 3 / len(calls)``, is not called again: ``first`` is its sample.
         max_rounds: at most.
+        before: is told whose turn it is.
+        failed: is told whose turn raised, before anybody else's is: who broke the device would
+            not be known after that. What it raises ends the measurement.
 
     Returns:
         Samples by name.
@@ -152,10 +157,12 @@ def take_turns(
         for name in order:
             if samples[name].failure:
                 continue
+            before(name)
             try:
                 samples[name].add(measure(clock, calls[name], turn, repeats[name]))
             except Exception as error:  # out of memory with other inputs, say: the rest goes on
                 samples[name] = Samples(failure=f"{type(error).__name__}: {error}".split("\n")[0])
                 clock.reset()
+                failed(name)
         order = order[1:] + order[:1]  # nobody always follows the same neighbour
     return samples

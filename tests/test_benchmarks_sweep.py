@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 import torch
@@ -19,7 +21,16 @@ from benchmarks.limits import Limits
 from benchmarks.ops import OPS
 from benchmarks.providers import OURS, PROVIDERS
 from benchmarks.registry import Case, Implementation, Inputs, Output
-from benchmarks.sweep import DEVICE_LOST, PLANS, Part, outcome, start_process, sweep
+from benchmarks.sweep import (
+    DEVICE_LOST,
+    PLANS,
+    Part,
+    compile_first,
+    launch,
+    outcome,
+    start_process,
+    sweep,
+)
 from benchmarks.tables import vs_best_peer
 from tests.conftest import HAS_GPU
 
@@ -107,6 +118,66 @@ def test_what_ends_the_process_is_not_tried_again(
     assert note == "does not run: it ended the process at T5 H16 I8 E4 K2 fp32 uniform"
     assert rows["T5 H16 I8 E4 K2", OURS]["ms"] > 0
     assert found["crashed"] == {"deadly": note}
+
+
+def test_rows_of_inference_outlast_a_crash_in_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And only what is missing is computed then."""
+    out, modes = tmp_path / "out.json", []
+
+    def deadly(case: Case) -> None:
+        modes.append("training" if torch.is_grad_enabled() else "inference")
+        if modes[-1] == "training":
+            os._exit(7)
+
+    provider(monkeypatch, "deadly", deadly)
+    both = ["deadly", "--resume", "--direction", "forward", "backward"]
+    child = os.fork()
+    if child == 0:
+        try:
+            run(out, *both, shapes=[FIRST])
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    before = results.read(out)["rows"]
+    assert {(row["direction"], row["provider"]) for row in before if row["ms"]} == {
+        ("forward", name) for name in (OURS, "torch", "deadly")
+    }
+    assert run(out, *both, shapes=[FIRST]) == 0
+    assert modes == []
+    rows = results.read(out)["rows"]
+    assert rows[: len(before)] == before
+    assert {row["provider"] for row in rows[len(before) :] if row["ms"]} == {OURS, "torch"}
+    assert {row["direction"] for row in rows[len(before) :]} == {"backward"}
+
+
+def test_who_broke_the_device_is_blamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not one whose turn comes after that, and fails too."""
+    out, calls, broken = tmp_path / "out.json", [], []
+
+    def innocent(case: Case) -> None:
+        if broken:
+            raise RuntimeError("an illegal memory access was encountered")
+
+    def deadly(case: Case) -> None:
+        calls.append(case)
+        if len(calls) == 5:  # two to try it, two in its first turn
+            broken.append(case)
+            raise RuntimeError("an illegal memory access was encountered")
+
+    def check(device: torch.device, name: str) -> None:
+        if broken:
+            raise runner.DeviceLostError(f"{name} left the GPU unusable")
+
+    provider(monkeypatch, "innocent", innocent)
+    provider(monkeypatch, "deadly", deadly)
+    monkeypatch.setattr(runner, "check_device", check)
+    three = ["innocent", "deadly", "--resume", "--rounds", "3"]
+    assert run(out, *three, shapes=[FIRST]) == DEVICE_LOST
+    broken.clear()
+    assert run(out, *three, shapes=[FIRST]) == 0
+    assert set(results.read(out)["crashed"]) == {"deadly"}
 
 
 def test_an_interrupt_blames_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,6 +346,59 @@ def test_a_sweep_ends_in_time(tmp_path: Path) -> None:
     assert runs.now <= 100.0
 
 
+class Compiling:
+    """A process that ends after some seconds, on the clock of all."""
+
+    def __init__(self, clock: list[float], seconds: float) -> None:
+        self.clock, self.end, self.killed = clock, clock[0] + seconds, False
+
+    def wait(self, seconds: float | None = None) -> int:
+        if not self.killed and seconds is not None:
+            self.clock[0] = max(self.clock[0], min(self.end, self.clock[0] + seconds))
+            if self.clock[0] < self.end:
+                raise subprocess.TimeoutExpired("compile", seconds)
+        return 0
+
+    def kill(self) -> None:
+        self.killed = True
+
+
+def test_kernels_are_compiled_side_by_side_for_a_while(tmp_path: Path) -> None:
+    clock, begun = [0.0], []
+    ends = {"a": 10.0, "b": 1e9, "c": 20.0, "d": 1e9}
+
+    def begin(arguments: Sequence[str], output: TextIO) -> Any:
+        begun.append((arguments, Compiling(clock, ends[arguments[1]])))
+        return begun[-1][1]
+
+    parts = [Part(name, ("run", name, "--provider", "torch"), 60.0) for name in ("a", "b", "c")]
+    parts.append(Part("d", ("run", "d"), 60.0))
+    compile_first(parts, tmp_path, "cuda", 45.0, 3, begin, lambda: clock[0])
+    assert [arguments[1] for arguments, _ in begun] == ["a", "b", "c"]
+    assert [process.killed for _, process in begun] == [False, True, False]
+    assert clock == [45.0]
+    folders = {arguments[arguments.index("--out") + 1] for arguments, _ in begun}
+    assert len(folders) == 3
+    assert not any(folder.startswith(str(tmp_path)) for folder in folders)
+
+
+def test_what_compiles_runs_ours_alone(tmp_path: Path) -> None:
+    """Each mode is called, and nothing is timed that could take long."""
+    part = PLANS["main"][0]
+    seen = []
+
+    def begin(arguments: Sequence[str], output: TextIO) -> Any:
+        words = [word for word in arguments if word != "qwen3-30b-a3b"]
+        place = words.index("--shape")
+        code = main([*words[: place + 1], FIRST, *words[place + 1 :], "--dtype", "fp32"])
+        found = results.read(Path(arguments[arguments.index("--out") + 1]) / "fused_experts.json")
+        seen.extend((code, [(row["provider"], row["direction"]) for row in found["rows"]]))
+        return Compiling([0.0], 0.0)
+
+    compile_first([part], tmp_path, "cpu", 45.0, 1, begin)
+    assert seen == [0, [(OURS, "forward"), (OURS, "forward+backward")]]
+
+
 @pytest.mark.skipif(HAS_GPU, reason="there is one")
 def test_a_sweep_of_a_gpu_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sweep", "main", "--out", "nowhere"]) == 2
@@ -290,6 +414,39 @@ def test_installed_libraries_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_process_that_takes_too_long_is_ended() -> None:
     assert outcome(start_process(["list", "--device", "cpu"], 0.3)) == "out of time"
+
+
+def test_an_interrupt_is_heard_in_the_background() -> None:
+    """Where a shell has told this process to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process = launch(["list", "--device", "cpu"])
+        process.send_signal(signal.SIGINT)
+        assert process.wait(120) != 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_copy_without_git_is_known_by_its_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("csrc/a.cpp", "moe_kernels/b.py", "benchmarks/results/x.json", "docs/c.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("one")
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    first = environment.commit()
+    assert (first["hash"], first["dirty"]) == (None, False)
+    for name in ("benchmarks/results/x.json", "docs/c.md"):
+        (tmp_path / name).write_text("two")
+    assert environment.commit() == first
+    for name in ("csrc/a.cpp", "moe_kernels/b.py"):
+        (tmp_path / name).write_text("two")
+        assert environment.commit() != first
+        (tmp_path / name).write_text("one")
+    out = tmp_path / "out.json"
+    run(out, shapes=[FIRST])
+    assert main(["report", str(out), "--tables", "--out", str(tmp_path / "report")]) == 0
+    assert f"sources {first['sources']}" in (tmp_path / "report" / "report.md").read_text()
 
 
 def test_device_and_commit_are_said(tmp_path: Path) -> None:

@@ -192,6 +192,20 @@ def test_build_without_setuptools_names_the_command():
 # ------------------------------------------------------------------------------ imports that cannot
 
 
+def import_alone(tmp_path, extension, code="", **environment):
+    """Import a copy of the package that has no extension, or this file in its place."""
+    sources = shutil.ignore_patterns("_C.*", "__pycache__")
+    shutil.copytree(ROOT / "moe_kernels", tmp_path / "moe_kernels", ignore=sources)
+    if extension:
+        (tmp_path / "moe_kernels" / extension[0]).write_text(extension[1])
+    # an editable installation would find the extension of the checkout
+    alone = (
+        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in "
+        f"getattr(f, '__module__', '')]; import moe_kernels\n{code}"
+    )
+    return run("-c", alone, PYTHONPATH=str(tmp_path), cwd=str(tmp_path), **environment)
+
+
 @pytest.mark.parametrize(
     ("extension", "said"),
     [
@@ -202,16 +216,7 @@ def test_build_without_setuptools_names_the_command():
     ids=["missing", "damaged", "other torch"],
 )
 def test_import_refuses_with_the_remedy(tmp_path, extension, said):
-    sources = shutil.ignore_patterns("_C.*", "__pycache__")
-    shutil.copytree(ROOT / "moe_kernels", tmp_path / "moe_kernels", ignore=sources)
-    if extension:
-        (tmp_path / "moe_kernels" / extension[0]).write_text(extension[1])
-    # an editable installation would find the extension of the checkout
-    alone = (
-        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in "
-        "getattr(f, '__module__', '')]; import moe_kernels"
-    )
-    result = run("-c", alone, PYTHONPATH=str(tmp_path), cwd=str(tmp_path))
+    result = import_alone(tmp_path, extension)
     assert result.returncode != 0
     message = result.stderr.splitlines()[-1]
     assert message.startswith("ImportError: moe_kernels:")
@@ -219,6 +224,21 @@ def test_import_refuses_with_the_remedy(tmp_path, extension, said):
     assert "pip install --no-build-isolation ." in message
     if extension:
         assert torch.__version__ in message
+
+
+def test_triton_alone_needs_no_extension(tmp_path):
+    """CUDA tensors have the Triton kernels then, and those of a CPU the definitions."""
+    code = """
+import torch
+has = torch._C._dispatch_has_kernel_for_dispatch_key
+ops = ("moe_kernels::topk_router", "moe_kernels::fused_experts")
+print([has(op, key) for op in ops for key in ("CUDA", "CPU")])
+logits = torch.randn(3, 4)
+with torch.inference_mode():
+    print(bool((moe_kernels.topk_router(logits, 2).topk_ids == logits.topk(2).indices).all()))
+"""
+    result = import_alone(tmp_path, None, code, MOE_KERNELS_BACKEND="triton")
+    assert result.stdout.splitlines() == ["[True, False, True, False]", "True"], result.stderr
 
 
 # ------------------------------------------------------------------------------------ CUDA sources

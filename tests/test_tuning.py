@@ -17,6 +17,7 @@ import torch
 
 from benchmarks.cli import main
 from benchmarks.ops._shapes import layer, layer_sets, tuning_set
+from benchmarks.runner import DeviceLostError
 from benchmarks.tuning import table
 from benchmarks.tuning.candidates import GROUPS, LARGEST_SUM, SHARED_MEMORY, candidates, refinements
 from benchmarks.tuning.command import KERNELS, _buckets, _candidates
@@ -154,6 +155,24 @@ def test_a_run_that_does_not_end_is_tried_once(tmp_path: Path) -> None:
         assert [trials.ended(BUCKET, cut) for cut in ours] == [True, False, True]
         assert trials.ended(dataclasses.replace(BUCKET, rows=4), ours[1])
         assert not path.with_suffix(".trying").exists()
+
+
+def test_a_run_that_breaks_the_device_is_tried_once(tmp_path: Path) -> None:
+    path, broken = tmp_path / "tiles.json", []
+
+    def check() -> None:
+        if broken:
+            raise DeviceLostError("left the GPU unusable")
+
+    with Trials(path, check).of(BUCKET, DEFAULT):
+        pass
+    assert not path.with_suffix(".trying").exists()
+    with pytest.raises(DeviceLostError), Trials(path, check).of(BUCKET, DEFAULT):
+        broken.append(DEFAULT)
+    assert path.with_suffix(".trying").exists()
+    trials = Trials(path, check)
+    assert not trials.ended(BUCKET, DEFAULT)
+    assert trials.ended(BUCKET, dataclasses.replace(DEFAULT, stages=2))
 
 
 def test_what_is_not_compiled_in_time_is_dropped() -> None:

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.ops._shapes import DECODE_TOKENS, LAYERS
 from benchmarks.ops.fused_experts import fused_experts
-from benchmarks.registry import Case, Cost, Op, Shape
+from benchmarks.registry import FORWARD_ONLY, Case, Cost, Op, Shape
 
 BITS = (8, 4)
 CPU_DECODE_TOKENS = (1, 4, 16)
@@ -59,6 +59,6 @@ fused_experts_quantized = Op(
     cost=_cost,
     truth=fused_experts.truth,
     dtypes={"cpu": ("bf16",), "cuda": ("bf16",)},
-    directions={"cpu": ("forward",), "cuda": ("forward",)},
+    directions=FORWARD_ONLY,
     bound=0.3,  # the error of 4 bits is 0.14 to 0.2, and no fault of an implementation
 )

@@ -19,7 +19,7 @@ from benchmarks.models import (
     true_logits,
 )
 from benchmarks.ops._shapes import DECODE_TOKENS, LAYERS
-from benchmarks.registry import Case, Cost, Inputs, Op, Shape, Truth
+from benchmarks.registry import FORWARD_ONLY, Case, Cost, Inputs, Op, Shape, Truth
 from moe_kernels.integrations.transformers import register
 
 INPUT_SETS = 8
@@ -97,7 +97,7 @@ model_decode = Op(
     cost=_cost,
     truth=_truth,
     dtypes={"cpu": ("bf16",), "cuda": ("bf16",)},
-    directions={"cpu": ("forward",), "cuda": ("forward",)},
+    directions=FORWARD_ONLY,
     plain="transformers_eager",
     requires=("transformers.models.qwen3_moe",),
 )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.ops._order import INPUT_SETS, ROW_DEFAULTS, make_orders, row_sets
 from benchmarks.ops._shapes import LAYERS
-from benchmarks.registry import Case, Cost, Op, Shape, Truth
+from benchmarks.registry import FORWARD_ONLY, Case, Cost, Op, Shape, Truth
 
 BLOCK = 128
 LARGEST = 448.0  # of float8_e4m3fn
@@ -120,6 +120,7 @@ quantize_rows = Op(
     make_case=_rows_case,
     cost=_rows_cost,
     truth=_rows_truth,
+    directions=FORWARD_ONLY,
 )
 permute_quantize = Op(
     name="permute_quantize",
@@ -129,6 +130,7 @@ permute_quantize = Op(
     make_case=_permute_case,
     cost=_permute_cost,
     truth=_permute_truth,
+    directions=FORWARD_ONLY,
 )
 quantize_weights = Op(
     name="quantize_weights",
@@ -139,4 +141,5 @@ quantize_weights = Op(
     make_case=_weights_case,
     cost=_weights_cost,
     truth=_weights_truth,
+    directions=FORWARD_ONLY,
 )

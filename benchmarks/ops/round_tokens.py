@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from benchmarks.ops._order import INPUT_SETS, ROW_DEFAULTS, slot_sets, whole_truth
-from benchmarks.registry import Case, Cost, Op, Shape, Truth
+from benchmarks.registry import FORWARD_ONLY, Case, Cost, Op, Shape, Truth
 from benchmarks.routing import make_topk_ids
 from moe_kernels import RoundedTokens, reference
 
@@ -53,7 +53,7 @@ round_tokens = Op(
     defaults=ROW_DEFAULTS,
     # routing weights are float32 whatever the layer's dtype
     dtypes={"cpu": ("fp32",), "cuda": ("fp32",)},
-    directions={"cpu": ("forward",), "cuda": ("forward",)},
+    directions=FORWARD_ONLY,
     make_case=_make_case,
     cost=_cost,
     truth=_truth,

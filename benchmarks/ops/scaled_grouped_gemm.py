@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.ops.grouped_gemm import grouped_gemm
 from benchmarks.ops.quantize import blocks_of
-from benchmarks.registry import Case, Cost, Op, Shape, Truth
+from benchmarks.registry import FORWARD_ONLY, Case, Cost, Op, Shape, Truth
 from moe_kernels import reference
 
 
@@ -57,6 +57,7 @@ scaled_grouped_gemm = Op(
     cost=_cost,
     truth=_truth,
     dtypes={"cpu": ("bf16",), "cuda": ("bf16",)},
+    directions=FORWARD_ONLY,
 )
 # of bfloat16 operands, which are quantised on the way: errors hold the quantisation's
 fp8_grouped_gemm = Op(

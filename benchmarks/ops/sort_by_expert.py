@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from benchmarks.ops._order import INPUT_SETS, ROW_DEFAULTS, slot_sets, whole_truth
-from benchmarks.registry import Case, Cost, Op, Shape, Truth
+from benchmarks.registry import FORWARD_ONLY, Case, Cost, Op, Shape, Truth
 from benchmarks.routing import make_topk_ids
 from moe_kernels import ExpertOrder, reference
 
@@ -44,7 +44,7 @@ sort_by_expert = Op(
     defaults=ROW_DEFAULTS,
     # it moves no floats: one dtype stands for all
     dtypes={"cpu": ("fp32",), "cuda": ("fp32",)},
-    directions={"cpu": ("forward",), "cuda": ("forward",)},
+    directions=FORWARD_ONLY,
     make_case=_make_case,
     cost=_cost,
     truth=_truth,

@@ -20,6 +20,7 @@ from benchmarks import environment
 from benchmarks.ops._shapes import layer_sets, tuning_set
 from benchmarks.registry import DTYPES, Shape
 from benchmarks.routing import ROUTINGS
+from benchmarks.runner import check_device
 from benchmarks.timing import Call, Clock, make_clock, take_turns
 
 RUNS = environment.ROOT / "runs" / "tuning"
@@ -181,9 +182,9 @@ def _tune(wanted: Sequence[Any], options: argparse.Namespace) -> int:
     path = options.out or RUNS / f"{name}.json"
     document = table.load(path, name, CONFIGS)
     known = table.buckets(document, CONFIGS)
-    trials = Trials(path)
+    trials = Trials(path, lambda: check_device(device, "a configuration"))
     for hung in trials.hung:
-        print(f"not tried, since it did not end: {hung}", flush=True)
+        print(f"not tried, since it ended the process: {hung}", flush=True)
     described = environment.describe(device)
     measure = measure_in_turns(device, options.seconds)
 
@@ -227,6 +228,7 @@ def _tune(wanted: Sequence[Any], options: argparse.Namespace) -> int:
                 functools.partial(trials.of, bucket),
             )
         except (RuntimeError, torch.OutOfMemoryError) as error:
+            check_device(device, str(bucket))  # else all that follows fails too
             failed.append(f"{bucket}: {error}".split("\n")[0])
             print(failed[-1], flush=True)
             continue

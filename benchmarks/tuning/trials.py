@@ -1,9 +1,9 @@
-"""First runs of configurations that may never end.
+"""First runs of configurations that may never end, or break the device for this process.
 
 Where warps have roles they wait for one another, and a mistake of the compiler can make them wait
-for ever. Nothing interrupts that: the process has to end. So the configuration is written to
-``TABLE.trying`` before, and what a process leaves there when it ends, the next one moves to
-``TABLE.hung`` and tries no more.
+for ever. Nothing interrupts that: the process has to end. So it has after an address that is not
+valid. So the configuration is written to ``TABLE.trying`` before, and what a process leaves there
+when it ends, the next one moves to ``TABLE.hung`` and tries no more.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import faulthandler
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ SECONDS = 60.0  # a run takes milliseconds, and what it needs is compiled by the
 
 
 class Trials:
-    """Those beside one table."""
+    """Those beside one table; ``check`` raises if the device is broken."""
 
-    def __init__(self, table: Path) -> None:
+    def __init__(self, table: Path, check: Callable[[], None] = lambda: None) -> None:
+        self._check = check
         self._trying, self._hung = table.with_suffix(".trying"), table.with_suffix(".hung")
         self.hung: list[Any] = json.loads(self._hung.read_text()) if self._hung.exists() else []
         if self._trying.exists():
@@ -38,17 +39,17 @@ class Trials:
 
     @contextmanager
     def of(self, bucket: Bucket, config: Config, seconds: float = SECONDS) -> Iterator[None]:
-        """Around a run and its synchronisation; ends the process after ``seconds``."""
-        if config.warp_specialize == "no":
-            yield
-            return
+        """Around a run and its synchronisation; where warps have roles, ends the process after
+        ``seconds``."""
         self._trying.parent.mkdir(parents=True, exist_ok=True)
         self._trying.write_text(json.dumps(_entry(bucket, config)) + "\n")
-        faulthandler.dump_traceback_later(seconds, exit=True)
+        if config.warp_specialize != "no":
+            faulthandler.dump_traceback_later(seconds, exit=True)
         try:
             yield
         finally:
             faulthandler.cancel_dump_traceback_later()
+            self._check()  # what it raises leaves the file
             self._trying.unlink()
 
 

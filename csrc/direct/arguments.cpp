@@ -42,8 +42,7 @@ PyObject* Arguments::take() {
   return Py_None;
 }
 
-const at::Tensor& Arguments::tensor() {
-  static const at::Tensor undefined;
+at::Tensor Arguments::tensor() {
   PyObject* const value = take();
   // subclasses may mean something else
   if (usual_ && THPVariable_CheckExact(value)) {
@@ -51,7 +50,7 @@ const at::Tensor& Arguments::tensor() {
     if (is_plain(tensor)) return tensor;
   }
   usual_ = false;
-  return undefined;
+  return {};
 }
 
 std::optional<at::Tensor> Arguments::optional_tensor() {

@@ -12,6 +12,7 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <new>
 #include <optional>
 #include <string_view>
 
@@ -22,8 +23,9 @@ class Arguments {
  public:
   Arguments(PyObject* const* values, Py_ssize_t count);
 
-  // A strided CPU tensor that no gradient is wanted of; undefined if it is not.
-  const at::Tensor& tensor();
+  // A strided CPU tensor that no gradient is wanted of; undefined if it is not. A reference of its
+  // own: without the interpreter's lock other threads may swap what the Python object holds.
+  at::Tensor tensor();
   std::optional<at::Tensor> optional_tensor();
   std::string_view text();
   bool flag();
@@ -71,6 +73,19 @@ auto run(const F& f) {
   const pybind11::gil_scoped_release released;
   const at::AutoDispatchBelowAutograd below;
   return f();
+}
+
+// f(), or its exception as the one that the op raises by way of Python.
+template <typename F>
+PyObject* guarded(const F& f) {
+  HANDLE_TH_ERRORS
+  try {
+    return f();
+  } catch (const std::bad_alloc& error) {  // a RuntimeError to torch, and not to pybind11
+    PyErr_SetString(PyExc_MemoryError, error.what());
+    return nullptr;
+  }
+  END_HANDLE_TH_ERRORS
 }
 
 // Methods of the module; the files of their names say what they take. They return None, or what the

@@ -32,7 +32,7 @@ struct Quantized {
            scales.sizes() == at::IntArrayRef(shapes.scales);
   }
 
-  const at::Tensor &codes, &scales;
+  at::Tensor codes, scales;
   std::string_view format;
   std::array<int64_t, 3> sizes;  // E, contracted size, columns
 };
@@ -40,31 +40,31 @@ struct Quantized {
 }  // namespace
 
 PyObject* fused_experts_quantized(PyObject*, PyObject* const* values, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  Arguments in(values, count);
-  const at::Tensor& x = in.tensor();
-  const Quantized gate_up(in), down(in);
-  const at::Tensor &topk_ids = in.tensor(), &topk_weights = in.tensor();
-  const std::optional<at::Tensor> gate_up_bias = in.optional_tensor(),
-                                  down_bias = in.optional_tensor();
-  const std::string_view activation = in.text();
-  const bool interleaved = in.flag();
-  const double alpha = in.number(), limit = in.number();
-  if (!in.usual() || !is_routing(x, topk_ids, topk_weights)) Py_RETURN_NONE;
-  const bool gated = is_gated(parse_activation("fused_experts_quantized", activation));
-  const int64_t experts = gate_up.sizes[0], hidden = x.size(1), inner = down.sizes[1];
-  const int64_t width = gated ? 2 * inner : inner;
-  if (!gate_up.is(experts, hidden, width) || !down.is(experts, inner, hidden) ||
-      !is_bias(gate_up_bias, x, experts, width) || !is_bias(down_bias, x, experts, hidden)) {
-    Py_RETURN_NONE;
-  }
-  static const auto op = find_op<Schema>("moe_kernels::fused_experts_quantized");
-  return THPVariable_Wrap(run([&] {
-    return op.call(x, gate_up.codes, gate_up.scales, down.codes, down.scales, topk_ids,
-                   topk_weights, gate_up_bias, down_bias, gate_up.format, down.format, inner,
-                   activation, interleaved, alpha, limit);
-  }));
-  END_HANDLE_TH_ERRORS
+  return guarded([&]() -> PyObject* {
+    Arguments in(values, count);
+    const at::Tensor x = in.tensor();
+    const Quantized gate_up(in), down(in);
+    const at::Tensor topk_ids = in.tensor(), topk_weights = in.tensor();
+    const std::optional<at::Tensor> gate_up_bias = in.optional_tensor(),
+                                    down_bias = in.optional_tensor();
+    const std::string_view activation = in.text();
+    const bool interleaved = in.flag();
+    const double alpha = in.number(), limit = in.number();
+    if (!in.usual() || !is_routing(x, topk_ids, topk_weights)) Py_RETURN_NONE;
+    const bool gated = is_gated(parse_activation("fused_experts_quantized", activation));
+    const int64_t experts = gate_up.sizes[0], hidden = x.size(1), inner = down.sizes[1];
+    const int64_t width = gated ? 2 * inner : inner;
+    if (!gate_up.is(experts, hidden, width) || !down.is(experts, inner, hidden) ||
+        !is_bias(gate_up_bias, x, experts, width) || !is_bias(down_bias, x, experts, hidden)) {
+      Py_RETURN_NONE;
+    }
+    static const auto op = find_op<Schema>("moe_kernels::fused_experts_quantized");
+    return THPVariable_Wrap(run([&] {
+      return op.call(x, gate_up.codes, gate_up.scales, down.codes, down.scales, topk_ids,
+                     topk_weights, gate_up_bias, down_bias, gate_up.format, down.format, inner,
+                     activation, interleaved, alpha, limit);
+    }));
+  });
 }
 
 }  // namespace moe::direct

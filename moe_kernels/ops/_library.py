@@ -7,6 +7,7 @@
     Autograd                    one formula for every device
 
 ``MOE_KERNELS_BACKEND=reference``, read once at import, puts the reference under CPU and CUDA too.
+With ``triton`` the extension may be missing: the reference serves CPU then, and Triton CUDA.
 The extension is imported before the first op, so that the reference is registered over it.
 """
 
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 
 NAMESPACE = "moe_kernels"
-BACKENDS = ("native", "reference")
+BACKENDS = ("native", "reference", "triton")
 # ops in a file of another name, beside the parts of a backward
 FILES = {
     "quantize_rows": "quantize",
@@ -49,14 +50,14 @@ def _load_native() -> Any:
     remedy = (
         "Build it in this environment: pip install --no-build-isolation . (or, in a checkout, "
         "python setup.py build_ext --inplace). MOE_KERNELS_BACKEND=reference runs the slow plain "
-        "PyTorch definitions without it."
+        "PyTorch definitions without it; MOE_KERNELS_BACKEND=triton those on CPU alone."
     )
     try:
         native = importlib.import_module(f"{NAMESPACE}._C")
     except ModuleNotFoundError as error:
         if error.name != f"{NAMESPACE}._C":
             raise
-        if _backend == "reference":
+        if _backend != "native":
             return None
         raise ImportError(f"moe_kernels: the compiled extension is missing. {remedy}") from error
     except ImportError as error:
@@ -124,7 +125,7 @@ def define(
     name = schema.split("(", 1)[0]
     _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _lib.impl(name, reference, "CompositeExplicitAutograd")
-    if _backend == "native":
+    if _backend != "reference":
         if triton:
             _lib.impl(name, _lazy_triton(name), "CUDA")
         if cpu is not None:
@@ -147,7 +148,7 @@ def direct_call(name: str) -> Callable[..., Any]:
         is unusual or does not fit: then the checks and the op in Python are to be gone through. Not
         for torch.compile, which does not see through it.
     """
-    if _backend == "reference":
+    if _backend == "reference" or _native is None:
         return lambda *args: None
     call: Callable[..., Any] = getattr(_native, name)
     return call

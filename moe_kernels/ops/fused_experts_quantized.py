@@ -100,7 +100,7 @@ def _check(
     if of_x != hidden or (gated and width % 2):
         raise ValueError(f"{op}: gate_up must be {layout}; got {list(gate_up.shape)}")
     inner = width // 2 if gated else width
-    if down.shape != (experts, inner, hidden):
+    if tuple(down.shape) != (experts, inner, hidden):  # which may have come as a list
         raise ValueError(
             f"{op}: down must be [E, I, H] = {[experts, inner, hidden]} for gate_up "
             f"{list(gate_up.shape)} and activation {activation}; got {list(down.shape)}"

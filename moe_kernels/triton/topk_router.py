@@ -21,7 +21,8 @@ from moe_kernels.triton._launch import (
 from moe_kernels.triton._math import divide, exp, sigmoid, softplus, sort_key, square_root
 from moe_kernels.triton.sort_by_expert import check_ids
 
-TILE = 1024  # lanes of a program
+ALONE = 1024  # up to as many lanes are one program's
+TILE = 512  # else lanes of a program, whose one warp finds the largest of a row without barriers
 EPSILON = tl.constexpr(1e-20)  # added to the sums that weights and scores are divided by
 NO_EXPERT = tl.constexpr(2**31 - 1)
 
@@ -102,24 +103,27 @@ def _topk_router_kernel(
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     lane = tl.arange(0, GP * SP)
-    expert = (lane // SP) * S + lane % SP
-    expert = tl.where((lane % SP < S) & (expert < E), expert, NO_EXPERT)[None, :]
-    real = expert < NO_EXPERT
-    valid = (token < T)[:, None] & real
+    if GROUPED:
+        column = (lane // SP) * S + lane % SP
+        present = (lane % SP < S) & (column < E)
+    else:  # as the compiler sees: neighbours, which it loads together
+        column = lane
+        present = lane < E
+    valid = (token < T)[:, None] & present[None, :]
     x = tl.load(
-        logits + token[:, None] * stride_t + tl.where(real, expert, 0).to(tl.int64) * stride_e,
+        logits + token[:, None] * stride_t + column[None, :].to(tl.int64) * stride_e,
         mask=valid,
         other=0.0,
     ).to(WIDE)
-    real = tl.broadcast_to(real, x.shape)
-    expert = tl.broadcast_to(expert, x.shape)
+    real = tl.broadcast_to(present[None, :], x.shape)
+    expert = tl.broadcast_to(tl.where(present, column, NO_EXPERT)[None, :], x.shape)
     raw = _scores(x, real, SCORE)
     value = x if AFTER_TOPK else raw  # what the chosen are weighed by
 
     choice = value
     if BIASED:
-        shift = tl.load(bias + tl.where(real, expert, 0) * stride_b, mask=real, other=0.0)
-        choice += shift.to(WIDE)
+        shift = tl.load(bias + column * stride_b, mask=present, other=0.0)
+        choice += shift.to(WIDE)[None, :]
     if GROUPED:
         choice = _mask_groups(choice, real, topk_groups, TOP2, FILL_ZERO, BLOCK_T, GP, SP)
     key = sort_key(choice)
@@ -154,18 +158,17 @@ def _topk_router_kernel(
         if RENORMALIZE:
             total = tl.sum(raw, 1)[:, None] + EPSILON
             raw = divide(raw, tl.broadcast_to(total, raw.shape))
-        tl.store(scores + token[:, None] * E + tl.where(real, expert, 0), raw, mask=valid)
+        tl.store(scores + token[:, None] * E + column[None, :], raw, mask=valid)
     counted = token < T
     if MASKED:
         counted &= tl.load(token_mask + token * stride_m, mask=token < T, other=0) != 0
     count = tl.sum(tl.where(counted[:, None], hits, 0), 0)
-    expert = (lane // SP) * S + lane % SP
-    mask = (lane % SP < S) & (expert < E)
     if ALONE:
-        tl.store(load + expert, count, mask=mask)
+        tl.store(load + column, count, mask=present)
     else:
-        # integers: the sum does not depend on the order of programs
-        tl.atomic_add(load + expert, count, mask=mask, sem="relaxed")
+        # Integers: the sum does not depend on the order of programs. Few experts are among the
+        # chosen of a program's few tokens; the others' counters are left alone.
+        tl.atomic_add(load + column, count, mask=present & (count > 0), sem="relaxed")
 
 
 @triton.jit
@@ -249,6 +252,11 @@ def _topk_router_backward_kernel(
     )
 
 
+def _warps(lanes: int) -> int:
+    """So many that each has a tile's lanes; 8 at most."""
+    return min(max(lanes // TILE, 1), 8)
+
+
 def topk_router(
     logits: Tensor,
     top_k: int,
@@ -275,8 +283,9 @@ def topk_router(
     scores = logits.new_empty(T if return_scores else 0, E, dtype=wide)
     group_size = E // num_groups
     gp, sp = next_power_of_2(num_groups), next_power_of_2(group_size)
-    block_t = max(TILE // (gp * sp), 1)
-    alone = 0 < T <= block_t  # one program counts all the load: no zeros to add to
+    lanes = gp * sp
+    alone = 0 < T <= max(ALONE // lanes, 1)  # one program counts all the load: no zeros to add to
+    block_t = max((ALONE if alone else TILE) // lanes, 1)
     load = (logits.new_empty if alone else logits.new_zeros)(E, dtype=torch.int32)
     if T == 0:
         return topk_weights, topk_ids, scores, load
@@ -294,6 +303,7 @@ def topk_router(
             TOP2=group_score == "top2" and group_size > 1, FILL_ZERO=group_fill == 0.0,
             RETURN_SCORES=return_scores, ALONE=alone, WIDE=float_type(logits),
             BLOCK_T=block_t, GP=gp, SP=sp, KP=next_power_of_2(columns),
+            num_warps=4 if alone else _warps(block_t * lanes),
         )  # fmt: skip
     return topk_weights, topk_ids, scores, load
 
@@ -325,6 +335,6 @@ def topk_router_backward(
             SCORE=score_func, AFTER_TOPK=score_func == "softmax" and not softmax_before_topk,
             RENORMALIZE=renormalize, HAS_WEIGHTS=grad_weights is not None,
             HAS_SCORES=grad_scores is not None, WIDE=float_type(logits),
-            BLOCK_T=block_t, EP=ep, KP=next_power_of_2(K),
+            BLOCK_T=block_t, EP=ep, KP=next_power_of_2(K), num_warps=_warps(block_t * ep),
         )  # fmt: skip
     return grad_logits

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import os
+import resource
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -307,6 +311,19 @@ def test_errors_are_those_of_python(
         assert found == [_error(function, inputs) for inputs in wrong]
 
 
+def test_shapes_of_quantised_experts_may_be_lists(without_direct_calls: Callable[[], None]) -> None:
+    """As one has them from JSON."""
+    inputs = quantized_case()
+    lists = {
+        name: replace(inputs[name], shape=list(inputs[name].shape)) for name in ("gate_up", "down")
+    }
+    with torch.inference_mode():
+        right = moe_kernels.fused_experts_quantized(**inputs)
+        assert same(moe_kernels.fused_experts_quantized(**{**inputs, **lists}), right)
+        without_direct_calls()
+        assert same(moe_kernels.fused_experts_quantized(**{**inputs, **lists}), right)
+
+
 def test_compiles_whole_in_inference_mode() -> None:
     inputs, router = experts_case(), router_case()
 
@@ -330,3 +347,43 @@ def test_nothing_is_kept() -> None:
             assert sys.getrefcount(result) == 2
             assert all(sys.getrefcount(value) == 2 + 1 for value in router)
         assert [sys.getrefcount(value) for value in inputs.values()] == counts
+
+
+def test_a_call_holds_its_arguments() -> None:
+    """Without the interpreter's lock, another thread may swap what their Python objects hold."""
+    inputs = {"x": torch.randn(2048, 512), "gate_up": torch.randn(4, 512, 1024)}
+    inputs |= {"down": torch.randn(4, 512, 512), "topk_ids": torch.randint(4, (2048, 2))}
+    inputs |= {"topk_weights": torch.rand(2048, 2), "gate_up_bias": None, "down_bias": None}
+    most = 1
+    for _ in range(20):  # a thread may have ended before it is looked at
+        thread = threading.Thread(target=_direct, args=(inputs,))
+        thread.start()
+        while thread.is_alive():
+            most = max(most, inputs["topk_ids"]._use_count())
+        if most > 1:
+            return
+    raise AssertionError("no reference was seen but that of Python")
+
+
+def test_no_memory_is_the_error_of_python(without_direct_calls: Callable[[], None]) -> None:
+    """In a fork, whose memory is limited to less than a router of so many experts needs."""
+    logits = torch.zeros(1, 1 << 25)
+
+    def error() -> type | None:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        unlimited = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (used + (350 << 20), unlimited[1]))
+        try:
+            moe_kernels.topk_router(logits, 1)
+        except Exception as error:
+            return type(error)
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, unlimited)
+        return None
+
+    child = os.fork()
+    if child == 0:
+        found = error()
+        without_direct_calls()
+        os._exit(0 if found is error() is MemoryError else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -96,6 +96,15 @@ def test_aligned_operands_are_loaded_by_tma(reports: Reports) -> None:
             assert report["cp_async"] == 0, report  # both operands
 
 
+def test_the_router_reads_rows_wide_and_within_a_warp(reports: Reports) -> None:
+    """More warps would wait for each other for every expert that is chosen."""
+    for report in reports:
+        if report["kernel"] == "_topk_router_kernel":
+            alone = report["case"] == "router_of_one_program"
+            assert report["warps"] == (4 if alone else 1), report
+            assert report["wide_loads"] > 0, report
+
+
 def test_warps_have_roles_where_that_is_asked_for(reports: Reports) -> None:
     for report in reports:
         if report["kernel"] != "_tile_map_kernel":

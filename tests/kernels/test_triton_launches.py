@@ -121,6 +121,26 @@ def test_large_layers_launch_a_product_and_a_sum_a_chunk() -> None:
     assert launches(fused_experts, *wide)[0] == [*SORT, *EXPERTS, *EXPERTS[1:]]
 
 
+def test_router_adds_to_the_counters_of_chosen_experts_alone() -> None:
+    """Many programs add to the same few counters."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    adds: list[int] = []
+    inner = InterpreterBuilder.create_atomic_rmw
+
+    def note(self: Any, operation: Any, pointers: Any, values: Any, mask: Any, *rest: Any) -> Any:
+        adds.append(int(mask.data.sum()))
+        return inner(self, operation, pointers, values, mask, *rest)
+
+    tokens, experts, top_k, at_once = 40, 64, 2, 512 // 64
+    logits = torch.randn(tokens, experts)
+    options = ("softmax", True, True, None, 1, 1, "max", 0.0, 1.0, None, None, False)
+    with mock.patch.object(InterpreterBuilder, "create_atomic_rmw", note):
+        _, ids, _, load = topk_router(logits, top_k, *options)
+    assert adds == [len(chosen.unique()) for chosen in ids.split(at_once)]
+    assert torch.equal(load, ids.flatten().bincount(minlength=experts).int())
+
+
 def test_router_and_token_rounding() -> None:
     options = ("softmax", True, True, None, 1, 1, "max", 0.0, 1.0, None, None, False)
     logits = torch.empty(4096, E, device="meta")
