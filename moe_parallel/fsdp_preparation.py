@@ -108,12 +108,12 @@ def check_expert_counts(moe_layers: list[tuple[str, Any]], ep_size: int) -> None
     """The experts of every layer, given with the name of its block, must divide over the ranks.
 
     Raises:
-        ValueError: one's do not.
+        MeshError: one's do not.
     """
     for name, moe in moe_layers:
         experts = getattr(moe, "n_routed_experts", None)
         if isinstance(experts, int) and experts % ep_size:
-            raise ValueError(
+            raise MeshError(
                 f"apply_ep: n_routed_experts must be a multiple of the EP size {ep_size}; "
                 f"block {name} has {experts}"
             )

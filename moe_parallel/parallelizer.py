@@ -190,18 +190,20 @@ def apply_ep(model: nn.Module, ep_mesh: DeviceMesh, moe_mesh: DeviceMesh | None 
         model: the outer model.
         ep_mesh: 1-D, more than one rank.
         moe_mesh: the mesh that ``ep_mesh`` is part of: then it is checked that the groups of ranks
-            that are to hold the same experts do, in every stage of its pipeline.
+            that are to hold the same experts do, in every stage of its pipeline, and what one stage
+            is refused with, all are.
 
     Raises:
         AssertionError: ``ep_mesh`` has one rank.
-        ValueError: an MoE's experts cannot be spread evenly, or, a MeshError, the groups of ranks
-            that are to hold the same experts hold others. The model is as it was.
+        MeshError: an MoE's experts cannot be spread evenly, or the groups of ranks that are to hold
+            the same experts hold others. The model is as it was.
         RuntimeError: the experts are sharded already.
     """
     size = ep_mesh.size()
     assert size > 1, f"apply_ep: ep_mesh must have more than one rank; got {size}"
-    layers = _moe_layers(model)
-    check_expert_counts(layers, size)
+    with refused_together(moe_mesh):  # or the ranks of other stages would wait for this one's
+        layers = _moe_layers(model)
+        check_expert_counts(layers, size)
     check_equal_experts(layers, ep_mesh, moe_mesh)
     _shard_experts(layers, ep_mesh)
 

@@ -66,7 +66,7 @@ def _refused(rank: int, ranks: int) -> list[str]:
     refuse(cp, MeshError, TinyLM(), ep_shard_axis_names=None)
     mixed = TinyLM()
     mixed.model.layers["2"] = TinyLM(ModelOptions(moe={"n_routed_experts": 6})).model.layers["2"]
-    refuse({"cp": 2, "ep": 4}, ValueError, mixed)
+    refuse({"cp": 2, "ep": 4}, MeshError, mixed)
     unsized = TinyLM()
     del unsized.config.hidden_size
     refuse(cp, ValueError, unsized, activation_checkpointing=True)
@@ -222,7 +222,15 @@ def _stages(rank: int, ranks: int) -> None:
             with pytest.raises(MeshError, match=r"equal weights.* differ in pipeline stage 1"):
                 apply_ep(model, mesh["ep"], moe_mesh=mesh)
         assert state(model) == before
-        assert communication.counts == {"c10d.allreduce_.default": 1}
+        assert communication.counts["c10d.allreduce_.default"] == 1
+
+        uneven = TinyLM(ModelOptions(moe={"n_routed_experts": 5})) if rank >= 4 else TinyLM()
+        before = state(uneven)
+        refusal = pytest.raises(MeshError, match=r"block 0 has 5 \(in pipeline stage 1\)")
+        with Collectives() as communication, refusal:
+            apply_ep(uneven, mesh["ep"], moe_mesh=mesh)
+        assert state(uneven) == before
+        assert not communication.counts["c10d.allreduce_.default"]  # that of the digests
 
         dense, others = TinyLM(), TinyLM()  # of a stage without experts, another not loaded yet
         for name in list(dense.model.layers):
