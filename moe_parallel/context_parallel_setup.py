@@ -56,3 +56,11 @@ def tell_mixer(block: Any, cp_mesh: Any) -> bool:
         linear_attn._cp_mesh = cp_mesh
         told = True
     return told
+
+
+def attention_of(block: Any) -> str:
+    """The class of what a block attends with, to follow the block's own in a sentence."""
+    attention: Any = getattr(block, "self_attn", None)
+    inner = getattr(attention, "attn_module", None)
+    attention = attention if inner is None else inner
+    return "" if attention is None else f" with {type(attention).__name__}"
