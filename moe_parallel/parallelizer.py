@@ -53,6 +53,7 @@ from moe_parallel.fsdp_roots import (
 from moe_parallel.layers import MoE
 from moe_parallel.mesh import (
     check_ep_shard_axes,
+    check_experts_covered,
     check_fsdp_axes,
     get_submesh,
     refused_together,
@@ -490,6 +491,8 @@ def parallelize_model(
     if fsdp_mesh is not None and moe_mesh is not None and ep_shard_axis_names is not None:
         ep_shard_mesh = get_submesh(moe_mesh, ep_shard_axis_names)
     ep_shard_enabled = ep_shard_mesh is not None and ep_shard_mesh.size() > 1
+    if ep_shard_mesh is not None and (ep_shard_enabled or ep_mesh is not None):
+        check_experts_covered(moe_mesh, ep_mesh, ep_shard_mesh)
     selective = _is_selective_ac(activation_checkpointing)
 
     # What this module's steps would refuse half-way; a model for others may have no such parts.

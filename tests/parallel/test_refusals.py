@@ -64,6 +64,7 @@ def _refused(rank: int, ranks: int) -> list[str]:
     apart.config.tie_word_embeddings = True  # apply_fsdp would tie them again
     refuse(cp, MeshError, apart, wrap_outer_model=False)
     refuse(cp, MeshError, TinyLM(), ep_shard_axis_names=None)
+    refuse(cp, MeshError, TinyLM(), ep_axis_name=None)
     mixed = TinyLM()
     mixed.model.layers["2"] = TinyLM(ModelOptions(moe={"n_routed_experts": 6})).model.layers["2"]
     refuse({"cp": 2, "ep": 4}, MeshError, mixed)
@@ -107,6 +108,7 @@ def test_a_refused_model_is_untouched_and_nothing_was_communicated() -> None:
             "Use wrap_outer_model=True, or untie them",
             "Use wrap_outer_model=True, or untie them",
             "Pass ep_shard_axis_names=('ep_shard',)",
+            "have 2 ranks, but 4 share the experts, {'ep_shard': 2, 'ep': 2}; the others would",
             "multiple of the EP size 4; block 2 has 6",
             "hidden_size must be provided",
             "has no moe_config",
