@@ -33,7 +33,7 @@ from moe_parallel.activation_checkpointing import (
     router_sizes,
 )
 from moe_parallel.config import dtype_from_str
-from moe_parallel.context_parallel_setup import attention_of, tell_block
+from moe_parallel.context_parallel_setup import attention_of, check_blocks, tell_block
 from moe_parallel.fsdp_preparation import (
     check_equal_experts,
     check_expert_counts,
@@ -398,7 +398,11 @@ def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, cp_comm_type: str = "p2p") -
         model: the outer model.
         cp_mesh: 1-D.
         cp_comm_type: "p2p", "all_gather" or "a2a"; sliding-window attention always all-gathers.
+
+    Raises:
+        MeshError: a block's attention cannot work on parts of sequences. The model is as it was.
     """
+    check_blocks(_iter_transformer_and_mtp_blocks(model), cp_comm_type)
     backbone = get_text_module(inner_model(model))
     for owner in (model, backbone):
         owner._cp_enabled = True
@@ -414,7 +418,7 @@ def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, cp_comm_type: str = "p2p") -
             moe.cp_mesh = cp_mesh
 
 
-_OWN_STEPS = (apply_ep, apply_ac, apply_fsdp)
+_OWN_STEPS = (apply_cp, apply_ep, apply_ac, apply_fsdp)
 
 
 def _is_own(step: Any) -> bool:
@@ -463,7 +467,8 @@ def parallelize_model(
         AssertionError: tensor parallelism; or experts that Expert Parallelism cannot spread evenly.
         KeyError: ``lm_head_precision`` is a name of no dtype.
         MeshError: axes that leave parameters without a reduction of their gradients, and all that
-            :func:`apply_fsdp` and :func:`apply_ep` refuse. The model is as it was.
+            :func:`apply_cp`, :func:`apply_ep` and :func:`apply_fsdp` refuse. The model is as it
+            was.
     """
     if tp_axis_name is not None:
         tp = get_submesh(world_mesh, tp_axis_name).size()
@@ -501,6 +506,8 @@ def parallelize_model(
     with refused_together(world_mesh):
         if own_fsdp:
             head_dtype(lm_head_precision, dtype_from_str)
+        if cp_mesh is not None and _is_own(apply_cp):
+            check_blocks(_iter_transformer_and_mtp_blocks(model), "p2p")
         if ep_mesh is not None and own_ep:
             layers = _moe_layers(model)
             check_expert_counts(layers, ep_mesh.size())
