@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch.distributed as dist
+
+
+def check_blocks(blocks: Iterable[tuple[Any, str, Any]], cp_comm_type: str) -> None:
+    """Refuse what the attention of one of the blocks would refuse when it is told.
+
+    Raises:
+        MeshError: see :meth:`ContextParallelAttention.check_context_parallel`.
+    """
+    for _, _, block in blocks:
+        _, comm_type = _type_of(block, cp_comm_type)
+        inner: Any = getattr(getattr(block, "self_attn", None), "attn_module", None)
+        check = getattr(type(inner), "check_context_parallel", None)  # not of a mock, which has all
+        if comm_type is not None and check is not None:
+            check(inner, comm_type)
+
+
+def _type_of(block: Any, cp_comm_type: str) -> tuple[str, str | None]:
+    """The block's type, and how its attention is to communicate; None if it has another mixer."""
+    layer_type = getattr(block, "layer_type", None) or getattr(block, "attention_type", None)
+    layer_type = layer_type or "full_attention"
+    types = {"full_attention": cp_comm_type, "sliding_attention": "all_gather"}
+    return layer_type, types.get(layer_type)
 
 
 def tell_block(
@@ -13,11 +35,9 @@ def tell_block(
 ) -> tuple[bool, str]:
     """Set up what mixes a block's tokens, attention or a mixer; whether there was one, and the
     block's type."""
-    layer_type = getattr(block, "layer_type", None) or getattr(block, "attention_type", None)
-    layer_type = layer_type or "full_attention"
-    if layer_type not in ("full_attention", "sliding_attention"):
+    layer_type, comm_type = _type_of(block, cp_comm_type)
+    if comm_type is None:
         return tell_mixer(block, cp_mesh), layer_type
-    comm_type = "all_gather" if layer_type == "sliding_attention" else cp_comm_type
     return tell_attention(block, cp_mesh, comm_type, get_stream), layer_type
 
 
@@ -56,3 +76,11 @@ def tell_mixer(block: Any, cp_mesh: Any) -> bool:
         linear_attn._cp_mesh = cp_mesh
         told = True
     return told
+
+
+def attention_of(block: Any) -> str:
+    """The class of what a block attends with, to follow the block's own in a sentence."""
+    attention: Any = getattr(block, "self_attn", None)
+    inner = getattr(attention, "attn_module", None)
+    attention = attention if inner is None else inner
+    return "" if attention is None else f" with {type(attention).__name__}"

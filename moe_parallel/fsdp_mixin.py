@@ -10,23 +10,22 @@ runs, so that a test or a framework can replace it.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
-from torch import nn
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.pipelining._backward import (
     stage_backward,
     stage_backward_input,
     stage_backward_weight,
 )
-from torch.nn.parallel import DistributedDataParallel
-from torch.nn.parallel.distributed import _find_tensors
+from torch.nn.parallel import DistributedDataParallel, distributed
 
 from moe_parallel.activation_checkpointing import load_unchanged
 from moe_parallel.mesh import MeshError
-from moe_parallel.text_module import get_text_module
+from moe_parallel.text_module import blocks_of, get_text_module, is_module
 from moe_parallel.torch_internals import (
     complete_accumulated_grads,
     discard_accumulated_grads,
@@ -55,8 +54,7 @@ def _candidates(module: Any) -> Iterator[Any]:
     backbone = get_text_module(inner)
     yield backbone
     yield getattr(backbone, "embed_tokens", None)
-    for owner in (backbone, module):
-        yield getattr(owner, "lm_head", None)
+    yield getattr(module, "lm_head", None)
     yield getattr(module, "audio_tower", None)
     yield getattr(module, "visual", None)
     for block in _blocks(backbone):
@@ -66,9 +64,9 @@ def _candidates(module: Any) -> Iterator[Any]:
         yield from _experts_of(block)
 
 
-def _blocks(owner: Any) -> Iterator[Any]:
+def _blocks(owner: Any) -> list[Any]:
     layers = getattr(owner, "layers", None)
-    return iter(()) if layers is None else iter(layers.children())
+    return [] if layers is None else blocks_of(layers)
 
 
 def _experts_of(block: Any) -> Iterator[Any]:
@@ -99,8 +97,8 @@ def _configure_fsdp_module(
     fsdp_module.set_requires_gradient_sync(requires_gradient_sync)
 
 
-def _configure_all(module: Any, communicate: bool) -> None:
-    for fsdp_module in _iter_fsdp_modules(module):
+def _configure_all(units: Iterable[FSDPModule], communicate: bool) -> None:
+    for fsdp_module in units:
         _configure_fsdp_module(
             fsdp_module,
             is_last_backward=communicate,
@@ -126,18 +124,18 @@ class MoEFSDPSyncMixin:
             pp_enabled: a pipeline schedule runs the backward passes and decides itself.
         """
         if self.backend.enable_fsdp_optimizations and not pp_enabled:
-            _configure_all(self, communicate=False)
+            _configure_all(_iter_fsdp_modules(self), communicate=False)
 
     def prepare_for_final_backward(self, pp_enabled: bool = False) -> None:
         """Call before the last micro-batch: its backward reduces what was accumulated."""
         if self.backend.enable_fsdp_optimizations and not pp_enabled:
-            _configure_all(self, communicate=True)
+            _configure_all(_iter_fsdp_modules(self), communicate=True)
             _complete_accumulated_grads(self)
 
 
 def _disable_fsdp_for_moe_module(module: Any) -> None:
     """Keep every unit of ``module`` from communicating in backward."""
-    _configure_all(module, communicate=False)
+    _configure_all(_iter_fsdp_modules(module), communicate=False)
 
 
 def _run_post_backward_hooks(fsdp_module: FSDPModule) -> Callable[[], None]:
@@ -164,8 +162,9 @@ def _run_post_backward_for_moe_module(module: Any) -> None:
 
     All reductions start before the first is waited for.
     """
-    _configure_all(module, communicate=True)
-    callbacks = [_run_post_backward_hooks(unit) for unit in _iter_fsdp_modules(module)]
+    units = list(_iter_fsdp_modules(module))
+    _configure_all(units, communicate=True)
+    callbacks = [_run_post_backward_hooks(unit) for unit in units]
     for callback in callbacks:
         callback()
 
@@ -221,7 +220,7 @@ def _all_at_once(bwd_kwargs: dict[str, Any]) -> tuple[Any, list[dict[str, Any]]]
     blocks again, and a selective checkpoint allows a single backward.
     """
     outputs, output_grads = bwd_kwargs["stage_output"], bwd_kwargs["output_grads"]
-    if output_grads is None and isinstance(outputs, (tuple, list)):
+    if output_grads is None and outputs is not None and not isinstance(outputs, Tensor):
         output_grads = [None] * len(outputs)
     return stage_backward(outputs, output_grads, bwd_kwargs["input_values"]), []
 
@@ -285,7 +284,7 @@ def patched_backward_maybe_with_nosync(
     """
     if isinstance(self.submod, DistributedDataParallel):
         if last_backward:
-            outputs = list(_find_tensors(bwd_kwargs["stage_output"]))
+            outputs = list(distributed._find_tensors(bwd_kwargs["stage_output"]))
             self.submod.reducer.prepare_for_backward(outputs)
             return _stage_backward(self, backward_type, bwd_kwargs)
         with self.submod.no_sync():
@@ -323,7 +322,7 @@ def patched_backward_maybe_with_nosync(
 
 
 def _load_of_stage_unchanged(submod: Any) -> AbstractContextManager[Any]:
-    modules = submod.modules() if isinstance(submod, nn.Module) else ()
+    modules = submod.modules() if is_module(submod) else ()
     return load_unchanged(*(m for m in modules if hasattr(m, "_cumulative_expert_load")))
 
 

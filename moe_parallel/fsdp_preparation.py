@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.nn import functional
 
 from moe_parallel.mesh import MeshError, get_submesh, groups_of, is_mesh, pipeline_of
+from moe_parallel.text_module import is_module
 
 
 def replicate_correction_bias(gate: Any, mesh: Any) -> None:
@@ -41,7 +42,7 @@ def check_expert_widths(moe_layers: Iterable[Any], mesh: Any) -> None:
     """
     for moe in moe_layers:
         experts = getattr(moe, "experts", None)
-        if not is_mesh(mesh) or not isinstance(experts, nn.Module):
+        if not is_mesh(mesh) or not is_module(experts):
             continue
         for name, parameter in experts.named_parameters():
             if parameter.ndim > 1 and parameter.shape[1] % mesh.size():
@@ -61,7 +62,7 @@ def fp32_only_modules(
     ``module`` has others too: a unit has parameters of one dtype. Not those that are units
     already, nor parameters that are not to be in one.
     """
-    if not isinstance(module, nn.Module):
+    if not is_module(module):
         return
 
     def dtypes(part: nn.Module) -> set[torch.dtype]:
@@ -108,12 +109,12 @@ def check_expert_counts(moe_layers: list[tuple[str, Any]], ep_size: int) -> None
     """The experts of every layer, given with the name of its block, must divide over the ranks.
 
     Raises:
-        ValueError: one's do not.
+        MeshError: one's do not.
     """
     for name, moe in moe_layers:
         experts = getattr(moe, "n_routed_experts", None)
         if isinstance(experts, int) and experts % ep_size:
-            raise ValueError(
+            raise MeshError(
                 f"apply_ep: n_routed_experts must be a multiple of the EP size {ep_size}; "
                 f"block {name} has {experts}"
             )

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from moe_parallel.mesh import MeshError
-from moe_parallel.text_module import _module_weights_are_tied, mtp_layers
+from moe_parallel.text_module import _module_weights_are_tied, is_module, mtp_layers
 
 Precision = Literal["given", "float32", "float32_output"]
 
@@ -136,9 +135,9 @@ def units_around_blocks(
 
 
 def _trainable_outside(model: Any, parts: list[Any]) -> list[str]:
-    if not isinstance(model, nn.Module):
+    if not is_module(model):
         return []
-    modules = (part for part in parts if isinstance(part, nn.Module))
+    modules = (part for part in parts if is_module(part))
     inside = {id(parameter) for module in modules for parameter in module.parameters()}
     return [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in inside]
 

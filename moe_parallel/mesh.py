@@ -283,6 +283,25 @@ def check_ep_shard_axes(
         )
 
 
+def check_experts_covered(moe_mesh: Any, ep_mesh: Any | None, ep_shard_mesh: Any) -> None:
+    """The axes of Expert Parallelism and of what shards the experts further must be all there are.
+
+    Raises:
+        MeshError: experts that are copies of each other would train apart.
+    """
+    if not is_mesh(moe_mesh):
+        return
+    names = moe_mesh.mesh_dim_names or ()
+    sizes = {n: size for n, size in zip(names, moe_mesh.shape, strict=True) if n != "pp"}
+    covered = ep_shard_mesh.size() * (1 if ep_mesh is None else ep_mesh.size())
+    if covered < math.prod(sizes.values()):
+        raise MeshError(
+            f"parallelize_model: ep_axis_name and ep_shard_axis_names have {covered} ranks, but "
+            f"{math.prod(sizes.values())} share the experts, {sizes}; the others would train "
+            "apart. Pass the axes of parallel_axis_names(world_mesh, moe_mesh)."
+        )
+
+
 _NOT_THERE = (LookupError, AttributeError, TypeError, ValueError, RuntimeError)
 
 

@@ -33,7 +33,7 @@ from moe_parallel.activation_checkpointing import (
     router_sizes,
 )
 from moe_parallel.config import dtype_from_str
-from moe_parallel.context_parallel_setup import tell_block
+from moe_parallel.context_parallel_setup import attention_of, check_blocks, tell_block
 from moe_parallel.fsdp_preparation import (
     check_equal_experts,
     check_expert_counts,
@@ -53,6 +53,7 @@ from moe_parallel.fsdp_roots import (
 from moe_parallel.layers import MoE
 from moe_parallel.mesh import (
     check_ep_shard_axes,
+    check_experts_covered,
     check_fsdp_axes,
     get_submesh,
     refused_together,
@@ -62,10 +63,12 @@ from moe_parallel.text_module import (
     _is_selective_ac,
     _module_weights_are_tied,
     block_containers,
+    blocks_of,
     get_text_module,
     inner_model,
     moe_config_of,
     mtp_layers,
+    named_blocks,
 )
 from moe_parallel.torch_internals import reduce_unused_parameters, tolerate_unrecorded_ops
 
@@ -77,14 +80,14 @@ _CP_STREAM: torch.cuda.Stream | None = None
 def _iter_transformer_and_mtp_blocks(model: Any) -> Iterator[tuple[Any, str, Any]]:
     """``(container, name, block)`` of every block, so that it can be replaced in its container."""
     for container in block_containers(model, get_text_module(inner_model(model))):
-        for name, block in container.named_children():
+        for name, block in named_blocks(container):
             yield container, name, block
 
 
 def _iter_moe_blocks(model_wrapper: Any, backbone: Any) -> Iterator[Any]:
     """The blocks of ``backbone``, then those of the wrapper's multi-token prediction."""
     for container in block_containers(model_wrapper, backbone):
-        yield from container.children()
+        yield from blocks_of(container)
 
 
 def _get_moe_module(block: Any) -> Any | None:
@@ -190,18 +193,20 @@ def apply_ep(model: nn.Module, ep_mesh: DeviceMesh, moe_mesh: DeviceMesh | None 
         model: the outer model.
         ep_mesh: 1-D, more than one rank.
         moe_mesh: the mesh that ``ep_mesh`` is part of: then it is checked that the groups of ranks
-            that are to hold the same experts do, in every stage of its pipeline.
+            that are to hold the same experts do, in every stage of its pipeline, and what one stage
+            is refused with, all are.
 
     Raises:
         AssertionError: ``ep_mesh`` has one rank.
-        ValueError: an MoE's experts cannot be spread evenly, or, a MeshError, the groups of ranks
-            that are to hold the same experts hold others. The model is as it was.
+        MeshError: an MoE's experts cannot be spread evenly, or the groups of ranks that are to hold
+            the same experts hold others. The model is as it was.
         RuntimeError: the experts are sharded already.
     """
     size = ep_mesh.size()
     assert size > 1, f"apply_ep: ep_mesh must have more than one rank; got {size}"
-    layers = _moe_layers(model)
-    check_expert_counts(layers, size)
+    with refused_together(moe_mesh):  # or the ranks of other stages would wait for this one's
+        layers = _moe_layers(model)
+        check_expert_counts(layers, size)
     check_equal_experts(layers, ep_mesh, moe_mesh)
     _shard_experts(layers, ep_mesh)
 
@@ -352,7 +357,7 @@ def apply_fsdp(
     )
 
     mtp = mtp_layers(model)
-    mtp_blocks = set() if mtp is None else {id(block) for block in mtp.children()}
+    mtp_blocks = set() if mtp is None else {id(block) for block in blocks_of(mtp)}
     for block in blocks:
         moe = _get_moe_module(block)
         ignored: set[nn.Parameter] = set()
@@ -393,7 +398,11 @@ def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, cp_comm_type: str = "p2p") -
         model: the outer model.
         cp_mesh: 1-D.
         cp_comm_type: "p2p", "all_gather" or "a2a"; sliding-window attention always all-gathers.
+
+    Raises:
+        MeshError: a block's attention cannot work on parts of sequences. The model is as it was.
     """
+    check_blocks(_iter_transformer_and_mtp_blocks(model), cp_comm_type)
     backbone = get_text_module(inner_model(model))
     for owner in (model, backbone):
         owner._cp_enabled = True
@@ -401,17 +410,15 @@ def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, cp_comm_type: str = "p2p") -
         told, layer_type = tell_block(block, cp_mesh, cp_comm_type, _get_cp_stream)
         if not told:
             logger.warning(
-                "apply_cp: block %s, of type %s, has nothing that supports context parallelism; "
-                "it sees this rank's part of the sequences alone",
-                name,
-                layer_type,
+                f"apply_cp: block {name}, of type {layer_type}{attention_of(block)}, has nothing "
+                "that supports context parallelism; it sees this rank's part of the sequences alone"
             )
         moe = _get_moe_module(block)
         if moe is not None:
             moe.cp_mesh = cp_mesh
 
 
-_OWN_STEPS = (apply_ep, apply_ac, apply_fsdp)
+_OWN_STEPS = (apply_cp, apply_ep, apply_ac, apply_fsdp)
 
 
 def _is_own(step: Any) -> bool:
@@ -460,7 +467,8 @@ def parallelize_model(
         AssertionError: tensor parallelism; or experts that Expert Parallelism cannot spread evenly.
         KeyError: ``lm_head_precision`` is a name of no dtype.
         MeshError: axes that leave parameters without a reduction of their gradients, and all that
-            :func:`apply_fsdp` and :func:`apply_ep` refuse. The model is as it was.
+            :func:`apply_cp`, :func:`apply_ep` and :func:`apply_fsdp` refuse. The model is as it
+            was.
     """
     if tp_axis_name is not None:
         tp = get_submesh(world_mesh, tp_axis_name).size()
@@ -488,28 +496,29 @@ def parallelize_model(
     if fsdp_mesh is not None and moe_mesh is not None and ep_shard_axis_names is not None:
         ep_shard_mesh = get_submesh(moe_mesh, ep_shard_axis_names)
     ep_shard_enabled = ep_shard_mesh is not None and ep_shard_mesh.size() > 1
+    if ep_shard_mesh is not None and (ep_shard_enabled or ep_mesh is not None):
+        check_experts_covered(moe_mesh, ep_mesh, ep_shard_mesh)
     selective = _is_selective_ac(activation_checkpointing)
 
-    # What the steps below would refuse half-way. A stand-in for a model may have no such parts.
+    # What this module's steps would refuse half-way; a model for others may have no such parts.
+    own_ep, own_fsdp = _is_own(apply_ep), _is_own(apply_fsdp)
     layers: list[tuple[str, Any]] = []
     with refused_together(world_mesh):
-        if _is_own(apply_fsdp):
+        if own_fsdp:
             head_dtype(lm_head_precision, dtype_from_str)
-        backbone = get_text_module(inner_model(model))
-        containers = block_containers(model, backbone)
-        if all(hasattr(container, "named_children") for container in containers):
+        if cp_mesh is not None and _is_own(apply_cp):
+            check_blocks(_iter_transformer_and_mtp_blocks(model), "p2p")
+        if ep_mesh is not None and own_ep:
             layers = _moe_layers(model)
-            if ep_mesh is not None:
-                check_expert_counts(layers, ep_mesh.size())
-            if ep_shard_enabled:
-                check_expert_widths((moe for _, moe in layers), ep_shard_mesh)
-            saves_router = activation_checkpointing and ignore_router_for_ac and not selective
-            if layers and saves_router and _is_own(apply_ac):
-                router_sizes(model, None, None)  # another apply_ac may find them elsewhere
-        if fsdp_mesh is not None:
-            check_ends(model, backbone, wrap_outer_model)
-    own_ep = ep_mesh is not None and _is_own(apply_ep)
-    if own_ep:
+            check_expert_counts(layers, ep_mesh.size())
+        if own_fsdp and ep_shard_enabled:
+            check_expert_widths((moe for _, moe in _moe_layers(model)), ep_shard_mesh)
+        saves_router = activation_checkpointing and ignore_router_for_ac and not selective
+        if saves_router and _is_own(apply_ac):
+            router_sizes(model, None, None)
+        if own_fsdp and fsdp_mesh is not None:
+            check_ends(model, get_text_module(inner_model(model)), wrap_outer_model)
+    if ep_mesh is not None and own_ep:
         check_equal_experts(layers, ep_mesh, moe_mesh)
 
     if cp_mesh is not None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeGuard
 
 from torch import nn
 
 _NAMES = ("language_model", "text_model", "text_decoder")
+
+
+def is_module(module: Any) -> TypeGuard[nn.Module]:
+    """Whether ``module`` is PyTorch's own, not something that stands in for one."""
+    return issubclass(type(module), nn.Module)
 
 
 def get_text_module(model: Any) -> Any:
@@ -36,6 +41,26 @@ def block_containers(model: Any, backbone: Any) -> Iterator[Any]:
     for container in (getattr(backbone, "layers", None), mtp_layers(model)):
         if container is not None:
             yield container
+
+
+def blocks_of(container: Any) -> list[Any]:
+    """The blocks in a container that has ``children`` or ``named_children``, or in a list."""
+    blocks = _listed(container, "children")
+    return blocks if blocks else [block for _, block in _listed(container, "named_children")]
+
+
+def named_blocks(container: Any) -> list[tuple[str, Any]]:
+    """The blocks in a container with their names, or with their numbers where it has no names."""
+    named = _listed(container, "named_children")
+    return named if named else [(str(i), b) for i, b in enumerate(_listed(container, "children"))]
+
+
+def _listed(container: Any, method: str) -> list[Any]:
+    if method == "children" and isinstance(container, (list, tuple)):
+        return list(container)
+    found = getattr(container, method, None)
+    found = found() if callable(found) else None
+    return list(found) if isinstance(found, Iterable) else []
 
 
 def moe_config_of(model: Any, inner: Any, text_module: Any) -> Any:

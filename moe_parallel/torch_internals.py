@@ -11,7 +11,6 @@ from typing import Any, BinaryIO, cast
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.utils import _create_file_view
@@ -21,6 +20,8 @@ from torch.distributed.pipelining import _backward
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils import checkpoint
+
+from moe_parallel.text_module import is_module
 
 
 def flattened_meshes(mesh: DeviceMesh) -> dict[str, DeviceMesh]:
@@ -52,7 +53,7 @@ def fsdp_param_groups(state: Any) -> list[Any]:
 
 def fully_sharded_modules(module: Any) -> Iterator[Any]:
     """``module`` and what is in it, as far as ``fully_shard`` was applied to it."""
-    if isinstance(module, nn.Module):
+    if is_module(module):
         yield from (child for child in module.modules() if isinstance(child, FSDPModule))
 
 
@@ -67,7 +68,7 @@ def reshards_after_forward(module: Any) -> bool:
 
 def has_checkpoints(module: Any) -> bool:
     """Whether :func:`apply_ac`, or the user, wrapped any part of ``module`` for checkpointing."""
-    return isinstance(module, nn.Module) and any(
+    return is_module(module) and any(
         isinstance(child, CheckpointWrapper) for child in module.modules()
     )
 

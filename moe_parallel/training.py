@@ -169,8 +169,14 @@ def scale_grads_and_clip_grad_norm(
         The norm before clipping; 0.0 for ``max_norm=None``.
 
     Raises:
-        MeshError: pipeline parallelism without its mesh or axis.
+        MeshError: pipeline parallelism without its mesh or axis; moe_mesh without its axis.
     """
+    if moe_mesh is not None and dp_group_size and ep_axis_name is None:
+        raise MeshError(
+            "scale_grads_and_clip_grad_norm: moe_mesh and dp_group_size need ep_axis_name, by "
+            "which the experts' gradients, ep times too large, are found; got None. Pass the axis, "
+            "or moe_mesh=None without Expert Parallelism."
+        )
     if pp_enabled and num_label_tokens and dp_group_size:
         tokens = float(num_label_tokens)
         _divide([p.grad for p in _parameters(model_parts)], tokens / dp_group_size, foreach)

@@ -6,6 +6,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
+import torch.distributed as dist
 
 from tests.test_example import QUICK, TINY, data, run_example, summary, train_lm
 
@@ -136,6 +137,8 @@ def test_more_layouts(ranks: int, folder: Path) -> None:
         (["--accumulate", "0"], "--accumulate must be at least 1; got 0"),
         (["--accumulate", "17"], r"1 ranks . accumulate 17 = 17; got 16"),
         (["--pp", "2"], r"the number of ranks must be a multiple of tp . cp . pp"),
+        (["--dp-replicate", "2"], r"dp_replicate must divide dp = 1"),
+        (["--dp-replicate", "0"], "dp_replicate must be a positive integer; got 0"),
         (["--ep", "2"], r"ep must divide dp . cp . tp"),
         (["--ep", "0"], "--ep must be at least 1; got 0"),
         (["--ep", "4", "--experts", "6"], "--ep must divide experts = 6; got 4"),
@@ -144,6 +147,7 @@ def test_more_layouts(ranks: int, folder: Path) -> None:
 def test_layouts_that_do_not_fit(arguments: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         train_lm.main(arguments)
+    assert not dist.is_initialized()
 
 
 def test_a_pipeline_needs_pieces_of_equal_size() -> None:

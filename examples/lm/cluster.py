@@ -140,13 +140,18 @@ def start(experts: int, parallelism: Parallelism) -> Cluster:
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
     world = dist.get_world_size()
     ep = parallelism.ep
-    world_mesh, moe_mesh = build_meshes(
-        ep=math.gcd(max(1, world // parallelism.pp), experts) if ep is None else ep,
-        dp_replicate=parallelism.dp_replicate,
-        cp=parallelism.cp,
-        pp=parallelism.pp,
-        device_type=device.type,
-    )
+    try:
+        world_mesh, moe_mesh = build_meshes(
+            ep=math.gcd(max(1, world // parallelism.pp), experts) if ep is None else ep,
+            dp_replicate=parallelism.dp_replicate,
+            cp=parallelism.cp,
+            pp=parallelism.pp,
+            device_type=device.type,
+        )
+    except ValueError:
+        if own_group:
+            dist.destroy_process_group()
+        raise
     return Cluster(dist.get_rank(), world, device, parallelism, world_mesh, moe_mesh, own_group)
 
 

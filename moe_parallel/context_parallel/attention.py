@@ -20,6 +20,7 @@ from moe_parallel.context_parallel.ops import (
     exchange_heads,
     whole_sequences,
 )
+from moe_parallel.mesh import MeshError
 from moe_parallel.torch_internals import stream_key
 
 
@@ -104,8 +105,8 @@ class ContextParallelAttention(nn.Module):
             cp_comm_type: "p2p", "all_gather" or "a2a".
 
         Raises:
-            ValueError: another cp_comm_type; global_ranks of another group; dropout; a window with
-                "p2p".
+            ValueError: another cp_comm_type; global_ranks of another group; or, a MeshError,
+                dropout; a window with "p2p".
         """
         if cp_comm_type not in COMM_TYPES:
             raise ValueError(
@@ -120,19 +121,27 @@ class ContextParallelAttention(nn.Module):
                 f"{NAME}: global_ranks must be those of the group, {own_ranks}; got "
                 f"{list(global_ranks)}"
             )
+        self.check_context_parallel(cp_comm_type)
+        self.group_name = group.group_name
+        self._stream = stream_key(stream)
+        self.cp_comm_type = cp_comm_type
+
+    def check_context_parallel(self, cp_comm_type: str) -> None:
+        """Refuse what no context parallel group can have, before one is set.
+
+        Raises:
+            MeshError: dropout; a window with "p2p".
+        """
         if self.dropout_p > 0:
-            raise ValueError(
+            raise MeshError(
                 f"{NAME}: dropout_p must be 0 with a context parallel group; got {self.dropout_p}. "
                 "Drop after the output projection instead."
             )
         if self.window is not None and cp_comm_type == "p2p":
-            raise ValueError(
+            raise MeshError(
                 f"{NAME}: cp_comm_type 'p2p' does not support a window; got {self.window}. Use "
                 "'all_gather', as apply_cp does where a block's layer_type is 'sliding_attention'."
             )
-        self.group_name = group.group_name
-        self._stream = stream_key(stream)
-        self.cp_comm_type = cp_comm_type
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of the queries.

@@ -276,6 +276,13 @@ def test_context_parallel_attention(sizes: dict[str, int]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("cp", [2, 4])
+@pytest.mark.parametrize("ep", [2, 4])
+def test_context_and_expert_parallelism(cp: int, ep: int) -> None:
+    check({"cp": cp, "ep": ep}, CONTEXT + SHARED)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_full_matrix(sizes: dict[str, int]) -> None:
     check(sizes, COVERING + FULL)

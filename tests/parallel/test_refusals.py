@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moe_parallel import fsdp_preparation
 from moe_parallel.fsdp_preparation import check_expert_widths
 from moe_parallel.mesh import MeshError, build_meshes, parallel_axis_names
-from moe_parallel.parallelizer import apply_ep, apply_fsdp, parallelize_model
+from moe_parallel.parallelizer import apply_cp, apply_ep, apply_fsdp, parallelize_model
 from tests.parallel.ranks import run_ranks
 from tests.parallel.tiny_lm import ModelOptions, TinyLM
 
@@ -39,7 +39,7 @@ def state(model: nn.Module) -> list[Any]:
     return [
         [(name, type(module)) for name, module in model.named_modules()],
         [(name, type(tensor), tensor.data_ptr()) for name, tensor in tensors],
-        [vars(module).get("cp_mesh") for module in model.modules()],
+        [(vars(m).get("cp_mesh"), vars(m).get("group_name")) for m in model.modules()],
         hasattr(model, "_cp_enabled"),
     ]
 
@@ -64,9 +64,14 @@ def _refused(rank: int, ranks: int) -> list[str]:
     apart.config.tie_word_embeddings = True  # apply_fsdp would tie them again
     refuse(cp, MeshError, apart, wrap_outer_model=False)
     refuse(cp, MeshError, TinyLM(), ep_shard_axis_names=None)
+    refuse(cp, MeshError, TinyLM(), ep_axis_name=None)
+    for name, value in {"window": 3, "dropout_p": 0.5}.items():
+        unfit = TinyLM(ModelOptions(shared_attention=True))
+        setattr(unfit.model.layers["2"].self_attn.attn_module, name, value)
+        refuse(cp, MeshError, unfit)
     mixed = TinyLM()
     mixed.model.layers["2"] = TinyLM(ModelOptions(moe={"n_routed_experts": 6})).model.layers["2"]
-    refuse({"cp": 2, "ep": 4}, ValueError, mixed)
+    refuse({"cp": 2, "ep": 4}, MeshError, mixed)
     unsized = TinyLM()
     del unsized.config.hidden_size
     refuse(cp, ValueError, unsized, activation_checkpointing=True)
@@ -107,6 +112,9 @@ def test_a_refused_model_is_untouched_and_nothing_was_communicated() -> None:
             "Use wrap_outer_model=True, or untie them",
             "Use wrap_outer_model=True, or untie them",
             "Pass ep_shard_axis_names=('ep_shard',)",
+            "have 2 ranks, but 4 share the experts, {'ep_shard': 2, 'ep': 2}; the others would",
+            "'p2p' does not support a window; got 3",
+            "dropout_p must be 0 with a context parallel group; got 0.5",
             "multiple of the EP size 4; block 2 has 6",
             "hidden_size must be provided",
             "has no moe_config",
@@ -115,6 +123,15 @@ def test_a_refused_model_is_untouched_and_nothing_was_communicated() -> None:
         strict=True,
     ):
         assert part in line
+
+
+def test_apply_cp_refuses_before_it_tells_a_block() -> None:
+    model = TinyLM(ModelOptions(shared_attention=True))
+    model.model.layers["2"].self_attn.attn_module.window = 3
+    before, mesh = state(model), cast(Any, object())  # nothing is asked of it
+    with pytest.raises(MeshError, match="'p2p' does not support a window"):
+        apply_cp(model, mesh)
+    assert state(model) == before
 
 
 def _unequal(rank: int, ranks: int) -> None:
@@ -222,7 +239,15 @@ def _stages(rank: int, ranks: int) -> None:
             with pytest.raises(MeshError, match=r"equal weights.* differ in pipeline stage 1"):
                 apply_ep(model, mesh["ep"], moe_mesh=mesh)
         assert state(model) == before
-        assert communication.counts == {"c10d.allreduce_.default": 1}
+        assert communication.counts["c10d.allreduce_.default"] == 1
+
+        uneven = TinyLM(ModelOptions(moe={"n_routed_experts": 5})) if rank >= 4 else TinyLM()
+        before = state(uneven)
+        refusal = pytest.raises(MeshError, match=r"block 0 has 5 \(in pipeline stage 1\)")
+        with Collectives() as communication, refusal:
+            apply_ep(uneven, mesh["ep"], moe_mesh=mesh)
+        assert state(uneven) == before
+        assert not communication.counts["c10d.allreduce_.default"]  # that of the digests
 
         dense, others = TinyLM(), TinyLM()  # of a stage without experts, another not loaded yet
         for name in list(dense.model.layers):

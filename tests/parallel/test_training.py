@@ -160,6 +160,19 @@ def test_plain_experts_are_known_by_name(stages: dict[str, int]) -> None:
         }
 
 
+def test_experts_are_not_scaled_without_their_axis() -> None:
+    model = nn.Linear(1, 1)
+    model.bias.grad = torch.ones(1)
+    options = {"moe_mesh": NamedAxes({"ep_shard": 4, "ep": 2}), "dp_group_size": 8}
+    with pytest.raises(MeshError, match=r"need ep_axis_name.* Pass the axis"):
+        training.scale_grads_and_clip_grad_norm(
+            None, [model], pp_enabled=True, num_label_tokens=4, **options
+        )
+    assert model.bias.grad == 1
+    options["dp_group_size"] = None
+    assert training.scale_grads_and_clip_grad_norm(1.0, [model], **options) == 1.0
+
+
 @pytest.mark.parametrize(
     ("pipeline", "tokens", "expected"),
     [(True, 24.0, 1.0), (True, None, 6.0), (True, 0, 6.0), (False, 24.0, 6.0)],
