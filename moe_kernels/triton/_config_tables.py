@@ -40,6 +40,7 @@ WARP_SPECIALIZE = {
     "up": ("no", "triton"),
     "down_backward": ("no", "triton"),
 }
+LARGEST_TILE = 128 * 128  # of a group of four warps: 128 sums a thread
 FOLDER = Path(__file__).parent / "configs"
 # parts of the names by which GPUs of one architecture are told apart
 MODELS = ("h200", "h100", "h800", "h20", "gh200", "a100", "b200", "b300", "gb200")
@@ -69,6 +70,26 @@ class Config:
     group_m: int = 8
     programs: int = 1
     warp_specialize: str = "no"
+
+
+def suits_gluon(kernel: str, cut: Config) -> bool:
+    """Whether a kernel in Gluon computes such tiles.
+
+    Two groups of four warps multiply 64 rows or more each, 64 contracted elements a step, whose
+    rows are swizzled by 128 bytes. A tile that one group can hold is its own, a larger one is
+    halved. A slot of the ring is handed back after the next step was multiplied, so there are two
+    at least.
+    """
+    width, tallest = cut.block_n, 256
+    halved = cut.block_m * width > LARGEST_TILE
+    return (
+        (128 if halved else 64) <= cut.block_m <= tallest
+        and cut.block_n >= 64
+        and width <= 256
+        and cut.block_m * width <= 2 * LARGEST_TILE
+        and (cut.block_k, cut.warps) == (64, 8)
+        and cut.stages >= 2
+    )
 
 
 @dataclass(frozen=True)
@@ -188,7 +209,14 @@ def parse_config(document: Mapping[str, Any], kernel: str, where: str) -> Config
             raise ValueError(f"{where}: {name} must be at least {size}; got {values[name]}")
     if values["warps"] > 32:
         raise ValueError(f"{where}: warps must be at most 32; got {values['warps']}")
-    return Config(**values, warp_specialize=specialize)
+    found = Config(**values, warp_specialize=specialize)
+    if specialize == "gluon" and not suits_gluon(kernel, found):
+        raise ValueError(
+            f"{where}: a tile of {kernel} with warp_specialize gluon must have block_k 64, 8 "
+            "warps, 2 or more stages, 64 or more rows and columns, and no more than two groups of "
+            f"four warps can hold, as python -m benchmarks tune chooses them; got {found}"
+        )
+    return found
 
 
 def as_table(document: Mapping[str, Any], kernels: Collection[str]) -> dict[Bucket, Config]:

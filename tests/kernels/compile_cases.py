@@ -255,6 +255,21 @@ def _roles(parts: dict[str, int], archs: range, **cut: Any) -> None:
         PROBLEMS[kernel][part].make(layer).run(Config(**cut))
 
 
+def _gluon_biased(block_n: int) -> None:
+    """The product in Gluon, with a bias."""
+    from moe_kernels.triton._config_tables import Config
+    from moe_kernels.triton._launch import architecture
+    from moe_kernels.triton._tiles import build_tile_map
+    from moe_kernels.triton.grouped_gemm import multiply_rows
+
+    if architecture(torch.device("cpu")) not in HOPPER:
+        return
+    tiles = build_tile_map(torch.empty(E + 1, dtype=torch.int32), T, 128)
+    a, out = torch.empty(T, INNER, dtype=BF16), torch.empty(T, H, dtype=BF16)
+    b, bias = torch.empty(E, H, INNER, dtype=BF16).mT, torch.empty(E, H, dtype=BF16)
+    multiply_rows(a, b, bias, out, tiles, Config(**GLUON, block_n=block_n))
+
+
 def _with_tf32(call: Callable[[], None]) -> None:
     matmul = torch.backends.cuda.matmul
     before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
@@ -346,6 +361,8 @@ MORE_CASES: dict[str, Callable[[], None]] = {
     "gemm_dx_roles": partial(_roles, {"grouped_gemm": 1}, range(90, 110), **ROLES, block_n=128),
     "gluon_turns_dx_roles": partial(_roles, {"grouped_gemm": 1}, HOPPER, **GLUON, block_n=128),
     "gluon_shared_down_roles": partial(_roles, {"grouped_gemm": 0}, HOPPER, **GLUON, block_n=256),
+    "gluon_turns_biased_roles": partial(_gluon_biased, 128),
+    "gluon_shared_biased_roles": partial(_gluon_biased, 256),
     "experts_roles": partial(
         _roles, {"up": 0, "down_backward": 0}, range(100, 110), **ROLES, block_n=64
     ),

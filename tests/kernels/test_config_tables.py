@@ -28,6 +28,9 @@ def _specialized(by: Any) -> dict[str, Any]:
     return dataclasses.asdict(OTHER) | {"warp_specialize": by}
 
 
+GLUON = dataclasses.asdict(Config(128, 64, 64, warps=8, stages=4, warp_specialize="gluon"))
+
+
 def write(path: Path, *entries: dict[str, Any]) -> Path:
     path.write_text(json.dumps({"format": 1, "device": "sm_90-h200", "entries": entries}))
     return path
@@ -165,6 +168,15 @@ def test_a_table_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ([entry(config=dataclasses.asdict(OTHER) | {"stages": True})], "stages must be an integer"),
         ([entry(config=dataclasses.asdict(OTHER) | {"warps": 64})], "warps must be at most 32"),
         ([entry(config=_specialized("gluon"))], "warp_specialize of up must be one of no, triton"),
+        *(
+            ([entry(kernel=kernel, config=GLUON | wrong)], "2 or more stages, 64 or more rows")
+            for kernel, wrong in (
+                ("grouped_gemm", {"stages": 1}),
+                ("grouped_gemm", {"block_m": 32}),
+                ("grouped_gemm", {"block_m": 256, "block_n": 256}),
+                ("grouped_gemm", {"block_n": 32}),
+            )
+        ),
         ([entry(config=_specialized(True))], "warp_specialize of up must be .*; got True"),
         (
             [entry(kernel="wgrad", config=_specialized("triton"))],

@@ -98,14 +98,14 @@ def test_aligned_operands_are_loaded_by_tma(reports: Reports) -> None:
 
 def test_warps_have_roles_where_that_is_asked_for(reports: Reports) -> None:
     for report in reports:
-        if report["kernel"] != "_tile_map_kernel":
+        if report["kernel"] not in ("_tile_map_kernel", "_zero_tail_kernel"):
             assert report["specialized"] == report["case"].endswith("_roles"), report
 
 
 def test_the_gemm_of_hopper_is_what_it_was_written_to_be(reports: Reports) -> None:
     """One warp loads, two groups multiply, by turns or half a tile each."""
     found = [report for report in reports if report["kernel"] == "_hopper_gemm_kernel"]
-    assert len(found) == (2 if reports[0]["arch"] == 90 else 0)
+    assert bool(found) == (reports[0]["arch"] == 90)
     for report in found:
         turns = "turns" in report["case"]
         # 128 x 128 or 64 x 256 elements, 64 contracted, by 64 x n x 16, for either group
@@ -125,7 +125,9 @@ def test_the_gemm_of_hopper_is_what_it_was_written_to_be(reports: Reports) -> No
             "expect": 1,
             "wait": 5 if turns else 3,
             "arrive": 6 if turns else 4,
+            "copied": 0,
         }, report
+        assert report["shown"], report
 
 
 def test_copies_fill_their_memory(reports: Reports) -> None:
