@@ -37,7 +37,7 @@ PRECISIONS = ("half", "full", "fp8")
 # who may give the warps of a kernel roles, where not all of them do the same
 WARP_SPECIALIZE = {
     "grouped_gemm": ("no", "triton", "gluon"),
-    "up": ("no", "triton"),
+    "up": ("no", "triton", "gluon"),
     "down_backward": ("no", "triton"),
 }
 LARGEST_TILE = 128 * 128  # of a group of four warps: 128 sums a thread
@@ -59,7 +59,8 @@ class Config:
         programs: programs a multiprocessor holds; each walks many tiles.
         warp_specialize: whether warps have roles, to load or to multiply: "no", or given by
             "triton", its compiler, see ``_operands.specializes``, or "gluon", a kernel written so
-            (``_hopper_gemm.py``), whose ``warps`` are those that multiply. Never a default.
+            (``_hopper_gemm.py``, ``_hopper_up.py``), whose ``warps`` are those that multiply. Never
+            a default.
     """
 
     block_m: int
@@ -78,9 +79,9 @@ def suits_gluon(kernel: str, cut: Config) -> bool:
     Two groups of four warps multiply 64 rows or more each, 64 contracted elements a step, whose
     rows are swizzled by 128 bytes. A tile that one group can hold is its own, a larger one is
     halved. A slot of the ring is handed back after the next step was multiplied, so there are two
-    at least.
+    at least. Threads that gather hold an address for every eighth of 128 rows, and can no more.
     """
-    width, tallest = cut.block_n, 256
+    width, tallest = (2 * cut.block_n, 128) if kernel == "up" else (cut.block_n, 256)
     halved = cut.block_m * width > LARGEST_TILE
     return (
         (128 if halved else 64) <= cut.block_m <= tallest

@@ -160,6 +160,22 @@ def has_hopper_gemm(cut: Config, weight: Operand, rows: Operand, out: Tensor) ->
     return rows.value.base.element_size() == out.element_size() == 2
 
 
+def has_hopper_up(cut: Config, weight: Tensor, x: Tensor, out: Tensor, *, halves: bool) -> bool:
+    """Whether ``_hopper_up.py`` is asked for, and computes this projection of gathered rows.
+
+    Args:
+        weight: [E, H, W]; with ``halves``, the second of which must be aligned, too, if it is
+            stored with contiguous columns.
+    """
+    if not _has_gluon("up", cut, out):
+        return False
+    if not (x.element_size() == out.element_size() == 2 and is_aligned(x)):
+        return False
+    if is_aligned(weight):
+        return not halves or weight.shape[2] // 2 * weight.element_size() % 16 == 0
+    return is_aligned(weight.mT)
+
+
 def weight_operand(b: Tensor, block_k: int, block_n: int, *, halves: bool = False) -> Operand:
     """``b [E, Kd, N]``, stored with either of the last two dimensions contiguous.
 
