@@ -15,6 +15,7 @@ from torch import Tensor
 from triton.tools.ragged_tma import create_ragged_descriptor, load_ragged
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from moe_kernels.triton._activation import Activation
 from moe_kernels.triton._config_tables import Config, suits_gluon
 from moe_kernels.triton._launch import (
     INTERPRETED,
@@ -160,18 +161,23 @@ def has_hopper_gemm(cut: Config, weight: Operand, rows: Operand, out: Tensor) ->
     return rows.value.base.element_size() == out.element_size() == 2
 
 
-def has_hopper_up(cut: Config, weight: Tensor, x: Tensor, out: Tensor, *, halves: bool) -> bool:
+def has_hopper_up(
+    cut: Config, weight: Tensor, x: Tensor, out: Tensor, activation: Activation
+) -> bool:
     """Whether ``_hopper_up.py`` is asked for, and computes this projection of gathered rows.
 
+    Not with gelu, whose error function needs more registers than there are beside the sums. Of
+    halves that are stored with contiguous columns the second must be aligned, too.
+
     Args:
-        weight: [E, H, W]; with ``halves``, the second of which must be aligned, too, if it is
-            stored with contiguous columns.
+        weight: [E, H, W].
     """
-    if not _has_gluon("up", cut, out):
+    if not _has_gluon("up", cut, out) or activation.kind == "gelu":
         return False
     if not (x.element_size() == out.element_size() == 2 and is_aligned(x)):
         return False
     if is_aligned(weight):
+        halves = activation.gated and not activation.interleaved
         return not halves or weight.shape[2] // 2 * weight.element_size() % 16 == 0
     return is_aligned(weight.mT)
 

@@ -166,8 +166,7 @@ def _project_up(
     (H, W), (rows, I) = gate_up.shape[1:], a.shape
     if I == 0:
         return
-    halves = activation.gated and not activation.interleaved
-    if has_hopper_up(cut, gate_up, x, a, halves=halves):
+    if has_hopper_up(cut, gate_up, x, a, activation):
         from moe_kernels.triton import _hopper_up  # not every Triton has Gluon
 
         _hopper_up.project_up(
@@ -178,6 +177,7 @@ def _project_up(
         return
     x, source = gathered_rows(x, order, rows)
     r = row_operand(x, source, cut.block_m, cut.block_k)
+    halves = activation.gated and not activation.interleaved
     w = weight_operand(
         gate_up, cut.block_k, cut.block_n * (2 if activation.gated else 1), halves=halves
     )

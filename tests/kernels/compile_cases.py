@@ -397,7 +397,7 @@ MORE_CASES: dict[str, Callable[[], None]] = {
     "gluon_up_shared_oai_roles": partial(
         _gluon_up, 128, "swigluoai", transposed=False, interleaved=True, biased=True
     ),
-    "gluon_up_turns_ungated_roles": partial(_gluon_up, 128, "gelu", H - 8, biased=True),
+    "gluon_up_turns_ungated_roles": partial(_gluon_up, 128, "silu", H - 8, biased=True),
     "experts_roles": partial(
         _roles, {"up": 0, "down_backward": 0}, range(100, 110), **ROLES, block_n=64
     ),
