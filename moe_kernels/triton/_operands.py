@@ -15,7 +15,6 @@ from torch import Tensor
 from triton.tools.ragged_tma import create_ragged_descriptor, load_ragged
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moe_kernels.triton._activation import Activation
 from moe_kernels.triton._config_tables import Config, suits_gluon
 from moe_kernels.triton._launch import (
     INTERPRETED,
@@ -161,25 +160,17 @@ def has_hopper_gemm(cut: Config, weight: Operand, rows: Operand, out: Tensor) ->
     return rows.value.base.element_size() == out.element_size() == 2
 
 
-def has_hopper_up(
-    cut: Config, weight: Tensor, x: Tensor, out: Tensor, activation: Activation
-) -> bool:
+def has_hopper_up(cut: Config, weight: Tensor, x: Tensor, out: Tensor, kind: str) -> bool:
     """Whether ``_hopper_up.py`` is asked for, and computes this projection of gathered rows.
 
-    Not with gelu, whose error function needs more registers than there are beside the sums. Of
-    halves that are stored with contiguous columns the second must be aligned, too.
-
-    Args:
-        weight: [E, H, W].
+    Not with gelu, whose error function needs more registers than there are beside the sums. Nor to
+    a number of columns that Triton does not know to be a multiple of 16: it would store them one at
+    a time, whose addresses spill.
     """
-    if not _has_gluon("up", cut, out) or activation.kind == "gelu":
+    if not _has_gluon("up", cut, out) or kind == "gelu" or out.shape[1] % 16:
         return False
-    if not (x.element_size() == out.element_size() == 2 and is_aligned(x)):
-        return False
-    if is_aligned(weight):
-        halves = activation.gated and not activation.interleaved
-        return not halves or weight.shape[2] // 2 * weight.element_size() % 16 == 0
-    return is_aligned(weight.mT)
+    aligned = is_aligned(x) and (is_aligned(weight) or is_aligned(weight.mT))
+    return aligned and x.element_size() == out.element_size() == 2
 
 
 def weight_operand(b: Tensor, block_k: int, block_n: int, *, halves: bool = False) -> Operand:

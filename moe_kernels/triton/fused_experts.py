@@ -166,7 +166,7 @@ def _project_up(
     (H, W), (rows, I) = gate_up.shape[1:], a.shape
     if I == 0:
         return
-    if has_hopper_up(cut, gate_up, x, a, activation):
+    if has_hopper_up(cut, gate_up, x, a, activation.kind):
         from moe_kernels.triton import _hopper_up  # not every Triton has Gluon
 
         _hopper_up.project_up(

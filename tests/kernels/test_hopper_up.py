@@ -204,12 +204,10 @@ def test_it_is_used_where_it_was_asked_for_and_can_be(monkeypatch: pytest.Monkey
             "out": torch.empty(64, 128, dtype=dtype),
             "cut": {},
             "kind": "swiglu",
-            "interleaved": False,
         } | changes
         cut = {"block_m": 128, "block_n": 64, "block_k": 64, "warps": 8, "stages": 4}
         config = Config(**cut | made["cut"], warp_specialize=by)
-        activation = _activation.Activation(made["kind"], made["interleaved"], 1.702, 7.0)
-        return _operands.has_hopper_up(config, made["w"], made["x"], made["out"], activation)
+        return _operands.has_hopper_up(config, made["w"], made["x"], made["out"], made["kind"])
 
     with triton_under_cpu():
         assert not used()  # Gluon is not interpreted
@@ -222,16 +220,12 @@ def test_it_is_used_where_it_was_asked_for_and_can_be(monkeypatch: pytest.Monkey
         assert not used(x=torch.empty(64, 130, dtype=torch.bfloat16)[:, 1:129])
         assert not used(x=torch.empty(128, 64, dtype=torch.bfloat16).mT)
         assert not used(w=torch.empty(2, 128, 512, dtype=torch.bfloat16)[..., ::2])
-        # stored by rows, whose second half starts at no multiple of 16 bytes
-        for columns, interleaved, known in (
-            (256, False, True),
-            (264, False, False),
-            (264, True, True),
-        ):
-            w = torch.empty(2, 128, columns, dtype=torch.bfloat16)
-            assert used(w=w, interleaved=interleaved) == known
-            assert used(w=w, kind="relu2")
-            assert not used(w=w, kind="gelu")
+        assert used(w=torch.empty(2, 128, 256, dtype=torch.bfloat16))  # stored by rows
+        assert used(kind="relu2")
+        assert not used(kind="gelu")
+        # a multiple of 16 bytes, but not of 16 elements
+        w = torch.empty(2, 272, 128, dtype=torch.bfloat16).mT
+        assert not used(w=w, out=torch.empty(64, 136, dtype=torch.bfloat16))
         tiles = {(64, 128): True, (128, 128): True, (128, 256): False, (256, 64): False}
         tiles |= {(32, 128): False, (64, 32): False}
         for (m, n), known in tiles.items():
