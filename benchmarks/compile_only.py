@@ -32,6 +32,7 @@ MBARRIERS = {
     "init": "init",
     "arrive": "arrive",
     "expect": r"arrive\.expect_tx",
+    "copied": r"arrive\.noinc",
     "wait": r"try_wait\.parity",
 }
 
@@ -104,13 +105,14 @@ class Report:
         wide_loads: loads of 16 bytes a thread to registers.
         detours: tiles that pass through registers on their way to a ``wgmma``, in a pipelined loop.
         fenced: every wait for ``cp.async`` is followed by a proxy fence before a ``wgmma``.
+        shown: a proxy fence follows the making of barriers, before TMA is asked to arrive at them.
         serialized: ptxas could not keep ``wgmma`` asynchronous.
         specialized: warps have roles of their own.
         torn: TMA copies of another size than the box of their descriptor. The barrier then waits
             for fewer or more bytes than come: results are wrong, or the kernel never ends.
         role_registers: of a thread, as warps with roles set them, in the order of the code.
         mbarriers: how often barriers are made ("init"), arrived at ("arrive", and "expect" where
-            bytes are to come) and waited for ("wait").
+            bytes are to come, "copied" by ``cp.async``) and waited for ("wait").
     """
 
     case: str
@@ -131,6 +133,7 @@ class Report:
     wide_loads: int
     detours: int
     fenced: bool
+    shown: bool
     serialized: bool
     specialized: bool
     torn: int
@@ -150,16 +153,25 @@ def _is_fenced(ptx: str) -> bool:
     """Data copied by cp.async is read by wgmma only behind a proxy fence.
 
     Reads straight through the text: between a wait for copies and the next wgmma there is a fence.
+    Where copies arrive at barriers, every wait for a barrier may be for them.
     """
-    waiting = False
+    waiting, at_barriers = False, "cp.async.mbarrier.arrive" in ptx
     for line in ptx.splitlines():
-        if "cp.async.wait" in line and "bulk" not in line:
+        if ("cp.async.wait" in line and "bulk" not in line) or (
+            at_barriers and "mbarrier.try_wait" in line
+        ):
             waiting = True
         elif "fence.proxy.async" in line:
             waiting = False
         elif "wgmma.mma_async" in line and waiting:
             return False
     return True
+
+
+def _shows_barriers(ptx: str) -> bool:
+    """Reads straight through the text, from the last barrier that is made to the first copy."""
+    made = ptx.rpartition("mbarrier.init")[2]
+    return "fence.proxy.async" in made.partition("cp.async.bulk.tensor")[0].partition("wgmma")[0]
 
 
 def _detours(ttgir: str) -> int:
@@ -222,6 +234,7 @@ def read(case: str, kernel: Any, arch: int) -> Report:
         wide_loads=len(re.findall(r"ld\.global\S*\.(?:v4\.b32|v2\.b64)", ptx)),
         detours=_detours(kernel.asm["ttgir"]),
         fenced=_is_fenced(ptx),
+        shown=_shows_barriers(ptx),
         serialized="serialized" in log,
         specialized="ttg.warp_specialize(" in kernel.asm["ttgir"],
         torn=_torn(kernel.asm["ttgir"]),

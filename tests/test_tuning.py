@@ -25,9 +25,15 @@ from benchmarks.tuning.compiled import Compiled, compile_all, judge, small_shape
 from benchmarks.tuning.problems import PROBLEMS, Layer, Problem, bucket_of
 from benchmarks.tuning.search import Found, search
 from benchmarks.tuning.trials import Trials
-from moe_kernels.triton._config_tables import ROWS, Bucket, Config, read_table
+from moe_kernels.triton._config_tables import (
+    LARGEST_TILE,
+    ROWS,
+    Bucket,
+    Config,
+    read_table,
+    suits_gluon,
+)
 from moe_kernels.triton._configs import CONFIGS, default_config
-from moe_kernels.triton._hopper_gemm import LARGEST_TILE
 from tests.conftest import HAS_GPU
 from tests.kernels.interpreter import mended_interpreter
 
@@ -46,16 +52,18 @@ def test_candidates_can_work(kernel: str, rows: int | None, arch: int) -> None:
     assert len(found) == len(set(found)) > 10
     assert found == candidates(kernel, arch, 2, rows, 2048, 768)
     many = rows is None or rows > 16
-    on_hopper = arch == 90 and kernel == "grouped_gemm" and many
-    roles = kernel != "wgrad" and (arch == 100 or on_hopper)
-    ways = {"no"} | ({"triton"} if roles else set()) | ({"gluon"} if roles and on_hopper else set())
+    on_hopper = arch == 90 and many
+    by_triton = kernel != "wgrad" and (arch == 100 or (on_hopper and kernel == "grouped_gemm"))
+    in_gluon = on_hopper and kernel in ("grouped_gemm", "up")
+    ways = {"no"} | ({"triton"} if by_triton else set()) | ({"gluon"} if in_gluon else set())
     assert {cut.warp_specialize for cut in found} == ways
     for cut in found:
         weights = 2 if kernel == "up" else 1
         if cut.warp_specialize != "no":
             assert cut.programs == 1
             if cut.warp_specialize == "gluon":
-                assert cut.block_m * cut.block_n in (LARGEST_TILE, 2 * LARGEST_TILE)
+                assert cut.block_m * cut.block_n * weights in (LARGEST_TILE, 2 * LARGEST_TILE)
+                assert suits_gluon(kernel, cut)
             elif arch == 90:  # eight warps multiply, in two groups
                 assert (cut.warps, cut.block_m >= 128) == (4, True)
                 cut = dataclasses.replace(cut, warps=8)
@@ -132,6 +140,8 @@ def test_the_compiler_gives_warps_roles() -> None:
     found = compile_all("grouped_gemm", 0, shape, "bf16", configs, 90, processes=1, seconds=240)
     assert (found[roles].problem, found[gluon].problem) == ("", "")
     assert found[plain].problem == "has no warps with roles, although it is asked for"
+    up = Config(128, 64, 64, warps=8, stages=4, warp_specialize="gluon")
+    assert compile_all("up", 0, shape, "bf16", [up], 90, processes=1, seconds=240)[up].problem == ""
 
 
 def test_a_run_that_does_not_end_is_tried_once(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 
-from moe_kernels.triton._config_tables import WARP_SPECIALIZE, Config
+from moe_kernels.triton._config_tables import WARP_SPECIALIZE, Config, suits_gluon
 
 # bytes of shared memory that a block may have, and registers of a multiprocessor
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -80,20 +80,20 @@ def _specialized(kernel: str, arch: int, config: Config) -> Iterator[Config]:
     """The same tile where warps have roles; one program a multiprocessor then.
 
     On sm_90 Triton halves a tile between two groups of four warps beside the one that loads. The
-    kernel in Gluon gives each group tiles of its own, or halves those that are too large for one.
+    kernels in Gluon give each group tiles of its own, or halve those that are too large for one;
+    tiles that leave half of a thread's sums unused are not tried.
     """
     ways = WARP_SPECIALIZE.get(kernel, ())
     if "triton" in ways and 100 <= arch < 120:
         yield replace(config, programs=1, warp_specialize="triton")
-    if kernel != "grouped_gemm" or not 90 <= arch < 100:
+    if not 90 <= arch < 100:
         return
-    if config.warps == 8 and config.block_m >= 128:
+    if kernel == "grouped_gemm" and config.warps == 8 and config.block_m >= 128:
         yield replace(config, warps=4, programs=1, warp_specialize="triton")
-    owned = config.warps == 4 and config.block_m >= 64
-    halved = config.warps == 8 and config.block_m >= 128
-    sums = config.block_m * config.block_n / (32 * config.warps)
-    if (owned or halved) and sums == LARGEST_SUM and config.block_k == 64:
-        yield replace(config, warps=8, programs=1, warp_specialize="gluon")
+    sums = config.block_m * config.block_n * (2 if kernel == "up" else 1) / (32 * config.warps)
+    gluon = replace(config, warps=8, programs=1, warp_specialize="gluon")
+    if "gluon" in ways and sums == LARGEST_SUM and suits_gluon(kernel, gluon):
+        yield gluon
 
 
 def refinements(config: Config, shared: int, registers: int, arch: int) -> Iterator[Config]:

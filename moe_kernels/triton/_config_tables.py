@@ -37,9 +37,10 @@ PRECISIONS = ("half", "full", "fp8")
 # who may give the warps of a kernel roles, where not all of them do the same
 WARP_SPECIALIZE = {
     "grouped_gemm": ("no", "triton", "gluon"),
-    "up": ("no", "triton"),
+    "up": ("no", "triton", "gluon"),
     "down_backward": ("no", "triton"),
 }
+LARGEST_TILE = 128 * 128  # of a group of four warps: 128 sums a thread
 FOLDER = Path(__file__).parent / "configs"
 # parts of the names by which GPUs of one architecture are told apart
 MODELS = ("h200", "h100", "h800", "h20", "gh200", "a100", "b200", "b300", "gb200")
@@ -58,7 +59,8 @@ class Config:
         programs: programs a multiprocessor holds; each walks many tiles.
         warp_specialize: whether warps have roles, to load or to multiply: "no", or given by
             "triton", its compiler, see ``_operands.specializes``, or "gluon", a kernel written so
-            (``_hopper_gemm.py``), whose ``warps`` are those that multiply. Never a default.
+            (``_hopper_gemm.py``, ``_hopper_up.py``), whose ``warps`` are those that multiply. Never
+            a default.
     """
 
     block_m: int
@@ -69,6 +71,26 @@ class Config:
     group_m: int = 8
     programs: int = 1
     warp_specialize: str = "no"
+
+
+def suits_gluon(kernel: str, cut: Config) -> bool:
+    """Whether a kernel in Gluon computes such tiles.
+
+    Two groups of four warps multiply 64 rows or more each, 64 contracted elements a step, whose
+    rows are swizzled by 128 bytes. A tile that one group can hold is its own, a larger one is
+    halved. A slot of the ring is handed back after the next step was multiplied, so there are two
+    at least. Threads that gather hold an address for every eighth of 128 rows, and can no more.
+    """
+    width, tallest = (2 * cut.block_n, 128) if kernel == "up" else (cut.block_n, 256)
+    halved = cut.block_m * width > LARGEST_TILE
+    return (
+        (128 if halved else 64) <= cut.block_m <= tallest
+        and cut.block_n >= 64
+        and width <= 256
+        and cut.block_m * width <= 2 * LARGEST_TILE
+        and (cut.block_k, cut.warps) == (64, 8)
+        and cut.stages >= 2
+    )
 
 
 @dataclass(frozen=True)
@@ -188,7 +210,14 @@ def parse_config(document: Mapping[str, Any], kernel: str, where: str) -> Config
             raise ValueError(f"{where}: {name} must be at least {size}; got {values[name]}")
     if values["warps"] > 32:
         raise ValueError(f"{where}: warps must be at most 32; got {values['warps']}")
-    return Config(**values, warp_specialize=specialize)
+    found = Config(**values, warp_specialize=specialize)
+    if specialize == "gluon" and not suits_gluon(kernel, found):
+        raise ValueError(
+            f"{where}: a tile of {kernel} with warp_specialize gluon must have block_k 64, 8 "
+            "warps, 2 or more stages, 64 or more rows and columns, and no more than two groups of "
+            f"four warps can hold, as python -m benchmarks tune chooses them; got {found}"
+        )
+    return found
 
 
 def as_table(document: Mapping[str, Any], kernels: Collection[str]) -> dict[Bucket, Config]:

@@ -33,7 +33,8 @@ to be loaded, and through a turn for steps of earlier tiles to be read: each wai
 earlier.
 
 A slot is handed back when the product that reads it is known to be complete: each is waited for
-after the next is issued, and the last at the end of its tile.
+after the next is issued, and the last at the end of its tile. So there are two slots or more: the
+next one's load would wait for the only one's, and that for the next product.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ import triton.experimental.gluon.language as gl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -49,13 +51,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from moe_kernels.triton._config_tables import Config
+from moe_kernels.triton._config_tables import LARGEST_TILE, Config
 from moe_kernels.triton._launch import ceil_div, processors
 from moe_kernels.triton._operands import tma_strides
 from moe_kernels.triton._tiles import TileMap, load_tile, tile_count, walk
 
 GROUPS = gl.constexpr(2)  # of four warps that multiply
-LARGEST_TILE = 128 * 128  # of one group: 128 sums a thread
 # registers a thread: with eight warps of the first and one of the second, all that there are
 MULTIPLYING, LOADING = gl.constexpr(240), gl.constexpr(24)
 # a barrier of the warps with one role; Triton 3.7 renamed it
@@ -103,19 +104,64 @@ def _load(
 
 
 @gluon.jit
-def _store(
-    tile, out, first, end, row, column, N, ROWS: gl.constexpr, COLUMNS: gl.constexpr
+def _sum_tile(
+    ring, step, contracted,
+    GROUP: gl.constexpr, SHARED: gl.constexpr, TRANSPOSED: gl.constexpr, COPIED: gl.constexpr,
+    BLOCK_M: gl.constexpr, WIDTH: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Store the rows of one expert; a thread's elements lie side by side, 16 bytes of them."""
+    """A tile's sums, or its half's if SHARED, from the step on; and the step after its last.
+
+    COPIED: a slot's rows came by ``cp.async``. The tensor cores read through another proxy, to
+    which the fence shows them.
+    """
+    x, w, full, empty = ring
+    ROWS: gl.constexpr = BLOCK_M // GROUPS if SHARED else BLOCK_M
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    total = gl.zeros([ROWS, WIDTH], gl.float32, SUMS)
+    for k in range(0, contracted, BLOCK_K):
+        slot, parity = _slot(step, STAGES)
+        mbarrier.wait(full.index(slot), parity)
+        if COPIED:
+            fence_async_shared()
+        rows, weight = x.index(slot), w.index(slot)
+        if SHARED:
+            rows = rows.slice(GROUP * ROWS, ROWS, dim=0)
+        if TRANSPOSED:
+            weight = weight.permute([1, 0])
+        total = warpgroup_mma(rows, weight, total, is_async=True)
+        total = warpgroup_mma_wait(1, deps=(total,))
+        meet()
+        _hand_back(empty, step - 1, k > 0, STAGES)
+        step += 1
+    total = warpgroup_mma_wait(0, deps=(total,))
+    meet()
+    _hand_back(empty, step - 1, True, STAGES)
+    return total, step
+
+
+@gluon.jit
+def _store(
+    tile, out, first, end, row, column, N, pitch, ROWS: gl.constexpr, COLUMNS: gl.constexpr
+):  # fmt: skip
+    """Store the rows of one expert, of which N columns are, ``pitch`` elements from row to row.
+
+    A thread's elements lie side by side, 16 bytes of them.
+    """
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     tile = gl.convert_layout(tile.to(out.dtype.element_ty), LAYOUT)
     i = row + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
     j = column + gl.arange(0, COLUMNS, gl.SliceLayout(0, LAYOUT))
     gl.store(
-        out + first.to(gl.int64) * N + (i[:, None] * N + j[None, :]),
+        out + first.to(gl.int64) * pitch + (i[:, None] * pitch + j[None, :]),
         tile,
-        mask=(first + i < end)[:, None] & (j < N)[None, :],
+        mask=(i < end - first)[:, None] & (j < N)[None, :],
     )
+
+
+@gluon.jit
+def _turn(turn, turns, GROUP: gl.constexpr):
+    """Wait until the other group has multiplied the tile before this group's of that number."""
+    mbarrier.wait(turn.index(GROUP), (turns & 1) ^ (1 - GROUP))
 
 
 @gluon.jit
@@ -127,7 +173,6 @@ def _multiply(
 ):  # fmt: skip
     """The role of a group: half of each tile, or every other tile."""
     tiles, bound, N, Kd = problem
-    x, w, full, empty = ring
     ROWS: gl.constexpr = BLOCK_M // GROUPS if SHARED else BLOCK_M
     OWNERS: gl.constexpr = 1 if SHARED else GROUPS  # of the tiles, by turns
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -144,25 +189,11 @@ def _multiply(
         tile, column_tile = walk(number, row_tiles, column_tiles, GROUP_M)
         expert, first, end = load_tile(tiles, bound, tile)
         n = column_tile * BLOCK_N
-        total = gl.zeros([ROWS, BLOCK_N], gl.float32, SUMS)
         if not SHARED:
-            mbarrier.wait(turn.index(GROUP), (turns & 1) ^ (1 - GROUP))
-        for k in range(0, Kd, BLOCK_K):
-            slot, parity = _slot(step, STAGES)
-            mbarrier.wait(full.index(slot), parity)
-            rows, weight = x.index(slot), w.index(slot)
-            if SHARED:
-                rows = rows.slice(GROUP * ROWS, ROWS, dim=0)
-            if TRANSPOSED:
-                weight = weight.permute([1, 0])
-            total = warpgroup_mma(rows, weight, total, is_async=True)
-            total = warpgroup_mma_wait(1, deps=(total,))
-            meet()
-            _hand_back(empty, step - 1, k > 0, STAGES)
-            step += 1
-        total = warpgroup_mma_wait(0, deps=(total,))
-        meet()
-        _hand_back(empty, step - 1, True, STAGES)
+            _turn(turn, turns, GROUP)
+        total, step = _sum_tile(
+            ring, step, Kd, GROUP, SHARED, TRANSPOSED, False, BLOCK_M, BLOCK_N, BLOCK_K, STAGES
+        )
         if not SHARED:
             mbarrier.arrive(turn.index(1 - GROUP))
             turns += 1
@@ -175,8 +206,21 @@ def _multiply(
         # halves, since what they go through on the way to their layout is taken from the ring
         HALF: gl.constexpr = BLOCK_N // 2
         left, right = gl.split(total.reshape([ROWS, 2, HALF]).permute(0, 2, 1))
-        _store(left, out, first, end, row, n, N, ROWS, HALF)
-        _store(right, out, first, end, row, n + HALF, N, ROWS, HALF)
+        _store(left, out, first, end, row, n, N, N, ROWS, HALF)
+        _store(right, out, first, end, row, n + HALF, N, N, ROWS, HALF)
+
+
+@gluon.jit
+def _make_barriers(
+    full, empty, turn, SHARED: gl.constexpr, ARRIVALS: gl.constexpr, STAGES: gl.constexpr
+):  # fmt: skip
+    """ARRIVALS: at ``full``, of the warps that load."""
+    for slot in gl.static_range(STAGES):
+        mbarrier.init(full.index(slot), count=ARRIVALS)
+        mbarrier.init(empty.index(slot), count=GROUPS if SHARED else 1)
+    for group in gl.static_range(GROUPS):
+        mbarrier.init(turn.index(group), count=1)
+    fence_async_shared()  # TMA arrives through another proxy than these writes
 
 
 @gluon.jit(do_not_specialize=["bound"])
@@ -195,11 +239,7 @@ def _hopper_gemm_kernel(
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     turn = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], BARRIER)
-    for slot in gl.static_range(STAGES):
-        mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=GROUPS if SHARED else 1)
-    for group in gl.static_range(GROUPS):
-        mbarrier.init(turn.index(group), count=1)
+    _make_barriers(full, empty, turn, SHARED, 1, STAGES)
     problem, ring = (tiles, bound, N, Kd), (x, w, full, empty)
     gl.warp_specialize(
         [
@@ -218,7 +258,7 @@ def _hopper_gemm_kernel(
     )  # fmt: skip
 
 
-def _describe(tensor: Tensor, block: list[int]) -> TensorDescriptor:
+def describe(tensor: Tensor, block: list[int]) -> TensorDescriptor:
     layout = gl.NVMMASharedLayout(128, 16, tensor.dim())
     return TensorDescriptor(tensor, list(tensor.shape), tma_strides(tensor), block, layout)
 
@@ -240,11 +280,11 @@ def multiply_rows(
     Kd, N = b.shape[1:]
     steps = tiles.bound * ceil_div(N, cut.block_n)
     if transposed:
-        w = _describe(b.mT, [1, cut.block_n, cut.block_k])
+        w = describe(b.mT, [1, cut.block_n, cut.block_k])
     else:
-        w = _describe(b, [1, cut.block_k, cut.block_n])
+        w = describe(b, [1, cut.block_k, cut.block_n])
     _hopper_gemm_kernel[(min(steps, processors(a.device)),)](
-        _describe(a, [cut.block_m, cut.block_k]), w, bias, out, tiles.tiles, tiles.bound, N, Kd,
+        describe(a, [cut.block_m, cut.block_k]), w, bias, out, tiles.tiles, tiles.bound, N, Kd,
         *((0, 0) if bias is None else bias.stride()),
         SHARED=cut.block_m * cut.block_n > LARGEST_TILE, TRANSPOSED=transposed,
         BIASED=bias is not None, BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, BLOCK_K=cut.block_k,

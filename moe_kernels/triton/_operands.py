@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.tools.ragged_tma import create_ragged_descriptor, load_ragged
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moe_kernels.triton._config_tables import Config
+from moe_kernels.triton._config_tables import Config, suits_gluon
 from moe_kernels.triton._launch import (
     INTERPRETED,
     TRITON_VERSION,
@@ -140,18 +140,37 @@ def specializes(kernel: str, cut: Config, weight: Operand, rows: Operand | None 
     return kernel == "grouped_gemm" and by_tma and cut.block_m >= 128 and cut.warps == 4
 
 
-def has_hopper_gemm(cut: Config, weight: Operand, rows: Operand, out: Tensor) -> bool:
-    """Whether the kernel of ``_hopper_gemm.py`` is asked for, and computes this product.
+def _has_gluon(kernel: str, cut: Config, out: Tensor) -> bool:
+    """Whether a kernel in Gluon is asked for, and there is one for this tile and device.
 
-    It was compiled with the two releases of Triton that are named. Without it the same tiles are
-    computed by warps that are all alike.
+    They were compiled with the two releases of Triton that are named. Without them the same tiles
+    are computed by warps that are all alike.
     """
     if cut.warp_specialize != "gluon" or INTERPRETED or not (3, 6) <= TRITON_VERSION < (3, 8):
         return False
+    return suits_gluon(kernel, cut) and 90 <= architecture(out.device) < 100
+
+
+def has_hopper_gemm(cut: Config, weight: Operand, rows: Operand, out: Tensor) -> bool:
+    """Whether ``_hopper_gemm.py`` is asked for, and computes this product."""
+    if not _has_gluon("grouped_gemm", cut, out):
+        return False
     if weight.mode == POINTER.value or rows.mode != TMA.value:
         return False
-    half = rows.value.base.element_size() == out.element_size() == 2
-    return half and cut.block_k >= 64 and 90 <= architecture(out.device) < 100
+    return rows.value.base.element_size() == out.element_size() == 2
+
+
+def has_hopper_up(cut: Config, weight: Tensor, x: Tensor, out: Tensor, kind: str) -> bool:
+    """Whether ``_hopper_up.py`` is asked for, and computes this projection of gathered rows.
+
+    Not with gelu, whose error function needs more registers than there are beside the sums. Nor to
+    a number of columns that Triton does not know to be a multiple of 16: it would store them one at
+    a time, whose addresses spill.
+    """
+    if not _has_gluon("up", cut, out) or kind == "gelu" or out.shape[1] % 16:
+        return False
+    aligned = is_aligned(x) and (is_aligned(weight) or is_aligned(weight.mT))
+    return aligned and x.element_size() == out.element_size() == 2
 
 
 def weight_operand(b: Tensor, block_k: int, block_n: int, *, halves: bool = False) -> Operand:

@@ -32,6 +32,7 @@ from moe_kernels.triton._launch import (
 from moe_kernels.triton._operands import (
     TMA,
     contiguous_rows,
+    has_hopper_up,
     is_aligned,
     load_rows,
     load_weight,
@@ -49,7 +50,7 @@ from moe_kernels.triton._tiles import (
     tile_count,
     walk,
 )
-from moe_kernels.triton.grouped_gemm import zero_rows
+from moe_kernels.triton.grouped_gemm import zero_rows, zero_tail
 from moe_kernels.triton.permute import gathered_rows
 from moe_kernels.triton.sort_by_expert import sort_and_map, sort_by_expert
 
@@ -164,6 +165,15 @@ def _project_up(
     """
     (H, W), (rows, I) = gate_up.shape[1:], a.shape
     if I == 0:
+        return
+    if has_hopper_up(cut, gate_up, x, a, activation.kind):
+        from moe_kernels.triton import _hopper_up  # not every Triton has Gluon
+
+        _hopper_up.project_up(
+            x, gate_up, bias, order[0], order[1].shape[1], h, a, activation, tiles, cut,
+            transposed=not is_aligned(gate_up),
+        )  # fmt: skip
+        zero_tail(h, order[2])
         return
     x, source = gathered_rows(x, order, rows)
     r = row_operand(x, source, cut.block_m, cut.block_k)

@@ -255,6 +255,49 @@ def _roles(parts: dict[str, int], archs: range, **cut: Any) -> None:
         PROBLEMS[kernel][part].make(layer).run(Config(**cut))
 
 
+def _gluon_up(
+    block_n: int,
+    activation: str = "swiglu",
+    hidden: int = H,
+    transposed: bool = True,
+    interleaved: bool = False,
+    biased: bool = False,
+) -> None:
+    """The up-projection in Gluon, of other layers than :func:`_roles` has."""
+    from moe_kernels.triton._activation import Activation
+    from moe_kernels.triton._config_tables import Config
+    from moe_kernels.triton._launch import architecture
+    from moe_kernels.triton._tiles import build_tile_map
+    from moe_kernels.triton.fused_experts import _project_up
+
+    if architecture(torch.device("cpu")) not in HOPPER:
+        return
+    act = Activation(activation, interleaved, 1.702, 7.0)
+    width, order = INNER * (2 if act.gated else 1), _order()
+    w = torch.empty(E, width, hidden, dtype=BF16).mT if transposed else None
+    w = torch.empty(E, hidden, width, dtype=BF16) if w is None else w
+    bias = torch.empty(E, width, dtype=BF16) if biased else None
+    h, a = torch.empty(T * K, width, dtype=BF16), torch.empty(T * K, INNER, dtype=BF16)
+    tiles = build_tile_map(order[2], T * K, 128)
+    cut = Config(**GLUON, block_n=block_n)
+    _project_up(torch.empty(T, hidden, dtype=BF16), w, bias, order, h, a, act, tiles, cut)
+
+
+def _gluon_biased(block_n: int) -> None:
+    """The product in Gluon, with a bias."""
+    from moe_kernels.triton._config_tables import Config
+    from moe_kernels.triton._launch import architecture
+    from moe_kernels.triton._tiles import build_tile_map
+    from moe_kernels.triton.grouped_gemm import multiply_rows
+
+    if architecture(torch.device("cpu")) not in HOPPER:
+        return
+    tiles = build_tile_map(torch.empty(E + 1, dtype=torch.int32), T, 128)
+    a, out = torch.empty(T, INNER, dtype=BF16), torch.empty(T, H, dtype=BF16)
+    b, bias = torch.empty(E, H, INNER, dtype=BF16).mT, torch.empty(E, H, dtype=BF16)
+    multiply_rows(a, b, bias, out, tiles, Config(**GLUON, block_n=block_n))
+
+
 def _with_tf32(call: Callable[[], None]) -> None:
     matmul = torch.backends.cuda.matmul
     before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
@@ -291,6 +334,7 @@ CASES: dict[str, Callable[[], None]] = {
     "gemm_roles": partial(_roles, {"grouped_gemm": 0}, HOPPER, **ROLES, block_n=256),
     "gluon_turns_roles": partial(_roles, {"grouped_gemm": 0}, HOPPER, **GLUON, block_n=128),
     "gluon_shared_roles": partial(_roles, {"grouped_gemm": 1}, HOPPER, **GLUON, block_n=256),
+    "gluon_up_turns_roles": partial(_roles, {"up": 0}, HOPPER, **GLUON, block_n=64),
     "quantize": partial(_quantize, BF16),
     "scaled_many": partial(_scaled_gemm, T * K),
     "experts": partial(_fused_experts, "swiglu"),
@@ -346,6 +390,14 @@ MORE_CASES: dict[str, Callable[[], None]] = {
     "gemm_dx_roles": partial(_roles, {"grouped_gemm": 1}, range(90, 110), **ROLES, block_n=128),
     "gluon_turns_dx_roles": partial(_roles, {"grouped_gemm": 1}, HOPPER, **GLUON, block_n=128),
     "gluon_shared_down_roles": partial(_roles, {"grouped_gemm": 0}, HOPPER, **GLUON, block_n=256),
+    "gluon_turns_biased_roles": partial(_gluon_biased, 128),
+    "gluon_shared_biased_roles": partial(_gluon_biased, 256),
+    "gluon_up_shared_roles": partial(_gluon_up, 128, "geglu", biased=True),
+    "gluon_up_turns_rows_roles": partial(_gluon_up, 64, "reglu", transposed=False, biased=True),
+    "gluon_up_shared_oai_roles": partial(
+        _gluon_up, 128, "swigluoai", transposed=False, interleaved=True, biased=True
+    ),
+    "gluon_up_turns_ungated_roles": partial(_gluon_up, 128, "silu", H - 8, biased=True),
     "experts_roles": partial(
         _roles, {"up": 0, "down_backward": 0}, range(100, 110), **ROLES, block_n=64
     ),

@@ -5,11 +5,14 @@ for its language: tensors are torch's, layouts are ignored. What is modelled is 
 
 * one thread runs at a time, and at every operation on a barrier a generator of random numbers
   says which goes on, so that a seed is a schedule;
-* a role has several warps, each a thread; arrivals and copies are of the first one, and a warp may
-  look at a barrier late;
-* a barrier has a phase, arrivals and bytes that it waits for, and knows parities only;
-* memory that TMA is copying to holds NaN until the copy, at some later time, is done;
-* an asynchronous product reads its operands when it is issued, and once more when it is waited for.
+* a role has several warps, each a thread; arrivals and copies by TMA are of the first one, and a
+  warp may look at a barrier late;
+* a barrier has a phase, arrivals and bytes that it waits for, and knows parities only; to TMA it is
+  there when a fence has followed its making;
+* memory that TMA or ``cp.async`` is copying to holds NaN until the copy, at some later time, is
+  done; of rows that ``cp.async`` copies each warp has its own, and arrives when they are there;
+* an asynchronous product reads its operands when it is issued, and once more when it is waited for;
+  what ``cp.async`` brought it reads only behind a fence of the same warp.
 
 When nothing can go on, that is a :class:`DeadlockError`; a product that reads what is not there, or
 no longer, is a :class:`RaceError`.
@@ -45,6 +48,8 @@ class _Warp:
     go: threading.Event = field(default_factory=threading.Event)
     until: Callable[[], bool] | None = None
     done: bool = False
+    fenced: int = 0  # when, last
+    copying: list[Any] = field(default_factory=list)  # its copies by cp.async that are not done
 
 
 class Machine:
@@ -56,7 +61,11 @@ class Machine:
         self._warps: list[_Warp] = []
         self._local = threading.local()
         self._error: BaseException | None = None
-        self.copies: list[Callable[[], None]] = []
+        self.real: list[int] = []  # warps of each role, and as many as stand for them
+        self.sizes: list[int] = []
+        self.time = 0
+        # what happens at some later time, and since when it can
+        self.copies: list[tuple[Callable[[], bool], Callable[[], None]]] = []
         self.met: dict[int, list[int]] = {}
 
     @property
@@ -74,11 +83,18 @@ class Machine:
         if self._error is not None:
             raise SystemExit  # the program is over
 
-    def run(self, roles: Sequence[tuple[Callable[..., None], tuple[Any, ...]]], warps: int) -> None:
-        """The last role has one warp, the others have ``warps``."""
+    def tick(self) -> int:
+        self.time += 1
+        return self.time
+
+    def run(
+        self, roles: Sequence[tuple[Callable[..., None], tuple[Any, ...]]], warps: list[int]
+    ) -> None:
+        """``warps`` of each role."""
         threads = []
+        self.real, self.sizes = warps, [min(number, WARPS) for number in warps]
         for role, (function, arguments) in enumerate(roles):
-            for number in range(warps if role < len(roles) - 1 else 1):
+            for number in range(self.sizes[role]):
                 warp = _Warp(role, number)
                 self._warps.append(warp)
                 thread = threading.Thread(
@@ -114,7 +130,7 @@ class Machine:
     def _schedule(self) -> None:
         while self._error is None:
             able = [w for w in self._warps if not w.done and w.until is not None and w.until()]
-            choices: list[Any] = [*able, *self.copies]
+            choices: list[Any] = [*able, *(copy for copy in self.copies if copy[0]())]
             if not choices:
                 stuck = [(w.role, w.number) for w in self._warps if not w.done]
                 if stuck:
@@ -127,12 +143,13 @@ class Machine:
                 self._paused.wait()
             else:
                 self.copies.remove(chosen)
-                chosen()
+                chosen[1]()
 
 
 class Barrier:
     def __init__(self) -> None:
         self.count = self.arrivals = self.bytes = self.phase = 0
+        self.shown = False  # to TMA
 
     def index(self, _: int) -> Barrier:
         return self
@@ -151,26 +168,29 @@ class Barrier:
 
 class Barriers:
     def __init__(self, count: int) -> None:
-        self._all = [Barrier() for _ in range(count)]
+        self.all = [Barrier() for _ in range(count)]
 
     def index(self, number: Any) -> Barrier:
-        return self._all[int(number)]
+        return self.all[int(number)]
 
 
 class Memory:
-    """Shared memory: a tensor and its views."""
+    """Shared memory: a tensor and its views, and when ``cp.async`` wrote what is there, or 0."""
 
-    def __init__(self, values: Tensor) -> None:
-        self.values = values
+    def __init__(self, values: Tensor, written: Tensor) -> None:
+        self.values, self.written = values, written
+
+    def _view(self, view: Callable[[Tensor], Tensor]) -> Memory:
+        return Memory(view(self.values), view(self.written))
 
     def index(self, number: Any) -> Memory:
-        return Memory(self.values[int(number)])
+        return self._view(lambda tensor: tensor[int(number)])
 
     def slice(self, start: int, length: int, dim: int) -> Memory:
-        return Memory(self.values.narrow(dim, start, length))
+        return self._view(lambda tensor: tensor.narrow(dim, start, length))
 
     def permute(self, order: Sequence[int]) -> Memory:
-        return Memory(self.values.permute(*order))
+        return self._view(lambda tensor: tensor.permute(*order))
 
 
 @dataclass(frozen=True)
@@ -229,6 +249,7 @@ class Language:
 
     def __init__(self, program: int, programs: int, seed: int) -> None:
         self.machine = machine = Machine(seed)
+        barriers: list[Barrier] = []
         layouts = {
             name: lambda *arguments: None
             for name in (
@@ -242,15 +263,57 @@ class Language:
         ) -> None:
             if machine.warp.number:
                 return
+            if not barrier.shown:
+                raise RaceError("TMA may arrive at a barrier before it is made")
             values = source.read(coordinates, target.values.shape)
             target.values.fill_(torch.nan)
 
             def arrive() -> None:
                 target.values.copy_(values)
+                target.written.zero_()
                 barrier.change(0, -values.numel() * values.element_size())
 
-            machine.copies.append(arrive)
+            machine.copies.append((lambda: True, arrive))
             machine.pause()
+
+        def gather(target: Memory, source: Pointer, mask: Tensor | None = None) -> None:
+            """A warp's rows: every one of so many as there are warps."""
+            warp = machine.warp
+            own = slice(warp.number, None, machine.sizes[warp.role])
+            inside = torch.ones(()).bool() if mask is None else mask
+            inside = inside.expand(source.offset.shape)
+            values = torch.zeros(source.offset.shape, dtype=source.values.dtype)
+            values[inside] = source.values[source.offset[inside]]
+            target.values[own] = torch.nan
+
+            def write() -> None:
+                target.values[own] = values[own]
+                target.written[own] = machine.tick()
+                warp.copying.remove(write)
+
+            warp.copying.append(write)
+            machine.copies.append((lambda: True, write))
+            machine.pause()
+
+        def arrive_copied(barrier: Barrier, *, increment_count: bool) -> None:
+            """A warp's threads, when the copies are done that it has issued."""
+            assert not increment_count, "the barrier would count more with each arrival"
+            warp = machine.warp
+            issued, threads = list(warp.copying), 32 * machine.real[warp.role]
+            threads //= machine.sizes[warp.role]
+
+            def done() -> bool:
+                return not any(copy in warp.copying for copy in issued)
+
+            machine.copies.append((done, lambda: barrier.change(threads, 0)))
+            machine.pause()
+
+        def fence() -> None:
+            time = machine.tick()
+            if machine.sizes:
+                machine.warp.fenced = time
+            for barrier in barriers:
+                barrier.shown = True
 
         def change(barrier: Barrier, arrivals: int, size: int, condition: Any) -> None:
             machine.pause()
@@ -260,13 +323,14 @@ class Language:
         def meet() -> None:
             """All of the role's warps, as often as each other."""
             warp = machine.warp
-            size = WARPS if warp.role < 2 else 1
-            counts = machine.met.setdefault(warp.role, [0] * size)
+            counts = machine.met.setdefault(warp.role, [0] * machine.sizes[warp.role])
             counts[warp.number] += 1
             machine.pause(lambda: min(counts) >= counts[warp.number])
 
         def issue(a: Memory, b: Memory, acc: Any, *, is_async: bool) -> Sums:
             before = acc if isinstance(acc, Sums) else Sums(acc, ())
+            if max(int(a.written.max()), int(b.written.max())) > machine.warp.fenced:
+                raise RaceError("a product reads what was copied through another proxy")
             return Sums(before.values, (*before.pending, (a, b, _product(a, b))))
 
         def complete(number: int, deps: tuple[Sums]) -> Any:
@@ -292,8 +356,11 @@ class Language:
 
         def allocate(dtype: torch.dtype, shape: list[int], layout: None) -> Any:
             if dtype == torch.int64:
-                return Barriers(shape[0])
-            return Memory(torch.full(shape, torch.nan, dtype=dtype))
+                made = Barriers(shape[0])
+                barriers.extend(made.all)
+                return made
+            written = torch.zeros(shape, dtype=torch.int64)
+            return Memory(torch.full(shape, torch.nan, dtype=dtype), written)
 
         language = types.SimpleNamespace(
             **layouts,
@@ -302,7 +369,16 @@ class Language:
             program_id=lambda axis: program,
             num_programs=lambda axis: programs,
             cdiv=lambda a, b: -(-int(a) // b),
-            minimum=lambda a, b: torch.minimum(torch.as_tensor(a), torch.as_tensor(b)),
+            minimum=lambda a, b, **_: torch.minimum(torch.as_tensor(a), torch.as_tensor(b)),
+            maximum=lambda a, b, **_: torch.maximum(torch.as_tensor(a), torch.as_tensor(b)),
+            clamp=lambda tile, low, high, **_: tile.clamp(low, high),
+            where=torch.where,
+            exp2=torch.exp2,
+            rsqrt=torch.rsqrt,
+            erf=torch.erf,
+            abs=torch.abs,
+            static_assert=lambda condition: None,
+            PropagateNan=types.SimpleNamespace(ALL=None),
             zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
             arange=lambda start, end, layout: torch.arange(start, end),
             static_range=range,
@@ -311,7 +387,8 @@ class Language:
             load=load,
             store=store,
             allocate_shared_memory=allocate,
-            warp_specialize=lambda roles, warps, registers: machine.run(roles, WARPS),
+            # the first role has the warps of the launch, four
+            warp_specialize=lambda roles, warps, registers: machine.run(roles, [4, *warps]),
         )
         self.names: dict[str, Any] = {
             "gl": language,
@@ -326,21 +403,36 @@ class Language:
                 expect=lambda barrier, size: change(barrier, 1, size, True),
                 arrive=lambda barrier, pred=True: change(barrier, 1, 0, pred),
             ),
+            "async_copy": types.SimpleNamespace(
+                async_copy_global_to_shared=gather, mbarrier_arrive=arrive_copied
+            ),
+            "fence_async_shared": fence,
             "warpgroup_mma": issue,
             "warpgroup_mma_wait": complete,
             "meet": meet,
         }
 
 
-def as_python(kernel: Any, names: dict[str, Any]) -> Callable[..., Any]:
-    """The function behind a compiled one, and those that it calls, with other globals."""
-    function = kernel.fn
+def as_python(
+    kernel: Any, names: dict[str, Any], made: dict[Any, Callable[..., Any]] | None = None
+) -> Callable[..., Any]:
+    """The function behind a compiled one, and those that it calls, with other globals.
+
+    Args:
+        made: those that are made already; a function's names may include its own.
+    """
+    function, made = kernel.fn, {} if made is None else made
+    if function in made:
+        return made[function]
     scope = dict(function.__globals__) | {"__builtins__": __builtins__}
+    made[function] = types.FunctionType(
+        function.__code__, scope, function.__name__, function.__defaults__
+    )
     for name in function.__code__.co_names:
         value = scope.get(name)
         if isinstance(getattr(value, "fn", None), types.FunctionType) and name not in names:
-            scope[name] = as_python(value, names)
+            scope[name] = as_python(value, names, made)
         elif type(value).__name__ == "constexpr":
             scope[name] = value.value
     scope.update(names)
-    return types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__)
+    return made[function]

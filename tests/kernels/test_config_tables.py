@@ -28,6 +28,9 @@ def _specialized(by: Any) -> dict[str, Any]:
     return dataclasses.asdict(OTHER) | {"warp_specialize": by}
 
 
+GLUON = dataclasses.asdict(Config(128, 64, 64, warps=8, stages=4, warp_specialize="gluon"))
+
+
 def write(path: Path, *entries: dict[str, Any]) -> Path:
     path.write_text(json.dumps({"format": 1, "device": "sm_90-h200", "entries": entries}))
     return path
@@ -131,10 +134,11 @@ def test_roles_of_warps_are_only_what_a_table_asks_for(
         tmp_path / "own.json",
         entry(config=_specialized("triton")),
         entry(rows=64, config=older),  # the key may be left out
+        entry(rows=1024, config=GLUON),
     )
     monkeypatch.setenv(tables.VARIABLE, str(path))
-    found = [_configs.config("up", BF16, rows, 1, aligned=True) for rows in (256, 64)]
-    assert found == [dataclasses.replace(OTHER, warp_specialize="triton"), OTHER]
+    found = [_configs.config("up", BF16, rows, 1, aligned=True) for rows in (256, 64, 1024)]
+    assert found == [dataclasses.replace(OTHER, warp_specialize="triton"), OTHER, Config(**GLUON)]
 
 
 def test_a_table_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +168,26 @@ def test_a_table_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ([entry(config=dataclasses.asdict(OTHER) | {"stages": 0})], "stages must be an integer"),
         ([entry(config=dataclasses.asdict(OTHER) | {"stages": True})], "stages must be an integer"),
         ([entry(config=dataclasses.asdict(OTHER) | {"warps": 64})], "warps must be at most 32"),
-        ([entry(config=_specialized("gluon"))], "warp_specialize of up must be one of no, triton"),
+        (
+            [entry(kernel="down_backward", config=_specialized("gluon"))],
+            "warp_specialize of down_backward must be one of no, triton; got 'gluon'",
+        ),
+        ([entry(config=_specialized("gluon"))], "tile of up with warp_specialize gluon must have"),
+        *(
+            ([entry(kernel=kernel, config=GLUON | wrong)], "2 or more stages, 64 or more rows")
+            for kernel, wrong in (
+                ("up", {"stages": 1}),  # would never end
+                ("up", {"block_k": 128}),
+                ("up", {"warps": 4}),
+                ("up", {"block_m": 256}),
+                ("up", {"block_n": 32}),
+                ("up", {"block_n": 256}),
+                ("grouped_gemm", {"stages": 1}),
+                ("grouped_gemm", {"block_m": 32}),
+                ("grouped_gemm", {"block_m": 256, "block_n": 256}),
+                ("grouped_gemm", {"block_n": 32}),
+            )
+        ),
         ([entry(config=_specialized(True))], "warp_specialize of up must be .*; got True"),
         (
             [entry(kernel="wgrad", config=_specialized("triton"))],

@@ -163,6 +163,7 @@ MISTAKES: dict[str, Callable[[Names], Names]] = {
     "slots are not handed back": lambda names: {"_hand_back": lambda *arguments: None},
     "slots are handed back while they are read": _waits_for_one_product_less,
     "warps do not meet": lambda names: {"meet": lambda: None},
+    "barriers are not shown to TMA": lambda names: {"fence_async_shared": lambda: None},
 }
 
 
@@ -181,3 +182,9 @@ def test_the_model_finds_mistakes(mistake: str, shared: bool) -> None:
             if isinstance(error, (DeadlockError, RaceError)):
                 return
     raise AssertionError(f"no schedule shows it; {found}")
+
+
+def test_a_ring_of_one_slot_never_ends() -> None:
+    """Which is why no table may ask for it: its slot is handed back after the next step."""
+    with pytest.raises(DeadlockError):
+        multiply([8], 8, 8, stages=1)

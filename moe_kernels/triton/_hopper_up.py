@@ -1,0 +1,248 @@
+"""The up-projection and its activation where warps have roles, for sm_90, in Gluon.
+
+R rows, E experts, H contracted size, I columns of the activation, W = 2 * I of the product, or I.
+
+The protocol is that of ``_hopper_gemm.py``, but for who loads: TMA gathers no rows on Hopper, so
+four warps copy them with ``cp.async``, each thread 16 bytes at a time, while TMA brings the
+weights. A phase of ``full`` completes when all those threads have arrived, each once its copies are
+there, by an arrival that ``cp.async`` makes itself, and the weights' bytes have come.
+
+Copied rows are in memory then, but the tensor cores read through another proxy: who multiplies puts
+a fence between. Triton 3.6 puts none, so this is also how rows are gathered in its place there.
+
+None of the four warps is overtaken at ``empty``: that its next phase completes takes a read, so a
+complete phase of ``full``, so the arrival of all their threads, which follows their waits.
+"""
+
+from __future__ import annotations
+
+import triton.experimental.gluon.language as gl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+from moe_kernels.triton._activation import Activation, activate, activate_gated
+from moe_kernels.triton._config_tables import LARGEST_TILE, Config
+from moe_kernels.triton._hopper_gemm import (
+    GROUPS,
+    _make_barriers,
+    _slot,
+    _store,
+    _sum_tile,
+    _turn,
+    describe,
+)
+from moe_kernels.triton._launch import ceil_div, processors
+from moe_kernels.triton._tiles import TileMap, load_tile, tile_count, walk
+
+LOADERS = gl.constexpr(4)  # warps that gather
+# registers a thread: with eight warps of the first and four of the second, all that there are
+MULTIPLYING, LOADING = gl.constexpr(232), gl.constexpr(40)
+UNIT = gl.constexpr(8)  # elements of 16 bytes, of which rows and their strides are multiples
+
+
+@gluon.jit
+def _gather(
+    x, row_to_slot, w, top_k, stride, problem, ring,
+    HALVES: gl.constexpr, TRANSPOSED: gl.constexpr, EVEN_K: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, WIDTH: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """The role of the warps that load: every step of every tile of the program.
+
+    ``stride``, of rows, and the contracted size are given in UNITs, so that the compiler knows
+    that they are multiples, without which it would not copy 16 bytes at a time.
+    """
+    tiles, bound, I, units = problem
+    rows, weights, full, empty = ring
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, UNIT], [4, 8], [LOADERS, 1], [1, 0])
+    i = gl.arange(0, BLOCK_M, gl.SliceLayout(1, LAYOUT))
+    column = gl.arange(0, BLOCK_K, gl.SliceLayout(0, LAYOUT))
+    row_tiles, column_tiles = tile_count(tiles), gl.cdiv(I, BLOCK_N)
+    step = 0
+    for number in range(gl.program_id(0), row_tiles * column_tiles, gl.num_programs(0)):
+        tile, column_tile = walk(number, row_tiles, column_tiles, GROUP_M)
+        expert, first, end = load_tile(tiles, bound, tile)
+        n = column_tile * (BLOCK_N if HALVES else WIDTH)
+        # those past the expert's last row repeat it, and are not stored
+        row = first + gl.minimum(i, end - first - 1)
+        token = gl.load(row_to_slot + row) // top_k
+        cells = x + (token.to(gl.int64) * (stride * UNIT))[:, None] + column[None, :]
+        for k in range(0, units * UNIT, BLOCK_K):
+            slot, parity = _slot(step, STAGES)
+            ready, weight = full.index(slot), weights.index(slot)
+            mbarrier.wait(empty.index(slot), parity ^ 1)
+            mbarrier.expect(ready, 2 * BLOCK_K * WIDTH)
+            if HALVES and TRANSPOSED:
+                gate, up = weight.slice(0, BLOCK_N, dim=0), weight.slice(BLOCK_N, BLOCK_N, dim=0)
+                tma.async_copy_global_to_shared(w, [expert, n, k], ready, gate)
+                tma.async_copy_global_to_shared(w, [expert, I + n, k], ready, up)
+            elif HALVES:
+                gate, up = weight.slice(0, BLOCK_N, dim=1), weight.slice(BLOCK_N, BLOCK_N, dim=1)
+                tma.async_copy_global_to_shared(w, [expert, k, n], ready, gate)
+                tma.async_copy_global_to_shared(w, [expert, k, I + n], ready, up)
+            elif TRANSPOSED:
+                tma.async_copy_global_to_shared(w, [expert, n, k], ready, weight)
+            else:
+                tma.async_copy_global_to_shared(w, [expert, k, n], ready, weight)
+            if EVEN_K:
+                async_copy.async_copy_global_to_shared(rows.index(slot), cells + k)
+            else:
+                inside = (k + column < units * UNIT)[None, :]
+                async_copy.async_copy_global_to_shared(rows.index(slot), cells + k, mask=inside)
+            async_copy.mbarrier_arrive(ready, increment_count=False)
+            step += 1
+
+
+@gluon.jit
+def _project(
+    bias, h, a, alpha, limit, W, stride_bias_e, stride_bias_n, problem, ring, turn,
+    GROUP: gl.constexpr, SHARED: gl.constexpr, TRANSPOSED: gl.constexpr, BIASED: gl.constexpr,
+    KIND: gl.constexpr, GATED: gl.constexpr, INTERLEAVED: gl.constexpr, CLAMP: gl.constexpr,
+    SAVE_H: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, WIDTH: gl.constexpr,
+    BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The role of a group: half of each tile, or every other tile."""
+    tiles, bound, I, units = problem
+    HALVES: gl.constexpr = GATED and not INTERLEAVED
+    ROWS: gl.constexpr = BLOCK_M // GROUPS if SHARED else BLOCK_M
+    OWNERS: gl.constexpr = 1 if SHARED else GROUPS  # of the tiles, by turns
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    row_tiles, column_tiles = tile_count(tiles), gl.cdiv(I, BLOCK_N)
+    H = units * UNIT
+    steps = gl.cdiv(H, BLOCK_K)
+    start, row, step = gl.program_id(0), 0, 0
+    if SHARED:
+        row = GROUP * ROWS
+    else:
+        start += GROUP * gl.num_programs(0)
+        step += GROUP * steps
+    turns = 0
+    for number in range(start, row_tiles * column_tiles, gl.num_programs(0) * OWNERS):
+        tile, column_tile = walk(number, row_tiles, column_tiles, GROUP_M)
+        expert, first, end = load_tile(tiles, bound, tile)
+        n = column_tile * BLOCK_N
+        if not SHARED:
+            _turn(turn, turns, GROUP)
+        total, step = _sum_tile(
+            ring, step, H, GROUP, SHARED, TRANSPOSED, True, BLOCK_M, WIDTH, BLOCK_K, STAGES
+        )
+        if not SHARED:
+            mbarrier.arrive(turn.index(1 - GROUP))
+            turns += 1
+            step += steps  # those of the other group's tile
+
+        if BIASED:
+            within = gl.arange(0, WIDTH, gl.SliceLayout(0, SUMS))
+            if HALVES:
+                inside = n + within % BLOCK_N < I
+                column = within // BLOCK_N * I + n + within % BLOCK_N
+            else:
+                column = column_tile * WIDTH + within
+                inside = column < W
+            shift = bias + expert.to(gl.int64) * stride_bias_e + column * stride_bias_n
+            total += gl.load(shift, mask=inside, other=0.0).to(gl.float32)[None, :]
+        # halves, as in the GEMM; the activation of a whole tile would not fit in registers
+        HALF: gl.constexpr = WIDTH // 2
+        left, right = gl.split(total.reshape([ROWS, 2, HALF]).permute(0, 2, 1))
+        if SAVE_H:
+            wide = n if HALVES else column_tile * WIDTH
+            columns = I if HALVES else W
+            _store(left, h, first, end, row, wide, columns, W, ROWS, HALF)
+            if HALVES:
+                _store(right, h + I, first, end, row, wide, columns, W, ROWS, HALF)
+            else:
+                _store(right, h, first, end, row, wide + HALF, columns, W, ROWS, HALF)
+        if GATED:
+            if INTERLEAVED:
+                left, right = gl.split(total.reshape([ROWS, BLOCK_N, 2]))
+            value = activate_gated(left, right, alpha, limit, KIND, CLAMP, False)
+            _store(value, a, first, end, row, n, I, I, ROWS, BLOCK_N)
+        else:
+            _store(activate(left, KIND, False), a, first, end, row, n, I, I, ROWS, HALF)
+            _store(activate(right, KIND, False), a, first, end, row, n + HALF, I, I, ROWS, HALF)
+
+
+@gluon.jit(do_not_specialize=["bound", "top_k"])
+def _hopper_up_kernel(
+    x, row_to_slot, w, bias, h, a, tiles, bound, units, I, W, top_k, stride, alpha, limit,
+    stride_bias_e, stride_bias_n,
+    TRANSPOSED: gl.constexpr, BIASED: gl.constexpr, KIND: gl.constexpr, GATED: gl.constexpr,
+    INTERLEAVED: gl.constexpr, CLAMP: gl.constexpr, SAVE_H: gl.constexpr, EVEN_K: gl.constexpr,
+    SHARED: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+    GROUP_M: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    HALVES: gl.constexpr = GATED and not INTERLEAVED
+    WIDTH: gl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
+    W_SHAPE: gl.constexpr = [WIDTH, BLOCK_K] if TRANSPOSED else [BLOCK_K, WIDTH]
+    TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    rows = gl.allocate_shared_memory(w.dtype, [STAGES, BLOCK_M, BLOCK_K], TILE)
+    weights = gl.allocate_shared_memory(w.dtype, [STAGES, W_SHAPE[0], W_SHAPE[1]], TILE)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    turn = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], BARRIER)
+    # of all that gather, and of the one that says how many bytes of weights come
+    _make_barriers(full, empty, turn, SHARED, 32 * LOADERS + 1, STAGES)
+    problem, ring = (tiles, bound, I, units), (rows, weights, full, empty)
+    gl.warp_specialize(
+        [
+            (_project, (
+                bias, h, a, alpha, limit, W, stride_bias_e, stride_bias_n, problem, ring, turn, 0,
+                SHARED, TRANSPOSED, BIASED, KIND, GATED, INTERLEAVED, CLAMP, SAVE_H, BLOCK_M,
+                BLOCK_N, WIDTH, BLOCK_K, GROUP_M, STAGES,
+            )),
+            (_project, (
+                bias, h, a, alpha, limit, W, stride_bias_e, stride_bias_n, problem, ring, turn, 1,
+                SHARED, TRANSPOSED, BIASED, KIND, GATED, INTERLEAVED, CLAMP, SAVE_H, BLOCK_M,
+                BLOCK_N, WIDTH, BLOCK_K, GROUP_M, STAGES,
+            )),
+            (_gather, (
+                x, row_to_slot, w, top_k, stride, problem, ring, HALVES, TRANSPOSED, EVEN_K,
+                BLOCK_M, BLOCK_N, WIDTH, BLOCK_K, GROUP_M, STAGES,
+            )),
+        ],
+        [4, LOADERS],
+        [MULTIPLYING, LOADING],
+    )  # fmt: skip
+
+
+def project_up(
+    x: Tensor,
+    gate_up: Tensor,
+    bias: Tensor | None,
+    row_to_slot: Tensor,
+    top_k: int,
+    h: Tensor,
+    a: Tensor,
+    activation: Activation,
+    tiles: TileMap,
+    cut: Config,
+    transposed: bool,
+) -> None:
+    """``a [rows, I]``, and ``h`` unless it has no rows, for the rows of the map.
+
+    Args:
+        x: [T, H], aligned, of which row r is row ``row_to_slot[r] // top_k``.
+        gate_up: [E, H, W], that TMA can bring.
+        transposed: gate_up is stored [E, W, H].
+    """
+    (H, W), I = gate_up.shape[1:], a.shape[1]
+    width = cut.block_n * (2 if activation.gated else 1)
+    columns = cut.block_n if activation.gated and not activation.interleaved else width
+    if transposed:
+        w = describe(gate_up.mT, [1, columns, cut.block_k])
+    else:
+        w = describe(gate_up, [1, cut.block_k, columns])
+    constants = {key: value for key, value in activation.constants(x).items() if key != "PRECISE"}
+    steps = tiles.bound * ceil_div(I, cut.block_n)
+    _hopper_up_kernel[(min(steps, processors(x.device)),)](
+        x, row_to_slot, w, bias, h, a, tiles.tiles, tiles.bound, H // UNIT.value, I, W, top_k,
+        x.stride(0) // UNIT.value, activation.alpha, activation.limit,
+        *((0, 0) if bias is None else bias.stride()),
+        TRANSPOSED=transposed, BIASED=bias is not None, **constants, SAVE_H=h.shape[0] > 0,
+        EVEN_K=H % cut.block_k == 0, SHARED=cut.block_m * width > LARGEST_TILE,
+        BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, BLOCK_K=cut.block_k, GROUP_M=cut.group_m,
+        STAGES=cut.stages, num_warps=4,
+    )  # fmt: skip

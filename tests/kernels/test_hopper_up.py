@@ -1,0 +1,241 @@
+"""The up-projection whose warps have roles, for sm_90: its protocol, in a model, and its use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_kernels import reference
+from moe_kernels.triton import _activation, _hopper_up, _operands
+from moe_kernels.triton._config_tables import Config
+from tests.conftest import HAS_GPU, triton_under_cpu
+from tests.kernels import gluon_model
+from tests.kernels.gluon_model import DeadlockError, Descriptor, Language, Pointer, RaceError
+from tests.kernels.test_hopper_gemm import BLOCK_M, BLOCK_N, Names, check, tile_map
+
+pytestmark = pytest.mark.skipif(HAS_GPU, reason="models what a GPU does")
+
+BLOCK_K, PROGRAMS, TOP_K = 16, 2, 3
+
+
+def project(
+    counts: list[int],
+    contracted: int,
+    columns: int,
+    *,
+    kind: str = "swiglu",
+    interleaved: bool = False,
+    shared: bool = False,
+    transposed: bool = True,
+    biased: bool = False,
+    saves: bool = True,
+    stages: int = 3,
+    seed: int = 0,
+    mistake: Callable[[Names], Names] = lambda names: {},
+) -> list[tuple[Tensor, Tensor]]:
+    """The activation and h of a model, each with the right one; rows of no expert stay NaN.
+
+    Args:
+        counts: rows of each expert.
+        columns: of the activation.
+        mistake: names of the kernel's modules that mean something else, from what they mean.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows, experts = sum(counts) + 3, len(counts)
+    gated = kind in _activation.GATED
+    width = columns * (2 if gated else 1)
+    tokens = rows // TOP_K + 1
+    # rows of a wider matrix, whose other columns are not read
+    x = torch.randn(tokens, contracted + 8, generator=generator).bfloat16()
+    x[:, contracted:] = torch.nan
+    w = torch.randn(experts, contracted, width, generator=generator).bfloat16()
+    bias = torch.randn(experts, width, generator=generator)
+    slots = torch.randperm(rows, generator=generator).int()
+    slots[sum(counts) :] = 2**30  # never read
+    offsets = torch.tensor([0, *counts]).cumsum(0).int()
+    tiles = torch.tensor(tile_map(offsets.tolist()), dtype=torch.int32)
+    bound = (tiles.numel() - 1) // 3
+    h = torch.full((rows if saves else 0, width), torch.nan, dtype=torch.bfloat16)
+    a = torch.full((rows, columns), torch.nan, dtype=torch.bfloat16)
+    activation = _activation.Activation(kind, interleaved, 1.702, 0.5)
+    constants = activation.constants(x)
+    del constants["PRECISE"]
+    box = BLOCK_N * (2 if gated and interleaved else 1)
+    if transposed:
+        described = Descriptor(w.mT.contiguous(), (1, box, BLOCK_K))
+    else:
+        described = Descriptor(w, (1, BLOCK_K, box))
+    for program in range(PROGRAMS):
+        names = Language(program, PROGRAMS, seed).names
+        names |= mistake(names)
+        kernel = gluon_model.as_python(_hopper_up._hopper_up_kernel, names)
+        kernel(
+            Pointer(x.view(-1)), Pointer(slots), described, Pointer(bias.flatten()),
+            Pointer(h.view(-1)), Pointer(a.view(-1)), Pointer(tiles), bound, contracted // 8,
+            columns, width, TOP_K, (contracted + 8) // 8, 1.702, 0.5, width, 1, SHARED=shared,
+            TRANSPOSED=transposed, BIASED=biased, SAVE_H=saves, EVEN_K=contracted % BLOCK_K == 0,
+            BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, GROUP_M=2, STAGES=stages,
+            **constants,
+        )  # fmt: skip
+    right = torch.full((rows, width), torch.nan, dtype=torch.float64)
+    gathered = x[(slots.clamp(max=rows - 1) // TOP_K).long(), :contracted].double()
+    for e, (start, end) in enumerate(pairwise(offsets.tolist())):
+        right[start:end] = gathered[start:end] @ w[e].double() + biased * bias[e].double()
+    activated = reference.expert_activation(right, kind, None, interleaved, 1.702, 0.5)
+    return [(a, activated)] + ([(h, right)] if saves else [])
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(
+    ("counts", "contracted", "columns", "stages"),
+    [
+        ([9, 0, 16, 3], 40, 20, 3),  # ragged in all ways; 15 tiles of three steps
+        ([0, 0, 8], 16, 8, 2),  # one tile of one step: a program and a group with none
+        ([0, 30, 0], 8, 24, 4),  # all rows to one expert; tiles of less than a step
+        ([17], 96, 8, 2),  # more steps than slots
+    ],
+)
+def test_every_schedule_gives_the_projection(
+    counts: list[int], contracted: int, columns: int, stages: int, shared: bool
+) -> None:
+    for seed in range(3):
+        options: dict[str, Any] = {
+            "transposed": seed % 2 == 0,
+            "biased": seed % 2 == 1,
+            "interleaved": seed == 2,
+            "saves": seed < 2,
+        }
+        found = project(
+            counts, contracted, columns, shared=shared, stages=stages, seed=seed, **options
+        )
+        for out, right in found:
+            check(out, right)
+
+
+@pytest.mark.parametrize("kind", [*_activation.GATED, "relu2", "silu", "gelu"])
+def test_every_activation_is_computed(kind: str) -> None:
+    gated = kind in _activation.GATED
+    for interleaved in (False, True) if gated else (False,):
+        for out, right in project(
+            [9, 4], 24, 12, kind=kind, interleaved=interleaved, transposed=False, biased=True
+        ):
+            check(out, right)
+
+
+def test_no_tiles_are_nothing_to_do() -> None:
+    for out, _ in project([0, 0], 16, 8):
+        assert out.isnan().all()
+
+
+def _only_shows_barriers(names: Names) -> Names:
+    """The first fence, and none of those that multiply."""
+    fences = [names["fence_async_shared"]]
+    return {"fence_async_shared": lambda: fences.pop()() if fences else None}
+
+
+def _arrives_at_once(names: Names) -> Names:
+    """The threads that gather, before their copies are there."""
+
+    def arrive_now(barrier: Any, *, increment_count: bool) -> None:
+        barrier.change(32 * 4 // gluon_model.WARPS, 0)
+
+    changed = {**vars(names["async_copy"]), "mbarrier_arrive": arrive_now}
+    return {"async_copy": type(names["async_copy"])(**changed)}
+
+
+def _fences_before_it_waits(names: Names) -> Names:
+    wait, fence = names["mbarrier"].wait, names["fence_async_shared"]
+    fences = [fence]
+
+    def fenced_wait(barrier: Any, parity: Any) -> None:
+        fence()
+        wait(barrier, parity)
+
+    changed = {**vars(names["mbarrier"]), "wait": fenced_wait}
+    return {
+        "mbarrier": type(names["mbarrier"])(**changed),
+        "fence_async_shared": lambda: fences.pop()() if fences else None,
+    }
+
+
+def _of_one_thread(names: Names) -> Names:
+    """``full`` counts the arrival of one of the threads that gather."""
+    barriers = vars(names["mbarrier"])
+    init = barriers["init"]
+    changed = {**barriers, "init": lambda barrier, count: init(barrier, min(count, 2))}
+    return {"mbarrier": type(names["mbarrier"])(**changed)}
+
+
+# what they end in
+MISTAKES: dict[str, tuple[type[AssertionError], Callable[[Names], Names]]] = {
+    "copies are not fenced from tensor cores": (RaceError, _only_shows_barriers),
+    "copies are fenced before they are there": (RaceError, _fences_before_it_waits),
+    "threads arrive before their copies are there": (RaceError, _arrives_at_once),
+    "one thread counts for all": (AssertionError, _of_one_thread),
+    "slots are not handed back": (
+        DeadlockError,
+        lambda names: {"_hand_back": lambda *arguments: None},
+    ),
+}
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_the_model_finds_mistakes(mistake: str, shared: bool) -> None:
+    error, made = MISTAKES[mistake]
+    for seed in range(12):
+        try:
+            project([9, 16], 48, 16, shared=shared, stages=2, seed=seed, mistake=made)
+        except error:
+            return
+    raise AssertionError("no schedule shows it")
+
+
+def test_it_is_used_where_it_was_asked_for_and_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    def used(by: str = "gluon", dtype: torch.dtype = torch.bfloat16, **changes: Any) -> bool:
+        made = {
+            "x": torch.empty(64, 128, dtype=dtype),
+            "w": torch.empty(2, 256, 128, dtype=dtype).mT,
+            "out": torch.empty(64, 128, dtype=dtype),
+            "cut": {},
+            "kind": "swiglu",
+        } | changes
+        cut = {"block_m": 128, "block_n": 64, "block_k": 64, "warps": 8, "stages": 4}
+        config = Config(**cut | made["cut"], warp_specialize=by)
+        return _operands.has_hopper_up(config, made["w"], made["x"], made["out"], made["kind"])
+
+    with triton_under_cpu():
+        assert not used()  # Gluon is not interpreted
+        monkeypatch.setattr(_operands, "INTERPRETED", False)
+        assert used()
+        assert used(dtype=torch.float16)
+        assert not used("no")
+        assert not used("triton")
+        assert not used(dtype=torch.float32)
+        assert not used(x=torch.empty(64, 130, dtype=torch.bfloat16)[:, 1:129])
+        assert not used(x=torch.empty(128, 64, dtype=torch.bfloat16).mT)
+        assert not used(w=torch.empty(2, 128, 512, dtype=torch.bfloat16)[..., ::2])
+        assert used(w=torch.empty(2, 128, 256, dtype=torch.bfloat16))  # stored by rows
+        assert used(kind="relu2")
+        assert not used(kind="gelu")
+        # a multiple of 16 bytes, but not of 16 elements
+        w = torch.empty(2, 272, 128, dtype=torch.bfloat16).mT
+        assert not used(w=w, out=torch.empty(64, 136, dtype=torch.bfloat16))
+        tiles = {(64, 128): True, (128, 128): True, (128, 256): False, (256, 64): False}
+        tiles |= {(32, 128): False, (64, 32): False}
+        for (m, n), known in tiles.items():
+            assert used(cut={"block_m": m, "block_n": n}) == known
+        for changed in ({"block_k": 128}, {"stages": 1}, {"warps": 4}):
+            assert not used(cut=changed)
+        for arch in (80, 100):
+            with monkeypatch.context() as patch:
+                patch.setattr(_operands, "architecture", lambda device, arch=arch: arch)
+                assert not used()
+        for version, known in {(3, 5): False, (3, 6): True, (3, 7): True, (3, 8): False}.items():
+            monkeypatch.setattr(_operands, "TRITON_VERSION", version)
+            assert used() == known
