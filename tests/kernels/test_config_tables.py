@@ -164,6 +164,16 @@ def test_a_table_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ([entry(config=dataclasses.asdict(OTHER) | {"stages": 0})], "stages must be an integer"),
         ([entry(config=dataclasses.asdict(OTHER) | {"stages": True})], "stages must be an integer"),
         ([entry(config=dataclasses.asdict(OTHER) | {"warps": 64})], "warps must be at most 32"),
+        (
+            [
+                entry(
+                    kernel="scaled_grouped_gemm",
+                    precision="fp8",
+                    config=dataclasses.asdict(OTHER) | {"block_n": 256},
+                )
+            ],
+            "block_n of scaled_grouped_gemm must be at most 128, which share a scale; got 256",
+        ),
         ([entry(config=_specialized("gluon"))], "warp_specialize of up must be one of no, triton"),
         ([entry(config=_specialized(True))], "warp_specialize of up must be .*; got True"),
         (
