@@ -71,8 +71,16 @@ def forward_outputs(
     y: Tensor, h: Tensor, order: tuple[Tensor, Tensor, Tensor], save_for_backward: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What the op returns: h and the order have no rows without a backward."""
-    kept = (h, *order) if save_for_backward else (value[:0].clone() for value in (h, *order))
-    return y, *kept  # type: ignore[return-value]
+    if save_for_backward:
+        return y, h, *order
+    row_to_slot, slot_to_row, offsets = order
+    return (
+        y,
+        h.new_empty(0, h.shape[1]),
+        row_to_slot.new_empty(0),
+        slot_to_row.new_empty(0, slot_to_row.shape[1]),
+        offsets.new_empty(0),
+    )
 
 
 def fused_experts_forward(

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from moe_kernels.triton._activation import Activation, activate, activate_gated
 from moe_kernels.triton._configs import Config
-from moe_kernels.triton._fp8 import encode, has_float8, raw
-from moe_kernels.triton._launch import ceil_div, processors
+from moe_kernels.triton._fp8 import encode
+from moe_kernels.triton._launch import architecture, ceil_div, processors
 from moe_kernels.triton._operands import pipeline_stages, row_operand, weight_operand
 from moe_kernels.triton._tiles import TileMap, load_tile, tile_count, walk
 from moe_kernels.triton.grouped_gemm import store_tile, zero_rows
@@ -29,12 +29,12 @@ from moe_kernels.triton.scaled_grouped_gemm import BLOCK, scaled_products
 @triton.jit
 def _store_values(
     value, reciprocal, values, first, valid, n, I,
-    BYTES: tl.constexpr, BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     column = n + tl.arange(0, COLUMNS)
     tl.store(
         values + first.to(tl.int64) * I + (tl.arange(0, BLOCK_M)[:, None] * I + column[None, :]),
-        encode(value * reciprocal[:, None], BYTES),
+        encode(value * reciprocal[:, None], False),
         mask=valid[:, None] & (column < I)[None, :],
     )
 
@@ -47,7 +47,7 @@ def _scaled_up_kernel(
     stride_swe, stride_swk, stride_swn, stride_bias_e, stride_bias_n,
     X_MODE: tl.constexpr, W_MODE: tl.constexpr, BIASED: tl.constexpr,
     KIND: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, CLAMP: tl.constexpr,
-    PRECISE: tl.constexpr, SAVE_H: tl.constexpr, EVEN_K: tl.constexpr, BYTES: tl.constexpr,
+    PRECISE: tl.constexpr, SAVE_H: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     row_tiles, column_tiles = tile_count(tiles), tl.cdiv(I, BLOCK)
@@ -64,7 +64,7 @@ def _scaled_up_kernel(
             x, w, scales_x, scales_w, expert, first, row, valid, n, W, H,
             stride_xm, stride_xk, stride_we, stride_wk, stride_wn, stride_sxm, stride_sxk,
             stride_swe, stride_swk, stride_swn,
-            X_MODE, W_MODE, EVEN_K, BYTES, BLOCK_M, BLOCK, BLOCK_K, STAGES,
+            X_MODE, W_MODE, EVEN_K, False, BLOCK_M, BLOCK, BLOCK_K, STAGES,
         )  # fmt: skip
         left = store_tile(
             total, bias, h, expert, first, valid, n, W, stride_bias_e, stride_bias_n,
@@ -75,7 +75,7 @@ def _scaled_up_kernel(
                 x, w, scales_x, scales_w, expert, first, row, valid, m, W, H,
                 stride_xm, stride_xk, stride_we, stride_wk, stride_wn, stride_sxm, stride_sxk,
                 stride_swe, stride_swk, stride_swn,
-                X_MODE, W_MODE, EVEN_K, BYTES, BLOCK_M, BLOCK, BLOCK_K, STAGES,
+                X_MODE, W_MODE, EVEN_K, False, BLOCK_M, BLOCK, BLOCK_K, STAGES,
             )  # fmt: skip
             right = store_tile(
                 total, bias, h, expert, first, valid, m, W, stride_bias_e, stride_bias_n,
@@ -93,8 +93,8 @@ def _scaled_up_kernel(
             b = b.to(h.dtype.element_ty).to(tl.float32)
             largest = tl.maximum(tl.max(magnitude(a), 1), tl.max(magnitude(b), 1))
             scale, reciprocal = block_scales(largest, False)
-            _store_values(a, reciprocal, values, first, valid, n, I, BYTES, BLOCK_M, HALF)
-            _store_values(b, reciprocal, values, first, valid, n + HALF, I, BYTES, BLOCK_M, HALF)
+            _store_values(a, reciprocal, values, first, valid, n, I, BLOCK_M, HALF)
+            _store_values(b, reciprocal, values, first, valid, n + HALF, I, BLOCK_M, HALF)
         else:
             if GATED:
                 a = activate_gated(left, right, alpha, limit, KIND, CLAMP, PRECISE)
@@ -102,16 +102,20 @@ def _scaled_up_kernel(
                 a = activate(left, KIND, PRECISE)
             a = a.to(h.dtype.element_ty).to(tl.float32)
             scale, reciprocal = block_scales(tl.max(magnitude(a), 1), False)
-            _store_values(a, reciprocal, values, first, valid, n, I, BYTES, BLOCK_M, BLOCK)
+            _store_values(a, reciprocal, values, first, valid, n, I, BLOCK_M, BLOCK)
         tl.store(scales + block.to(tl.int64) * rows + row, scale, mask=valid)
     if SAVE_H:
         zero_rows(h, offsets, h_rows, W, E, 0, W, 16, 256)
 
 
-def activates_in_product(activation: Activation, inner: int, cut: Config) -> bool:
-    """Whether a tile has all that a scale of the activation needs, in two blocks of h."""
+def activates_in_product(activation: Activation, h: Tensor, inner: int, cut: Config) -> bool:
+    """Whether a tile has all that a scale of the activation needs, in two blocks of h.
+
+    Activations of float32 take more registers than the sums leave, and before sm_90 the sums do.
+    """
     whole = activation.interleaved or not activation.gated or inner % BLOCK.value == 0
-    return whole and cut.block_n == BLOCK.value
+    fits = h.element_size() == 2 and architecture(h.device) >= 90
+    return whole and fits and cut.block_n == BLOCK.value
 
 
 def project_up(
@@ -132,16 +136,16 @@ def project_up(
     (E, H, W), (rows, inner) = w[0].shape, a[0].shape
     if inner == 0:
         return
-    r = row_operand(raw(x[0]), None, cut.block_m, cut.block_k)
-    b = weight_operand(raw(w[0]), cut.block_k, cut.block_n)
+    r = row_operand(x[0], None, cut.block_m, cut.block_k)
+    b = weight_operand(w[0], cut.block_k, cut.block_n)
     steps = tiles.bound * ceil_div(inner, BLOCK.value)
     _scaled_up_kernel[(min(steps, processors(h.device) * cut.programs),)](
-        r.value, b.value, x[1], w[1], bias, offsets, h, raw(a[0]), a[1], tiles.tiles, tiles.bound,
+        r.value, b.value, x[1], w[1], bias, offsets, h, a[0], a[1], tiles.tiles, tiles.bound,
         rows, h.shape[0], H, inner, W, E, activation.alpha, activation.limit,
         *r.strides, *b.strides, *x[1].stride(), *w[1].stride(),
         *((0, 0) if bias is None else bias.stride()),
         X_MODE=r.mode, W_MODE=b.mode, BIASED=bias is not None, **activation.constants(h),
-        SAVE_H=h.shape[0] > 0, EVEN_K=H % cut.block_k == 0, BYTES=not has_float8(h.device),
-        BLOCK_M=cut.block_m, BLOCK_K=cut.block_k, GROUP_M=cut.group_m,
-        STAGES=pipeline_stages(cut.stages, r, b), num_warps=cut.warps,
+        SAVE_H=h.shape[0] > 0, EVEN_K=H % cut.block_k == 0, BLOCK_M=cut.block_m,
+        BLOCK_K=cut.block_k, GROUP_M=cut.group_m, STAGES=pipeline_stages(cut.stages, r, b),
+        num_warps=cut.warps,
     )  # fmt: skip

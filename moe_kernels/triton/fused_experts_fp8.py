@@ -32,6 +32,7 @@ from moe_kernels.triton._fused_experts_backward import (
     Order,
     bias_dots,
     empty_gradients,
+    given_back,
     prepare,
     sum_partials,
 )
@@ -215,7 +216,7 @@ def _project_up(
     """The activation in float8; ``h [num_rows, W]`` is written as well unless it has no rows."""
     rows, keeps_h = x[0].shape[0], h.shape[0] > 0
     a = _empty_scaled(h, rows, inner)
-    if activates_in_product(act, inner, cut):
+    if activates_in_product(act, h, inner, cut):
         project_up(x, w, bias, offsets, h, a, act, tiles, cut)
     elif inner:
         h = h if keeps_h else h.new_empty(rows, h.shape[1])
@@ -359,7 +360,7 @@ def fused_experts_fp8_backward(
     at_once = needs[0] and not known and (interleaved or not act.gated or inner % BLOCK.value == 0)
     if not known and (needs[1] or needs[4] or keep_grad_h or (needs[0] and not at_once)):
         dh = h.new_empty(h.shape)
-    kept = dh if keep_grad_h and dh is not None else x.new_empty(0)
+    kept = given_back(dh, known_grad_h) if keep_grad_h else x.new_empty(0)
     kept_a = x.new_empty((h.shape[0], inner) if keep_weighted_a else 0)
     if rows == 0 or E == 0:
         for value in (*grads, kept, kept_a):
