@@ -27,6 +27,28 @@ from moe_kernels.triton.scaled_grouped_gemm import BLOCK, scaled_products
 
 
 @triton.jit
+def _block_of_h(
+    x, w, scales_x, scales_w, bias, h, expert, first, row, valid, n, H, W,
+    stride_xm, stride_xk, stride_we, stride_wk, stride_wn, stride_sxm, stride_sxk,
+    stride_swe, stride_swk, stride_swn, stride_bias_e, stride_bias_n,
+    X_MODE: tl.constexpr, W_MODE: tl.constexpr, BIASED: tl.constexpr, SAVE_H: tl.constexpr,
+    EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """128 columns of h, rounded to its dtype, in float32; written as well with SAVE_H."""
+    total = scaled_products(
+        x, w, scales_x, scales_w, expert, first, row, valid, n, W, H,
+        stride_xm, stride_xk, stride_we, stride_wk, stride_wn, stride_sxm, stride_sxk,
+        stride_swe, stride_swk, stride_swn,
+        X_MODE, W_MODE, EVEN_K, False, BLOCK_M, BLOCK, BLOCK_K, STAGES,
+    )  # fmt: skip
+    rounded = store_tile(
+        total, bias, h, expert, first, valid, n, W, stride_bias_e, stride_bias_n,
+        BIASED, BLOCK_M, BLOCK, SAVE_H,
+    )  # fmt: skip
+    return rounded.to(tl.float32)
+
+
+@triton.jit
 def _store_values(
     value, reciprocal, values, first, valid, n, I,
     BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr,
@@ -60,27 +82,19 @@ def _scaled_up_kernel(
         n, m = block * BLOCK, I + block * BLOCK
         if INTERLEAVED:
             n, m = 2 * block * BLOCK, (2 * block + 1) * BLOCK
-        total = scaled_products(
-            x, w, scales_x, scales_w, expert, first, row, valid, n, W, H,
+        left = _block_of_h(
+            x, w, scales_x, scales_w, bias, h, expert, first, row, valid, n, H, W,
             stride_xm, stride_xk, stride_we, stride_wk, stride_wn, stride_sxm, stride_sxk,
-            stride_swe, stride_swk, stride_swn,
-            X_MODE, W_MODE, EVEN_K, False, BLOCK_M, BLOCK, BLOCK_K, STAGES,
+            stride_swe, stride_swk, stride_swn, stride_bias_e, stride_bias_n,
+            X_MODE, W_MODE, BIASED, SAVE_H, EVEN_K, BLOCK_M, BLOCK_K, STAGES,
         )  # fmt: skip
-        left = store_tile(
-            total, bias, h, expert, first, valid, n, W, stride_bias_e, stride_bias_n,
-            BIASED, BLOCK_M, BLOCK, SAVE_H,
-        ).to(tl.float32)  # fmt: skip
         if GATED:
-            total = scaled_products(
-                x, w, scales_x, scales_w, expert, first, row, valid, m, W, H,
+            right = _block_of_h(
+                x, w, scales_x, scales_w, bias, h, expert, first, row, valid, m, H, W,
                 stride_xm, stride_xk, stride_we, stride_wk, stride_wn, stride_sxm, stride_sxk,
-                stride_swe, stride_swk, stride_swn,
-                X_MODE, W_MODE, EVEN_K, False, BLOCK_M, BLOCK, BLOCK_K, STAGES,
+                stride_swe, stride_swk, stride_swn, stride_bias_e, stride_bias_n,
+                X_MODE, W_MODE, BIASED, SAVE_H, EVEN_K, BLOCK_M, BLOCK_K, STAGES,
             )  # fmt: skip
-            right = store_tile(
-                total, bias, h, expert, first, valid, m, W, stride_bias_e, stride_bias_n,
-                BIASED, BLOCK_M, BLOCK, SAVE_H,
-            ).to(tl.float32)  # fmt: skip
         # rounded to h's dtype before it is to float8, as the activation alone would be
         n = block * BLOCK
         if INTERLEAVED:
