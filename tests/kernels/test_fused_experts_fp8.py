@@ -263,6 +263,19 @@ def test_odd_numbers_stay_in_their_row(impl: Implementation) -> None:
     assert torch.equal(y[others], right[others])
 
 
+def test_an_expert_without_tokens_is_not_read(impl: Implementation) -> None:
+    """Its weights may be NaN, and its gradients are zero."""
+    inputs, upstream = make_case("one_token", torch.float32, hidden=16, inner=8, bias=True)
+    right = gradients(fp8, on(impl, inputs), upstream.to(impl.device))
+    unused = [e for e in range(4) if e not in inputs["topk_ids"]]
+    for name in ("gate_up", "down", "gate_up_bias", "down_bias"):
+        inputs[name][unused] = torch.nan
+        assert (right[name][unused] == 0).all(), name
+    found = gradients(fp8, on(impl, inputs), upstream.to(impl.device))
+    for name, value in right.items():
+        assert torch.equal(found[name], value), name
+
+
 def test_weights_that_are_float8_already(impl: Implementation) -> None:
     inputs, upstream = make_case("dropped", torch.float32, hidden=136, inner=72)
     leaves = leaves_of(inputs, impl)
