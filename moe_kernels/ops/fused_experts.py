@@ -431,7 +431,8 @@ def fused_moe(
         w2: [E, H, I].
         topk_weights: [T, K].
         topk_ids: [T, K].
-        options: keyword arguments of :func:`fused_experts`.
+        options: keyword arguments of :func:`fused_experts`; ``weight_scales`` are those of
+            ``w13.mT`` and ``w2.mT``.
 
     Returns:
         [T, H].

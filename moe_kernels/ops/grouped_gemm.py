@@ -143,6 +143,37 @@ def check_offsets(op: str, offsets: Tensor, first_name: str, first: Tensor) -> N
         raise ValueError(f"{op}: offsets must be [E + 1], at least one entry; got [0]")
 
 
+def check_operands(
+    op: str,
+    a: Tensor,
+    b: Tensor,
+    offsets: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype | None,
+    dtypes: Sequence[torch.dtype] = FLOAT_DTYPES,
+) -> None:
+    """Raise unless these are a product's, a and b being of one of ``dtypes``; bias of any."""
+    check_tensor(op, "a", a, 2, "[R, Kd]")
+    check_dtype(op, "a", a, dtypes)
+    check_offsets(op, offsets, "a", a)
+    experts, inner = offsets.shape[0] - 1, a.shape[1]
+    layout = f"[E, Kd, N] with E = {experts} (offsets), Kd = {inner} (a.shape[1])"
+    check_tensor(op, "b", b, 3, layout)
+    if b.shape[0] != experts or b.shape[1] != inner:
+        raise ValueError(f"{op}: b must be {layout}; got {shape(b)}")
+    check_dtype(op, "b", b, dtypes)
+    check_same(op, "a", a, "b", b)
+    if bias is not None:
+        check_tensor(op, "bias", bias, 2, "[E, N]")
+        check_device(op, "a", a, "bias", bias)
+        if bias.shape[0] != experts or bias.shape[1] != b.shape[2]:
+            raise ValueError(
+                f"{op}: bias must be [E, N] = {[experts, b.shape[2]]}; got {shape(bias)}"
+            )
+    if out_dtype is not None and out_dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{op}: out_dtype must be a float dtype; got {out_dtype}")
+
+
 def grouped_gemm(
     a: Tensor,
     b: Tensor,
@@ -174,24 +205,8 @@ def grouped_gemm(
     """
     op = "grouped_gemm"
     a, b, bias = autocast(a, b, bias)
-    check_tensor(op, "a", a, 2, "[R, Kd]")
-    check_dtype(op, "a", a, FLOAT_DTYPES)
-    check_offsets(op, offsets, "a", a)
-    experts, inner = offsets.shape[0] - 1, a.shape[1]
-    layout = f"[E, Kd, N] with E = {experts} (offsets), Kd = {inner} (a.shape[1])"
-    check_tensor(op, "b", b, 3, layout)
-    if b.shape[0] != experts or b.shape[1] != inner:
-        raise ValueError(f"{op}: b must be {layout}; got {shape(b)}")
-    check_same(op, "a", a, "b", b)
-    if bias is not None:
-        check_tensor(op, "bias", bias, 2, "[E, N]")
-        check_same(op, "a", a, "bias", bias)
-        if bias.shape[0] != experts or bias.shape[1] != b.shape[2]:
-            raise ValueError(
-                f"{op}: bias must be [E, N] = {[experts, b.shape[2]]}; got {shape(bias)}"
-            )
-    if out_dtype is not None and out_dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{op}: out_dtype must be a float dtype; got {out_dtype}")
+    check_operands(op, a, b, offsets, bias, out_dtype)
+    check_same(op, "a", a, "bias", bias)
     out: Tensor = _op(a, b, offsets, bias, out_dtype)
     return out
 

@@ -5,7 +5,6 @@ R rows, E experts, Kd contracted size, N columns; blocks of 128 along Kd and N.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from moe_kernels.ops._library import (
     register_autograd,
     remember_inputs,
 )
-from moe_kernels.ops.grouped_gemm import check_offsets
+from moe_kernels.ops.grouped_gemm import check_operands
 from moe_kernels.ops.quantize import FLOAT8_DTYPES, blocks_of, check_row_scales
 from moe_kernels.reference.grouped_gemm import is_transposed
 from moe_kernels.reference.scaled_grouped_gemm import (
@@ -136,36 +135,6 @@ def _flops(a: Any, b: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> 
     return int(2 * a[0] * a[1] * b[2])
 
 
-def _check_operands(
-    op: str,
-    a: Tensor,
-    b: Tensor,
-    offsets: Tensor,
-    bias: Tensor | None,
-    out_dtype: Any,
-    dtypes: Sequence[torch.dtype],
-) -> None:
-    check_tensor(op, "a", a, 2, "[R, Kd]")
-    check_dtype(op, "a", a, dtypes)
-    check_offsets(op, offsets, "a", a)
-    experts, inner = offsets.shape[0] - 1, a.shape[1]
-    layout = f"[E, Kd, N] with E = {experts} (offsets), Kd = {inner} (a.shape[1])"
-    check_tensor(op, "b", b, 3, layout)
-    if b.shape[0] != experts or b.shape[1] != inner:
-        raise ValueError(f"{op}: b must be {layout}; got {shape(b)}")
-    check_dtype(op, "b", b, dtypes)
-    check_same(op, "a", a, "b", b)
-    if bias is not None:
-        check_tensor(op, "bias", bias, 2, "[E, N]")
-        check_device(op, "a", a, "bias", bias)
-        if bias.shape[0] != experts or bias.shape[1] != b.shape[2]:
-            raise ValueError(
-                f"{op}: bias must be [E, N] = {[experts, b.shape[2]]}; got {shape(bias)}"
-            )
-    if out_dtype is not None and out_dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{op}: out_dtype must be a float dtype; got {out_dtype}")
-
-
 def scaled_grouped_gemm(
     a: Tensor,
     b: Tensor,
@@ -203,7 +172,7 @@ def scaled_grouped_gemm(
         RuntimeError: in backward.
     """
     op = "scaled_grouped_gemm"
-    _check_operands(op, a, b, offsets, bias, out_dtype, FLOAT8_DTYPES)
+    check_operands(op, a, b, offsets, bias, out_dtype, FLOAT8_DTYPES)
     if bias is not None:
         check_dtype(op, "bias", bias, FLOAT_DTYPES)
     check_row_scales(op, "scales_a", scales_a, "a", a, BLOCK)
@@ -259,7 +228,7 @@ def fp8_grouped_gemm(
     """
     op = "fp8_grouped_gemm"
     a, b, bias = autocast(a, b, bias)
-    _check_operands(op, a, b, offsets, bias, out_dtype, FLOAT_DTYPES)
+    check_operands(op, a, b, offsets, bias, out_dtype)
     check_same(op, "a", a, "bias", bias)
     out: Tensor = _fp8_op(a, b, offsets, bias, out_dtype, power_of_two, save_float8)[0]
     return out

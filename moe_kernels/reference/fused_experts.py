@@ -58,6 +58,31 @@ def fused_experts(
     return y.to(x.dtype)
 
 
+def check_bound(offsets: Tensor, num_rows: int) -> None:
+    valid = int(offsets[-1])
+    if valid > num_rows:
+        raise ValueError(
+            f"fused_experts: num_rows must be at least the number of ids in [0, E) = {valid}; "
+            f"got {num_rows}"
+        )
+
+
+def forward_outputs(
+    y: Tensor, h: Tensor, order: tuple[Tensor, Tensor, Tensor], save_for_backward: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What the op returns: h and the order have no rows without a backward."""
+    if save_for_backward:
+        return y, h, *order
+    row_to_slot, slot_to_row, offsets = order
+    return (
+        y,
+        h.new_empty(0, h.shape[1]),
+        row_to_slot.new_empty(0),
+        slot_to_row.new_empty(0, slot_to_row.shape[1]),
+        offsets.new_empty(0),
+    )
+
+
 def fused_experts_forward(
     x: Tensor,
     gate_up: Tensor,
@@ -77,29 +102,16 @@ def fused_experts_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``y [T, H]``; with ``save_for_backward`` also ``h [num_rows, W]`` and the order."""
     order = sort_by_expert(topk_ids, gate_up.shape[0])
-    valid = int(order[2][-1])
-    if valid > num_rows:
-        raise ValueError(
-            f"fused_experts: num_rows must be at least the number of ids in [0, E) = {valid}; "
-            f"got {num_rows}"
-        )
+    check_bound(order[2], num_rows)
     rows = permute(x, *order, num_rows)
     h = grouped_gemm(rows, gate_up, order[2], gate_up_bias)
     a = expert_activation(h, activation, None, interleaved, alpha, limit)
     out = grouped_gemm(a, down, order[2], down_bias, accumulate_dtype(x.dtype))
     y = unpermute(out, *order, topk_weights).to(x.dtype)
-    if save_for_backward:
-        return y, h, *order
-    return (
-        y,
-        h.new_empty(0, gate_up.shape[2]),
-        order[0].new_empty(0),
-        order[1].new_empty(0, topk_ids.shape[1]),
-        order[2].new_empty(0),
-    )
+    return forward_outputs(y, h, order, save_for_backward)
 
 
-def _row_weights(
+def row_weights(
     topk_weights: Tensor, row_to_slot: Tensor, slot_to_row: Tensor, offsets: Tensor, num_rows: int
 ) -> Tensor:
     """The weight of each row's slot [num_rows]; zero for rows of no expert."""
@@ -154,7 +166,7 @@ def fused_experts_backward(
     if needs[5] and down_bias is not None:
         grads[5] = grouped_gemm_dbias(grad_out, offsets, down_bias.dtype)
     if keep_weighted_a:
-        grads[7] = (a * _row_weights(topk_weights, *order, num_rows)[:, None]).to(h.dtype)
+        grads[7] = (a * row_weights(topk_weights, *order, num_rows)[:, None]).to(h.dtype)
     if needs[0] or needs[1] or needs[4] or keep_grad_h:
         if known_grad_h is None:
             grad_a = grouped_gemm(grad_out, down.mT, offsets)

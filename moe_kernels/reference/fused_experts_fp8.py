@@ -18,6 +18,7 @@ from moe_kernels.reference.expert_activation import (
     expert_activation,
     expert_activation_backward,
 )
+from moe_kernels.reference.fused_experts import check_bound, forward_outputs, row_weights
 from moe_kernels.reference.grouped_gemm import (
     grouped_gemm_dbias,
     grouped_gemm_wgrad,
@@ -118,12 +119,7 @@ def fused_experts_fp8_forward(
     """``y [T, H]``; with ``save_for_backward`` also ``h [num_rows, W]`` and the order."""
     order = parts.sort_by_expert(topk_ids, gate_up.shape[0])
     offsets = order[2]
-    valid = int(offsets[-1])
-    if valid > num_rows:
-        raise ValueError(
-            f"fused_experts: num_rows must be at least the number of ids in [0, E) = {valid}; "
-            f"got {num_rows}"
-        )
+    check_bound(offsets, num_rows)
     rows, row_scales = parts.permute_quantize(x, *order, num_rows, FLOAT8, BLOCK, False)
     w, w_scales = _float8(parts, gate_up, gate_up_scales)
     h = parts.scaled_grouped_gemm(rows, w, row_scales, w_scales, offsets, gate_up_bias, x.dtype)
@@ -133,15 +129,7 @@ def fused_experts_fp8_forward(
     wide = accumulate_dtype(x.dtype)
     out = parts.scaled_grouped_gemm(rows, w, row_scales, w_scales, offsets, down_bias, wide)
     y = parts.unpermute(out, *order, topk_weights).to(x.dtype)
-    if save_for_backward:
-        return y, h, *order
-    return (
-        y,
-        h.new_empty(0, gate_up.shape[2]),
-        order[0].new_empty(0),
-        order[1].new_empty(0, topk_ids.shape[1]),
-        offsets.new_empty(0),
-    )
+    return forward_outputs(y, h, order, save_for_backward)
 
 
 def fused_experts_fp8_backward(
@@ -178,15 +166,14 @@ def fused_experts_fp8_backward(
     grads = [x.new_empty(0) for _ in range(8)]
     used = int(offsets[-1])
     slot = row_to_slot[:used].long()
-    row_weights = topk_weights.new_zeros(num_rows, dtype=wide)
-    row_weights[:used] = topk_weights.flatten()[slot].to(wide)
+    weights = row_weights(topk_weights, *order, num_rows).to(wide)
     grad_h = known_grad_h
     if needs[3] or (grad_h is None and (needs[0] or needs[1] or needs[4] or keep_grad_h)):
         rows, scales = parts.permute_quantize(grad, *order, num_rows, FLOAT8, BLOCK, False)
         back = None if down_scales is None else down_scales.mT
         w, w_scales = _float8(parts, down.mT, back)
         grad_a = parts.scaled_grouped_gemm(rows, w, scales, w_scales, offsets, None, x.dtype)
-        found, dots = parts.expert_activation_backward(grad_a, h, activation, row_weights, *options)
+        found, dots = parts.expert_activation_backward(grad_a, h, activation, weights, *options)
         grad_h = found if grad_h is None else grad_h
         if needs[3]:
             of_slots = topk_weights.new_zeros(row_to_slot.numel(), dtype=wide)
@@ -198,14 +185,14 @@ def fused_experts_fp8_backward(
                 of_slots[slot] += of_rows.sum(1)
             grads[3] = of_slots.view(topk_weights.shape).to(topk_weights.dtype)
     if needs[2] or keep_weighted_a:
-        weighted_a = parts.expert_activation(h, activation, row_weights, *options)
+        weighted_a = parts.expert_activation(h, activation, weights, *options)
         if keep_weighted_a:
             grads[7] = weighted_a
         if needs[2]:
             rows, layout = parts.permute(grad, *order, num_rows), is_transposed(down)
             grads[2] = parts.grouped_gemm_wgrad(weighted_a, rows, offsets, down.dtype, layout)
     if needs[5] and down_bias is not None:
-        rows = parts.permute(grad, *order, num_rows).to(wide) * row_weights[:, None]
+        rows = parts.permute(grad, *order, num_rows).to(wide) * weights[:, None]
         grads[5] = parts.grouped_gemm_dbias(rows, offsets, down_bias.dtype)
     if grad_h is None:
         return tuple(grads)

@@ -41,6 +41,8 @@ WARP_SPECIALIZE = {
     "down_backward": ("no", "triton"),
 }
 LARGEST_TILE = 128 * 128  # of a group of four warps: 128 sums a thread
+# columns and contracted elements of a tile, where they share a scale
+LARGEST = {"scaled_grouped_gemm": 128}
 FOLDER = Path(__file__).parent / "configs"
 # parts of the names by which GPUs of one architecture are told apart
 MODELS = ("h200", "h100", "h800", "h20", "gh200", "a100", "b200", "b300", "gb200")
@@ -208,6 +210,12 @@ def parse_config(document: Mapping[str, Any], kernel: str, where: str) -> Config
     for name, size in least.items():
         if values[name] < size:
             raise ValueError(f"{where}: {name} must be at least {size}; got {values[name]}")
+    for name in ("block_n", "block_k"):
+        if values[name] > LARGEST.get(kernel, values[name]):
+            raise ValueError(
+                f"{where}: {name} of {kernel} must be at most {LARGEST[kernel]}, which share a "
+                f"scale; got {values[name]}"
+            )
     if values["warps"] > 32:
         raise ValueError(f"{where}: warps must be at most 32; got {values['warps']}")
     found = Config(**values, warp_specialize=specialize)

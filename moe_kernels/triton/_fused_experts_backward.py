@@ -317,6 +317,12 @@ def empty_gradients(needs: list[bool], *inputs: Tensor | None) -> list[Tensor]:
     ]
 
 
+def given_back(grad_h: Tensor | None, known_grad_h: Tensor | None) -> Tensor:
+    """The gradient of h as an output of the op, which must be no input."""
+    assert grad_h is not None
+    return grad_h if known_grad_h is None else grad_h.clone()
+
+
 def fused_experts_backward(
     grad: Tensor,
     x: Tensor,
@@ -349,7 +355,7 @@ def fused_experts_backward(
     dh = known_grad_h
     if dh is None and (needs[0] or needs[1] or needs[4] or keep_grad_h):
         dh = h.new_empty(h.shape)
-    kept = dh if keep_grad_h and dh is not None else x.new_empty(0)
+    kept = given_back(dh, known_grad_h) if keep_grad_h else x.new_empty(0)
     kept_a = x.new_empty((h.shape[0], I) if keep_weighted_a else 0)
     if rows == 0 or E == 0:
         for value in (*grads, kept, kept_a):

@@ -203,6 +203,17 @@ def check_bound(offsets: Tensor, num_rows: int) -> None:
         )
 
 
+def forward_outputs(
+    y: Tensor, h: Tensor, order: tuple[Tensor, Tensor, Tensor], save_for_backward: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What the op returns; ``h`` has no rows without a backward, and the order is not kept."""
+    if save_for_backward:
+        return y, h, *order
+    row_to_slot, slot_to_row, offsets = order
+    top_k = slot_to_row.shape[1]
+    return y, h, row_to_slot.new_empty(0), slot_to_row.new_empty(0, top_k), offsets.new_empty(0)
+
+
 def fused_experts(
     x: Tensor,
     gate_up: Tensor,
@@ -246,12 +257,4 @@ def fused_experts(
                 tiles = build_tile_map(order[2], rows, cut_down.block_m)
             width = chunk_width(rows, H, x.element_size())
             multiply_and_sum(a, down, down_bias, order, topk_weights, y, tiles, cut_down, width)
-    if save_for_backward:
-        return y, h, *order
-    return (
-        y,
-        h,
-        order[0].new_empty(0),
-        order[1].new_empty(0, topk_ids.shape[1]),
-        order[2].new_empty(0),
-    )
+    return forward_outputs(y, h, order, save_for_backward)

@@ -4,10 +4,11 @@ T tokens, K experts a token, R = T * K slots, H hidden size, I intermediate size
 W = 2 * I columns for gated activations, else I. Rows are slots in the order of their experts.
 
 Rows are gathered and rounded to float8 in one pass, and multiplied from there by TMA: half the
-bytes of a gather in the product's prologue, and scales that lie beside each other. Between the
-products one kernel goes through the activation and rounds what it writes; in backward one goes
-back through it, from the gradient of the activation to that of h, in x's dtype and in float8, to
-the weighted activation and to the parts of dS = <dA', A>.
+bytes of a gather in the product's prologue, and scales that lie beside each other. The
+up-projection goes through the activation and rounds it to float8 before it writes (see
+``_scaled_up.py``), or one kernel does so afterwards where a tile has only a part of what a scale is
+of. In backward one kernel goes back through it, from the gradient of the activation to that of h,
+in x's dtype and in float8, to the weighted activation and to the parts of dS = <dA', A>.
 """
 
 from __future__ import annotations
@@ -31,18 +32,21 @@ from moe_kernels.triton._fused_experts_backward import (
     Order,
     bias_dots,
     empty_gradients,
+    given_back,
     prepare,
     sum_partials,
 )
 from moe_kernels.triton._launch import ceil_div, on_device_of, refuse_float64
 from moe_kernels.triton._operands import Source, contiguous_rows
+from moe_kernels.triton._scaled_up import activates_in_product, project_up
 from moe_kernels.triton._tiles import TileMap, build_tile_map, column_halves
 from moe_kernels.triton._wgrad import sum_rows, weight_gradient
 from moe_kernels.triton.expert_activation import expert_activation
-from moe_kernels.triton.fused_experts import check_bound
+from moe_kernels.triton.fused_experts import check_bound, forward_outputs
 from moe_kernels.triton.grouped_gemm import zero_tail
 from moe_kernels.triton.permute import gathered_rows
 from moe_kernels.triton.quantize import (
+    Scaled,
     block_scales,
     magnitude,
     permute_quantize,
@@ -54,8 +58,6 @@ from moe_kernels.triton.sort_by_expert import sort_and_map, sort_by_expert
 
 FLOAT8 = torch.float8_e4m3fn
 TILE = 2048  # activations of a program
-
-Scaled = tuple[Tensor, Tensor]  # float8 values and their scales
 
 
 @triton.jit
@@ -188,17 +190,41 @@ def _gather(x: Tensor, order: Order, rows: int) -> Scaled:
     return permute_quantize(x, *order, rows, FLOAT8, BLOCK.value, False)
 
 
-def _activate(h: Tensor, offsets: Tensor, rows: int, inner: int, act: Activation) -> Scaled:
-    """The first ``rows`` rows of the activation in float8."""
-    values, scales = _empty_scaled(h, rows, inner)
-    block_r = TILE // BLOCK.value
+def _activate(h: Tensor, offsets: Tensor, a: Scaled, act: Activation) -> None:
+    """Write the activation of the first rows of ``h``, as many as ``a`` has, in float8."""
+    (values, scales), block_r = a, TILE // BLOCK.value
+    rows, inner = values.shape
     if values.numel():
         _activate_quantize_kernel[(ceil_div(rows, block_r), scales.shape[1])](
             h, offsets, raw(values), scales, rows, inner, h.shape[1], offsets.numel() - 1,
             act.alpha, act.limit, **act.constants(h), BYTES=not has_float8(h.device),
             BLOCK_R=block_r, BLOCK=BLOCK.value,
         )  # fmt: skip
-    return values, scales
+
+
+def _project_up(
+    x: Scaled,
+    w: Scaled,
+    bias: Tensor | None,
+    offsets: Tensor,
+    h: Tensor,
+    inner: int,
+    act: Activation,
+    tiles: TileMap,
+    cut: Config,
+) -> Scaled:
+    """The activation in float8; ``h [num_rows, W]`` is written as well unless it has no rows."""
+    rows, keeps_h = x[0].shape[0], h.shape[0] > 0
+    a = _empty_scaled(h, rows, inner)
+    if activates_in_product(act, h, inner, cut):
+        project_up(x, w, bias, offsets, h, a, act, tiles, cut)
+    elif inner:
+        h = h if keeps_h else h.new_empty(rows, h.shape[1])
+        multiply_scaled_rows(x, w, bias, h, tiles, cut)
+        _activate(h, offsets, a, act)
+        if keeps_h:
+            zero_tail(h, offsets)
+    return a
 
 
 def _activate_backward(
@@ -244,9 +270,8 @@ def _multiply_and_sum(
         # chunks start at multiples of 256: at a block's first column
         blocks = slice(chunk.start // BLOCK.value, ceil_div(chunk.stop, BLOCK.value))
         shift = None if bias is None else bias[:, chunk]
-        multiply_scaled_rows(
-            a[0], b[0][:, :, chunk], a[1], b[1][:, :, blocks], shift, part, tiles, cut
-        )
+        columns = b[0][:, :, chunk], b[1][:, :, blocks]
+        multiply_scaled_rows(a, columns, shift, part, tiles, cut)
 
     width = chunk_width(rows, out.shape[1], out.element_size())
     sum_products(multiply, rows, order, weights, out, width)
@@ -275,7 +300,7 @@ def fused_experts_fp8(
     (E, H, W), inner = gate_up.shape, down.shape[1]
     act = Activation(activation, interleaved, alpha, limit)
     rows = min(num_rows, topk_ids.numel())
-    h = x.new_empty(num_rows if save_for_backward else rows, W)
+    h = x.new_empty(num_rows if save_for_backward else 0, W)
     if rows == 0 or E == 0 or H == 0:
         order = sort_by_expert(topk_ids, E)
         check_bound(order[2], num_rows)
@@ -289,26 +314,14 @@ def fused_experts_fp8(
             order, tiles = sort_and_map(topk_ids, E, rows, cut.block_m)
             check_bound(order[2], num_rows)
             r = _gather(x, order, rows)
-            if W:
-                multiply_scaled_rows(r[0], w[0], r[1], w[1], gate_up_bias, h, tiles, cut)
+            a = _project_up(r, w, gate_up_bias, order[2], h, inner, act, tiles, cut)
             del r, w  # before there are others
-            a = _activate(h, order[2], rows, inner, act)
             w = _float8(down, down_scales)
             cut_down = scaled_config(w[0], rows, aligned=_aligned(x, inner, H))
             if cut_down.block_m != cut.block_m:
                 tiles = build_tile_map(order[2], rows, cut_down.block_m)
             _multiply_and_sum(a, w, down_bias, order, topk_weights, y, tiles, cut_down)
-            if save_for_backward:
-                zero_tail(h, order[2])
-    if save_for_backward:
-        return y, h, *order
-    return (
-        y,
-        h.new_empty(0, W),
-        order[0].new_empty(0),
-        order[1].new_empty(0, topk_ids.shape[1]),
-        order[2].new_empty(0),
-    )
+    return forward_outputs(y, h, order, save_for_backward)
 
 
 def fused_experts_fp8_backward(
@@ -347,7 +360,7 @@ def fused_experts_fp8_backward(
     at_once = needs[0] and not known and (interleaved or not act.gated or inner % BLOCK.value == 0)
     if not known and (needs[1] or needs[4] or keep_grad_h or (needs[0] and not at_once)):
         dh = h.new_empty(h.shape)
-    kept = dh if keep_grad_h and dh is not None else x.new_empty(0)
+    kept = given_back(dh, known_grad_h) if keep_grad_h else x.new_empty(0)
     kept_a = x.new_empty((h.shape[0], inner) if keep_weighted_a else 0)
     if rows == 0 or E == 0:
         for value in (*grads, kept, kept_a):
@@ -355,7 +368,7 @@ def fused_experts_fp8_backward(
         return (*grads, kept, kept_a)
     through = needs[3] or at_once or (dh is not None and not known)
     weighted_a = kept_a[:rows] if keep_weighted_a else None
-    if needs[2] and weighted_a is None:
+    if through and needs[2] and weighted_a is None:
         weighted_a = h.new_empty(rows, inner)
     dq: Scaled | None = None
     with on_device_of(x):
@@ -368,7 +381,7 @@ def fused_experts_fp8_backward(
         if through:
             g, da = _gather(grad, order, rows), h.new_empty(rows, inner)
             if inner:
-                multiply_scaled_rows(g[0], w[0], g[1], w[1], None, da, tiles, cut)
+                multiply_scaled_rows(g, w, None, da, tiles, cut)
             del g, w
             dq = _empty_scaled(h, rows, W) if at_once else None
             parts = ceil_div(inner, BLOCK.value)
@@ -383,9 +396,11 @@ def fused_experts_fp8_backward(
                     bias_dots(grad, source, down_bias, partials[parts], tiles, block_m)
                 sum_partials(partials, row_to_slot, offsets, dweights)
             del partials
-        elif weighted_a is not None:
+        elif needs[2] or keep_weighted_a:
             options = (interleaved, alpha, limit)
-            weighted_a.copy_(expert_activation(h[:rows], activation, row_weights, *options))
+            weighted_a = expert_activation(h[:rows], activation, row_weights, *options)
+            if keep_weighted_a:
+                kept_a[:rows] = weighted_a
         if needs[2] or needs[5]:
             grad_rows, grad_source = gathered_rows(grad, order, rows)
             if needs[2] and weighted_a is not None:

@@ -47,6 +47,31 @@ from moe_kernels.triton._tiles import (
 from moe_kernels.triton._wgrad import empty_like_weight, sum_rows, weight_gradient
 
 
+@triton.jit
+def store_tile(
+    total, bias, out, expert, first, valid, n, N, stride_bias_e, stride_bias_n,
+    BIASED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    STORED: tl.constexpr = True,
+):  # fmt: skip
+    """Write sums of the rows from ``first`` and the columns from ``n`` on, with the expert's bias.
+
+    Returns what was written, in out's dtype; without STORED that is all.
+    """
+    column = n + tl.arange(0, BLOCK_N)
+    if BIASED:
+        shift = bias + expert.to(tl.int64) * stride_bias_e + column * stride_bias_n
+        total += tl.load(shift, mask=column < N, other=0.0).to(tl.float32)[None, :]
+    rounded = total.to(out.dtype.element_ty)
+    if STORED:
+        # rows are addressed with 32 bits from the tile's first
+        tl.store(
+            out + first.to(tl.int64) * N + (tl.arange(0, BLOCK_M)[:, None] * N + column[None, :]),
+            rounded,
+            mask=valid[:, None] & (column < N)[None, :],
+        )
+    return rounded
+
+
 @triton.jit(do_not_specialize=["bound", "rows"])
 def _grouped_gemm_kernel(
     a, b, bias, out, tiles, bound, rows, N, Kd,
@@ -77,15 +102,10 @@ def _grouped_gemm_kernel(
                 B_MODE, False, BLOCK_K, BLOCK_N,
             )  # fmt: skip
             total = tl.dot(x, w, total, input_precision=PRECISION)
-        column = n + tl.arange(0, BLOCK_N)
-        if BIASED:
-            shift = bias + expert.to(tl.int64) * stride_bias_e + column * stride_bias_n
-            total += tl.load(shift, mask=column < N, other=0.0).to(tl.float32)[None, :]
-        tl.store(
-            out + first.to(tl.int64) * N + (tl.arange(0, BLOCK_M)[:, None] * N + column[None, :]),
-            total.to(out.dtype.element_ty),
-            mask=valid[:, None] & (column < N)[None, :],
-        )
+        store_tile(
+            total, bias, out, expert, first, valid, n, N, stride_bias_e, stride_bias_n,
+            BIASED, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -24,6 +24,8 @@ INFINITY = tl.constexpr(0x7F800000)
 SMALLEST_SCALE = tl.constexpr(0x00800000)  # 2**-126
 MAXIMUM = tl.constexpr(LARGEST)
 
+Scaled = tuple[Tensor, Tensor]  # float8 values and their scales
+
 
 @triton.jit
 def magnitude(x):

@@ -32,10 +32,45 @@ from moe_kernels.triton._operands import (
     weight_operand,
 )
 from moe_kernels.triton._tiles import TileMap, build_tile_map, load_tile, tile_count, walk
-from moe_kernels.triton.grouped_gemm import check_offsets, zero_tail
-from moe_kernels.triton.quantize import quantize_rows, quantize_weights
+from moe_kernels.triton.grouped_gemm import check_offsets, store_tile, zero_tail
+from moe_kernels.triton.quantize import Scaled, quantize_rows, quantize_weights
 
 BLOCK = tl.constexpr(128)
+
+
+@triton.jit
+def scaled_products(
+    a, b, scales_a, scales_b, expert, first, row, valid, n, N, Kd,
+    stride_am, stride_ak, stride_be, stride_bk, stride_bn, stride_sam, stride_sak,
+    stride_sbe, stride_sbk, stride_sbn,
+    A_MODE: tl.constexpr, B_MODE: tl.constexpr, EVEN_K: tl.constexpr, BYTES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """A tile of rows of an expert times the columns from ``n`` on, which share a scale."""
+    # what is multiplied at once has one scale a row, and one for all columns
+    tl.static_assert(BLOCK % BLOCK_N == 0)
+    tl.static_assert(BLOCK % BLOCK_K == 0)
+    row_scale = scales_a + row * stride_sam
+    column_scale = scales_b + expert.to(tl.int64) * stride_sbe + n // BLOCK * stride_sbn
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # scales are loaded a block ahead, while the tensor cores are busy
+    any_column = (Kd > 0) & (n < N)
+    next_row_scale = tl.load(row_scale, mask=valid & (Kd > 0), other=0.0)
+    next_column_scale = tl.load(column_scale, mask=any_column, other=0.0)
+    for k in tl.range(0, Kd, BLOCK_K, num_stages=STAGES):
+        scale = next_row_scale * next_column_scale
+        block, more = tl.cast((k + BLOCK_K) // BLOCK, tl.int64), k + BLOCK_K < Kd
+        next_row_scale = tl.load(row_scale + block * stride_sak, mask=valid & more, other=0.0)
+        next_column_scale = tl.load(
+            column_scale + block * stride_sbk, mask=any_column & more, other=0.0
+        )
+        x = load_rows(a, first, row, valid, k, Kd, stride_am, stride_ak, A_MODE, EVEN_K, BLOCK_K)
+        w = load_weight(
+            b, expert, k, n, Kd, N, stride_be, stride_bk, stride_bn,
+            B_MODE, False, BLOCK_K, BLOCK_N,
+        )  # fmt: skip
+        total += tl.dot(multipliable(x, BYTES), multipliable(w, BYTES)) * scale[:, None]
+    return total
 
 
 @triton.jit(do_not_specialize=["bound"])
@@ -47,9 +82,6 @@ def _scaled_grouped_gemm_kernel(
     BYTES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    # what is multiplied at once has one scale a row, and one for all columns
-    tl.static_assert(BLOCK % BLOCK_N == 0)
-    tl.static_assert(BLOCK % BLOCK_K == 0)
     row_tiles, column_tiles = tile_count(tiles), tl.cdiv(N, BLOCK_N)
     for step in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0)):
         tile, column_tile = walk(step, row_tiles, column_tiles, GROUP_M)
@@ -57,34 +89,16 @@ def _scaled_grouped_gemm_kernel(
         n = column_tile * BLOCK_N
         row = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
         valid = row < end
-        row_scale = scales_a + row * stride_sam
-        column_scale = scales_b + expert.to(tl.int64) * stride_sbe + n // BLOCK * stride_sbn
-        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        # scales are loaded a block ahead, while the tensor cores are busy
-        next_row_scale = tl.load(row_scale, mask=valid & (Kd > 0), other=0.0)
-        next_column_scale = tl.load(column_scale, mask=Kd > 0, other=0.0)
-        for k in tl.range(0, Kd, BLOCK_K, num_stages=STAGES):
-            scale = next_row_scale * next_column_scale
-            block, more = tl.cast((k + BLOCK_K) // BLOCK, tl.int64), k + BLOCK_K < Kd
-            next_row_scale = tl.load(row_scale + block * stride_sak, mask=valid & more, other=0.0)
-            next_column_scale = tl.load(column_scale + block * stride_sbk, mask=more, other=0.0)
-            x = load_rows(
-                a, first, row, valid, k, Kd, stride_am, stride_ak, A_MODE, EVEN_K, BLOCK_K
-            )
-            w = load_weight(
-                b, expert, k, n, Kd, N, stride_be, stride_bk, stride_bn,
-                B_MODE, False, BLOCK_K, BLOCK_N,
-            )  # fmt: skip
-            total += tl.dot(multipliable(x, BYTES), multipliable(w, BYTES)) * scale[:, None]
-        column = n + tl.arange(0, BLOCK_N)
-        if BIASED:
-            shift = bias + expert.to(tl.int64) * stride_bias_e + column * stride_bias_n
-            total += tl.load(shift, mask=column < N, other=0.0).to(tl.float32)[None, :]
-        tl.store(
-            out + first.to(tl.int64) * N + (tl.arange(0, BLOCK_M)[:, None] * N + column[None, :]),
-            total.to(out.dtype.element_ty),
-            mask=valid[:, None] & (column < N)[None, :],
-        )
+        total = scaled_products(
+            a, b, scales_a, scales_b, expert, first, row, valid, n, N, Kd,
+            stride_am, stride_ak, stride_be, stride_bk, stride_bn, stride_sam, stride_sak,
+            stride_sbe, stride_sbk, stride_sbn,
+            A_MODE, B_MODE, EVEN_K, BYTES, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
+        )  # fmt: skip
+        store_tile(
+            total, bias, out, expert, first, valid, n, N, stride_bias_e, stride_bias_n,
+            BIASED, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
 
 
 def scaled_config(b: Tensor, rows: int, *, aligned: bool) -> Config:
@@ -94,26 +108,20 @@ def scaled_config(b: Tensor, rows: int, *, aligned: bool) -> Config:
 
 
 def multiply_scaled_rows(
-    a: Tensor,
-    b: Tensor,
-    scales_a: Tensor,
-    scales_b: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
-    tiles: TileMap,
-    cut: Config,
+    a: Scaled, b: Scaled, bias: Tensor | None, out: Tensor, tiles: TileMap, cut: Config
 ) -> None:
     """Write ``out[r] = a[r] @ b[e] + bias[e]``, contiguous, for the rows of the map."""
-    Kd, N = b.shape[1:]
-    x = row_operand(raw(a), None, cut.block_m, cut.block_k)
-    w = weight_operand(raw(b), cut.block_k, cut.block_n)
+    (rows, scales_a), (weights, scales_b) = a, b
+    Kd, N = weights.shape[1:]
+    x = row_operand(raw(rows), None, cut.block_m, cut.block_k)
+    w = weight_operand(raw(weights), cut.block_k, cut.block_n)
     steps = tiles.bound * ceil_div(N, cut.block_n)
-    _scaled_grouped_gemm_kernel[(min(steps, processors(a.device) * cut.programs),)](
+    _scaled_grouped_gemm_kernel[(min(steps, processors(rows.device) * cut.programs),)](
         x.value, w.value, scales_a, scales_b, bias, out, tiles.tiles, tiles.bound, N, Kd,
         *x.strides, *w.strides, *scales_a.stride(), *scales_b.stride(),
         *(bias.stride() if bias is not None else (0, 0)),
         A_MODE=x.mode, B_MODE=w.mode, BIASED=bias is not None, EVEN_K=Kd % cut.block_k == 0,
-        BYTES=not has_float8(a.device), BLOCK_M=cut.block_m, BLOCK_N=cut.block_n,
+        BYTES=not has_float8(rows.device), BLOCK_M=cut.block_m, BLOCK_N=cut.block_n,
         BLOCK_K=cut.block_k, GROUP_M=cut.group_m, STAGES=pipeline_stages(cut.stages, x, w),
         num_warps=cut.warps,
     )  # fmt: skip
@@ -145,7 +153,7 @@ def scaled_grouped_gemm(
     cut = scaled_config(b, R, aligned=is_aligned(a, out))
     with on_device_of(a):
         tiles = build_tile_map(offsets, R, cut.block_m)
-        multiply_scaled_rows(a, b, scales_a, scales_b, bias, out, tiles, cut)
+        multiply_scaled_rows((a, scales_a), (b, scales_b), bias, out, tiles, cut)
         zero_tail(out, offsets)
     return out
 

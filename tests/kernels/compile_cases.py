@@ -376,6 +376,7 @@ MORE_CASES: dict[str, Callable[[], None]] = {
         _fused_experts_fp8, "swigluoai", interleaved=True, biased=True, tokens=512
     ),
     "experts_fp8_half": partial(_fused_experts_fp8, "geglu", torch.float16, inner=INNER + 16),
+    "experts_fp8_few": partial(_fused_experts_fp8, "swigluoai", tokens=8, interleaved=True),
     "experts_fp8_ungated": partial(_fused_experts_fp8, "relu2", biased=True),
     "experts_fp8_full": partial(_fused_experts_fp8, "swiglu", torch.float32),
     "main_grads_few": partial(_main_grads, 8, BF16),

@@ -188,6 +188,16 @@ def test_a_table_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
                 ("grouped_gemm", {"block_n": 32}),
             )
         ),
+        (
+            [
+                entry(
+                    kernel="scaled_grouped_gemm",
+                    precision="fp8",
+                    config=dataclasses.asdict(OTHER) | {"block_n": 256},
+                )
+            ],
+            "block_n of scaled_grouped_gemm must be at most 128, which share a scale; got 256",
+        ),
         ([entry(config=_specialized(True))], "warp_specialize of up must be .*; got True"),
         (
             [entry(kernel="wgrad", config=_specialized("triton"))],

@@ -117,7 +117,10 @@ def chain(
 def test_equals_the_definition(impl: Implementation, routing: str) -> None:
     """In float32, whose rounding seldom moves a value from one float8 to the next."""
     bias = routing not in ("plain", "one_expert")
-    inputs, upstream = make_case(routing, torch.float32, hidden=136, inner=72, bias=bias)
+    # what TMA loads, halves of h that begin with a block; and what it does not, within one
+    aligned = routing in ("one_token", "all_to_one", "dropped")
+    sizes = {"hidden": 144, "inner": 128} if aligned else {"hidden": 136, "inner": 72}
+    inputs, upstream = make_case(routing, torch.float32, **sizes, bias=bias)
     found = gradients(fp8, on(impl, inputs), upstream.to(impl.device))
     for name, value in definition(inputs, upstream).items():
         assert frobenius_error(found[name], value) < 2e-3, name
@@ -129,7 +132,9 @@ def test_is_as_close_as_plain_pytorch(
     impl: Implementation, routing: str, dtype: torch.dtype
 ) -> None:
     """To the layer that rounds nothing, and its gradients."""
-    inputs, upstream = make_case(routing, dtype, hidden=200, inner=136, bias=True)
+    aligned = routing == "dropped"  # so that the up-projection rounds the activation
+    sizes = {"hidden": 208, "inner": 128} if aligned else {"hidden": 200, "inner": 136}
+    inputs, upstream = make_case(routing, dtype, **sizes, bias=True)
     actual = gradients(fp8, on(impl, inputs), upstream.to(impl.device))
     wide = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
     truth = gradients(reference.fused_experts, wide, upstream)
@@ -258,6 +263,19 @@ def test_odd_numbers_stay_in_their_row(impl: Implementation) -> None:
     assert torch.equal(y[others], right[others])
 
 
+def test_an_expert_without_tokens_is_not_read(impl: Implementation) -> None:
+    """Its weights may be NaN, and its gradients are zero."""
+    inputs, upstream = make_case("one_token", torch.float32, hidden=16, inner=8, bias=True)
+    right = gradients(fp8, on(impl, inputs), upstream.to(impl.device))
+    unused = [e for e in range(4) if e not in inputs["topk_ids"]]
+    for name in ("gate_up", "down", "gate_up_bias", "down_bias"):
+        inputs[name][unused] = torch.nan
+        assert (right[name][unused] == 0).all(), name
+    found = gradients(fp8, on(impl, inputs), upstream.to(impl.device))
+    for name, value in right.items():
+        assert torch.equal(found[name], value), name
+
+
 def test_weights_that_are_float8_already(impl: Implementation) -> None:
     inputs, upstream = make_case("dropped", torch.float32, hidden=136, inner=72)
     leaves = leaves_of(inputs, impl)
@@ -371,7 +389,9 @@ def test_kernels_write_within_their_buffers(inner: int, interleaved: bool) -> No
             untouched = buffer[written:]
             assert torch.equal(untouched, untouched[:1, :1].expand(untouched.shape))
         assert (partials[-(-inner // 128) :] == 7).all()
-        a, a_scales = _activate(h, offsets, rows, inner, act)
+        a = h.new_empty(rows, inner, dtype=FLOAT8)
+        a_scales = h.new_empty(-(-inner // 128), rows).t()
+        _activate(h, offsets, (a, a_scales), act)
         value = moe_kernels.reference.expert_activation(
             h.cpu(), "swigluoai", None, interleaved, 1.702, 7.0
         )
@@ -399,6 +419,27 @@ def test_opcheck(impl: Implementation) -> None:
             {"keep_grad_h": True, "keep_weighted_a": True},
             test_utils=("test_schema", "test_faketensor"),
         )
+
+
+def test_a_gradient_that_is_known_is_given_back_as_a_copy(impl: Implementation) -> None:
+    """An op's output is no input of it."""
+    inputs, upstream = make_case("one_token", torch.float32, hidden=8, inner=4)
+    x, gate_up, down, ids, weights = (
+        on(impl, inputs)[name] for name in ("x", "gate_up", "down", "topk_ids", "topk_weights")
+    )
+    tail = (None, None, "swiglu", False, 1.702, float("inf"))
+    saved = (ids.numel(), True, None, None, None, None)
+    ops = torch.ops.moe_kernels
+    _, h, *order = ops.fused_experts_fp8(x, gate_up, down, ids, weights, *tail, *saved)
+    known, needs = torch.randn_like(h), [True, False, False, False, False, False]
+    saved = (x, gate_up, down, weights, h, *order, *tail, needs, known, True)
+    backwards = [ops.fused_experts_fp8_backward]
+    if impl.name != "cpu":
+        backwards.append(ops.fused_experts_backward)
+    for backward in backwards:
+        found = backward(upstream.to(impl.device), *saved)[6]
+        assert torch.equal(found, known)
+        assert found.data_ptr() != known.data_ptr()
 
 
 def test_compiles_whole(impl: Implementation) -> None:

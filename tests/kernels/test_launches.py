@@ -54,7 +54,7 @@ def test_every_op_launches_its_kernels_and_reads_nothing(found: dict[str, Any]) 
         "_up_kernel",
         "_down_backward_kernel",
         "_scaled_grouped_gemm_kernel",
-        "_activate_quantize_kernel",
+        "_scaled_up_kernel",
         "_activate_quantize_backward_kernel",
     }
 
