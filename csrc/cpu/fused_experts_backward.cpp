@@ -258,7 +258,8 @@ fused_experts_backward(const at::Tensor& grad_TH, const at::Tensor& x_TH, const 
     } else if (activation_rows) {
       backward.recompute_activations(*activation_rows);
     }
-    if (keep_grad_h) grad_h = backward.grad_h();
+    // An output of the op, which must be no input of it.
+    if (keep_grad_h) grad_h = known_grad_h ? known_grad_h->clone() : backward.grad_h();
     if (keep_weighted_a) weighted_a = backward.activations();
     if (needs.weights) dweights = backward.grad_weights(bias, topk_weights);
     if (needs.x) dx = backward.grad_x(Weights(gate_up.mT()), x);
