@@ -17,6 +17,7 @@ from moe_kernels.ops._checks import (
     check_count,
     check_device,
     check_dtype,
+    check_num_experts,
     check_rows,
     check_tensor,
     shape,
@@ -168,7 +169,7 @@ def round_tokens(
             f"{op}: topk_ids must be {shape(topk_weights)} as topk_weights; got {shape(topk_ids)}"
         )
     check_rows(op, topk_ids.shape[0] * topk_ids.shape[1])
-    check_count(op, "num_experts", num_experts)
+    check_num_experts(op, num_experts)
     check_count(op, "top_k", top_k)
     _check_tile(op, tile)
     check_choice(op, "mode", mode, MODES)

@@ -17,6 +17,7 @@ from moe_kernels.ops._checks import (
     FLOAT_DTYPES,
     check_device,
     check_dtype,
+    check_flag,
     check_same,
     check_tensor,
     shape,
@@ -261,5 +262,7 @@ def fp8_grouped_gemm(
     a, b, bias = autocast(a, b, bias)
     _check_operands(op, a, b, offsets, bias, out_dtype, FLOAT_DTYPES)
     check_same(op, "a", a, "bias", bias)
+    check_flag(op, "power_of_two", power_of_two)
+    check_flag(op, "save_float8", save_float8)
     out: Tensor = _fp8_op(a, b, offsets, bias, out_dtype, power_of_two, save_float8)[0]
     return out
