@@ -93,7 +93,17 @@ def rounded_rows(tokens: int, top_k: int, num_experts: int, *, tile: int, mode: 
     A bound for ``num_rows`` of :func:`fused_experts`, known on the host: rounding down adds
     nothing, to the nearest at most tile / 2 tokens an expert, up at most tile - 1.
 
+    Args:
+        tokens: T.
+        top_k: K.
+        num_experts: E.
+        tile, mode: as of :func:`round_tokens`.
+
+    Returns:
+        ``T * K + min(E, T * K) * most``, with the most tokens that an expert may be given.
+
     Raises:
+        TypeError: a number that is no integer.
         ValueError: another mode, or a number or tile that cannot be.
     """
     op = "rounded_rows"
