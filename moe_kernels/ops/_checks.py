@@ -113,13 +113,14 @@ def check_flag(op: str, name: str, value: Any) -> None:
 
 def check_number(op: str, name: str, value: Any) -> None:
     """Raise unless ``value`` is a real number (perhaps symbolic) that a float holds."""
-    if not isinstance(value, numbers.Real | torch.SymInt | torch.SymFloat):
+    if isinstance(value, int):
+        if abs(value) > sys.float_info.max:
+            raise ValueError(
+                f"{op}: {name} must be in the range of a float; got an integer of "
+                f"{value.bit_length()} bits"
+            )
+    elif not isinstance(value, numbers.Real | torch.SymInt | torch.SymFloat):
         raise TypeError(f"{op}: {name} must be a number; got {value!r}")
-    if isinstance(value, int) and abs(value) > sys.float_info.max:
-        raise ValueError(
-            f"{op}: {name} must be in the range of a float; got an "
-            f"integer of {value.bit_length()} bits"
-        )
 
 
 def check_rows(op: str, rows: Any) -> None:
