@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
+from moe_kernels.ops._checks import check_count, check_number
 from moe_parallel.dispatch import TRANSPORTS
 
 ROUNDING_MODES = ("nearest", "up", "down")
 PRECISIONS = ("fp8_block",)
+REAL_NUMBERS = ("gate_bias_update_factor", "aux_loss_coeff", "swiglu_limit")
 
 _DTYPES = {
     "float": torch.float32,
@@ -144,18 +146,19 @@ class MoEConfig:
             "n_expert_groups",
             "n_limited_groups",
             "inter_dim",
-            "gate_bias_update_factor",
-            "aux_loss_coeff",
-            "swiglu_limit",
+            *REAL_NUMBERS,
         ):
             self._check_at_least(name, 0)
         if self.moe_latent_size is not None:
             self._check_at_least("moe_latent_size", 1)
         if self.shared_expert_inter_dim is not None:
             self._check_at_least("shared_expert_inter_dim", 0)
+        check_number("MoEConfig", "route_scale", self.route_scale)
         if not math.isfinite(self.route_scale):
             raise ValueError(f"MoEConfig: route_scale must be finite; got {self.route_scale}")
         if self.expert_activation in ("swigluoai", "quick_geglu"):
+            for name in ("activation_alpha", "activation_limit"):
+                check_number("MoEConfig", name, getattr(self, name))
             if not self.activation_limit > 0:
                 raise ValueError(
                     "MoEConfig: activation_limit must be positive for expert_activation "
@@ -182,6 +185,9 @@ class MoEConfig:
 
     def _check_at_least(self, name: str, least: int) -> None:
         value = getattr(self, name)
+        check_number("MoEConfig", name, value)
+        if name not in REAL_NUMBERS and math.isfinite(value) and value >= least:
+            check_count("MoEConfig", name, value)
         if not value >= least or not math.isfinite(value):
             raise ValueError(f"MoEConfig: {name} must be finite and at least {least}; got {value}")
 
@@ -281,10 +287,17 @@ class BackendConfig:
                 "BackendConfig: experts_precision must be None with experts 'reference', which "
                 f"computes in one precision; got {self.experts_precision!r}"
             )
-        if self.dispatcher_timeout is not None and not self.dispatcher_timeout > 0:
-            raise ValueError(
-                f"BackendConfig: dispatcher_timeout must be positive; got {self.dispatcher_timeout}"
-            )
+        if self.dispatcher_timeout is not None:
+            check_number("BackendConfig", "dispatcher_timeout", self.dispatcher_timeout)
+            if not self.dispatcher_timeout > 0:
+                raise ValueError(
+                    "BackendConfig: dispatcher_timeout must be positive; got "
+                    f"{self.dispatcher_timeout}"
+                )
+        for name in ("dispatcher_max_tokens", "dispatcher_capacity", "dispatcher_slot_capacity"):
+            if getattr(self, name) is not None:
+                check_count("BackendConfig", name, getattr(self, name))
+        check_number("BackendConfig", "fake_gate_noise", self.fake_gate_noise)
         if not 0 <= self.fake_gate_noise <= 1:
             raise ValueError(
                 f"BackendConfig: fake_gate_noise must be in [0, 1]; got {self.fake_gate_noise}"

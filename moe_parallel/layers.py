@@ -142,13 +142,30 @@ class MoE(nn.Module):
 
         Returns:
             A new tensor shaped like ``x``.
+
+        Raises:
+            TypeError: ``x`` or ``padding_mask`` is no tensor.
+            ValueError: ``x`` has another hidden size, ``padding_mask`` another number of tokens.
         """
+        if not isinstance(x, Tensor):
+            raise TypeError(f"MoE: x must be a tensor [..., H]; got {type(x).__name__}")
+        if x.dim() == 0 or x.shape[-1] != self.dim:
+            raise ValueError(f"MoE: x must be [..., H] with H = {self.dim}; got {list(x.shape)}")
         cp_mesh = self.cp_mesh if cp_mesh is None else cp_mesh
         tokens = x.reshape(-1, x.shape[-1])
         if padding_mask is None:
             token_mask = torch.ones(tokens.shape[0], dtype=torch.bool, device=x.device)
         else:
+            if not isinstance(padding_mask, Tensor):
+                raise TypeError(
+                    f"MoE: padding_mask must be a tensor of bool; got {type(padding_mask).__name__}"
+                )
             token_mask = ~padding_mask.reshape(-1).to(torch.bool)
+            if token_mask.shape[0] != tokens.shape[0]:
+                raise ValueError(
+                    f"MoE: padding_mask must be {list(x.shape[:-1])} for x {list(x.shape)}; got "
+                    f"{list(padding_mask.shape)}"
+                )
 
         weights, indices, _ = self.gate(tokens, token_mask, cp_mesh)
         latent = tokens if self.fc1_latent_proj is None else self.fc1_latent_proj(tokens)

@@ -134,7 +134,15 @@ def _device_type() -> str:
 
 
 def parallel_axis_names(world_mesh: DeviceMesh, moe_mesh: DeviceMesh | None) -> dict[str, Any]:
-    """The axis keywords of :func:`parallelize_model` for meshes of :func:`build_meshes`."""
+    """The axis keywords of :func:`parallelize_model` for meshes of :func:`build_meshes`.
+
+    Args:
+        world_mesh, moe_mesh: what :func:`build_meshes` has returned.
+
+    Returns:
+        The keywords by name: ``dp_axis_names`` with "dp_replicate" only where there are replicas;
+        those of the experts None without ``moe_mesh``.
+    """
     replicas = world_mesh.size(ROOT_AXES.index("dp_replicate"))
     return {
         "dp_axis_names": ("dp_replicate", "dp_shard_cp") if replicas > 1 else ("dp_shard_cp",),

@@ -334,6 +334,8 @@ def quantize_experts_of(model: nn.Module, format: str = "int4") -> dict[str, Qua
     """
     caller = "quantize_experts_of"
     require_transformers(f"moe_kernels.integrations.transformers.{caller}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{caller}: model must be a module; got {type(model).__name__}")
     found = {
         name: (module, fused_options(module))
         for name, module in model.named_modules()

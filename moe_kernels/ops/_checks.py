@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,9 +21,13 @@ def shape(tensor: Tensor) -> list[Any]:
 
 def check_tensor(op: str, name: str, value: Any, ndim: int, layout: str) -> None:
     """Raise unless ``value`` is a tensor with ``ndim`` dimensions, described as ``layout``, that
-    carries no forward-mode tangent."""
+    has strides and carries no forward-mode tangent."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor {layout}; got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(
+            f"{op}: {name} must be a dense tensor {layout}; got one of layout {value.layout}"
+        )
     if value.dim() != ndim:
         raise ValueError(f"{op}: {name} must be {layout}; got {shape(value)}")
     refuse_tangent(op, name, value)
@@ -83,11 +89,39 @@ def check_choice(op: str, name: str, value: Any, choices: Sequence[str]) -> None
 
 
 def check_count(op: str, name: str, value: Any) -> None:
-    """Raise unless ``value`` is an integer (perhaps symbolic) of at least 0."""
+    """Raise unless ``value`` is an integer (perhaps symbolic) of at least 0 that an int64 holds."""
     if not isinstance(value, int | torch.SymInt):
         raise TypeError(f"{op}: {name} must be an integer; got {value!r}")
     if value < 0:
         raise ValueError(f"{op}: {name} must be at least 0; got {value}")
+    # Not under torch.compile, where a number that only the run knows breaks the graph.
+    if not torch.compiler.is_compiling() and isinstance(value, int) and value >= 2**63:
+        raise ValueError(f"{op}: {name} must be below 2**63; got {value}")
+
+
+def check_num_experts(op: str, value: Any) -> None:
+    check_count(op, "num_experts", value)
+    if value >= 2**31:
+        raise ValueError(
+            f"{op}: num_experts must be below 2**31, the range of int32 ids; got {value}"
+        )
+
+
+def check_flag(op: str, name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be True or False; got {value!r}")
+
+
+def check_number(op: str, name: str, value: Any) -> None:
+    """Raise unless ``value`` is a real number (perhaps symbolic) that a float holds."""
+    if isinstance(value, int):
+        if abs(value) > sys.float_info.max:
+            raise ValueError(
+                f"{op}: {name} must be in the range of a float; got an integer of "
+                f"{value.bit_length()} bits"
+            )
+    elif not isinstance(value, numbers.Real | torch.SymInt | torch.SymFloat):
+        raise TypeError(f"{op}: {name} must be a number; got {value!r}")
 
 
 def check_rows(op: str, rows: Any) -> None:

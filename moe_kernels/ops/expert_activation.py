@@ -15,6 +15,8 @@ from moe_kernels.ops._checks import (
     check_choice,
     check_device,
     check_dtype,
+    check_flag,
+    check_number,
     check_tensor,
     shape,
 )
@@ -35,20 +37,34 @@ CLAMPED = ("swiglu", "swigluoai")
 
 
 def resolve_activation(
-    op: str, kind: str, interleaved: bool, alpha: float | None, limit: float | None
+    op: str,
+    kind: str,
+    interleaved: bool,
+    alpha: float | None,
+    limit: float | None,
+    name: str = "activation",
 ) -> tuple[float, float]:
-    """Check the options of an activation and fill in its defaults: ``(alpha, limit)``."""
-    check_choice(op, "activation", kind, ACTIVATIONS)
+    """Check the options of the activation that op calls ``name``, and fill in its defaults.
+
+    Returns:
+        ``(alpha, limit)``.
+    """
+    check_choice(op, name, kind, ACTIVATIONS)
+    check_flag(op, "interleaved", interleaved)
     if interleaved and not is_gated(kind):
         raise ValueError(f"{op}: interleaved needs a gated activation; {kind} has no gate")
     if alpha is not None and kind != "swigluoai":
-        raise ValueError(f"{op}: alpha belongs to swigluoai; activation is {kind}")
+        raise ValueError(f"{op}: alpha belongs to swigluoai; {name} is {kind}")
     if limit is not None and kind not in CLAMPED:
-        raise ValueError(f"{op}: limit belongs to {' and '.join(CLAMPED)}; activation is {kind}")
-    if limit is not None and not limit > 0:
-        raise ValueError(f"{op}: limit must be positive (None for no clamp); got {limit}")
-    if alpha is not None and not abs(alpha) < math.inf:
-        raise ValueError(f"{op}: alpha must be finite; got {alpha}")
+        raise ValueError(f"{op}: limit belongs to {' and '.join(CLAMPED)}; {name} is {kind}")
+    if limit is not None:
+        check_number(op, "limit", limit)
+        if not limit > 0:
+            raise ValueError(f"{op}: limit must be positive (None for no clamp); got {limit}")
+    if alpha is not None:
+        check_number(op, "alpha", alpha)
+        if not abs(alpha) < math.inf:
+            raise ValueError(f"{op}: alpha must be finite; got {alpha}")
     return (
         1.702 if alpha is None else float(alpha),
         default_limit(kind) if limit is None else float(limit),
@@ -143,7 +159,7 @@ def expert_activation(
         TypeError: not floating point.
     """
     op = "expert_activation"
-    alpha_value, limit_value = resolve_activation(op, kind, interleaved, alpha, limit)
+    alpha_value, limit_value = resolve_activation(op, kind, interleaved, alpha, limit, "kind")
     check_tensor(op, "h", h, 2, "[R, W]")
     check_dtype(op, "h", h, FLOAT_DTYPES)
     if is_gated(kind) and h.shape[1] % 2:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from moe_kernels.ops._autocast import autocast
-from moe_kernels.ops._checks import check_count, check_rows
+from moe_kernels.ops._checks import check_count, check_rows, check_tensor
 from moe_kernels.ops._fused_experts_checks import check_layer, check_main_grad, check_precision
 from moe_kernels.ops._library import (
     define,
@@ -436,5 +436,10 @@ def fused_moe(
 
     Returns:
         [T, H].
+
+    Raises:
+        as :func:`fused_experts`, of which ``w13.mT`` is gate_up and ``w2.mT`` is down.
     """
+    check_tensor("fused_moe", "w13", w13, 3, "[E, 2*I, H]")
+    check_tensor("fused_moe", "w2", w2, 3, "[E, H, I]")
     return fused_experts(x, w13.mT, w2.mT, topk_ids, topk_weights, **options)

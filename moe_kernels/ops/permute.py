@@ -64,6 +64,7 @@ def check_order(op: str, order: Any, x: Tensor | None = None) -> None:
     check_tensor(op, "order.offsets", offsets, 1, "[E + 1]")
     for name, value in zip(order._fields, order, strict=True):
         check_dtype(op, f"order.{name}", value, (torch.int32,))
+        check_device(op, "order.row_to_slot", row_to_slot, f"order.{name}", value)
     if x is not None and slot_to_row.shape[0] != x.shape[0]:
         raise ValueError(
             f"{op}: order.slot_to_row must be [T, K] with T = {x.shape[0]} (x.shape[0]); "

@@ -16,6 +16,7 @@ from moe_kernels.ops._checks import (
     check_count,
     check_device,
     check_dtype,
+    check_flag,
     check_tensor,
     shape,
 )
@@ -108,11 +109,14 @@ refuse_backward(
 )
 
 
-def _check_quantize(op: str, name: str, value: Tensor, dtype: Any, block: Any) -> None:
+def _check_quantize(
+    op: str, name: str, value: Tensor, dtype: Any, block: Any, power_of_two: Any
+) -> None:
     check_dtype(op, name, value, FLOAT_DTYPES)
     if dtype not in FLOAT8_DTYPES:
         raise TypeError(f"{op}: dtype must be torch.float8_e4m3fn; got {dtype}")
     check_block(op, block)
+    check_flag(op, "power_of_two", power_of_two)
 
 
 def check_block(op: str, block: Any) -> None:
@@ -155,7 +159,7 @@ def quantize_rows(
         RuntimeError: in backward; see :func:`fp8_grouped_gemm`.
     """
     check_tensor("quantize_rows", "x", x, 2, "[R, Kd]")
-    _check_quantize("quantize_rows", "x", x, dtype, block)
+    _check_quantize("quantize_rows", "x", x, dtype, block, power_of_two)
     out: tuple[Tensor, Tensor] = _rows_op(x, dtype, block, power_of_two)
     return out
 
@@ -186,7 +190,7 @@ def permute_quantize(
     """
     op = "permute_quantize"
     check_tensor(op, "x", x, 2, "[T, H]")
-    _check_quantize(op, "x", x, dtype, block)
+    _check_quantize(op, "x", x, dtype, block, power_of_two)
     check_order(op, order, x)
     check_device(op, "x", x, "order", order.row_to_slot)
     rows = order.row_to_slot.shape[0] if num_rows is None else num_rows
@@ -222,7 +226,8 @@ def quantize_weights(
         as :func:`quantize_rows`.
     """
     check_tensor("quantize_weights", "w", w, 3, "[E, Kd, N]")
-    _check_quantize("quantize_weights", "w", w, dtype, block)
+    _check_quantize("quantize_weights", "w", w, dtype, block, power_of_two)
+    check_flag("quantize_weights", "transposed", transposed)
     out: tuple[Tensor, Tensor] = _weights_op(w, dtype, block, power_of_two, transposed)
     return out
 

@@ -80,6 +80,7 @@ class QuantizedExperts:
 
     @property
     def device(self) -> torch.device:
+        """Of codes and scales."""
         return self.codes.device
 
     def to(self, device: torch.device | str) -> QuantizedExperts:
@@ -141,6 +142,7 @@ def quantize_experts(weight: Tensor, format: str = "int4") -> QuantizedExperts:
 
     Raises:
         ValueError: an unknown format, an empty weight, or one that is not finite in float32.
+        TypeError: weight is not floating point.
     """
     op = "quantize_experts"
     check_tensor(op, "weight", weight, 3, "[E, Kd, N]")
@@ -169,6 +171,7 @@ def experts_from_mxfp4(blocks: Tensor, scales: Tensor) -> QuantizedExperts:
 
     Raises:
         ValueError: shapes that do not fit, or a scale of 255, which is not a number.
+        TypeError: blocks or scales are not uint8.
     """
     op = "experts_from_mxfp4"
     check_tensor(op, "blocks", blocks, 4, "[E, N, G, 16]")

@@ -17,6 +17,7 @@ from moe_kernels.ops._checks import (
     check_count,
     check_device,
     check_dtype,
+    check_num_experts,
     check_rows,
     check_tensor,
     shape,
@@ -92,7 +93,17 @@ def rounded_rows(tokens: int, top_k: int, num_experts: int, *, tile: int, mode: 
     A bound for ``num_rows`` of :func:`fused_experts`, known on the host: rounding down adds
     nothing, to the nearest at most tile / 2 tokens an expert, up at most tile - 1.
 
+    Args:
+        tokens: T.
+        top_k: K.
+        num_experts: E.
+        tile, mode: as of :func:`round_tokens`.
+
+    Returns:
+        ``T * K + min(E, T * K) * most``, with the most tokens that an expert may be given.
+
     Raises:
+        TypeError: a number that is no integer.
         ValueError: another mode, or a number or tile that cannot be.
     """
     op = "rounded_rows"
@@ -168,7 +179,7 @@ def round_tokens(
             f"{op}: topk_ids must be {shape(topk_weights)} as topk_weights; got {shape(topk_ids)}"
         )
     check_rows(op, topk_ids.shape[0] * topk_ids.shape[1])
-    check_count(op, "num_experts", num_experts)
+    check_num_experts(op, num_experts)
     check_count(op, "top_k", top_k)
     _check_tile(op, tile)
     check_choice(op, "mode", mode, MODES)

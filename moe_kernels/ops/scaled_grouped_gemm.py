@@ -16,6 +16,7 @@ from moe_kernels.ops._checks import (
     FLOAT_DTYPES,
     check_device,
     check_dtype,
+    check_flag,
     check_same,
     check_tensor,
     shape,
@@ -230,5 +231,7 @@ def fp8_grouped_gemm(
     a, b, bias = autocast(a, b, bias)
     check_operands(op, a, b, offsets, bias, out_dtype)
     check_same(op, "a", a, "bias", bias)
+    check_flag(op, "power_of_two", power_of_two)
+    check_flag(op, "save_float8", save_float8)
     out: Tensor = _fp8_op(a, b, offsets, bias, out_dtype, power_of_two, save_float8)[0]
     return out

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from moe_kernels.ops._checks import (
     INDEX_DTYPES,
-    check_count,
     check_dtype,
+    check_num_experts,
     check_rows,
     check_tensor,
 )
@@ -66,11 +66,11 @@ def sort_by_expert(topk_ids: Tensor, num_experts: int) -> ExpertOrder:
     Raises:
         IndexError: an id outside [-1, E]. On CUDA only with ``MOE_KERNELS_CHECK=1`` (it costs a
             synchronisation); without it such a slot is dropped.
-        ValueError: topk_ids is not [T, K], T * K >= 2**31, or num_experts is negative.
-        TypeError: topk_ids is not int32 or int64.
+        ValueError: topk_ids is not [T, K], T * K >= 2**31, or num_experts is not in [0, 2**31).
+        TypeError: topk_ids is not int32 or int64, or num_experts is not an integer.
     """
     check_tensor("sort_by_expert", "topk_ids", topk_ids, 2, "[T, K]")
     check_dtype("sort_by_expert", "topk_ids", topk_ids, INDEX_DTYPES)
     check_rows("sort_by_expert", topk_ids.shape[0] * topk_ids.shape[1])
-    check_count("sort_by_expert", "num_experts", num_experts)
+    check_num_experts("sort_by_expert", num_experts)
     return ExpertOrder(*_op(topk_ids, num_experts))

@@ -18,6 +18,8 @@ from moe_kernels.ops._checks import (
     check_count,
     check_device,
     check_dtype,
+    check_flag,
+    check_number,
     check_tensor,
     shape,
 )
@@ -137,6 +139,8 @@ def _check_groups(
     experts: int, top_k: int, num_groups: int, topk_groups: int, group_fill: float
 ) -> None:
     op = "topk_router"
+    check_count(op, "num_groups", num_groups)
+    check_count(op, "topk_groups", topk_groups)
     if num_groups < 1 or experts % num_groups:
         raise ValueError(
             f"{op}: num_groups must be at least 1 and divide E = {experts}; got {num_groups}"
@@ -145,6 +149,7 @@ def _check_groups(
         raise ValueError(
             f"{op}: topk_groups must be in [1, num_groups = {num_groups}]; got {topk_groups}"
         )
+    check_number(op, "group_fill", group_fill)
     if not (group_fill == 0 or group_fill == -math.inf):
         raise ValueError(f"{op}: group_fill must be 0 or -inf; got {group_fill}")
     if num_groups > 1 and top_k > topk_groups * (experts // num_groups):
@@ -184,6 +189,7 @@ def _check(
             f"{op}: candidates must be at most E - top_k = {experts - top_k}; got {candidates}"
         )
     _check_groups(experts, columns, num_groups, topk_groups, group_fill)
+    check_number(op, "route_scale", route_scale)
     if not abs(route_scale) < math.inf:
         raise ValueError(f"{op}: route_scale must be finite; got {route_scale}")
     if correction_bias is not None:
@@ -304,5 +310,11 @@ def topk_router(
             given_ids,
             candidates,
         )
+        for name, flag in (
+            ("softmax_before_topk", softmax_before_topk),
+            ("renormalize", renormalize),
+            ("return_scores", return_scores),
+        ):
+            check_flag("topk_router", name, flag)
         found = _op(*arguments)
     return RouterOutput(*found)

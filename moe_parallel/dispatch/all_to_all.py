@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from moe_kernels.ops._checks import refuse_tangent
+from moe_kernels.ops._checks import check_num_experts, check_number, refuse_tangent
 from moe_parallel.dispatch import ops
 from moe_parallel.dispatch.joining import (
     Joined,
@@ -90,6 +90,13 @@ def _capacities(
             f"{op}: max_tokens times the {ranks} ranks must be below 2**31; got {max_tokens}"
         )
     return max_tokens, capacity or ranks * max_tokens, slot_capacity or 0
+
+
+def _check_dense(op: str, name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor; got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{op}: {name} must be a dense tensor; got one of layout {value.layout}")
 
 
 def _dispatched(outputs: tuple[Tensor, ...], sent: Tensor | None) -> Dispatched:
@@ -177,14 +184,19 @@ class AllToAllDispatcher:
                 f"{op}: transport must be one of auto, {', '.join(ALL_TO_ALL_TRANSPORTS)}; "
                 f"got {transport!r}"
             )
+        if not isinstance(group, ProcessGroup):
+            raise TypeError(f"{op}: group must be a ProcessGroup; got {type(group).__name__}")
+        check_num_experts(op, num_experts)
         if num_experts < 1 or (placement is None and num_experts % group.size()):
             raise ValueError(
                 f"{op}: num_experts must be a positive multiple of the group's size "
                 f"{group.size()}; got {num_experts}. Choose another Expert Parallel size, or give "
                 "a placement."
             )
-        if timeout is not None and not timeout > 0:
-            raise ValueError(f"{op}: timeout must be positive, in seconds; got {timeout}")
+        if timeout is not None:
+            check_number(op, "timeout", timeout)
+            if not timeout > 0:
+                raise ValueError(f"{op}: timeout must be positive, in seconds; got {timeout}")
         sizes = _capacities(group.size(), transport, max_tokens, capacity, slot_capacity)
         owners = _owners(num_experts, group.size(), placement)
         native = extension()
@@ -313,7 +325,7 @@ class AllToAllDispatcher:
                 ranks. Ranks whose own arguments are right raise a RuntimeError that names the rank.
             torch.distributed.DistBackendError: a rank is missing; it names the exchange.
         """
-        self._check_differentiable(x, topk_weights)
+        self._check_sent(x, topk_ids, topk_weights, extra)
         return _dispatched(ops.dispatch(x, topk_ids, topk_weights, extra, self._name), extra)
 
     def dispatch_async(
@@ -327,19 +339,25 @@ class AllToAllDispatcher:
         each brings, and nobody waits for the last to come. Until ``wait()`` returns, the tensors
         must not be changed in place. What nobody waits for ends by itself, with the next call.
         """
-        self._check_differentiable(x, topk_weights)
+        self._check_sent(x, topk_ids, topk_weights, extra)
         tokens = (topk_ids, topk_weights, extra)
         ticket = ops.dispatch_start(x.detach(), topk_ids, topk_weights.detach(), extra, self._name)
         return Pending(
             lambda: _dispatched(ops.dispatch_finish(x, *tokens, ticket, self._name), extra)
         )
 
-    def _check_differentiable(self, x: Tensor, topk_weights: Tensor) -> None:
+    def _check_sent(
+        self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, extra: Tensor | None
+    ) -> None:
         try:
+            for name, value in (("x", x), ("topk_ids", topk_ids), ("topk_weights", topk_weights)):
+                _check_dense("dispatch", name, value)
+            if extra is not None:
+                _check_dense("dispatch", "extra", extra)
             self._refuse_what_cannot_be_differentiated(x, topk_weights)
-        except (ValueError, NotImplementedError):
+        except (TypeError, ValueError, NotImplementedError):
             # So that the other ranks learn of it, instead of waiting for this one.
-            nothing = torch.empty((), device=x.device)
+            nothing = torch.empty((), device=getattr(x, "device", None))
             with suppress(RuntimeError, ValueError, TypeError):
                 ops.dispatch(nothing, nothing, nothing, None, self._name)
             raise
@@ -374,12 +392,14 @@ class AllToAllDispatcher:
                 a RuntimeError that names the rank.
             torch.distributed.DistBackendError: a rank is missing; it names the exchange.
         """
+        _check_dense("combine", "y", y)
         refuse_tangent("combine", "y", y)
         out: Tensor = ops.combine(y, *handle, self._name)
         return out
 
     def combine_async(self, y: Tensor, handle: Handle) -> Pending[Tensor]:
         """Begin :meth:`combine`, as :meth:`dispatch_async` does dispatch; so y must not change."""
+        _check_dense("combine", "y", y)
         refuse_tangent("combine", "y", y)
         ticket = ops.combine_start(y.detach(), *handle, self._name)
         return Pending(lambda: ops.combine_finish(y, *handle, ticket, self._name))

@@ -84,6 +84,8 @@ def replace_moe_layers(
     require_transformers("moe_parallel.integrations.transformers")
     from moe_parallel.integrations._layers import TransformersMoE
 
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"replace_moe_layers: model must be a module; got {type(model).__name__}")
     backend = BackendConfig() if backend is None else backend
     if backend.fake_balanced_gate:
         raise ValueError(

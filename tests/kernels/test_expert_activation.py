@@ -75,7 +75,7 @@ def test_takes_views_and_no_rows(impl: Implementation) -> None:
 def test_refuses_wrong_options() -> None:
     h = torch.randn(3, 8)
     for message, kind, options in (
-        ("activation must be one of", "tanh", {}),
+        ("kind must be one of", "tanh", {}),
         ("alpha belongs to swigluoai", "swiglu", {"alpha": 1.0}),
         ("limit belongs to", "geglu", {"limit": 1.0}),
         ("limit must be positive", "swiglu", {"limit": 0.0}),

@@ -52,3 +52,5 @@ def test_refuses_wrong_arguments() -> None:
         moe_kernels.sort_by_expert(torch.zeros(4, dtype=torch.int32), 5)
     with pytest.raises(ValueError, match="num_experts must be at least 0"):
         moe_kernels.sort_by_expert(torch.zeros(4, 2, dtype=torch.int32), -1)
+    with pytest.raises(ValueError, match=r"num_experts must be below 2\*\*31.*got 2147483648"):
+        moe_kernels.sort_by_expert(torch.zeros(4, 2, dtype=torch.int32), 2**31)

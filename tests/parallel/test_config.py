@@ -148,3 +148,37 @@ def test_backend_config_names_the_choices(settings: dict[str, Any], found: str) 
 def test_backend_config_converts_names_of_dtypes() -> None:
     assert BackendConfig(gate_precision="float32").gate_precision is torch.float32
     assert BackendConfig().gate_precision is None
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"dim": 1.5},
+        {"dim": "3"},
+        {"n_activated_experts": 1.5},
+        {"n_shared_experts": [1]},
+        {"shared_expert_inter_dim": "zz"},
+        {"aux_loss_coeff": "x"},
+        {"route_scale": [1.0]},
+        {"token_rounding_tile": 1.5},
+        {"expert_activation": "swigluoai", "activation_limit": "x"},
+        {"expert_activation": "swigluoai", "activation_alpha": 1j},
+    ],
+)
+def test_moe_config_names_what_is_no_number(wrong: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=f"MoEConfig: {[*wrong][-1]} must be"):
+        make_config(**wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"dispatcher_timeout": "x"},
+        {"dispatcher_max_tokens": "x"},
+        {"dispatcher_capacity": 1.5},
+        {"fake_gate_noise": [1.0]},
+    ],
+)
+def test_backend_config_names_what_is_no_number(wrong: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=f"BackendConfig: {next(iter(wrong))} must be"):
+        BackendConfig(**wrong)

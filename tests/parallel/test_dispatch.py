@@ -482,12 +482,26 @@ def _constructor(rank: int, ranks: int) -> list[tuple[str, str]]:
         raised(lambda: AllToAllDispatcher(group, 4, transport="carrier_pigeon")),
         raised(lambda: AllToAllDispatcher(group, 5)),
         raised(lambda: AllToAllDispatcher(group, 4, timeout=0)),
+        raised(lambda: AllToAllDispatcher(group, "4")),
+        raised(lambda: AllToAllDispatcher(group, 2**31)),
+        raised(lambda: AllToAllDispatcher(group, 4, timeout="x")),
+        raised(lambda: AllToAllDispatcher(None, 4)),
     ]
 
 
 def test_constructor_names_what_does_not_fit() -> None:
     results = run_ranks(2, _constructor)[0]
-    assert [kind for kind, _ in results] == ["ValueError"] * 3
+    assert [kind for kind, _ in results[:3]] == ["ValueError"] * 3
+    assert results[3:] == [
+        ("TypeError", "AllToAllDispatcher: num_experts must be an integer; got '4'"),
+        (
+            "ValueError",
+            "AllToAllDispatcher: num_experts must be below 2**31, the range of int32 ids; got "
+            "2147483648",
+        ),
+        ("TypeError", "AllToAllDispatcher: timeout must be a number; got 'x'"),
+        ("TypeError", "AllToAllDispatcher: group must be a ProcessGroup; got NoneType"),
+    ]
     assert (
         "must be one of auto, process_group, shared_memory, cuda_ipc; got 'carrier_pigeon'"
         in results[0][1]

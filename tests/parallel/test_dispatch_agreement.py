@@ -298,3 +298,36 @@ def test_a_result_of_the_wrong_size_is_refused_where_it_is(way: str) -> None:
     assert good[0] == "RuntimeError"
     assert bad[0] == "ValueError"
     assert "y must have the" in bad[1]
+
+
+def _no_tensors(rank: int, ranks: int) -> list[tuple[str, str]]:
+    case = make_case(3, rank, 5, 8, 2, 4)
+    dispatcher = AllToAllDispatcher(dist.group.WORLD, 4)
+    arguments = {"x": case.x, "topk_ids": case.ids, "topk_weights": case.weights}
+    results = []
+    for name, right in arguments.items():
+        for wrong in (right.tolist(), right.to_sparse()):
+            given = {**arguments, name: wrong} if rank == 0 else arguments
+            results.append(raised(lambda given=given: dispatcher.dispatch(**given)))
+    tokens = dispatcher.dispatch(**arguments)
+    dispatcher.combine(tokens.x, tokens.handle)
+    results.append(raised(lambda: dispatcher.combine(tokens.x.to_sparse(), tokens.handle)))
+    return results
+
+
+def test_what_is_no_dense_tensor_is_named_on_every_rank() -> None:
+    first, second = run_ranks(2, _no_tensors)
+    names = ["x", "topk_ids", "topk_weights"]
+    assert first == [
+        *(
+            ("TypeError", f"dispatch: {name} must be a {found}")
+            for name in names
+            for found in (
+                "tensor; got list",
+                "dense tensor; got one of layout torch.sparse_coo",
+            )
+        ),
+        ("TypeError", "combine: y must be a dense tensor; got one of layout torch.sparse_coo"),
+    ]
+    assert [kind for kind, _ in second[:-1]] == ["RuntimeError"] * 6
+    assert all("rank 0" in message for _, message in second[:-1])

@@ -459,3 +459,18 @@ def test_autocast_computes_the_experts_narrow_and_returns_what_came() -> None:
     y.sum().backward()
     assert layer.experts.down_projs.grad is not None
     assert layer.experts.down_projs.grad.dtype == torch.float32
+
+
+def test_moe_refuses_what_does_not_fit() -> None:
+    layer, config = make_moe()
+    x = torch.randn(2, 3, config.dim, dtype=config.dtype)
+    mask = torch.zeros(2, 4, dtype=torch.bool)
+    for error, message, arguments in (
+        (TypeError, r"MoE: x must be a tensor \[\.\.\., H\]; got list", ([1.0],)),
+        (ValueError, rf"MoE: x must be .* H = {config.dim}; got \[2, 3, 1\]", (x[..., :1],)),
+        (ValueError, r"MoE: x must be .* got \[\]", (x[0, 0, 0],)),
+        (TypeError, "MoE: padding_mask must be a tensor of bool; got list", (x, [True])),
+        (ValueError, r"MoE: padding_mask must be \[2, 3\] .* got \[2, 4\]", (x, mask)),
+    ):
+        with pytest.raises(error, match=message):
+            layer(*arguments)
