@@ -6,8 +6,11 @@ decide alike.
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
+import multiprocessing
+import multiprocessing.util
 import os
 import weakref
 from datetime import timedelta
@@ -198,6 +201,15 @@ def _join_gpus(group: ProcessGroup, joined: Joined, seconds: float | None) -> Jo
     return JoinedGpus(memory, f"the GPUs of all {group.size()} ranks reach each other's memory")
 
 
+def _leave_at_exit() -> None:
+    """A process that exits waits until the others are done with its GPU's memory."""
+    leave = extension().leave_groups
+    atexit.unregister(leave)
+    atexit.register(leave)
+    if multiprocessing.parent_process() is not None:  # which exits without atexit
+        multiprocessing.util.Finalize(None, leave, exitpriority=0)
+
+
 def join_gpus(group: ProcessGroup, joined: Joined, timeout: float | None) -> JoinedGpus:
     """Join the current CUDA devices of the ranks, the first time; later the same again.
 
@@ -215,5 +227,7 @@ def join_gpus(group: ProcessGroup, joined: Joined, timeout: float | None) -> Joi
         return JoinedGpus(*known)
     found = _join_gpus(group, joined, timeout)
     native.remember_peer_memory(group.group_name, *found)
+    if found.memory is not None:
+        _leave_at_exit()
     logger.info("GPUs of group '%s': %s", group.group_name, found.reason)
     return found
