@@ -178,8 +178,9 @@ void bind(py::module_& m) {
       "group"_a, "What remember_peer_memory has kept, or None.");
   m.def("forget_joined", &forget_joined, "group"_a, py::call_guard<py::gil_scoped_release>(),
         "Drop it, once the group is gone.");
-  m.def("leave_groups", &leave_groups, py::call_guard<py::gil_scoped_release>(),
-        "At the end of the process: wait until no other rank reads memory of this one's GPU.");
+  m.def("leave_groups", &leave_groups, "at_most"_a, py::call_guard<py::gil_scoped_release>(),
+        "At the end of the process: wait until no other rank reads memory of this one's GPU, for "
+        "the timeout or so many seconds.");
 }
 
 }  // namespace moe::ep

@@ -132,7 +132,7 @@ void forget_joined(const std::string& group) {
   if (joined->shared_memory) joined->shared_memory->close();
 }
 
-void leave_groups() {
+void leave_groups(double at_most) {
   Registry& registry = Registry::get();
   std::vector<std::shared_ptr<ipc::PeerMemory>> memories;
   {
@@ -141,7 +141,7 @@ void leave_groups() {
       if (joined.second.peer_memory) memories.push_back(joined.second.peer_memory);
     }
   }
-  for (const auto& memory : memories) memory->leave(/*exits=*/true);
+  for (const auto& memory : memories) memory->leave(/*exits=*/true, at_most);
   for (const auto& memory : memories) memory->part();
 }
 

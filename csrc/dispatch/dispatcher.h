@@ -144,8 +144,9 @@ void remember_peer_memory(const std::string& group, std::shared_ptr<ipc::PeerMem
                           std::string reason);
 std::optional<Joined> recall_joined(const std::string& group);
 void forget_joined(const std::string& group);
-// This process ends: waits, within the timeouts, until the others are done with its GPU's memory.
-void leave_groups();
+// This process ends: waits, within the timeouts or `at_most` seconds, until the others are done
+// with its GPU's memory.
+void leave_groups(double at_most);
 
 // The rows of a dispatch, by rank, and its number. As a tensor: plan [2 P + 2] int64 on the CPU,
 // rows sent to each rank, those received from each, the number, and a tag that tells them and their

@@ -11,7 +11,9 @@ import gc
 import multiprocessing.util
 import os
 import signal
+import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -48,15 +50,24 @@ def _goes(rank: int, ranks: int, how: str) -> tuple[str, str]:
             dist.destroy_process_group(group)
             del group
             gc.collect()
+        elif how == "child fails":
+            with suppress(SystemExit):
+                try:
+                    sys.exit(1)
+                finally:
+                    EXITS["child"]()
         else:
+            if how == "program fails":
+                sys.last_value = ValueError()  # as the interpreter does, which then ends
             EXITS.get(how, EXITS["program"])()
         store.set("has gone", "")
         return "", ""
     store.get("goes")
-    if how == "late":  # for longer than rank 1 waits
+    impatient = how == "late" or "fails" in how
+    if impatient:  # for longer than rank 1 waits
         store.wait(["has gone"])
     time.sleep(1.3 if how == "destroys" else 0.2)
-    assert store.check(["has gone"]) == (how == "late")
+    assert store.check(["has gone"]) == impatient
     assert_equal(pending.wait(), expected, ranks)
     store.wait(["has gone"])
     return raised(dispatcher.dispatch, *arguments(case))
@@ -71,8 +82,10 @@ def test_a_rank_goes_when_the_others_have_read_what_it_left(how: str) -> None:
     assert what in message or "has exited" in message
 
 
-def test_a_rank_that_goes_does_not_wait_for_ever() -> None:
-    kind, message = run_ranks(2, _goes, "late")[0]
+@pytest.mark.parametrize("how", ["late", "program fails", "child fails"])
+def test_a_rank_that_goes_does_not_wait_for_ever(how: str) -> None:
+    """Only for the timeout; after an error for a second."""
+    kind, message = run_ranks(2, _goes, how, timeout=40)[0]
     assert kind == "DistBackendError"
     assert "rank 1 (process" in message
 

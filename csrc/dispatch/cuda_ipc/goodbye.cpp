@@ -80,11 +80,12 @@ void PeerMemory::watch() {
   }
 }
 
-void PeerMemory::leave(bool exits) {
+void PeerMemory::leave(bool exits, double at_most) {
   // A fork of the rank is not the rank, and what was never joined does not end it.
   if (!communicator_->is_owner()) return static_cast<void>(watch_.release());
   if (!watch_) return;
-  const auto patience = std::chrono::duration<double>(std::clamp(timeout_, 0.0, 1e9));
+  const auto patience =
+      std::chrono::duration<double>(std::clamp(timeout_, 0.0, std::min(at_most, 1e9)));
   const auto deadline =
       shm::Clock::now() + std::chrono::duration_cast<shm::Clock::duration>(patience);
   std::function<void()> open;  // a call that is open keeps this

@@ -6,6 +6,7 @@
 
 #include <condition_variable>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -81,9 +82,9 @@ class PeerMemory {
     broken_off_ = broken_off_ || broken_off;
   }
   // The group is gone, or this process ends: a goodbye in two steps, each within the timeout of the
-  // calls, so that those of several groups wait together. leave() ends what was launched, and lets
-  // go of the others' memory; part() waits until they have of this rank's.
-  void leave(bool exits);
+  // calls, or `at_most` seconds, so that those of several groups wait together. leave() ends what
+  // was launched, and lets go of the others' memory; part() waits until they have of this rank's.
+  void leave(bool exits, double at_most = std::numeric_limits<double>::infinity());
   void part();
   void close() { leave(/*exits=*/false), part(); }
   // Bytes of staging memory.
