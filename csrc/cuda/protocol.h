@@ -59,6 +59,7 @@ struct Report {
   uint64_t overflows;  // so many calls; the most that any of them brought to a rank:
   int64_t needed_rows, needed_slots;
   int64_t capacity, slot_capacity;  // of the last of them
+  uint64_t ended;                   // the epoch of the last call that ended
 };
 
 // In memory of the host, written by it.

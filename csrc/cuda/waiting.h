@@ -121,10 +121,13 @@ MOE_DEVICE bool is_last(const Lane& lane, uint32_t* count, uint32_t& last) {
   return peek(&last) != 0;
 }
 
-// The last thing in a call.
+// The last thing in a call: nothing of it reads another rank's memory after that, as the host
+// learns.
 MOE_DEVICE void leave(const Lane& lane, const Link& link, uint64_t epoch, uint32_t& last) {
   State& state = state_of(link);
-  if (is_last(lane, &state.pulled, last) && lane.thread == 0) state.epoch = epoch;
+  if (!is_last(lane, &state.pulled, last) || lane.thread != 0) return;
+  state.epoch = epoch;
+  release(&link.report->ended, epoch);
 }
 
 }  // namespace moe::ep::device

@@ -94,8 +94,9 @@ void bind(py::module_& m) {
       .def("connect", &Communicator::connect, "addresses"_a, "timeout"_a,
            py::call_guard<py::gil_scoped_release>(),
            "Join the ranks at these addresses, in their order, within so many seconds.")
-      .def("close", &Communicator::close, py::call_guard<py::gil_scoped_release>(),
-           "Tell the others that this rank leaves.")
+      .def(
+          "close", [](Communicator& c) { c.close(); }, py::call_guard<py::gil_scoped_release>(),
+          "Tell the others that this rank leaves.")
       .def_property_readonly("failure", &Communicator::failure,
                              "Why it is of no further use; empty while it is.")
       .def_property_readonly(
@@ -180,6 +181,9 @@ void bind(py::module_& m) {
       "group"_a, "What remember_peer_memory has kept, or None.");
   m.def("forget_joined", &forget_joined, "group"_a, py::call_guard<py::gil_scoped_release>(),
         "Drop it, once the group is gone.");
+  m.def("leave_groups", &leave_groups, "at_most"_a, py::call_guard<py::gil_scoped_release>(),
+        "At the end of the process: wait until no other rank reads memory of this one's GPU, for "
+        "the timeout or so many seconds.");
 }
 
 }  // namespace moe::ep

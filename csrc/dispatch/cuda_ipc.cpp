@@ -6,12 +6,9 @@
 // the device (PlanView). slot_rows[t, k] is rank * max_tokens + the place among the rows for that
 // rank.
 #include <ATen/ATen.h>
-#include <c10/core/Event.h>
-#include <c10/core/StreamGuard.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
-#include <exception>
 #include <limits>
 #include <memory>
 #include <mutex>
@@ -20,19 +17,22 @@
 
 #include "common/dtypes.h"
 #include "cuda/regions.h"
+#include "dispatch/cuda_ipc/call.h"
 #include "dispatch/dispatcher.h"
 
 namespace moe::ep {
 namespace {
 
 using at::Tensor;
-using device::Link;
 using device::PullArgs;
 using device::ResultRegion;
 using device::Section;
 using device::StageArgs;
 using device::SumArgs;
 using device::TokenRegion;
+using ipc::begin;
+using ipc::Call;
+using ipc::guarded;
 using ipc::PeerMemory;
 
 constexpr int64_t kMaxLocalExperts = int64_t{1} << 24;
@@ -54,208 +54,6 @@ Section section_of(Section section, const Tensor& rows) {
   section.rows = bytes_of(rows);
   section.stride = rows.stride(0) * rows.element_size();
   return section;
-}
-
-// f(), whose errors end the use of the ranks' memory, unless all ranks have raised alike: the
-// others wait for what will not come.
-template <typename F>
-auto guarded(PeerMemory& memory, const F& f) {
-  try {
-    return f();
-  } catch (const shm::Error& error) {
-    memory.fail(error.what());
-    TORCH_CHECK_WITH(DistBackendError, false, error.what());
-  } catch (const std::exception& error) {
-    const auto* const known = dynamic_cast<const c10::Error*>(&error);
-    if (!memory.take_agreed()) memory.fail(known ? known->what_without_backtrace() : error.what());
-    throw;
-  }
-}
-
-// The stream that a call begins on, where there are streams.
-std::optional<c10::Stream> stream_of(const Tensor& tensor) {
-  if (tensor.is_cpu()) return {};
-  return c10::impl::VirtualGuardImpl(tensor.device().type()).getStream(tensor.device());
-}
-
-void record_stream(const Tensor& tensor, c10::Stream stream) {
-  if (tensor.defined() && !tensor.is_cpu()) tensor.record_stream(stream);
-}
-
-void record_stream(const Arrived& arrived, c10::Stream stream) {
-  for (const Tensor& tensor :
-       {arrived.x, arrived.ids, arrived.weights, arrived.slot_rows, arrived.plan, arrived.extra}) {
-    record_stream(tensor, stream);
-  }
-}
-
-void record_stream(const std::tuple<Tensor, Tensor>& tensors, c10::Stream stream) {
-  record_stream(std::get<0>(tensors), stream);
-  record_stream(std::get<1>(tensors), stream);
-}
-
-// A call that has begun: its other kernels are launched when its result is asked for, or when
-// another call begins, whichever comes first; on the stream of the first.
-template <typename Result>
-class InFlight {
- public:
-  InFlight(std::shared_ptr<PeerMemory> memory, std::optional<c10::Stream> stream,
-           Ending<Result> rest)
-      : memory_(std::move(memory)),
-        stream_(stream),
-        rest_(std::move(rest)),
-        captured_(memory_->device().is_capturing()) {}
-  ~InFlight() {
-    if (rest_) memory_->fail("a call was begun and never ended");
-  }
-  InFlight(const InFlight&) = delete;
-  InFlight& operator=(const InFlight&) = delete;
-
-  // With the memory's mutex.
-  void complete() {
-    if (!rest_) return;
-    try {
-      const c10::OptionalStreamGuard guard(stream_);
-      result_ = guarded(*memory_, [&] {
-        TORCH_CHECK(memory_->device().is_capturing() == captured_, "a call that begins while a ",
-                    "graph is captured must end then, and no other; wait for it on the same side");
-        Result result = rest_();
-        memory_->device().mark();
-        return result;
-      });
-    } catch (...) {
-      error_ = std::current_exception();
-    }
-    rest_ = nullptr;
-  }
-
-  Result take() {
-    const std::lock_guard lock(memory_->mutex());
-    complete();
-    if (error_) std::rethrow_exception(error_);
-    Result result = std::move(*result_);
-    if (stream_) {
-      const c10::impl::VirtualGuardImpl streams(stream_->device_type());
-      const c10::Stream here = streams.getStream(stream_->device());
-      if (here != *stream_) {
-        c10::Event event(stream_->device_type());
-        event.record(*stream_);
-        event.block(here);
-        record_stream(result, here);
-      }
-    }
-    return result;
-  }
-
- private:
-  std::shared_ptr<PeerMemory> memory_;
-  std::optional<c10::Stream> stream_;
-  Ending<Result> rest_;
-  bool captured_;
-  std::optional<Result> result_;
-  std::exception_ptr error_;
-};
-
-// A call of all ranks of which the arguments are right on this one.
-class Call {
- public:
-  Call(Phase phase, const DispatcherRef& dispatcher, Terms terms)
-      : phase_(phase), owner_(dispatcher), terms_(terms) {}
-
-  const OnGpus& on_gpus() const { return owner_->on_gpus; }
-  PeerMemory& memory() const { return *owner_->on_gpus.memory; }
-
-  Link link(int64_t bytes) const {
-    return memory().link(phase_, bytes, owner_->timeout, on_gpus().table.get());
-  }
-
-  StageArgs stage(int64_t bytes, bool refused = false) const {
-    StageArgs args{};
-    try {
-      args.link = link(bytes);
-    } catch (const PeerMemory::Unmatched&) {
-      // There is memory for a header, by which all ranks find in what they differ.
-      say_nothing_else(stage(PeerMemory::kRefused));
-      memory().device().synchronize();
-      memory().check(to_string(phase_), /*peers=*/true);
-      throw shm::Error(std::string(to_string(phase_)) + ": the ranks of group '" + owner_->group +
-                       "' need different amounts of staging memory");
-    }
-    const Header header = make_header(phase_, terms_, refused);
-    std::copy(header.begin(), header.end(), args.header);
-    args.header[kRowsField] = on_gpus().capacity;
-    args.header[kSlotsField] = terms_.top_k < 0 ? -1 : on_gpus().slots(terms_.top_k);
-    args.header[device::kMaxTokensWord] = on_gpus().max_tokens;
-    args.tag = tag();
-    args.capacity = on_gpus().capacity, args.max_tokens = on_gpus().max_tokens;
-    return args;
-  }
-
-  // Equal for the plans of one dispatcher, on this rank.
-  int64_t tag() const { return owner_->group_tag() ^ (owner_->number << 1); }
-
-  // Says to the other ranks that this one has an error in its arguments.
-  void refuse() const { say_nothing_else(stage(PeerMemory::kRefused, true)); }
-
- private:
-  // A call of a header alone.
-  void say_nothing_else(const StageArgs& header) const {
-    memory().device().launch(header);
-    PullArgs pull{};
-    pull.link = link(PeerMemory::kRefused);
-    pull.by_plan = true;
-    memory().device().launch(pull);
-    memory().device().mark();
-  }
-
-  Phase phase_;
-  DispatcherRef owner_;
-  Terms terms_;
-};
-
-void check_device(Phase phase, PeerMemory& memory, const Tensor& tensor) {
-  TORCH_CHECK_VALUE(tensor.is_cpu() || tensor.device().index() == memory.device().index(),
-                    to_string(phase), ": tensors must be on cuda:", memory.device().index(),
-                    ", the device that was current when group '", memory.group(),
-                    "' made its first dispatcher; got ", tensor.device());
-}
-
-// Begins a call: check() raises for wrong arguments, first(call) launches one kernel and returns
-// what launches the others.
-template <typename Result, typename Check, typename First>
-Ending<Result> begin(Phase phase, const DispatcherRef& dispatcher, const Tensor& tensor,
-                     const Check& check, const First& first) {
-  const std::shared_ptr<PeerMemory> memory = dispatcher->on_gpus.memory;
-  const std::lock_guard lock(memory->mutex());
-  memory->settle();
-  guarded(*memory, [&] {
-    memory->check(to_string(phase), /*peers=*/true);
-    memory->device().follow();
-  });
-  Terms terms = terms_of(*dispatcher);
-  try {
-    check_device(phase, *memory, tensor);
-    check(terms);
-  } catch (...) {
-    const auto refusal = std::current_exception();
-    try {
-      guarded(*memory, [&] { Call(phase, dispatcher, terms_of(*dispatcher)).refuse(); });
-    } catch (const c10::Error&) {
-      // The ranks that did not refuse have said so, or the memory is of no use.
-    }
-    std::rethrow_exception(refusal);
-  }
-  const Call call(phase, dispatcher, terms);
-  Ending<Result> rest = guarded(*memory, [&] {
-    Ending<Result> ending = first(call);
-    memory->device().mark();
-    return ending;
-  });
-  const auto in_flight =
-      std::make_shared<InFlight<Result>>(memory, stream_of(tensor), std::move(rest));
-  // Whether or not somebody still waits for it: the others do.
-  memory->set_settle([in_flight] { in_flight->complete(); });
-  return [in_flight] { return in_flight->take(); };
 }
 
 void check_plan(Phase phase, const Dispatcher& dispatcher, const Tensor& plan,

@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 #include <c10/util/Exception.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <limits>
@@ -69,7 +70,8 @@ std::shared_ptr<Dispatcher> make_dispatcher(const std::string& group, int64_t ra
                                                         .on_gpus = std::move(on_gpus),
                                                         .dispatches = {},
                                                         .combines = {},
-                                                        .failure = {}},
+                                                        .failure = {},
+                                                        .process = ::getpid()},
                                          forget);
   registry.dispatchers[name] = dispatcher;
   return dispatcher;
@@ -128,6 +130,19 @@ void forget_joined(const std::string& group) {
   }
   if (joined->peer_memory) joined->peer_memory->close();
   if (joined->shared_memory) joined->shared_memory->close();
+}
+
+void leave_groups(double at_most) {
+  Registry& registry = Registry::get();
+  std::vector<std::shared_ptr<ipc::PeerMemory>> memories;
+  {
+    const std::lock_guard lock(registry.mutex);
+    for (const auto& [_, joined] : registry.joined) {
+      if (joined.second.peer_memory) memories.push_back(joined.second.peer_memory);
+    }
+  }
+  for (const auto& memory : memories) memory->leave(/*exits=*/true, at_most);
+  for (const auto& memory : memories) memory->part();
 }
 
 Plan Plan::read(Phase phase, const Dispatcher& dispatcher, const Tensor& plan) {

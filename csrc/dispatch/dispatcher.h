@@ -115,6 +115,7 @@ struct Dispatcher {
   Begun<Arrived> dispatches;
   Begun<at::Tensor> combines;
   FirstError failure;  // of c10d's exchanges; shared memory has its own, of the group
+  int64_t process;     // of the rank: a fork of it is not the rank
 
   int64_t experts() const { return placement.experts(); }
   // A number for the group, the same within this process.
@@ -143,6 +144,9 @@ void remember_peer_memory(const std::string& group, std::shared_ptr<ipc::PeerMem
                           std::string reason);
 std::optional<Joined> recall_joined(const std::string& group);
 void forget_joined(const std::string& group);
+// This process ends: waits, within the timeouts or `at_most` seconds, until the others are done
+// with its GPU's memory.
+void leave_groups(double at_most);
 
 // The rows of a dispatch, by rank, and its number. As a tensor: plan [2 P + 2] int64 on the CPU,
 // rows sent to each rank, those received from each, the number, and a tag that tells them and their

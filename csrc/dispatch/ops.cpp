@@ -18,10 +18,9 @@ namespace {
 using at::Tensor;
 
 const Transport& transport_of(const Dispatcher& dispatcher, const Tensor& tensor) {
-  if (dispatcher.on_gpus.memory && dispatcher.on_gpus.carries(tensor)) return cuda_ipc_transport;
-  TORCH_CHECK_VALUE(!dispatcher.on_gpus.alone, "transport 'cuda_ipc' carries tensors of CUDA ",
-                    "devices; got one on ", tensor.device(),
-                    ". Use 'auto', or move the tensors to the GPU of this rank.");
+  const OnGpus& gpus = dispatcher.on_gpus;
+  // What it does not carry it refuses, so that the other ranks learn of it.
+  if (gpus.memory && (gpus.alone || gpus.carries(tensor))) return cuda_ipc_transport;
   return dispatcher.shared_memory && is_native(tensor) ? shared_memory_transport
                                                        : process_group_transport;
 }

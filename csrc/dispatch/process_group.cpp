@@ -3,6 +3,7 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/Exception.h>
 #include <torch/version.h>
+#include <unistd.h>
 
 #include <chrono>
 #include <cmath>
@@ -56,11 +57,21 @@ class Exchange {
         dispatcher_(*owner_),
         group_(c10d::resolve_process_group(dispatcher_.group)),
         timeout_(static_cast<int64_t>(std::ceil(dispatcher_.timeout * 1000))) {
+    check_process();
     const std::string cause = dispatcher_.failure.get();
     TORCH_CHECK_WITH(
         DistBackendError, cause.empty(), to_string(phase), ": this dispatcher of group '",
         dispatcher_.group,
         "' is of no use after an error; start the ranks again. The first error was: ", cause);
+  }
+
+  // The threads and connections of the group are those of the rank. From a fork nothing is sent,
+  // and nothing comes.
+  void check_process() const {
+    TORCH_CHECK_WITH(DistBackendError, dispatcher_.process == ::getpid(), to_string(phase_),
+                     ": this process is a fork of rank ", dispatcher_.rank, " of group '",
+                     dispatcher_.group,
+                     "', which alone can use its dispatchers. Make a process group here.");
   }
 
   // An exchange under way. It keeps its tensors; the group does too, should it be dropped.
@@ -70,6 +81,7 @@ class Exchange {
     void wait() const {
       // Where work runs on a stream, waiting with a time limit would block the host: there the
       // watchdog of the backend applies the limit given to the call.
+      exchange->check_process();
       const bool limited = output.is_cpu() && exchange->timeout_.count() > 0;
       try {
         TORCH_CHECK(limited ? work->wait(exchange->timeout_) : work->wait(),

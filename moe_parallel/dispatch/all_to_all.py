@@ -17,6 +17,7 @@ from torch.distributed import ProcessGroup
 
 from moe_kernels.ops._checks import check_num_experts, check_number, refuse_tangent
 from moe_parallel.dispatch import ops
+from moe_parallel.dispatch.arguments import check_tensor, device_among
 from moe_parallel.dispatch.joining import (
     Joined,
     JoinedGpus,
@@ -26,6 +27,7 @@ from moe_parallel.dispatch.joining import (
 )
 from moe_parallel.dispatch.native import extension
 from moe_parallel.dispatch.protocol import ALL_TO_ALL_TRANSPORTS, Dispatched, Pending
+from moe_parallel.torch_internals import backend_of
 
 
 class Handle(NamedTuple):
@@ -90,13 +92,6 @@ def _capacities(
             f"{op}: max_tokens times the {ranks} ranks must be below 2**31; got {max_tokens}"
         )
     return max_tokens, capacity or ranks * max_tokens, slot_capacity or 0
-
-
-def _check_dense(op: str, name: str, value: Any) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor; got {type(value).__name__}")
-    if value.layout != torch.strided:
-        raise TypeError(f"{op}: {name} must be a dense tensor; got one of layout {value.layout}")
 
 
 def _dispatched(outputs: tuple[Tensor, ...], sent: Tensor | None) -> Dispatched:
@@ -248,6 +243,7 @@ class AllToAllDispatcher:
         self.local_experts = tuple(e for e, ranks in enumerate(owners) if rank in ranks)
         self._has_copies = any(len(ranks) > 1 for ranks in owners)
         self._name: str = self._native.name
+        self._device = "cpu" if backend_of(group, "cpu") is not None else "cuda"
 
     def __repr__(self) -> str:
         return (
@@ -325,7 +321,7 @@ class AllToAllDispatcher:
                 ranks. Ranks whose own arguments are right raise a RuntimeError that names the rank.
             torch.distributed.DistBackendError: a rank is missing; it names the exchange.
         """
-        self._check_sent(x, topk_ids, topk_weights, extra)
+        self._check_dispatch(x, topk_ids, topk_weights, extra)
         return _dispatched(ops.dispatch(x, topk_ids, topk_weights, extra, self._name), extra)
 
     def dispatch_async(
@@ -339,27 +335,47 @@ class AllToAllDispatcher:
         each brings, and nobody waits for the last to come. Until ``wait()`` returns, the tensors
         must not be changed in place. What nobody waits for ends by itself, with the next call.
         """
-        self._check_sent(x, topk_ids, topk_weights, extra)
+        self._check_dispatch(x, topk_ids, topk_weights, extra)
         tokens = (topk_ids, topk_weights, extra)
         ticket = ops.dispatch_start(x.detach(), topk_ids, topk_weights.detach(), extra, self._name)
         return Pending(
             lambda: _dispatched(ops.dispatch_finish(x, *tokens, ticket, self._name), extra)
         )
 
-    def _check_sent(
+    # What they raise comes with a call that has nothing right, so that the other ranks learn of it,
+    # instead of waiting for this one.
+    def _check_dispatch(
         self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, extra: Tensor | None
     ) -> None:
         try:
-            for name, value in (("x", x), ("topk_ids", topk_ids), ("topk_weights", topk_weights)):
-                _check_dense("dispatch", name, value)
+            check_tensor("dispatch", "x", x)
+            check_tensor("dispatch", "topk_ids", topk_ids)
+            check_tensor("dispatch", "topk_weights", topk_weights)
             if extra is not None:
-                _check_dense("dispatch", "extra", extra)
+                check_tensor("dispatch", "extra", extra)
             self._refuse_what_cannot_be_differentiated(x, topk_weights)
         except (TypeError, ValueError, NotImplementedError):
-            # So that the other ranks learn of it, instead of waiting for this one.
-            nothing = torch.empty((), device=getattr(x, "device", None))
+            device = device_among((x, topk_ids, topk_weights, extra), self._device)
+            nothing = torch.empty((), device=device)
             with suppress(RuntimeError, ValueError, TypeError):
                 ops.dispatch(nothing, nothing, nothing, None, self._name)
+            raise
+
+    def _check_combine(self, y: Tensor, handle: Handle) -> None:
+        try:
+            if not (isinstance(handle, tuple) and len(handle) == 2):
+                raise TypeError(
+                    f"combine: handle must be that of a dispatch; got {type(handle).__name__}"
+                )
+            check_tensor("combine", "y", y)
+            check_tensor("combine", "the handle's slot_rows", handle[0])
+            check_tensor("combine", "the handle's plan", handle[1])
+            refuse_tangent("combine", "y", y)
+        except (TypeError, ValueError, NotImplementedError):
+            slot_rows = handle[0] if isinstance(handle, tuple) and handle else None
+            nothing = torch.empty((), device=device_among((y, slot_rows), self._device))
+            with suppress(RuntimeError, ValueError, TypeError):
+                ops.combine(nothing, nothing, nothing, self._name)
             raise
 
     def _refuse_what_cannot_be_differentiated(self, x: Tensor, topk_weights: Tensor) -> None:
@@ -392,14 +408,12 @@ class AllToAllDispatcher:
                 a RuntimeError that names the rank.
             torch.distributed.DistBackendError: a rank is missing; it names the exchange.
         """
-        _check_dense("combine", "y", y)
-        refuse_tangent("combine", "y", y)
+        self._check_combine(y, handle)
         out: Tensor = ops.combine(y, *handle, self._name)
         return out
 
     def combine_async(self, y: Tensor, handle: Handle) -> Pending[Tensor]:
         """Begin :meth:`combine`, as :meth:`dispatch_async` does dispatch; so y must not change."""
-        _check_dense("combine", "y", y)
-        refuse_tangent("combine", "y", y)
+        self._check_combine(y, handle)
         ticket = ops.combine_start(y.detach(), *handle, self._name)
         return Pending(lambda: ops.combine_finish(y, *handle, ticket, self._name))

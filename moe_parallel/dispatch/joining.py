@@ -6,9 +6,14 @@ decide alike.
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
+import math
+import multiprocessing
+import multiprocessing.util
 import os
+import sys
 import weakref
 from datetime import timedelta
 from pathlib import Path
@@ -30,6 +35,9 @@ _BACKENDS_OF_PROCESSES = ("gloo", "ucc", "nccl")
 
 # For tests: GPUs are imitated by the CPU, which runs the device code on tensors of its own.
 EMULATE_GPUS = "MOE_KERNELS_EMULATE_GPUS"
+
+# That a rank which ends by an error waits for those that read its memory.
+SECONDS_AFTER_ERROR = 1.0
 
 
 class JoinedGpus(NamedTuple):
@@ -198,6 +206,24 @@ def _join_gpus(group: ProcessGroup, joined: Joined, seconds: float | None) -> Jo
     return JoinedGpus(memory, f"the GPUs of all {group.size()} ranks reach each other's memory")
 
 
+def _leave() -> None:
+    """Wait until the others are done with the memory of this process's GPU.
+
+    For the timeout; but who starts the ranks shall learn of an error soon, and then end them all.
+    """
+    error = sys.exc_info()[1]  # in a process of multiprocessing
+    failed = error is not None and getattr(error, "code", 1) not in (None, 0)
+    failed = failed or getattr(sys, "last_value", None) is not None  # in a program
+    extension().leave_groups(SECONDS_AFTER_ERROR if failed else math.inf)
+
+
+def _leave_at_exit() -> None:
+    atexit.unregister(_leave)
+    atexit.register(_leave)
+    if multiprocessing.parent_process() is not None:  # which exits without atexit
+        multiprocessing.util.Finalize(None, _leave, exitpriority=0)
+
+
 def join_gpus(group: ProcessGroup, joined: Joined, timeout: float | None) -> JoinedGpus:
     """Join the current CUDA devices of the ranks, the first time; later the same again.
 
@@ -215,5 +241,7 @@ def join_gpus(group: ProcessGroup, joined: Joined, timeout: float | None) -> Joi
         return JoinedGpus(*known)
     found = _join_gpus(group, joined, timeout)
     native.remember_peer_memory(group.group_name, *found)
+    if found.memory is not None:
+        _leave_at_exit()
     logger.info("GPUs of group '%s': %s", group.group_name, found.reason)
     return found

@@ -152,6 +152,10 @@ def _dispatch_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     ctx.save_for_backward(slot_rows, plan)
 
 
+def _dense(grad: Tensor) -> Tensor:
+    return grad if grad.layout is torch.strided else grad.to_dense()
+
+
 def _dispatch_backward(
     ctx: Any, grad_x: Tensor, grad_ids: None, grad_weights: Tensor, *unused: Any
 ) -> tuple[Tensor | None, ...]:
@@ -163,8 +167,8 @@ def _dispatch_backward(
     with_x, _, with_weights, *_ = ctx.needs_input_grad
     slot_rows, plan = ctx.saved_tensors
     dx, dweights = _dispatch_backward_op(
-        grad_x if with_x else None,
-        grad_weights if with_weights else None,
+        _dense(grad_x) if with_x else None,
+        _dense(grad_weights) if with_weights else None,
         slot_rows,
         plan,
         ctx.dispatcher,
@@ -181,7 +185,7 @@ def _combine_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _combine_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grad_y = _combine_backward_op(grad, *ctx.saved_tensors, ctx.received, ctx.dispatcher)
+    grad_y = _combine_backward_op(_dense(grad), *ctx.saved_tensors, ctx.received, ctx.dispatcher)
     return grad_y, *[None] * (len(ctx.needs_input_grad) - 1)
 
 

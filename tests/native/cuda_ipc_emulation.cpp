@@ -65,6 +65,9 @@ void many_calls(int calls, unsigned seed) {
   for (const Control& control : world.controls) {
     check(control.state.epoch == static_cast<uint64_t>(calls), "every call is an epoch");
   }
+  for (const Report& report : world.reports) {
+    check(report.ended == static_cast<uint64_t>(calls), "the host learns which call ended last");
+  }
 }
 
 // Two calls that are right, then one that is not on the last rank.
@@ -153,6 +156,7 @@ void faults(Wrong wrong, unsigned seed) {
     const bool spare =
         std::all_of(after.ids.begin(), after.ids.end(), [](int32_t id) { return id == -1; });
     check(spare, "after a fault there is nothing");
+    check(acquire(&report.ended) >= 3, "calls end after a fault too");
     check(std::chrono::steady_clock::now() - begin < std::chrono::seconds(20), "or a wait");
   });
 }

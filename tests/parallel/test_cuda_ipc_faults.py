@@ -24,6 +24,7 @@ from moe_parallel.dispatch.joining import EMULATE_GPUS
 from tests.parallel.emulated_gpus import cuda_ipc, received
 from tests.parallel.ranks import run_ranks
 from tests.parallel.test_dispatch import Case, make_case, raised, round_trip
+from tests.parallel.test_dispatch_agreement import without_kernel
 from tests.parallel.test_shared_memory import arguments, processes, small_case
 
 
@@ -211,6 +212,26 @@ def test_an_error_in_the_arguments_of_one_rank_names_it_on_the_others(before: bo
     assert "rank 1" in others[1] + third[1]
 
 
+def _no_kernel(rank: int, ranks: int, what: str) -> list[tuple[str, str]]:
+    dispatcher = cuda_ipc(4, timeout=100)
+    case = small_case_of(rank)
+    tokens = dispatcher.dispatch(*arguments(case))
+    x, y = (without_kernel(t, what) if rank == 1 else t for t in (case.x, tokens.x))
+    first = raised(dispatcher.combine, y, tokens.handle)
+    return [first, raised(dispatcher.check), raised(dispatcher.dispatch, x, case.ids, case.weights)]
+
+
+@pytest.mark.parametrize("what", ["sparse", "meta", "none"])
+def test_what_has_no_kernel_on_one_rank_names_it_on_the_others(what: str) -> None:
+    (others, later, over), (own, _, again) = run_ranks(2, _no_kernel, what, timeout=30)
+    assert others[0] == "nothing"  # the device finds it
+    assert later[0] == "RuntimeError", later[1]
+    assert "rank 1 (process" in later[1]
+    assert "found an error in its own arguments" in later[1]
+    assert over[0] == "DistBackendError"
+    assert own[0] == again[0] == ("ValueError" if what == "meta" else "TypeError")
+
+
 def _wrong_id(rank: int, ranks: int) -> tuple[str, str]:
     dispatcher = cuda_ipc(4)
     case = small_case_of(rank)
@@ -323,6 +344,24 @@ def test_memory_that_a_machine_does_not_share_is_an_obstacle_and_no_fault() -> N
         assert error[0] == "ValueError"
         assert ("fallocate" if rank == 1 else "rank 1 (process") in error[1]
         assert transports == ["shared_memory", "process_group"]
+
+
+def _no_memory(rank: int, ranks: int) -> tuple[str, str]:
+    dispatcher = cuda_ipc(12, timeout=100)
+    round_trip(dispatcher, small_case(rank), rank)
+    if rank == 1:
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limit[1]))
+    return raised(dispatcher.dispatch, *arguments(make_case(1, rank, 9, 30000, 2, 12)))
+
+
+def test_memory_that_cannot_grow_is_an_error_on_every_rank() -> None:
+    results = run_ranks(3, _no_memory, timeout=30)
+    for rank, (kind, message) in enumerate(results):
+        assert kind == "DistBackendError", message
+        assert "bytes: File too large" in message
+        if rank != 1:
+            assert "rank 1 (process" in message
 
 
 def _left(rank: int, ranks: int) -> tuple[str, str]:

@@ -373,6 +373,8 @@ def _missing_rank(rank: int, ranks: int, how: str) -> tuple[str, str, float]:
     if rank == 1:
         if how == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
+        if how == "exited":
+            os._exit(0)
         time.sleep(3)
     kind, message = raised(dispatcher.combine, tokens.x, tokens.handle)
     assert kind == "DistBackendError" or rank == 1, message
@@ -395,9 +397,10 @@ def test_a_stuck_rank_is_an_error_after_the_timeout() -> None:
         assert 0.9 < seconds < 2.5
 
 
-def test_a_dead_rank_is_an_error() -> None:
+@pytest.mark.parametrize("how", ["killed", "exited"])
+def test_a_dead_rank_is_an_error(how: str) -> None:
     with pytest.raises(AssertionError, match="1 of 3 ranks failed\n--- rank 1: died"):
-        run_ranks(3, _missing_rank, "killed")
+        run_ranks(3, _missing_rank, how)
 
 
 def _threads_run_on(rank: int, ranks: int, way: str) -> int:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
@@ -292,42 +293,89 @@ def test_what_one_rank_alone_cannot_differentiate_leaves_nobody_waiting(way: str
         assert "copies of experts are for inference" in bad_message or "has no grad" in bad_message
 
 
+def without_kernel(x: Tensor, name: str) -> Any:
+    """A tensor, or none, for which the ops have no kernel."""
+    if name == "jagged":
+        return torch.nested.nested_tensor([x], layout=torch.jagged)
+    return {
+        "sparse": x.to_sparse,
+        "mkldnn": x.float().to_mkldnn,
+        "meta": lambda: x.to("meta"),
+        "none": lambda: None,
+    }[name]()
+
+
+def _no_kernel(rank: int, ranks: int, way: str) -> list[tuple[str, str]]:
+    dispatcher = dispatcher_of(way, 6)
+    x, ids, weights = torch.randn(3, 5), torch.zeros(3, 2, dtype=torch.int64), torch.rand(3, 2)
+    results = []
+    for name in ("sparse", "mkldnn", "meta", "none", "jagged"):
+        odd = without_kernel(x, name) if rank == 1 else x
+        results.append(raised(dispatcher.dispatch, odd, ids, weights))
+    for name in ("sparse", "meta", "none"):
+        odd = without_kernel(ids, name) if rank == 1 else ids
+        results.append(raised(lambda odd=odd: dispatcher.dispatch_async(x, odd, weights).wait()))
+        odd = without_kernel(weights, name) if rank == 1 else weights
+        results.append(raised(dispatcher.dispatch, x, ids, odd))
+    extra = without_kernel(x, "sparse") if rank == 1 else x
+    results.append(raised(partial(dispatcher.dispatch, x, ids, weights, extra=extra)))
+    if way == "aten":
+        return results
+    tokens = dispatcher.dispatch(x, ids, weights)
+    for name in ("sparse", "mkldnn", "meta", "none"):
+        y = without_kernel(tokens.x, name) if rank == 1 else tokens.x
+        results.append(raised(dispatcher.combine, y, tokens.handle))
+    slot_rows, plan = tokens.handle
+    for handle in (None, (slot_rows.to_sparse(), plan), (slot_rows, plan.to("meta")), (plan,)):
+        chosen: Any = handle if rank == 1 else tokens.handle
+        results.append(
+            raised(lambda chosen=chosen: dispatcher.combine_async(tokens.x, chosen).wait())
+        )
+    with forward_ad.dual_level():
+        y = forward_ad.make_dual(tokens.x, tokens.x) if rank == 1 else tokens.x
+        results.append(raised(dispatcher.combine, y, tokens.handle))
+    assert torch.equal(dispatcher.combine(tokens.x, tokens.handle), x)
+    return results
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_has_no_kernel_on_one_rank_leaves_nobody_waiting(way: str) -> None:
+    good, bad, third = run_ranks(3, _no_kernel, way)
+    assert len(good) == (12 if way == "aten" else 21)
+    for result in zip(good, third, bad, strict=True):
+        (kind, message), _, (bad_kind, bad_message) = result
+        assert kind == result[1][0] == "RuntimeError", result
+        assert "rank 1 of group '0' found an error in its own arguments" in message
+        assert bad_kind in ("TypeError", "ValueError", "NotImplementedError"), bad_message
+        assert bad_message.startswith("combine" if "combine" in message else "dispatch")
+    assert "x must be dense, of layout torch.strided; got torch.sparse_coo" in bad[0][1]
+    assert "x must be on a CPU or CUDA device; got meta" in bad[2][1]
+    assert "x must be a tensor; got NoneType" in bad[3][1]
+
+
+def _sparse_gradient(rank: int, ranks: int, way: str) -> None:
+    """On one rank alone: of no other value."""
+    dispatcher = dispatcher_of(way, 4)
+    case = make_case(1, rank, 9, 6, 2, 4)
+    x = case.x.clone().requires_grad_()
+    tokens = dispatcher.dispatch(x, case.ids, case.weights)
+    y = dispatcher.combine(tokens.x, tokens.handle)
+    for out in (y, tokens.x):
+        grad = torch.ones_like(out)
+        (expected,) = torch.autograd.grad(out, x, grad, retain_graph=True)
+        sent = grad.to_sparse() if rank == 1 else grad
+        (dx,) = torch.autograd.grad(out, x, sent, retain_graph=True)
+        assert torch.equal(dx, expected)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_gradient_may_be_sparse_on_one_rank(way: str) -> None:
+    run_ranks(2, _sparse_gradient, way)
+
+
 @pytest.mark.parametrize("way", WAYS[:2])
 def test_a_result_of_the_wrong_size_is_refused_where_it_is(way: str) -> None:
     (good, _), (bad, _) = run_ranks(2, _mismatch, "rows", way)
     assert good[0] == "RuntimeError"
     assert bad[0] == "ValueError"
     assert "y must have the" in bad[1]
-
-
-def _no_tensors(rank: int, ranks: int) -> list[tuple[str, str]]:
-    case = make_case(3, rank, 5, 8, 2, 4)
-    dispatcher = AllToAllDispatcher(dist.group.WORLD, 4)
-    arguments = {"x": case.x, "topk_ids": case.ids, "topk_weights": case.weights}
-    results = []
-    for name, right in arguments.items():
-        for wrong in (right.tolist(), right.to_sparse()):
-            given = {**arguments, name: wrong} if rank == 0 else arguments
-            results.append(raised(lambda given=given: dispatcher.dispatch(**given)))
-    tokens = dispatcher.dispatch(**arguments)
-    dispatcher.combine(tokens.x, tokens.handle)
-    results.append(raised(lambda: dispatcher.combine(tokens.x.to_sparse(), tokens.handle)))
-    return results
-
-
-def test_what_is_no_dense_tensor_is_named_on_every_rank() -> None:
-    first, second = run_ranks(2, _no_tensors)
-    names = ["x", "topk_ids", "topk_weights"]
-    assert first == [
-        *(
-            ("TypeError", f"dispatch: {name} must be a {found}")
-            for name in names
-            for found in (
-                "tensor; got list",
-                "dense tensor; got one of layout torch.sparse_coo",
-            )
-        ),
-        ("TypeError", "combine: y must be a dense tensor; got one of layout torch.sparse_coo"),
-    ]
-    assert [kind for kind, _ in second[:-1]] == ["RuntimeError"] * 6
-    assert all("rank 0" in message for _, message in second[:-1])

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from moe_kernels import _C
-from moe_parallel import MoE
+from moe_parallel import BackendConfig, MoE
 from moe_parallel.dispatch import AllToAllDispatcher, Dispatched
 from moe_parallel.experts import GroupedExperts
 from moe_parallel.parallelizer import ExpertParallel
@@ -248,11 +248,11 @@ def test_calls_that_do_not_match_are_an_error_on_every_rank(way: str) -> None:
         assert fine[0] == "nothing"
 
 
-def _layer(rank: int, ranks: int) -> None:
+def _layer(rank: int, ranks: int, way: str) -> None:
     """Shared experts computed while the tokens travel, or before: the same bits."""
     config = make_config(n_shared_experts=1, shared_expert_gate=True, moe_latent_size=6)
     torch.manual_seed(0)
-    layers = [MoE(config) for _ in range(2)]
+    layers = [MoE(config, BackendConfig(dispatcher=way)) for _ in range(2)]
     randomize(layers[0])
     layers[1].load_state_dict(layers[0].state_dict())
     mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("ep",))
@@ -284,5 +284,6 @@ def _layer(rank: int, ranks: int) -> None:
     copy.deepcopy(layers[0])
 
 
-def test_a_layer_computes_its_shared_experts_while_tokens_travel() -> None:
-    run_ranks(2, _layer)
+@pytest.mark.parametrize("way", WAYS[:2])
+def test_a_layer_computes_its_shared_experts_while_tokens_travel(way: str) -> None:
+    run_ranks(2, _layer, way)

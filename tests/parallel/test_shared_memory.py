@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import gc
 import os
 import platform
 import resource
@@ -165,6 +164,7 @@ def _missing(rank: int, ranks: int, how: str, phase: str) -> tuple[str, ...]:
 def test_a_dead_rank_is_an_error_at_once_that_names_it(how: str, phase: str) -> None:
     with pytest.raises(AssertionError, match="1 of 3 ranks failed\n--- rank 1: died"):
         run_ranks(3, _missing, how, phase)
+    assert not [name for name in os.listdir("/dev/shm") if "moe" in name]
 
 
 @pytest.mark.parametrize("how", ["stopped", "late"])
@@ -212,86 +212,6 @@ def test_memory_that_cannot_grow_is_an_error_on_every_rank() -> None:
         if rank != 1:
             assert "rank 1 (process" in message
             assert "has failed while rank" in message
-
-
-def _destroyed(rank: int, ranks: int) -> tuple[str, str]:
-    dispatcher = dispatcher_of("shared_memory", 12)
-    tokens = dispatcher.dispatch(*arguments(small_case(rank)))
-    if rank == 1:
-        dist.destroy_process_group()
-        result = raised(dispatcher.combine, tokens.x, tokens.handle)
-        time.sleep(1)
-        return result
-    kind, message, seconds = timed(dispatcher.combine, tokens.x, tokens.handle)
-    assert seconds < 1
-    return kind, message
-
-
-def test_a_destroyed_group_ends_the_calls_in_flight() -> None:
-    kept, destroyed = run_ranks(2, _destroyed)
-    assert kept[0] == destroyed[0] == "DistBackendError"
-    assert "rank 1 (process" in kept[1]
-    assert "has destroyed the group while rank 0 waited for its header in combine" in kept[1]
-    assert "group '0' has been destroyed" in destroyed[1]
-
-
-def _forked(rank: int, ranks: int) -> str:
-    dispatcher = dispatcher_of("shared_memory", 12)
-    case = small_case(rank)
-    tokens = dispatcher.dispatch(*arguments(case))
-    message = ""
-    if rank == 0:
-        read, write = os.pipe()
-        child = os.fork()
-        if child == 0:
-            text = "/".join(raised(dispatcher.combine, tokens.x, tokens.handle))
-            os.write(write, text.encode())
-            os._exit(0)
-        os.waitpid(child, 0)
-        message = os.read(read, 4096).decode()
-    dispatcher.combine(tokens.x, tokens.handle)
-    round_trip(dispatcher, case, rank)
-    return message
-
-
-def test_a_fork_of_a_rank_is_refused_and_harms_nobody() -> None:
-    message = run_ranks(2, _forked)[0]
-    assert message.startswith("DistBackendError/combine: this process is a fork of rank 0 of group")
-
-
-def _forked_in_flight(rank: int, ranks: int) -> list[str]:
-    """The child has the call that its parent has begun, and can neither end nor drop it."""
-    dispatcher = dispatcher_of("shared_memory", 12, timeout=20)
-    case = small_case(rank)
-    messages = []
-    for what in ("wait", "dispatch", "drop", "trim"):
-        pending = dispatcher.dispatch_async(*arguments(case))
-        if rank == 0:
-            read, write = os.pipe()
-            if os.fork() == 0:
-                calls: dict[str, Callable[[], Any]] = {
-                    "wait": pending.wait,
-                    "dispatch": lambda: dispatcher.dispatch(*arguments(case)),
-                    "trim": dispatcher.trim,
-                }
-                text = "/".join(raised(calls.get(what, lambda: None)))
-                del pending, dispatcher, calls
-                gc.collect()
-                os.write(write, text.encode())
-                os._exit(0)
-            os.wait()
-            messages.append(os.read(read, 4096).decode())
-        tokens = pending.wait()
-        dispatcher.combine(tokens.x, tokens.handle)
-    round_trip(dispatcher, case, rank)
-    return messages
-
-
-def test_a_fork_cannot_end_what_the_rank_has_begun() -> None:
-    wait, dispatch, drop, trim = run_ranks(2, _forked_in_flight)[0]
-    assert drop == "nothing/"
-    for op, message in (("dispatch", wait), ("dispatch", dispatch), ("trim", trim)):
-        assert message.startswith(f"DistBackendError/{op}: this process is a fork of rank 0 of")
 
 
 def _trimmed(rank: int, ranks: int) -> None:
@@ -411,7 +331,13 @@ def open_things() -> tuple[int, int, int]:
 
 
 def _leaks(rank: int, ranks: int) -> None:
+    for _ in range(1000):
+        plain = dispatcher_of("process_group", 12)
+    round_trip(plain, small_case(rank), rank)
     before = open_things()
+    for _ in range(1000):
+        plain = dispatcher_of("process_group", 12)
+    assert open_things() == before
     case = small_case(rank)
     round_trip(dispatcher_of("shared_memory", 12), case, rank)
     during = open_things()

@@ -134,6 +134,19 @@ class CudaDevice : public Device {
     check(cudaEventRecord(last.event, here.stream), "cudaEventRecord");
   }
 
+  // In a thread of the host that waits for nothing: while another captures a graph, CUDA would take
+  // the question for a part of that.
+  bool is_idle() override {
+    const c10::cuda::CUDAGuard guard(index_);
+    auto mode = cudaStreamCaptureModeRelaxed;
+    check(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
+    const cudaError_t status = eager_.set ? cudaEventQuery(eager_.event) : cudaSuccess;
+    cudaThreadExchangeStreamCaptureMode(&mode);
+    if (status == cudaErrorNotReady) return cudaGetLastError(), false;
+    check(status, "cudaEventQuery");
+    return true;
+  }
+
   void launch(const device::StageArgs& args) override { start(args, "stage"); }
   void launch(const device::PullArgs& args) override { start(args, "pull"); }
   void launch(const device::SumArgs& args) override { start(args, "sum"); }

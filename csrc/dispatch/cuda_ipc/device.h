@@ -42,6 +42,9 @@ class Device {
   // it may be, before mark().
   virtual void follow() = 0;
   virtual void mark() = 0;
+  // Whether what was launched before mark() is over; of graphs nothing is known. From any thread,
+  // if nobody launches meanwhile.
+  virtual bool is_idle() = 0;
   virtual void launch(const device::StageArgs& args) = 0;
   virtual void launch(const device::PullArgs& args) = 0;
   virtual void launch(const device::SumArgs& args) = 0;

@@ -4,7 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
-#include <chrono>
+#include <cstdio>
 #include <cstring>
 
 #include "cuda/regions.h"
@@ -20,9 +20,6 @@ using shm::Message;
 using shm::Stage;
 using Call = shm::Communicator::Call;
 
-constexpr auto kSlice = std::chrono::milliseconds(20);  // between looks at the peers
-constexpr auto kFarewell = std::chrono::seconds(1);     // for the others to be done with our memory
-constexpr auto kPatience = std::chrono::seconds(10);    // for what was launched to end by itself
 constexpr int64_t kPage = int64_t{1} << 21;
 constexpr int kHandleWords = sizeof(Device::Handle) / sizeof(int64_t);
 
@@ -58,7 +55,10 @@ std::string seconds_text(double seconds) {
 
 PeerMemory::PeerMemory(std::shared_ptr<shm::Communicator> communicator,
                        std::unique_ptr<Device> device, bool emulated, double timeout)
-    : communicator_(std::move(communicator)), device_(std::move(device)), emulated_(emulated) {
+    : communicator_(std::move(communicator)),
+      device_(std::move(device)),
+      emulated_(emulated),
+      timeout_(timeout) {
   if (communicator_->size() > device::kMaxRanks) {
     throw shm::Error("cuda_ipc: there can be at most " + std::to_string(device::kMaxRanks) +
                      " ranks; got " + std::to_string(communicator_->size()));
@@ -106,8 +106,6 @@ PeerMemory::PeerMemory(std::shared_ptr<shm::Communicator> communicator,
   watch_ = std::make_unique<Watch>();
   watch_->thread = std::thread([this] { watch(); });
 }
-
-PeerMemory::~PeerMemory() { close(); }
 
 std::vector<char*> PeerMemory::open_all(Call& call, Stage stage, const Device::Handle& handle,
                                         char* own) {
@@ -243,20 +241,8 @@ void PeerMemory::settle() {
   if (const auto open = std::exchange(settle_, nullptr)) open();
 }
 
-// A rank that is gone ends the waiting for it alone: those that others still bring may come.
-void PeerMemory::watch() {
-  std::unique_lock lock(watch_->mutex);
-  while (!watch_->wakes.wait_for(lock, kSlice, [&] { return watch_->ends; })) {
-    const bool impatient = watch_->patience_ends && shm::Clock::now() > *watch_->patience_ends;
-    uint64_t gone = impatient || !communicator_->failure().empty() ? ~uint64_t{0} : 0;
-    for (int p = 0; p < communicator_->size(); ++p) {
-      if (!communicator_->trouble_with(p).empty()) gone |= uint64_t{1} << p;
-    }
-    if (gone) std::atomic_ref(orders_->gone).store(gone, std::memory_order_release);
-  }
-}
-
 void PeerMemory::check(const char* phase, bool peers) {
+  check_open(phase);
   const auto fault = static_cast<Fault>(read(report_->fault));
   const bool first = communicator_->failure().empty();
   if (!first || fault == Fault::kNone) communicator_->check_usable(phase);
@@ -341,54 +327,6 @@ void PeerMemory::raise_fault(Fault fault) {
   TORCH_CHECK_INDEX(fault != Fault::kInvalidSlot, text);
   TORCH_CHECK(fault != Fault::kRefused, text);
   throw shm::Error(text);
-}
-
-// Memory that another rank may still read stays until this process ends.
-void PeerMemory::close() {
-  if (std::exchange(closed_, true)) return;
-  // A fork of the rank is not the rank, and what was never joined does not end it.
-  if (!communicator_->is_owner()) return static_cast<void>(watch_.release());
-  if (!watch_) return;
-  const auto tell = [&](const auto& what) {
-    {
-      const std::lock_guard lock(watch_->mutex);
-      what();
-    }
-    watch_->wakes.notify_all();
-  };
-  // What was launched is carried out yet, if the others come so far; watch() ends it if not.
-  tell([&] { watch_->patience_ends = shm::Clock::now() + kPatience; });
-  bool idle = true;
-  try {
-    device_->synchronize();
-  } catch (const std::exception&) {
-    idle = false;
-  }
-  tell([&] { watch_->ends = true; });
-  watch_->thread.join();
-  if (!idle) return;
-  try {
-    retired_.push_back(std::move(control_));
-    retired_.push_back(std::move(staging_));
-    for (const Staging& memory : retired_) close_all(memory.peers);
-    for (const auto& table : tables_) device_->free(table->on_device);
-    communicator_->close();
-    {
-      std::function<void()> open;  // a call that is open keeps this
-      const std::lock_guard lock(mutex_);
-      open.swap(settle_);
-    }
-    const auto deadline = shm::Clock::now() + kFarewell;
-    while (!communicator_->all_left() && shm::Clock::now() < deadline) {
-      std::this_thread::sleep_for(std::chrono::milliseconds(1));
-    }
-    if (!communicator_->all_left()) return;
-    for (const Staging& memory : retired_) {
-      if (memory.own) device_->free(memory.own);
-    }
-  } catch (const std::exception&) {
-    // The driver may be gone by then.
-  }
 }
 
 }  // namespace moe::ep::ipc

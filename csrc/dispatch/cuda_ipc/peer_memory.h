@@ -6,6 +6,7 @@
 
 #include <condition_variable>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -70,11 +71,22 @@ class PeerMemory {
   // Called before the next call begins: it ends one that was left open meanwhile.
   void set_settle(std::function<void()> settle) { settle_ = std::move(settle); }
   void settle();
+  // With the mutex: raises once this rank has gone, when the memory of others is not there any
+  // more.
+  void check_open(const char* phase) const;
 
-  // Why there can be no further calls, for the others too.
-  void fail(const std::string& reason) { communicator_->fail(reason); }
-  // The group is gone.
-  void close();
+  // Why there can be no further calls, for the others too. With the mutex if a call is
+  // `broken_off`: it may lack its last kernels, and will not get them.
+  void fail(const std::string& reason, bool broken_off = false) {
+    communicator_->fail(reason);
+    broken_off_ = broken_off_ || broken_off;
+  }
+  // The group is gone, or this process ends: a goodbye in two steps, each within the timeout of the
+  // calls, or `at_most` seconds, so that those of several groups wait together. leave() ends what
+  // was launched, and lets go of the others' memory; part() waits until they have of this rank's.
+  void leave(bool exits, double at_most = std::numeric_limits<double>::infinity());
+  void part();
+  void close() { leave(/*exits=*/false), part(); }
   // Bytes of staging memory.
   int64_t reserved() const { return 2 * parity_bytes_; }
 
@@ -89,13 +101,14 @@ class PeerMemory {
   void close_all(const std::vector<char*>& peers);
   void grow(Phase phase, int64_t parity_bytes, double timeout);
   void check_unmatched();
+  bool is_over(uint64_t calls);
   void watch();
   [[noreturn]] void raise_fault(device::Fault fault);
 
   const std::shared_ptr<shm::Communicator> communicator_;
   const std::unique_ptr<Device> device_;
   const bool emulated_;
-  double timeout_ = 0;
+  double timeout_;  // of the last call
 
   Staging control_{}, staging_{};
   std::vector<Staging> retired_;  // which captured graphs use
@@ -105,7 +118,9 @@ class PeerMemory {
   device::Report *report_ = nullptr, *report_on_device_ = nullptr;
   device::Orders *orders_ = nullptr, *orders_on_device_ = nullptr;
   uint64_t overflows_raised_ = 0;
-  bool closed_ = false, agreed_ = false;
+  bool agreed_ = false;
+  bool closed_ = false, broken_off_ = false;  // with the mutex
+  std::optional<shm::Clock::time_point> parts_by_;
 
   std::mutex mutex_;
   std::function<void()> settle_;

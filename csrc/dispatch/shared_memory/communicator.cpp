@@ -59,6 +59,11 @@ const char* name_of(Stage stage) {
   return "message";
 }
 
+// Of a rank that has closed.
+const char* what_of(State state) {
+  return state == State::kExits ? " is about to exit" : " has destroyed the group";
+}
+
 inline void pause() {
 #if defined(__x86_64__) || defined(__i386__)
   __builtin_ia32_pause();
@@ -95,14 +100,17 @@ Communicator::~Communicator() {
   close();
 }
 
-void Communicator::close() {
+void Communicator::close(bool exits) {
   if (::getpid() != process_) return;  // a fork of the rank is not the rank
   {
     const std::lock_guard lock(failure_mutex_);
-    if (failure_.empty()) failure_ = "group '" + group_ + "' has been destroyed";
+    if (failure_.empty()) {
+      failure_ = exits ? "this process ends" : "group '" + group_ + "' has been destroyed";
+    }
   }
   uint32_t open = static_cast<uint32_t>(State::kOpen);
-  own_control().state.compare_exchange_strong(open, static_cast<uint32_t>(State::kClosed));
+  const auto closed = static_cast<uint32_t>(exits ? State::kExits : State::kClosed);
+  own_control().state.compare_exchange_strong(open, closed);
   for (int peer = 0; peer < size_; ++peer) ring(peer);
   // A call that is open keeps this; whoever waits for it learns of the end.
   set_settle(nullptr);
@@ -132,14 +140,25 @@ std::string Communicator::trouble_with(int peer) const {
   const auto state = static_cast<State>(link.control->state.load(std::memory_order_acquire));
   if (state == State::kFailed) return name_of(peer) + " has failed: " + reason_of(link);
   if (exited) return name_of(peer) + " has exited";
-  return state == State::kClosed ? name_of(peer) + " has destroyed the group" : "";
+  return state == State::kOpen ? "" : name_of(peer) + what_of(state);
 }
 
-bool Communicator::all_left() const {
+void Communicator::announce_going(uint64_t calls) { own_control().goes_after.store(calls + 1); }
+
+std::optional<uint64_t> Communicator::goes_after(int peer) const {
+  if (peer == rank_) return {};
+  const uint64_t said = peers_[peer].control->goes_after.load();
+  return said == 0 ? std::nullopt : std::optional(said - 1);
+}
+
+void Communicator::let_go_of(uint64_t ranks) { own_control().let_go.fetch_or(ranks); }
+
+bool Communicator::all_let_go(bool unmapped) const {
   for (int peer = 0; peer < size_; ++peer) {
     const PeerLink& link = peers_[peer];
     if (peer == rank_ || has_exited(link.watch)) continue;
-    if (static_cast<State>(link.control->state.load()) != State::kClosed) return false;
+    const uint64_t let_go = link.control->let_go.load();
+    if (unmapped ? let_go != kEverybody : !(let_go >> rank_ & 1)) return false;
   }
   return true;
 }
@@ -307,9 +326,7 @@ void Communicator::check_peers(Stage stage, uint64_t call, const char* phase, De
       fail_and_throw(op + ": " + name_of(peer) + " has failed" + where + ": " + reason_of(link));
     }
     if (exited) fail_and_throw(op + ": " + name_of(peer) + " has exited" + where);
-    if (state == State::kClosed) {
-      fail_and_throw(op + ": " + name_of(peer) + " has destroyed the group" + where);
-    }
+    if (state != State::kOpen) fail_and_throw(op + ": " + name_of(peer) + what_of(state) + where);
     if (!late) continue;
     const uint64_t entered = link.control->call.load(std::memory_order_acquire);
     missing += (missing.empty() ? "" : "; ") + name_of(peer) + " " +

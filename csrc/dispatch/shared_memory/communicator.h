@@ -8,6 +8,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <semaphore>
 #include <string>
 #include <vector>
@@ -34,8 +35,9 @@ class Communicator {
   const std::string& address() const { return address_; }
   // Joins the ranks at `addresses`, in their order, within `timeout` seconds; all of them call it.
   void connect(const std::vector<std::string>& addresses, double timeout);
-  // The group is gone: who waits for this rank learns it, and there are no further calls.
-  void close();
+  // The group is gone, or this process ends: who waits for this rank learns it, and there are no
+  // further calls.
+  void close(bool exits = false);
 
   Heap& heap() { return *heap_; }
   // Why there can be no further calls; empty while there can.
@@ -50,8 +52,20 @@ class Communicator {
   std::string describe(int peer) const;
   // That a rank has gone, failed or left, in words; empty if it is there. From any thread.
   std::string trouble_with(int peer) const;
-  // Whether every other rank has gone or left.
-  bool all_left() const;
+
+  // A goodbye between ranks that read each other's memory without a call of the host, as GPUs do;
+  // at most 64. A rank that goes says so, having closed, and waits until the others let go of it.
+  // `calls`: those that it has taken part in.
+  void announce_going(uint64_t calls);
+  // What a rank that goes has said; nothing of others.
+  std::optional<uint64_t> goes_after(int peer) const;
+  // Nothing of this rank reads memory of these ranks, as bits, any more. kEverybody: nor has it any
+  // mapped.
+  static constexpr uint64_t kEverybody = ~uint64_t{0};
+  void let_go_of(uint64_t ranks);
+  // Whether every other rank has exited or let go of this one; with `unmapped`, of everybody.
+  bool all_let_go(bool unmapped) const;
+
   // False in a fork of the rank.
   bool is_owner() const;
   // Called now and then by a thread that waits, and may throw.

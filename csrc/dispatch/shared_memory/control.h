@@ -26,7 +26,7 @@ struct alignas(64) Mailbox {
   Message message;
 };
 
-enum class State : uint32_t { kOpen, kClosed, kFailed };
+enum class State : uint32_t { kOpen, kClosed, kFailed, kExits };
 
 constexpr size_t kReasonBytes = 1024;
 
@@ -37,6 +37,10 @@ struct Control {
   alignas(64) std::atomic<uint32_t> state;
   std::atomic<uint64_t> call;  // the last one the owner has entered
   char reason[kReasonBytes];   // of kFailed; written before
+  // Of ranks whose GPUs read each other's memory: 0, or 1 + the calls that the owner, which goes,
+  // has taken part in; and bit p: nothing of the owner reads memory of rank p any more.
+  std::atomic<uint64_t> goes_after;
+  std::atomic<uint64_t> let_go;
   alignas(64) Mailbox mailboxes[1];
 
   static size_t bytes(int ranks) {
