@@ -139,9 +139,10 @@ def run(
 
     begin = time.perf_counter()
     levels = data.entropies(text)
+    parts = "one part" if options.accumulate == 1 else f"{options.accumulate} parts"
     say(
         f"{ranks.world} ranks on {ranks.device.type}: {ranks.describe()}; activation "
-        f"checkpointing {options.ac}, {options.accumulate} parts a batch"
+        f"checkpointing {options.ac}, {parts} a batch"
     )
     say(f"{len(text.values):,} bytes of text, {sum(b - a for a, b in text.heldout):,} held out")
     net = model.make_trained_model(settings).to(ranks.device)
