@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from benchmarks.providers import LIMITS, OWN
+from benchmarks.providers.moe_overlap import IN_TURN, OVERLAP
 
 Row = dict[str, Any]
 
@@ -113,6 +114,8 @@ def summary(rows: Sequence[Row]) -> str:
         parts.append("\n".join(lines))
     if wire := on_the_wire(rows):
         parts.append(wire)
+    if overlap := gains(rows):
+        parts.append(overlap)
     return "\n\n".join(parts)
 
 
@@ -145,6 +148,32 @@ def on_the_wire(rows: Sequence[Row]) -> str:
         "| " + " | ".join("---" for _ in columns) + " |",
     ]
     return "\n".join([*head, *dict.fromkeys(lines)])
+
+
+def gains(rows: Sequence[Row]) -> str:
+    """How many times as fast a layer is that overlaps, for each transport; "" where none does."""
+    lines: dict[str, dict[str, str]] = {}
+    for (_, shape, dtype, routing, direction), group in grouped(rows).items():
+        of = {row["provider"]: row for row in group if row["ms"]}
+        for name, row in of.items():
+            transport = name.removesuffix(OVERLAP)
+            other = of.get(transport + IN_TURN)
+            if transport != name and other is not None:
+                label = f"{shape}{_crowded(group)} {dtype} | {routing} | {direction}"
+                gain = [f"{other[time] / row[time]:.2f}" for time in ("ms", "ms_min")]
+                lines.setdefault(label, {})[transport] = " / ".join(gain)
+    if not lines:
+        return ""
+    transports = list(dict.fromkeys(name for line in lines.values() for name in line))
+    columns = ("shape", "routing", "direction", *transports)
+    head = [
+        "### Time in turn over time with overlap, medians / minima",
+        "",
+        "| " + " | ".join(columns) + " |",
+        "| " + " | ".join("---" for _ in columns) + " |",
+    ]
+    cells = {label: [line.get(name, "-") for name in transports] for label, line in lines.items()}
+    return "\n".join([*head, *(f"| {' | '.join([label, *of])} |" for label, of in cells.items())])
 
 
 def number(value: float | None) -> str:

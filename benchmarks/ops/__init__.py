@@ -7,6 +7,7 @@ from benchmarks.ops.fused_experts_fp8 import fused_experts_fp8
 from benchmarks.ops.fused_experts_quantized import fused_experts_quantized
 from benchmarks.ops.grouped_gemm import grouped_gemm
 from benchmarks.ops.model_decode import model_decode
+from benchmarks.ops.moe_overlap import moe_overlap
 from benchmarks.ops.permute import permute
 from benchmarks.ops.quantize import permute_quantize, quantize_rows, quantize_weights
 from benchmarks.ops.round_tokens import round_tokens
@@ -36,5 +37,6 @@ OPS: dict[str, Op] = {
         model_decode,
         round_tokens,
         dispatch,
+        moe_overlap,
     )
 }

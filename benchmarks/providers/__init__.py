@@ -6,6 +6,7 @@ from benchmarks.providers.dense_limit import dense_limit
 from benchmarks.providers.dispatch import gloo_rows, torch_all_to_all, transports
 from benchmarks.providers.float8_chain import torch_scaled_mm
 from benchmarks.providers.moe_kernels import moe_kernels
+from benchmarks.providers.moe_overlap import in_turn, overlapping
 from benchmarks.providers.peers import PEERS
 from benchmarks.providers.quantized import (
     moe_kernels_fp8,
@@ -33,6 +34,7 @@ OWN = (
     our_compiled_model.name,
     *(transport.name for transport in transports),
     *(provider.name for provider in roles),
+    *(provider.name for provider in overlapping),
 )
 DENSE = dense_limit.name
 MACHINE = (DENSE, copy_limit.name)  # what the machine allows
@@ -60,6 +62,8 @@ PROVIDERS: dict[str, Provider] = {
         *transports,
         torch_all_to_all,
         gloo_rows,
+        *overlapping,
+        *in_turn,
         dense_limit,
         copy_limit,
     )

@@ -175,13 +175,13 @@ def _provider(name: str, build: Callable[[Case], Implementation], **options: Any
 
 
 # Those that do not carry the tensors of every device, or belong to another package.
-_LIMITED: dict[str, dict[str, Any]] = {
+LIMITED: dict[str, dict[str, Any]] = {
     "shared_memory": {"devices": ("cpu",)},
     "cuda_ipc": {"devices": ("cuda",)},
     "deepep": {"devices": ("cuda",), "requires": ("deep_ep",)},
 }
 transports = tuple(
-    _provider(name, _transport(name), **_LIMITED.get(name, {})) for name in TRANSPORTS
+    _provider(name, _transport(name), **LIMITED.get(name, {})) for name in TRANSPORTS
 )
 torch_all_to_all = _provider("torch_all_to_all", _torch_all_to_all)
 gloo_rows = _provider("gloo_rows", _gloo_rows, devices=("cpu",), limit=True)
