@@ -155,7 +155,7 @@ gpu-bench: build
 	$(PY) -m benchmarks report $(OUT) --out $(OUT)/report > /dev/null || status=$$?; \
 	exit $${status:-0}
 
-# The device's table of tile shapes, about an hour. Started again, it does the buckets that are left.
+# The device's table of tile shapes, an hour or more. Started again, it does the buckets left.
 gpu-tune: build
 	until $(PY) -m benchmarks tune --device cuda --limit $(LIMIT) --out $(OUT)/tiles.json $(ARGS); do \
 		test -e $(OUT)/tiles.trying || exit 1; \

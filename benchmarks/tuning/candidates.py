@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 
-from moe_kernels.triton._config_tables import WARP_SPECIALIZE, Config, suits_gluon
+from moe_kernels.triton._config_tables import LARGEST, WARP_SPECIALIZE, Config, suits_gluon
 
 # bytes of shared memory that a block may have, and registers of a multiprocessor
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -42,7 +42,7 @@ def candidates(
     multiprocessor are left to :func:`refinements`, which need no other tiles.
 
     Args:
-        kernel: "grouped_gemm", "up", "down_backward" or "wgrad".
+        kernel: "grouped_gemm", "up", "down_backward", "wgrad" or "scaled_grouped_gemm".
         itemsize: bytes of an element.
         rows: the most rows that an expert has on average, or None.
         contracted, columns: of a product. Of "up", columns of the activation; of "wgrad", which
@@ -50,6 +50,8 @@ def candidates(
     """
     memory = SHARED_MEMORY[family(arch)]
     widths = 2 if kernel == "up" else 1  # weights of gate and up for a column
+    # float8 products are summed anew at each step, beside the sum of the steps
+    held = 2 if kernel == "scaled_grouped_gemm" else widths
     if kernel == "wgrad":
         blocks_m: tuple[int, ...] = (64, 128, 256)
         deepest_k = max(16, min(128, next_power_of_2(rows or 128)))
@@ -60,13 +62,16 @@ def candidates(
         blocks_m = _row_blocks(rows)
         blocks_k = (32, 64, 128) if itemsize < 4 else (16, 32)
         blocks_k = tuple(k for k in blocks_k if k <= max(32, next_power_of_2(contracted)))
-    blocks_n = tuple(n for n in (32, 64, 128, 256) if n <= max(32, next_power_of_2(columns)))
+    most = LARGEST.get(kernel, 256)
+    blocks_k = tuple(k for k in blocks_k if k <= most)
+    widest = min(most, max(32, next_power_of_2(columns)))
+    blocks_n = tuple(n for n in (32, 64, 128, 256) if n <= widest)
     found = []
     for m, n, k, warps in product(blocks_m, blocks_n, blocks_k, (4, 8)):
-        sums = m * n * widths / (32 * warps)
+        sums = m * n * held / (32 * warps)
         if not SMALLEST_SUM <= sums <= LARGEST_SUM:
             continue
-        if arch >= 90 and itemsize == 2 and warps == 8 and m < 128 and kernel != "wgrad":
+        if arch >= 90 and itemsize <= 2 and warps == 8 and m < 128 and kernel != "wgrad":
             continue  # two groups of warps would share 64 rows
         stage = (m * k + k * n * widths) * itemsize
         fit = min(DEEPEST, memory // stage)

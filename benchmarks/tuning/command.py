@@ -24,7 +24,7 @@ from benchmarks.runner import check_device
 from benchmarks.timing import Call, Clock, make_clock, take_turns
 
 RUNS = environment.ROOT / "runs" / "tuning"
-KERNELS = ("up", "grouped_gemm", "down_backward", "wgrad")
+KERNELS = ("up", "grouped_gemm", "down_backward", "wgrad", "scaled_grouped_gemm")
 COMPILE_SECONDS = 120.0
 
 
@@ -102,14 +102,15 @@ def _buckets(
 def _candidates(problems: Sequence[tuple[str, int, Shape]], dtype: str, arch: int) -> list[Any]:
     """Those of the bucket's first problem that are also candidates of all others."""
     from benchmarks.tuning.candidates import candidates
-    from benchmarks.tuning.problems import PROBLEMS, bucket_of
+    from benchmarks.tuning.problems import PROBLEMS, bucket_of, operand_dtype
 
     lists = []
     for kernel, number, shape in problems:
         part = PROBLEMS[kernel][number]
         rows = bucket_of(kernel, part, shape, DTYPES[dtype]).rows
         sides = part.sides(shape)
-        lists.append(candidates(kernel, arch, DTYPES[dtype].itemsize, rows, *sides))
+        itemsize = operand_dtype(kernel, DTYPES[dtype]).itemsize
+        lists.append(candidates(kernel, arch, itemsize, rows, *sides))
     return [config for config in lists[0] if all(config in others for others in lists[1:])]
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from benchmarks.registry import Shape
 from benchmarks.routing import make_topk_ids
 from moe_kernels import reference
+from moe_kernels.triton import fused_experts_fp8 as float8
 from moe_kernels.triton._activation import Activation
 from moe_kernels.triton._config_tables import (
     Bucket,
@@ -31,11 +32,14 @@ from moe_kernels.triton._wgrad import weight_gradient
 from moe_kernels.triton.fused_experts import _project_up
 from moe_kernels.triton.grouped_gemm import multiply_rows
 from moe_kernels.triton.permute import gathered_rows
+from moe_kernels.triton.quantize import Scaled, quantize_rows
+from moe_kernels.triton.scaled_grouped_gemm import BLOCK, multiply_scaled_rows
 
 SMALLEST_BLOCK = 16
 SAMPLES = 16  # rows that are compared with float64
-# Relative Frobenius error of the sample, and of all against the default's: sums differ in order
-TOLERANCE = {"half": 6e-3, "full": 1e-4}
+# Relative Frobenius error of the sample, and of all against the default's: sums differ in order,
+# after which some values are rounded to the next of float8, a sixteenth or an eighth away
+TOLERANCE = {"half": 6e-3, "full": 1e-4, "fp8": 1.5e-2}
 
 
 @dataclass(frozen=True)
@@ -150,7 +154,8 @@ class Layer:
 
     def bucket(self, kernel: str, inner: int) -> Bucket:
         rows = rows_class(self.rows, self.shape["E"])
-        return Bucket(kernel, precision_class(self.dtype), rows, inner_class(inner))
+        precision = precision_class(operand_dtype(kernel, self.dtype))
+        return Bucket(kernel, precision, rows, inner_class(inner))
 
     def problem(
         self,
@@ -283,6 +288,72 @@ def _weight_gradient(
     return layer.problem("wgrad", part, N, M, run, (out,), truth, flops)
 
 
+def _rounded(rows: Tensor) -> Scaled:
+    return quantize_rows(rows, float8.FLOAT8, BLOCK.value, False)
+
+
+def _scaled_rows(rows: Tensor, layer: Layer, a: Scaled, b: Scaled) -> Tensor:
+    """Those rows of the product of what operands were rounded to, float64."""
+    experts = layer.expert_of(rows)
+    left = reference.dequantize_rows(a[0][rows], a[1][rows], torch.float64)
+    weights = reference.dequantize_weights(b[0][experts], b[1][experts], torch.float64)
+    return torch.bmm(left[:, None], weights)[:, 0]
+
+
+def _scaled_product(layer: Layer, part: str, a: Scaled, weight: Tensor) -> Problem:
+    """``a [R, Kd]`` times ``weight [E, Kd, N]``, which is rounded before."""
+    b = float8._float8(weight, None)
+    Kd, N = weight.shape[1:]
+    out = layer.empty(layer.rows, N)
+
+    def run(cut: Config) -> None:
+        multiply_scaled_rows(a, b, None, out, layer.tiles(cut.block_m), cut)
+
+    def truth() -> list[tuple[Tensor, Tensor]]:
+        rows = layer.sample()
+        return [(rows, _scaled_rows(rows, layer, a, b))]
+
+    flops = 2.0 * layer.rows * Kd * N
+    return layer.problem("scaled_grouped_gemm", part, Kd, N, run, (out,), truth, flops)
+
+
+def _scaled_up(layer: Layer) -> Problem:
+    """Up to the activation in float8: in one kernel, or in two where a tile has too few columns."""
+    saves, I = layer.rows > 16 * layer.shape["E"], layer.shape["I"]  # as _up does  # noqa: E741
+    x = float8._gather(layer.x, layer.order, layer.rows)
+    w = float8._float8(layer.gate_up.mT, None)
+    H, W = w[0].shape[1:]
+    h = layer.empty(layer.rows if saves else 0, W)
+    wide = layer.empty(layer.rows, I, dtype=torch.float32)
+    a = float8._empty_scaled(h, layer.rows, I)
+
+    def forget() -> None:
+        for part in a:
+            part.fill_(torch.nan)
+
+    def run(cut: Config) -> None:
+        tiles = layer.tiles(cut.block_m)
+        float8._project_up(x, w, None, layer.order[2], h, a, layer.activation, tiles, cut)
+
+    def finish(cut: Config) -> None:
+        wide.copy_(reference.dequantize_rows(*a))
+        forget()  # so that the next run has to write all of it
+
+    def truth() -> list[tuple[Tensor, Tensor]]:
+        rows = layer.sample()
+        right = _scaled_rows(rows, layer, x, w)
+        # the layer's dtype comes before float8
+        own = right.to(layer.dtype).double()
+        activated = reference.expert_activation(own, "swiglu", None, False, 1.0, float("inf"))
+        pair = reference.quantize_rows(activated.to(layer.dtype))
+        rounded = reference.dequantize_rows(*pair, torch.float64)
+        return ([(rows, right)] if saves else []) + [(rows, rounded)]
+
+    forget()
+    outputs, flops = (h, wide) if saves else (wide,), 4.0 * layer.rows * H * I
+    return layer.problem("scaled_grouped_gemm", "up", H, W, run, outputs, truth, flops, finish)
+
+
 @dataclass(frozen=True)
 class Part:
     """A product that a kernel computes in a layer.
@@ -312,10 +383,33 @@ PROBLEMS: Mapping[str, tuple[Part, ...]] = {
             lambda layer: _weight_gradient(layer, "down", layer.a, False, layer.grad, True),
         ),
     ),
+    "scaled_grouped_gemm": (
+        Part(lambda s: (s["H"], 2 * s["I"]), _scaled_up),
+        Part(
+            lambda s: (s["I"], s["H"]),
+            lambda layer: _scaled_product(layer, "down", _rounded(layer.a), layer.down.mT),
+        ),
+        Part(
+            lambda s: (s["H"], s["I"]),
+            lambda layer: _scaled_product(
+                layer, "da", float8._gather(layer.grad, layer.order, layer.rows), layer.down
+            ),
+        ),
+        Part(
+            lambda s: (2 * s["I"], s["H"]),
+            lambda layer: _scaled_product(layer, "dx", _rounded(layer.h), layer.gate_up),
+        ),
+    ),
 }
+
+
+def operand_dtype(kernel: str, dtype: torch.dtype) -> torch.dtype:
+    """What a kernel multiplies in a layer of a dtype."""
+    return float8.FLOAT8 if kernel == "scaled_grouped_gemm" else dtype
 
 
 def bucket_of(kernel: str, part: Part, shape: Shape, dtype: torch.dtype) -> Bucket:
     """The bucket of a problem, without making it."""
     rows = rows_class(shape["T"] * shape["K"], shape["E"])
-    return Bucket(kernel, precision_class(dtype), rows, inner_class(min(part.sides(shape))))
+    precision = precision_class(operand_dtype(kernel, dtype))
+    return Bucket(kernel, precision, rows, inner_class(min(part.sides(shape))))

@@ -208,14 +208,13 @@ def _project_up(
     bias: Tensor | None,
     offsets: Tensor,
     h: Tensor,
-    inner: int,
+    a: Scaled,
     act: Activation,
     tiles: TileMap,
     cut: Config,
-) -> Scaled:
-    """The activation in float8; ``h [num_rows, W]`` is written as well unless it has no rows."""
-    rows, keeps_h = x[0].shape[0], h.shape[0] > 0
-    a = _empty_scaled(h, rows, inner)
+) -> None:
+    """Write the activation in float8, and ``h [num_rows, W]`` unless it has no rows."""
+    (rows, inner), keeps_h = a[0].shape, h.shape[0] > 0
     if activates_in_product(act, h, inner, cut):
         project_up(x, w, bias, offsets, h, a, act, tiles, cut)
     elif inner:
@@ -224,7 +223,6 @@ def _project_up(
         _activate(h, offsets, a, act)
         if keeps_h:
             zero_tail(h, offsets)
-    return a
 
 
 def _activate_backward(
@@ -314,7 +312,8 @@ def fused_experts_fp8(
             order, tiles = sort_and_map(topk_ids, E, rows, cut.block_m)
             check_bound(order[2], num_rows)
             r = _gather(x, order, rows)
-            a = _project_up(r, w, gate_up_bias, order[2], h, inner, act, tiles, cut)
+            a = _empty_scaled(x, rows, inner)
+            _project_up(r, w, gate_up_bias, order[2], h, a, act, tiles, cut)
             del r, w  # before there are others
             w = _float8(down, down_scales)
             cut_down = scaled_config(w[0], rows, aligned=_aligned(x, inner, H))

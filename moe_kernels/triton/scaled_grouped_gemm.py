@@ -103,8 +103,8 @@ def _scaled_grouped_gemm_kernel(
 
 def scaled_config(b: Tensor, rows: int, *, aligned: bool) -> Config:
     """The configuration for products of ``rows`` rows, if they and the results are aligned."""
-    aligned = aligned and weight_is_aligned(b)
-    return config("scaled_grouped_gemm", b, rows, b.shape[0], aligned=aligned)
+    aligned, inner = aligned and weight_is_aligned(b), min(b.shape[1:])
+    return config("scaled_grouped_gemm", b, rows, b.shape[0], aligned=aligned, inner=inner)
 
 
 def multiply_scaled_rows(

@@ -12,6 +12,7 @@ import torch
 from moe_kernels.triton import _config_tables as tables
 from moe_kernels.triton import _configs
 from moe_kernels.triton._config_tables import Config
+from moe_kernels.triton.scaled_grouped_gemm import scaled_config
 
 CPU = torch.device("cpu")
 OTHER = Config(64, 64, 32, warps=4, stages=2, group_m=4, programs=2)
@@ -99,6 +100,22 @@ def test_a_users_table_decides_for_its_buckets(
     assert other == _configs.default_config("wgrad", 90, "half", rows, 8, aligned=aligned)
     full = _configs.config("up", torch.empty(0), rows, 8, aligned=aligned, inner=inner)
     assert full == _configs.CONFIGS["up"][80, "full", "any"]
+
+
+def test_float8_products_look_up_their_shorter_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = dataclasses.asdict(dataclasses.replace(OTHER, stages=3))
+    of: dict[str, Any] = {"kernel": "scaled_grouped_gemm", "precision": "fp8"}
+    path = write(
+        tmp_path / "own.json",
+        entry(inner="narrow", **of),
+        entry(inner="wide", **of | {"config": other}),
+    )
+    monkeypatch.setenv(tables.VARIABLE, str(path))
+    for sizes, stages in (((1024, 512), 2), ((512, 1024), 2), ((528, 1024), 3)):
+        b = torch.empty(2, *sizes, dtype=torch.float8_e4m3fn)
+        assert scaled_config(b, 256 * 2, aligned=True).stages == stages
 
 
 def test_a_users_table_comes_before_the_shipped_ones(
