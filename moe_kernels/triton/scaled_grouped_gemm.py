@@ -51,19 +51,18 @@ def scaled_products(
     tl.static_assert(BLOCK % BLOCK_N == 0)
     tl.static_assert(BLOCK % BLOCK_K == 0)
     row_scale = scales_a + row * stride_sam
-    column_scale = scales_b + expert.to(tl.int64) * stride_sbe + n // BLOCK * stride_sbn
+    # of columns past the last one, the last scale: a mask for them would cost a register in the loop
+    scaled = tl.minimum(n, N - 1) // BLOCK
+    column_scale = scales_b + expert.to(tl.int64) * stride_sbe + scaled * stride_sbn
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     # scales are loaded a block ahead, while the tensor cores are busy
-    any_column = (Kd > 0) & (n < N)
     next_row_scale = tl.load(row_scale, mask=valid & (Kd > 0), other=0.0)
-    next_column_scale = tl.load(column_scale, mask=any_column, other=0.0)
+    next_column_scale = tl.load(column_scale, mask=Kd > 0, other=0.0)
     for k in tl.range(0, Kd, BLOCK_K, num_stages=STAGES):
         scale = next_row_scale * next_column_scale
         block, more = tl.cast((k + BLOCK_K) // BLOCK, tl.int64), k + BLOCK_K < Kd
         next_row_scale = tl.load(row_scale + block * stride_sak, mask=valid & more, other=0.0)
-        next_column_scale = tl.load(
-            column_scale + block * stride_sbk, mask=any_column & more, other=0.0
-        )
+        next_column_scale = tl.load(column_scale + block * stride_sbk, mask=more, other=0.0)
         x = load_rows(a, first, row, valid, k, Kd, stride_am, stride_ak, A_MODE, EVEN_K, BLOCK_K)
         w = load_weight(
             b, expert, k, n, Kd, N, stride_be, stride_bk, stride_bn,
