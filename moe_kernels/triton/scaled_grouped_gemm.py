@@ -51,7 +51,7 @@ def scaled_products(
     tl.static_assert(BLOCK % BLOCK_N == 0)
     tl.static_assert(BLOCK % BLOCK_K == 0)
     row_scale = scales_a + row * stride_sam
-    # of columns past the last one, the last scale: a mask for them would cost a register in the loop
+    # past the last column, the last scale: a mask for it would cost a register in the loop
     scaled = tl.minimum(n, N - 1) // BLOCK
     column_scale = scales_b + expert.to(tl.int64) * stride_sbe + scaled * stride_sbn
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
