@@ -33,14 +33,15 @@ demo: build
 	OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc-per-node=2 \
 		examples/train_lm.py $(ARGS)
 
-# Kernels in two processes, where pytest-xdist is installed; the rest starts processes of its own.
+# These in two processes, where pytest-xdist is installed; the rest starts processes of its own.
+ALONE := tests/kernels tests/integrations tests/test_tuning.py tests/test_docs.py
 SIDE_BY_SIDE = $(shell $(PY) -c 'import xdist' 2>/dev/null && echo --numprocesses=2 --dist=worksteal)
 test: build
 ifdef ARGS
 	$(PYTEST) -m "not slow" $(ARGS)
 else
-	$(PYTEST) -m "not slow" $(SIDE_BY_SIDE) tests/kernels
-	$(PYTEST) -m "not slow" --ignore=tests/kernels
+	$(PYTEST) -m "not slow" $(SIDE_BY_SIDE) $(ALONE)
+	$(PYTEST) -m "not slow" $(addprefix --ignore=,$(ALONE))
 endif
 
 test-all: build
