@@ -175,20 +175,26 @@ template <typename T>
 void multiply_few(const operand_t<T>* packed, int64_t rows, int64_t k, const MatrixOf<T>& b,
                   Range columns, acc_t<T>* out, int64_t out_stride) {
   using Tile = DotTile<T>;
-  const int64_t row_size = padded<T>(k);
-  const int64_t passes = ceil_div(rows, Tile::kMaxB);
-  for (int64_t pass = 0; pass < passes; ++pass) {
-    const int64_t first = rows * pass / passes, count = rows * (pass + 1) / passes - first;
-    Tile tile;
-    tile.a = b.data + columns.begin * b.stride_n;
-    tile.a_stride = b.stride_n;
-    tile.a_count = columns.size();
-    tile.b = packed + first * row_size;
-    tile.b_stride = row_size;
-    tile.k = k;
-    tile.out = out + first * out_stride;
-    tile.out_stride = out_stride;
-    dot_function<T>(count, std::make_index_sequence<Tile::kMaxB>())(tile);
+  const int64_t row_size = padded<T>(k), passes = ceil_div(rows, Tile::kMaxB);
+  // All passes over a few columns before the next: one reads them from memory, the others from the
+  // cache, and each fetches its share of the columns that follow.
+  const int64_t step = passes > 1 ? kLanes<acc_t<T>> : columns.size();
+  const int64_t ahead = max(min(kCacheBytes / static_cast<int64_t>(k * sizeof(T)), 16), 2);
+  Tile tile;
+  tile.a_stride = b.stride_n;
+  tile.b_stride = row_size;
+  tile.k = k;
+  tile.out_stride = out_stride;
+  for (int64_t c = columns.begin; c < columns.end; c += step) {
+    tile.a = b.data + c * b.stride_n;
+    tile.a_count = min(step, columns.end - c);
+    for (int64_t pass = 0; pass < passes; ++pass) {
+      const int64_t first = rows * pass / passes, count = rows * (pass + 1) / passes - first;
+      for (int64_t i = 0; i < 4; ++i) tile.ahead[i] = i % passes == pass ? ahead * b.stride_n : 0;
+      tile.b = packed + first * row_size;
+      tile.out = out + first * out_stride + (c - columns.begin);
+      dot_function<T>(count, std::make_index_sequence<Tile::kMaxB>())(tile);
+    }
   }
 }
 

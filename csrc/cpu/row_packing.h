@@ -17,19 +17,29 @@ constexpr int kStep = kLanes<acc_t<T>> * Compute<T>::G;  // elements of k in a v
 constexpr int kRowsTogether = kRegisters == 32 ? 16 : 4, kRowsReadFast = kRegisters == 32 ? 8 : 4;
 constexpr int64_t kVeryFewRows = 8;
 
-// Elements of a packed row: whole vectors and whole groups of kRowsTogether, and one vector more so
-// that rows do not fall on the same lines of a cache.
+// Elements of a packed row, with the zeros that follow: whole vectors and groups of kRowsTogether.
 template <typename T>
-MOE_INLINE int64_t padded(int64_t k) {
+MOE_INLINE int64_t filled(int64_t k) {
   constexpr int64_t multiple = max(kStep<T>, kRowsTogether);
-  return ceil_div(k, multiple) * multiple + kStep<T>;
+  return ceil_div(k, multiple) * multiple;
 }
 
-// More rows than this fill enough of a vector. In tile registers that is cheap: there any rest
-// beside whole vectors is one too.
+// From one packed row to the next: 9 lines more than a multiple of 16, so that the same part of
+// eight rows is spread over a way of a first-level cache, which has 64 lines.
 template <typename T>
-constexpr int kLeastOfVector =
-    kTileRegisters<T> || kRegisters < 32 ? kLanes<acc_t<T>> / 2 : 3 * kLanes<acc_t<T>> / 4;
+MOE_INLINE int64_t padded(int64_t k) {
+  constexpr int64_t kLine = 64 / sizeof(operand_t<T>);
+  const int64_t lines = ceil_div(filled<T>(k), kLine);
+  return (lines + (16 + 9 - lines % 16) % 16) * kLine;
+}
+
+// More rows than this, beside whole vectors, fill enough of one. In tile registers any do.
+template <typename T>
+constexpr int least_of_vector(bool beside) {
+  constexpr int L = kLanes<acc_t<T>>;
+  if (kTileRegisters<T> || kRegisters < 32) return kTileRegisters<T> && beside ? 0 : L / 2;
+  return beside ? 12 * L / 16 : (Compute<T>::G > 1 ? 15 : 13) * L / 16;
+}
 
 // How m rows are packed for a k-contiguous matrix: blocks of vectors, each [groups, vectors, lanes,
 // G], then rows that would fill too little of a vector, each padded.
@@ -41,8 +51,7 @@ struct Blocks {
     constexpr int64_t L = kLanes<acc_t<T>>;
     vectors = m / L;
     rest = m % L;
-    const bool whole = kTileRegisters<T> && vectors > 0;
-    if (rest > (whole ? 0 : kLeastOfVector<T>)) {
+    if (rest > least_of_vector<T>(vectors > 0)) {
       ++vectors;
       rest = 0;
     }
@@ -124,7 +133,7 @@ void pack(bool k_contiguous, void* packed, const T* const* rows, int64_t m, int6
   U* out = static_cast<U*>(packed);
   const int64_t n = part.size(), row_size = padded<T>(k);
   // The last part also writes the zeros.
-  const int64_t whole = part.end == k ? row_size - part.begin : n;
+  const int64_t whole = part.end == k ? filled<T>(k) - part.begin : n;
   const Blocks<T> blocks(k_contiguous ? m : 0);
   const int64_t groups = group_count<T>(k);
   const int64_t part_groups = part.end == k ? groups - part.begin / G : ceil_div(n, G);

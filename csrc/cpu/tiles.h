@@ -254,18 +254,26 @@ struct DotTile {
   const U* b;  // zeros after k, up to a whole number of vectors
   int64_t b_stride;
   int64_t k;
-  A* out;  // [b, a]
+  int64_t ahead[4];  // elements from what rows of the matrix read to what they fetch
+  A* out;            // [b, a]
   int64_t out_stride;
 };
 
-// So many rows of the matrix meet each packed value that is loaded: many packed rows are more than
-// a first-level cache holds. Few are, and one row after the other is how memory is read fastest.
-template <int nb>
-constexpr int kRowsAtOnce = kRegisters < 32 || nb <= 3 ? 1 : (nb <= 6 ? 4 : 3);
+// Bytes of each packed row that a pass over the matrix meets: those of kMaxB rows are half a
+// first-level cache. More of them, read again for every few rows of the matrix, would take longer
+// than the matrix does from memory.
+constexpr int64_t kPartBytes = 2048;
 
-// Products of `rows` rows of the matrix with all packed rows, spread over lanes: sums[j][at + i].
+// Rows of the matrix that meet each packed value that is loaded. One where few packed rows wait for
+// the matrix: in the order of its memory it is read fastest. Of more, rows of a power of two fall
+// on the same lines of the cache, so four only where two would make loads the limit.
+template <int nb>
+constexpr int kRowsAtOnce = kRegisters < 32 || nb <= 3 ? 1 : (nb == 6 ? 4 : 2);
+
+// Adds products of `rows` rows of the matrix with all packed rows, elements [begin, end) of each
+// and spread over lanes, to sums[j][at + i].
 template <typename T, int nb, int rows>
-MOE_INLINE void dot_rows(const DotTile<T>& tile, const T* a,
+MOE_INLINE void dot_rows(const DotTile<T>& tile, const T* a, int64_t begin, int64_t end,
                          Vec<acc_t<T>> (&sums)[nb][kLanes<acc_t<T>>], int64_t at) {
   using Group = Groups<T>;
   using A = acc_t<T>;
@@ -273,7 +281,7 @@ MOE_INLINE void dot_rows(const DotTile<T>& tile, const T* a,
   constexpr int unroll = rows > 1 ? 1 : (nb == 1 ? 4 : (nb <= 3 ? 2 : 1));
   constexpr int64_t kAhead = 8192 / sizeof(T);  // two pages: the first of a page takes longest
   const operand_t<T>* b = tile.b;
-  const int64_t a_stride = tile.a_stride, b_stride = tile.b_stride, whole = tile.k / step * step;
+  const int64_t a_stride = tile.a_stride, b_stride = tile.b_stride, whole = end / step * step;
   Vec<A> partial[unroll][rows][nb] = {};
   const auto add = [&](int64_t k, const typename Group::V(&av)[rows], int u)
                        __attribute__((always_inline)) {
@@ -286,7 +294,7 @@ MOE_INLINE void dot_rows(const DotTile<T>& tile, const T* a,
                            }
                          }
                        };
-  int64_t k = 0;
+  int64_t k = begin;
   for (; k + unroll * step <= whole; k += unroll * step) {
     MOE_UNROLL
     for (int u = 0; u < unroll; ++u) {
@@ -294,13 +302,13 @@ MOE_INLINE void dot_rows(const DotTile<T>& tile, const T* a,
       MOE_UNROLL
       for (int i = 0; i < rows; ++i) {
         const T* p = a + i * a_stride + k + u * step;
-        prefetch_line(p + (rows > 1 ? 4 * rows * a_stride : kAhead));
+        prefetch_line(p + (rows > 1 ? tile.ahead[i] : kAhead));
         av[i] = Group::load_wide(p);
       }
       add(k + u * step, av, u);
     }
   }
-  for (; k < tile.k; k += step) {
+  for (; k < end; k += step) {
     typename Group::V av[rows];
     MOE_UNROLL
     for (int i = 0; i < rows; ++i) {
@@ -309,7 +317,7 @@ MOE_INLINE void dot_rows(const DotTile<T>& tile, const T* a,
         av[i] = Group::load_wide(p);
       } else {
         T rest[step] = {};
-        std::memcpy(rest, p, (tile.k - whole) * sizeof(T));
+        std::memcpy(rest, p, (end - whole) * sizeof(T));
         av[i] = Group::load_wide(rest);
       }
     }
@@ -322,7 +330,7 @@ MOE_INLINE void dot_rows(const DotTile<T>& tile, const T* a,
       Vec<A> sum = partial[0][i][j];
       MOE_UNROLL
       for (int u = 1; u < unroll; ++u) sum += partial[u][i][j];
-      sums[j][at + i] = sum;
+      sums[j][at + i] += sum;
     }
   }
 }
@@ -331,15 +339,20 @@ template <typename T, int nb>
 void dot_tile(const DotTile<T>& tile) {
   using A = acc_t<T>;
   constexpr int L = kLanes<A>, at_once = kRowsAtOnce<nb>;
+  constexpr int64_t kPart = kPartBytes / sizeof(operand_t<T>);
+  const int64_t part = at_once == 1 ? tile.k : (nb <= 4 ? 2 * kPart : kPart);
   for (int64_t first = 0; first < tile.a_count; first += L) {
     const int64_t count = tile.a_count - first < L ? tile.a_count - first : L;
     const T* a = tile.a + first * tile.a_stride;
     Vec<A> all[nb][L] = {};
-    int64_t i = 0;
-    for (; i + at_once <= count; i += at_once) {
-      dot_rows<T, nb, at_once>(tile, a + i * tile.a_stride, all, i);
+    for (int64_t begin = 0; begin < tile.k; begin += part) {
+      const int64_t end = tile.k - begin < part ? tile.k : begin + part;
+      int64_t i = 0;
+      for (; i + at_once <= count; i += at_once) {
+        dot_rows<T, nb, at_once>(tile, a + i * tile.a_stride, begin, end, all, i);
+      }
+      for (; i < count; ++i) dot_rows<T, nb, 1>(tile, a + i * tile.a_stride, begin, end, all, i);
     }
-    for (; i < count; ++i) dot_rows<T, nb, 1>(tile, a + i * tile.a_stride, all, i);
     MOE_UNROLL
     for (int j = 0; j < nb; ++j) {
       store_some(tile.out + j * tile.out_stride + first, sum_each<A>(all[j]), count);
