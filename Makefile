@@ -26,7 +26,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
 
 CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/native/*.cpp' 'tests/native/*.h')
 
-.PHONY: demo test test-all test-amx test-sanitizers test-stress test-instructions lint format bench \
+.PHONY: demo test test-all test-modules test-amx test-sanitizers test-stress test-instructions lint format bench \
 	gpu-check gpu-bench gpu-tune build clean
 
 demo: build
@@ -36,7 +36,16 @@ demo: build
 # These in two processes, where pytest-xdist is installed; the rest starts processes of its own.
 ALONE := tests/kernels tests/integrations tests/test_tuning.py tests/test_docs.py
 SIDE_BY_SIDE = $(shell $(PY) -c 'import xdist' 2>/dev/null && echo --numprocesses=2 --dist=worksteal)
-test: build
+TEST_MODULES := pytest numpy transformers triton expecttest matplotlib tqdm
+test test-all: test-modules build
+test-modules: $(ENVIRONMENT)
+	@$(PY) -c 'import sys; from importlib.util import find_spec; \
+	missing = [name for name in sys.argv[1:] if not find_spec(name)]; \
+	remedy = "Remedy: pip install -c constraints.txt %s; or leave out PYTHON=" % " ".join(missing); \
+	sys.exit("make test: not in this environment: %s\n%s" % (", ".join(missing), remedy) if missing else 0)' \
+		$(TEST_MODULES)
+
+test:
 ifdef ARGS
 	$(PYTEST) -m "not slow" $(ARGS)
 else
@@ -44,7 +53,7 @@ else
 	$(PYTEST) -m "not slow" $(addprefix --ignore=,$(ALONE))
 endif
 
-test-all: build
+test-all:
 	$(PYTEST) $(ARGS)
 
 # The level amx with its instructions emulated, on any processor with AVX-512 BF16: its products alone,
