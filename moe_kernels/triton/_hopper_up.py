@@ -68,7 +68,7 @@ def _gather(
         # those past the expert's last row repeat it, and are not stored
         row = first + gl.minimum(i, end - first - 1)
         token = gl.load(row_to_slot + row) // top_k
-        cells = x + (token.to(gl.int64) * (stride * UNIT))[:, None] + column[None, :]
+        cells = x + (token.to(gl.int64) * stride * UNIT)[:, None] + column[None, :]
         for k in range(0, units * UNIT, BLOCK_K):
             slot, parity = _slot(step, STAGES)
             ready, weight = full.index(slot), weights.index(slot)
@@ -224,7 +224,7 @@ def project_up(
     """``a [rows, I]``, and ``h`` unless it has no rows, for the rows of the map.
 
     Args:
-        x: [T, H], aligned, of which row r is row ``row_to_slot[r] // top_k``.
+        x: [T, H], aligned, H a multiple of UNIT, of which row r is row ``row_to_slot[r] // top_k``.
         gate_up: [E, H, W], that TMA can bring.
         transposed: gate_up is stored [E, W, H].
     """

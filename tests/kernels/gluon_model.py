@@ -219,7 +219,7 @@ class Descriptor:
 
 @dataclass(frozen=True)
 class Pointer:
-    values: Tensor  # flat
+    values: Any  # a flat tensor, or what is indexed as one
     offset: Any = 0
 
     def __add__(self, offset: Any) -> Pointer:

@@ -21,6 +21,17 @@ from tests.kernels.test_hopper_gemm import BLOCK_M, BLOCK_N, Names, check, tile_
 pytestmark = pytest.mark.skipif(HAS_GPU, reason="models what a GPU does")
 
 BLOCK_K, PROGRAMS, TOP_K = 16, 2, 3
+FAR = 2**31
+
+
+class _FarRows:
+    """Elements of rows that start FAR apart, of which there are as many as of x."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x, self.dtype = x, x.dtype
+
+    def __getitem__(self, element: Tensor) -> Tensor:
+        return self.x[element // FAR, element % FAR]
 
 
 def project(
@@ -34,6 +45,7 @@ def project(
     transposed: bool = True,
     biased: bool = False,
     saves: bool = True,
+    far: bool = False,
     stages: int = 3,
     seed: int = 0,
     mistake: Callable[[Names], Names] = lambda names: {},
@@ -43,6 +55,7 @@ def project(
     Args:
         counts: rows of each expert.
         columns: of the activation.
+        far: rows of x are FAR elements apart.
         mistake: names of the kernel's modules that mean something else, from what they mean.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -70,14 +83,17 @@ def project(
         described = Descriptor(w.mT.contiguous(), (1, box, BLOCK_K))
     else:
         described = Descriptor(w, (1, BLOCK_K, box))
+    rows_of_x = Pointer(_FarRows(x) if far else x.view(-1))
+    # as a kernel has it, of 32 bits
+    stride = torch.tensor((FAR if far else contracted + 8) // 8, dtype=torch.int32)
     for program in range(PROGRAMS):
         names = Language(program, PROGRAMS, seed).names
         names |= mistake(names)
         kernel = gluon_model.as_python(_hopper_up._hopper_up_kernel, names)
         kernel(
-            Pointer(x.view(-1)), Pointer(slots), described, Pointer(bias.flatten()),
-            Pointer(h.view(-1)), Pointer(a.view(-1)), Pointer(tiles), bound, contracted // 8,
-            columns, width, TOP_K, (contracted + 8) // 8, 1.702, 0.5, width, 1, SHARED=shared,
+            rows_of_x, Pointer(slots), described, Pointer(bias.flatten()), Pointer(h.view(-1)),
+            Pointer(a.view(-1)), Pointer(tiles), bound, contracted // 8, columns, width, TOP_K,
+            stride, 1.702, 0.5, width, 1, SHARED=shared,
             TRANSPOSED=transposed, BIASED=biased, SAVE_H=saves, EVEN_K=contracted % BLOCK_K == 0,
             BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, GROUP_M=2, STAGES=stages,
             **constants,
@@ -125,6 +141,11 @@ def test_every_activation_is_computed(kind: str) -> None:
             [9, 4], 24, 12, kind=kind, interleaved=interleaved, transposed=False, biased=True
         ):
             check(out, right)
+
+
+def test_rows_may_lie_far_apart() -> None:
+    for out, right in project([9, 4], 24, 12, far=True):
+        check(out, right)
 
 
 def test_no_tiles_are_nothing_to_do() -> None:
@@ -219,6 +240,12 @@ def test_it_is_used_where_it_was_asked_for_and_can_be(monkeypatch: pytest.Monkey
         assert not used(dtype=torch.float32)
         assert not used(x=torch.empty(64, 130, dtype=torch.bfloat16)[:, 1:129])
         assert not used(x=torch.empty(128, 64, dtype=torch.bfloat16).mT)
+        # rows of 124 elements, which start at multiples of 16 bytes: in a wider matrix, and one
+        x, w = torch.empty(64, 136, dtype=torch.bfloat16), torch.empty(2, 256, 136).bfloat16()
+        assert not used(x=x[:, :124], w=w[..., :124].mT)
+        assert used(x=x[:, :120], w=w[..., :120].mT)
+        w = torch.empty(2, 124, 256, dtype=torch.bfloat16)
+        assert not used(x=torch.empty(1, 124, dtype=torch.bfloat16), w=w)
         assert not used(w=torch.empty(2, 128, 512, dtype=torch.bfloat16)[..., ::2])
         assert used(w=torch.empty(2, 128, 256, dtype=torch.bfloat16))  # stored by rows
         assert used(kind="relu2")
