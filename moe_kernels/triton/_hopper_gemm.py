@@ -76,6 +76,15 @@ def _hand_back(empty, step, done, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def _load_weight(w, expert, n, k, ready, slot, TRANSPOSED: gl.constexpr):
+    """What a step that begins at k contracts, of the columns from n on."""
+    if TRANSPOSED:
+        tma.async_copy_global_to_shared(w, [expert, n, k], ready, slot)
+    else:
+        tma.async_copy_global_to_shared(w, [expert, k, n], ready, slot)
+
+
+@gluon.jit
 def _load(
     a, b, problem, ring,
     TRANSPOSED: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
@@ -96,20 +105,29 @@ def _load(
             mbarrier.wait(empty.index(slot), parity ^ 1)
             mbarrier.expect(ready, BYTES)
             tma.async_copy_global_to_shared(a, [first, k], ready, x.index(slot))
-            if TRANSPOSED:
-                tma.async_copy_global_to_shared(b, [expert, n, k], ready, w.index(slot))
-            else:
-                tma.async_copy_global_to_shared(b, [expert, k, n], ready, w.index(slot))
+            _load_weight(b, expert, n, k, ready, w.index(slot), TRANSPOSED)
             step += 1
 
 
 @gluon.jit
+def _begin(contracted, GROUP: gl.constexpr, SHARED: gl.constexpr, BLOCK_K: gl.constexpr):
+    """A group's first tile, and the step that its sums begin with."""
+    number, step = gl.program_id(0), 0
+    if not SHARED:
+        number += GROUP * gl.num_programs(0)
+        step += GROUP * gl.cdiv(contracted, BLOCK_K)
+    return number, step
+
+
+@gluon.jit
 def _sum_tile(
-    ring, step, contracted,
+    ring, turn, turns, step, contracted,
     GROUP: gl.constexpr, SHARED: gl.constexpr, TRANSPOSED: gl.constexpr, COPIED: gl.constexpr,
     BLOCK_M: gl.constexpr, WIDTH: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """A tile's sums, or its half's if SHARED, from the step on; and the step after its last.
+    """The sums of a group's tile, of number ``turns`` and from ``step`` on, or of its half of one.
+
+    With them come both numbers of its next tile.
 
     COPIED: a slot's rows came by ``cp.async``. The tensor cores read through another proxy, to
     which the fence shows them.
@@ -117,6 +135,8 @@ def _sum_tile(
     x, w, full, empty = ring
     ROWS: gl.constexpr = BLOCK_M // GROUPS if SHARED else BLOCK_M
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    if not SHARED:
+        mbarrier.wait(turn.index(GROUP), (turns & 1) ^ (1 - GROUP))
     total = gl.zeros([ROWS, WIDTH], gl.float32, SUMS)
     for k in range(0, contracted, BLOCK_K):
         slot, parity = _slot(step, STAGES)
@@ -136,12 +156,16 @@ def _sum_tile(
     total = warpgroup_mma_wait(0, deps=(total,))
     meet()
     _hand_back(empty, step - 1, True, STAGES)
-    return total, step
+    if not SHARED:
+        mbarrier.arrive(turn.index(1 - GROUP))
+        step += gl.cdiv(contracted, BLOCK_K)  # those of the other group's tile
+    return total, step, turns + 1
 
 
 @gluon.jit
 def _store(
-    tile, out, first, end, row, column, N, pitch, ROWS: gl.constexpr, COLUMNS: gl.constexpr
+    tile, out, first, end, ROW: gl.constexpr, column, N, pitch,
+    ROWS: gl.constexpr, COLUMNS: gl.constexpr,
 ):  # fmt: skip
     """Store the rows of one expert, of which N columns are, ``pitch`` elements from row to row.
 
@@ -149,19 +173,13 @@ def _store(
     """
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     tile = gl.convert_layout(tile.to(out.dtype.element_ty), LAYOUT)
-    i = row + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+    i = ROW + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
     j = column + gl.arange(0, COLUMNS, gl.SliceLayout(0, LAYOUT))
     gl.store(
         out + first.to(gl.int64) * pitch + (i[:, None] * pitch + j[None, :]),
         tile,
         mask=(i < end - first)[:, None] & (j < N)[None, :],
     )
-
-
-@gluon.jit
-def _turn(turn, turns, GROUP: gl.constexpr):
-    """Wait until the other group has multiplied the tile before this group's of that number."""
-    mbarrier.wait(turn.index(GROUP), (turns & 1) ^ (1 - GROUP))
 
 
 @gluon.jit
@@ -175,29 +193,19 @@ def _multiply(
     tiles, bound, N, Kd = problem
     ROWS: gl.constexpr = BLOCK_M // GROUPS if SHARED else BLOCK_M
     OWNERS: gl.constexpr = 1 if SHARED else GROUPS  # of the tiles, by turns
+    ROW: gl.constexpr = GROUP * ROWS if SHARED else 0  # of a tile, the first
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     row_tiles, column_tiles = tile_count(tiles), gl.cdiv(N, BLOCK_N)
-    steps = gl.cdiv(Kd, BLOCK_K)
-    start, row, step = gl.program_id(0), 0, 0
-    if SHARED:
-        row = GROUP * ROWS
-    else:
-        start += GROUP * gl.num_programs(0)
-        step += GROUP * steps
+    start, step = _begin(Kd, GROUP, SHARED, BLOCK_K)
     turns = 0
     for number in range(start, row_tiles * column_tiles, gl.num_programs(0) * OWNERS):
         tile, column_tile = walk(number, row_tiles, column_tiles, GROUP_M)
         expert, first, end = load_tile(tiles, bound, tile)
         n = column_tile * BLOCK_N
-        if not SHARED:
-            _turn(turn, turns, GROUP)
-        total, step = _sum_tile(
-            ring, step, Kd, GROUP, SHARED, TRANSPOSED, False, BLOCK_M, BLOCK_N, BLOCK_K, STAGES
-        )
-        if not SHARED:
-            mbarrier.arrive(turn.index(1 - GROUP))
-            turns += 1
-            step += steps  # those of the other group's tile
+        total, step, turns = _sum_tile(
+            ring, turn, turns, step, Kd, GROUP, SHARED, TRANSPOSED, False, BLOCK_M, BLOCK_N,
+            BLOCK_K, STAGES,
+        )  # fmt: skip
 
         if BIASED:
             column = n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, SUMS))
@@ -206,21 +214,34 @@ def _multiply(
         # halves, since what they go through on the way to their layout is taken from the ring
         HALF: gl.constexpr = BLOCK_N // 2
         left, right = gl.split(total.reshape([ROWS, 2, HALF]).permute(0, 2, 1))
-        _store(left, out, first, end, row, n, N, N, ROWS, HALF)
-        _store(right, out, first, end, row, n + HALF, N, N, ROWS, HALF)
+        _store(left, out, first, end, ROW, n, N, N, ROWS, HALF)
+        _store(right, out, first, end, ROW, n + HALF, N, N, ROWS, HALF)
 
 
 @gluon.jit
-def _make_barriers(
-    full, empty, turn, SHARED: gl.constexpr, ARRIVALS: gl.constexpr, STAGES: gl.constexpr
+def _make_ring(
+    dtype: gl.constexpr, SHARED: gl.constexpr, TRANSPOSED: gl.constexpr, ARRIVALS: gl.constexpr,
+    BLOCK_M: gl.constexpr, WIDTH: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """ARRIVALS: at ``full``, of the warps that load."""
+    """The ring, and the barriers of turns.
+
+    ARRIVALS: at ``full``, of the warps that load.
+    """
+    W_SHAPE: gl.constexpr = [WIDTH, BLOCK_K] if TRANSPOSED else [BLOCK_K, WIDTH]
+    TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    x = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_K], TILE)
+    w = gl.allocate_shared_memory(dtype, [STAGES, W_SHAPE[0], W_SHAPE[1]], TILE)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    turn = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], BARRIER)
     for slot in gl.static_range(STAGES):
         mbarrier.init(full.index(slot), count=ARRIVALS)
         mbarrier.init(empty.index(slot), count=GROUPS if SHARED else 1)
     for group in gl.static_range(GROUPS):
         mbarrier.init(turn.index(group), count=1)
     fence_async_shared()  # TMA arrives through another proxy than these writes
+    return (x, w, full, empty), turn
 
 
 @gluon.jit(do_not_specialize=["bound"])
@@ -230,17 +251,9 @@ def _hopper_gemm_kernel(
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
     GROUP_M: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    W_SHAPE: gl.constexpr = [BLOCK_N, BLOCK_K] if TRANSPOSED else [BLOCK_K, BLOCK_N]
-    TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     BYTES: gl.constexpr = 2 * BLOCK_K * (BLOCK_M + BLOCK_N)
-    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    x = gl.allocate_shared_memory(a.dtype, [STAGES, BLOCK_M, BLOCK_K], TILE)
-    w = gl.allocate_shared_memory(b.dtype, [STAGES, W_SHAPE[0], W_SHAPE[1]], TILE)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    turn = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], BARRIER)
-    _make_barriers(full, empty, turn, SHARED, 1, STAGES)
-    problem, ring = (tiles, bound, N, Kd), (x, w, full, empty)
+    ring, turn = _make_ring(a.dtype, SHARED, TRANSPOSED, 1, BLOCK_M, BLOCK_N, BLOCK_K, STAGES)
+    problem = (tiles, bound, N, Kd)
     gl.warp_specialize(
         [
             (_multiply, (
@@ -263,6 +276,13 @@ def describe(tensor: Tensor, block: list[int]) -> TensorDescriptor:
     return TensorDescriptor(tensor, list(tensor.shape), tma_strides(tensor), block, layout)
 
 
+def describe_weight(w: Tensor, block_k: int, block_n: int, *, transposed: bool) -> TensorDescriptor:
+    """``w [E, Kd, N]``, stored [E, N, Kd] if transposed, in tiles of an expert."""
+    if transposed:
+        return describe(w.mT, [1, block_n, block_k])
+    return describe(w, [1, block_k, block_n])
+
+
 def multiply_rows(
     a: Tensor,
     b: Tensor,
@@ -279,10 +299,7 @@ def multiply_rows(
     """
     Kd, N = b.shape[1:]
     steps = tiles.bound * ceil_div(N, cut.block_n)
-    if transposed:
-        w = describe(b.mT, [1, cut.block_n, cut.block_k])
-    else:
-        w = describe(b, [1, cut.block_k, cut.block_n])
+    w = describe_weight(b, cut.block_k, cut.block_n, transposed=transposed)
     _hopper_gemm_kernel[(min(steps, processors(a.device)),)](
         describe(a, [cut.block_m, cut.block_k]), w, bias, out, tiles.tiles, tiles.bound, N, Kd,
         *((0, 0) if bias is None else bias.stride()),

@@ -20,18 +20,19 @@ import triton.experimental.gluon.language as gl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from moe_kernels.triton._activation import Activation, activate, activate_gated
 from moe_kernels.triton._config_tables import LARGEST_TILE, Config
 from moe_kernels.triton._hopper_gemm import (
     GROUPS,
-    _make_barriers,
+    _begin,
+    _load_weight,
+    _make_ring,
     _slot,
     _store,
     _sum_tile,
-    _turn,
-    describe,
+    describe_weight,
 )
 from moe_kernels.triton._launch import ceil_div, processors
 from moe_kernels.triton._tiles import TileMap, load_tile, tile_count, walk
@@ -57,6 +58,7 @@ def _gather(
     tiles, bound, I, units = problem
     rows, weights, full, empty = ring
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, UNIT], [4, 8], [LOADERS, 1], [1, 0])
+    COLUMNS: gl.constexpr = 0 if TRANSPOSED else 1  # a slot's dimension of them
     i = gl.arange(0, BLOCK_M, gl.SliceLayout(1, LAYOUT))
     column = gl.arange(0, BLOCK_K, gl.SliceLayout(0, LAYOUT))
     row_tiles, column_tiles = tile_count(tiles), gl.cdiv(I, BLOCK_N)
@@ -74,18 +76,13 @@ def _gather(
             ready, weight = full.index(slot), weights.index(slot)
             mbarrier.wait(empty.index(slot), parity ^ 1)
             mbarrier.expect(ready, 2 * BLOCK_K * WIDTH)
-            if HALVES and TRANSPOSED:
-                gate, up = weight.slice(0, BLOCK_N, dim=0), weight.slice(BLOCK_N, BLOCK_N, dim=0)
-                tma.async_copy_global_to_shared(w, [expert, n, k], ready, gate)
-                tma.async_copy_global_to_shared(w, [expert, I + n, k], ready, up)
-            elif HALVES:
-                gate, up = weight.slice(0, BLOCK_N, dim=1), weight.slice(BLOCK_N, BLOCK_N, dim=1)
-                tma.async_copy_global_to_shared(w, [expert, k, n], ready, gate)
-                tma.async_copy_global_to_shared(w, [expert, k, I + n], ready, up)
-            elif TRANSPOSED:
-                tma.async_copy_global_to_shared(w, [expert, n, k], ready, weight)
+            if HALVES:
+                gate = weight.slice(0, BLOCK_N, dim=COLUMNS)
+                up = weight.slice(BLOCK_N, BLOCK_N, dim=COLUMNS)
+                _load_weight(w, expert, n, k, ready, gate, TRANSPOSED)
+                _load_weight(w, expert, I + n, k, ready, up, TRANSPOSED)
             else:
-                tma.async_copy_global_to_shared(w, [expert, k, n], ready, weight)
+                _load_weight(w, expert, n, k, ready, weight, TRANSPOSED)
             if EVEN_K:
                 async_copy.async_copy_global_to_shared(rows.index(slot), cells + k)
             else:
@@ -107,31 +104,21 @@ def _project(
     tiles, bound, I, units = problem
     HALVES: gl.constexpr = GATED and not INTERLEAVED
     ROWS: gl.constexpr = BLOCK_M // GROUPS if SHARED else BLOCK_M
+    ROW: gl.constexpr = GROUP * ROWS if SHARED else 0  # of a tile, the first
     OWNERS: gl.constexpr = 1 if SHARED else GROUPS  # of the tiles, by turns
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     row_tiles, column_tiles = tile_count(tiles), gl.cdiv(I, BLOCK_N)
     H = units * UNIT
-    steps = gl.cdiv(H, BLOCK_K)
-    start, row, step = gl.program_id(0), 0, 0
-    if SHARED:
-        row = GROUP * ROWS
-    else:
-        start += GROUP * gl.num_programs(0)
-        step += GROUP * steps
+    start, step = _begin(H, GROUP, SHARED, BLOCK_K)
     turns = 0
     for number in range(start, row_tiles * column_tiles, gl.num_programs(0) * OWNERS):
         tile, column_tile = walk(number, row_tiles, column_tiles, GROUP_M)
         expert, first, end = load_tile(tiles, bound, tile)
         n = column_tile * BLOCK_N
-        if not SHARED:
-            _turn(turn, turns, GROUP)
-        total, step = _sum_tile(
-            ring, step, H, GROUP, SHARED, TRANSPOSED, True, BLOCK_M, WIDTH, BLOCK_K, STAGES
-        )
-        if not SHARED:
-            mbarrier.arrive(turn.index(1 - GROUP))
-            turns += 1
-            step += steps  # those of the other group's tile
+        total, step, turns = _sum_tile(
+            ring, turn, turns, step, H, GROUP, SHARED, TRANSPOSED, True, BLOCK_M, WIDTH, BLOCK_K,
+            STAGES,
+        )  # fmt: skip
 
         if BIASED:
             within = gl.arange(0, WIDTH, gl.SliceLayout(0, SUMS))
@@ -149,19 +136,19 @@ def _project(
         if SAVE_H:
             wide = n if HALVES else column_tile * WIDTH
             columns = I if HALVES else W
-            _store(left, h, first, end, row, wide, columns, W, ROWS, HALF)
+            _store(left, h, first, end, ROW, wide, columns, W, ROWS, HALF)
             if HALVES:
-                _store(right, h + I, first, end, row, wide, columns, W, ROWS, HALF)
+                _store(right, h + I, first, end, ROW, wide, columns, W, ROWS, HALF)
             else:
-                _store(right, h, first, end, row, wide + HALF, columns, W, ROWS, HALF)
+                _store(right, h, first, end, ROW, wide + HALF, columns, W, ROWS, HALF)
         if GATED:
             if INTERLEAVED:
                 left, right = gl.split(total.reshape([ROWS, BLOCK_N, 2]))
             value = activate_gated(left, right, alpha, limit, KIND, CLAMP, False)
-            _store(value, a, first, end, row, n, I, I, ROWS, BLOCK_N)
+            _store(value, a, first, end, ROW, n, I, I, ROWS, BLOCK_N)
         else:
-            _store(activate(left, KIND, False), a, first, end, row, n, I, I, ROWS, HALF)
-            _store(activate(right, KIND, False), a, first, end, row, n + HALF, I, I, ROWS, HALF)
+            _store(activate(left, KIND, False), a, first, end, ROW, n, I, I, ROWS, HALF)
+            _store(activate(right, KIND, False), a, first, end, ROW, n + HALF, I, I, ROWS, HALF)
 
 
 @gluon.jit(do_not_specialize=["bound", "top_k"])
@@ -175,17 +162,11 @@ def _hopper_up_kernel(
 ):  # fmt: skip
     HALVES: gl.constexpr = GATED and not INTERLEAVED
     WIDTH: gl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
-    W_SHAPE: gl.constexpr = [WIDTH, BLOCK_K] if TRANSPOSED else [BLOCK_K, WIDTH]
-    TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    rows = gl.allocate_shared_memory(w.dtype, [STAGES, BLOCK_M, BLOCK_K], TILE)
-    weights = gl.allocate_shared_memory(w.dtype, [STAGES, W_SHAPE[0], W_SHAPE[1]], TILE)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    turn = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], BARRIER)
-    # of all that gather, and of the one that says how many bytes of weights come
-    _make_barriers(full, empty, turn, SHARED, 32 * LOADERS + 1, STAGES)
-    problem, ring = (tiles, bound, I, units), (rows, weights, full, empty)
+    # the arrivals of all that gather, and of the one that says how many bytes of weights come
+    ring, turn = _make_ring(
+        w.dtype, SHARED, TRANSPOSED, 32 * LOADERS + 1, BLOCK_M, WIDTH, BLOCK_K, STAGES
+    )
+    problem = (tiles, bound, I, units)
     gl.warp_specialize(
         [
             (_project, (
@@ -231,10 +212,7 @@ def project_up(
     (H, W), I = gate_up.shape[1:], a.shape[1]
     width = cut.block_n * (2 if activation.gated else 1)
     columns = cut.block_n if activation.gated and not activation.interleaved else width
-    if transposed:
-        w = describe(gate_up.mT, [1, columns, cut.block_k])
-    else:
-        w = describe(gate_up, [1, cut.block_k, columns])
+    w = describe_weight(gate_up, cut.block_k, columns, transposed=transposed)
     constants = {key: value for key, value in activation.constants(x).items() if key != "PRECISE"}
     steps = tiles.bound * ceil_div(I, cut.block_n)
     _hopper_up_kernel[(min(steps, processors(x.device)),)](
