@@ -120,6 +120,12 @@ def _begin(contracted, GROUP: gl.constexpr, SHARED: gl.constexpr, BLOCK_K: gl.co
 
 
 @gluon.jit
+def _await_turn(turn, turns, GROUP: gl.constexpr):
+    """Until the other group has multiplied the tile before this group's of that number."""
+    mbarrier.wait(turn.index(GROUP), (turns & 1) ^ (1 - GROUP))
+
+
+@gluon.jit
 def _sum_tile(
     ring, turn, turns, step, contracted,
     GROUP: gl.constexpr, SHARED: gl.constexpr, TRANSPOSED: gl.constexpr, COPIED: gl.constexpr,
@@ -136,7 +142,7 @@ def _sum_tile(
     ROWS: gl.constexpr = BLOCK_M // GROUPS if SHARED else BLOCK_M
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     if not SHARED:
-        mbarrier.wait(turn.index(GROUP), (turns & 1) ^ (1 - GROUP))
+        _await_turn(turn, turns, GROUP)
     total = gl.zeros([ROWS, WIDTH], gl.float32, SUMS)
     for k in range(0, contracted, BLOCK_K):
         slot, parity = _slot(step, STAGES)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -13,14 +11,26 @@ from torch import Tensor
 from moe_kernels import reference
 from moe_kernels.triton import _activation, _hopper_up, _operands
 from moe_kernels.triton._config_tables import Config
-from tests.conftest import HAS_GPU, triton_under_cpu
+from tests.conftest import HAS_GPU
 from tests.kernels import gluon_model
-from tests.kernels.gluon_model import DeadlockError, Descriptor, Language, Pointer, RaceError
-from tests.kernels.test_hopper_gemm import BLOCK_M, BLOCK_N, Names, check, tile_map
+from tests.kernels.gluon_model import DeadlockError, Pointer, RaceError
+from tests.kernels.hopper_checks import (
+    BLOCK_N,
+    Mistake,
+    Names,
+    check,
+    check_that_some_schedule_ends_in,
+    check_where_it_is_used,
+    described,
+    launch,
+    no_mistake,
+    products,
+    tile_map,
+)
 
 pytestmark = pytest.mark.skipif(HAS_GPU, reason="models what a GPU does")
 
-BLOCK_K, PROGRAMS, TOP_K = 16, 2, 3
+BLOCK_K, TOP_K = 16, 3
 FAR = 2**31
 
 
@@ -48,7 +58,7 @@ def project(
     far: bool = False,
     stages: int = 3,
     seed: int = 0,
-    mistake: Callable[[Names], Names] = lambda names: {},
+    mistake: Mistake = no_mistake,
 ) -> list[tuple[Tensor, Tensor]]:
     """The activation and h of a model, each with the right one; rows of no expert stay NaN.
 
@@ -56,7 +66,6 @@ def project(
         counts: rows of each expert.
         columns: of the activation.
         far: rows of x are FAR elements apart.
-        mistake: names of the kernel's modules that mean something else, from what they mean.
     """
     generator = torch.Generator().manual_seed(seed)
     rows, experts = sum(counts) + 3, len(counts)
@@ -70,38 +79,28 @@ def project(
     bias = torch.randn(experts, width, generator=generator)
     slots = torch.randperm(rows, generator=generator).int()
     slots[sum(counts) :] = 2**30  # never read
-    offsets = torch.tensor([0, *counts]).cumsum(0).int()
-    tiles = torch.tensor(tile_map(offsets.tolist()), dtype=torch.int32)
-    bound = (tiles.numel() - 1) // 3
+    tiles, bound = tile_map(counts)
     h = torch.full((rows if saves else 0, width), torch.nan, dtype=torch.bfloat16)
     a = torch.full((rows, columns), torch.nan, dtype=torch.bfloat16)
     activation = _activation.Activation(kind, interleaved, 1.702, 0.5)
     constants = activation.constants(x)
     del constants["PRECISE"]
     box = BLOCK_N * (2 if gated and interleaved else 1)
-    if transposed:
-        described = Descriptor(w.mT.contiguous(), (1, box, BLOCK_K))
-    else:
-        described = Descriptor(w, (1, BLOCK_K, box))
-    rows_of_x = Pointer(_FarRows(x) if far else x.view(-1))
-    # as a kernel has it, of 32 bits
-    stride = torch.tensor((FAR if far else contracted + 8) // 8, dtype=torch.int32)
-    for program in range(PROGRAMS):
-        names = Language(program, PROGRAMS, seed).names
-        names |= mistake(names)
-        kernel = gluon_model.as_python(_hopper_up._hopper_up_kernel, names)
-        kernel(
-            rows_of_x, Pointer(slots), described, Pointer(bias.flatten()), Pointer(h.view(-1)),
-            Pointer(a.view(-1)), Pointer(tiles), bound, contracted // 8, columns, width, TOP_K,
-            stride, 1.702, 0.5, width, 1, SHARED=shared,
-            TRANSPOSED=transposed, BIASED=biased, SAVE_H=saves, EVEN_K=contracted % BLOCK_K == 0,
-            BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, GROUP_M=2, STAGES=stages,
-            **constants,
-        )  # fmt: skip
-    right = torch.full((rows, width), torch.nan, dtype=torch.float64)
-    gathered = x[(slots.clamp(max=rows - 1) // TOP_K).long(), :contracted].double()
-    for e, (start, end) in enumerate(pairwise(offsets.tolist())):
-        right[start:end] = gathered[start:end] @ w[e].double() + biased * bias[e].double()
+    arguments = (
+        Pointer(_FarRows(x) if far else x.view(-1)), Pointer(slots),
+        described(w, BLOCK_K, box, transposed), Pointer(bias.flatten()), Pointer(h.view(-1)),
+        Pointer(a.view(-1)), Pointer(tiles), bound, contracted // 8, columns, width, TOP_K,
+        # as a kernel has it, of 32 bits
+        torch.tensor((FAR if far else contracted + 8) // 8, dtype=torch.int32),
+        1.702, 0.5, width, 1,
+    )  # fmt: skip
+    launch(
+        _hopper_up._hopper_up_kernel, arguments, seed, mistake, SHARED=shared,
+        TRANSPOSED=transposed, BIASED=biased, SAVE_H=saves, EVEN_K=contracted % BLOCK_K == 0,
+        BLOCK_K=BLOCK_K, STAGES=stages, **constants,
+    )  # fmt: skip
+    gathered = x[(slots.clamp(max=rows - 1) // TOP_K).long(), :contracted]
+    right = products(gathered, w, bias if biased else None, counts)
     activated = reference.expert_activation(right, kind, None, interleaved, 1.702, 0.5)
     return [(a, activated)] + ([(h, right)] if saves else [])
 
@@ -193,7 +192,7 @@ def _of_one_thread(names: Names) -> Names:
 
 
 # what they end in
-MISTAKES: dict[str, tuple[type[AssertionError], Callable[[Names], Names]]] = {
+MISTAKES: dict[str, tuple[type[AssertionError], Mistake]] = {
     "copies are not fenced from tensor cores": (RaceError, _only_shows_barriers),
     "copies are fenced before they are there": (RaceError, _fences_before_it_waits),
     "threads arrive before their copies are there": (RaceError, _arrives_at_once),
@@ -209,12 +208,11 @@ MISTAKES: dict[str, tuple[type[AssertionError], Callable[[Names], Names]]] = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_the_model_finds_mistakes(mistake: str, shared: bool) -> None:
     error, made = MISTAKES[mistake]
-    for seed in range(12):
-        try:
-            project([9, 16], 48, 16, shared=shared, stages=2, seed=seed, mistake=made)
-        except error:
-            return
-    raise AssertionError("no schedule shows it")
+
+    def run(seed: int) -> None:
+        project([9, 16], 48, 16, shared=shared, stages=2, seed=seed, mistake=made)
+
+    check_that_some_schedule_ends_in(error, run)
 
 
 def test_it_is_used_where_it_was_asked_for_and_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,14 +228,7 @@ def test_it_is_used_where_it_was_asked_for_and_can_be(monkeypatch: pytest.Monkey
         config = Config(**cut | made["cut"], warp_specialize=by)
         return _operands.has_hopper_up(config, made["w"], made["x"], made["out"], made["kind"])
 
-    with triton_under_cpu():
-        assert not used()  # Gluon is not interpreted
-        monkeypatch.setattr(_operands, "INTERPRETED", False)
-        assert used()
-        assert used(dtype=torch.float16)
-        assert not used("no")
-        assert not used("triton")
-        assert not used(dtype=torch.float32)
+    def cases() -> None:
         assert not used(x=torch.empty(64, 130, dtype=torch.bfloat16)[:, 1:129])
         assert not used(x=torch.empty(128, 64, dtype=torch.bfloat16).mT)
         # rows of 124 elements, which start at multiples of 16 bytes: in a wider matrix, and one
@@ -259,10 +250,5 @@ def test_it_is_used_where_it_was_asked_for_and_can_be(monkeypatch: pytest.Monkey
             assert used(cut={"block_m": m, "block_n": n}) == known
         for changed in ({"block_k": 128}, {"stages": 1}, {"warps": 4}):
             assert not used(cut=changed)
-        for arch in (80, 100):
-            with monkeypatch.context() as patch:
-                patch.setattr(_operands, "architecture", lambda device, arch=arch: arch)
-                assert not used()
-        for version, known in {(3, 5): False, (3, 6): True, (3, 7): True, (3, 8): False}.items():
-            monkeypatch.setattr(_operands, "TRITON_VERSION", version)
-            assert used() == known
+
+    check_where_it_is_used(monkeypatch, used, cases)

@@ -1,0 +1,121 @@
+"""What tests of kernels whose warps have roles share: experts' rows, launches, mistakes, use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_kernels.triton import _operands
+from tests.conftest import triton_under_cpu
+from tests.kernels import gluon_model
+from tests.kernels.accuracy import frobenius_error
+from tests.kernels.gluon_model import Descriptor, Language
+
+Names = dict[str, Any]
+Mistake = Callable[[Names], Names]  # what names of the kernel's modules mean, from what they meant
+
+BLOCK_M, BLOCK_N = 8, 8
+PROGRAMS = 2
+SCHEDULES = 12  # of which one must show a mistake
+
+
+def no_mistake(names: Names) -> Names:
+    return {}
+
+
+def tile_map(counts: list[int]) -> tuple[Tensor, int]:
+    """The tiles of experts with so many rows, with room for two more; and its bound."""
+    offsets = [0, *torch.tensor(counts).cumsum(0).tolist()]
+    tiles = [
+        (e, first, end)
+        for e, (start, end) in enumerate(pairwise(offsets))
+        for first in range(start, end, BLOCK_M)
+    ]
+    columns = [[tile[i] for tile in tiles] + [-1, -1] for i in range(3)]
+    values = [len(tiles), *columns[0], *columns[1], *columns[2]]
+    return torch.tensor(values, dtype=torch.int32), len(tiles) + 2
+
+
+def described(w: Tensor, block_k: int, block_n: int, transposed: bool) -> Descriptor:
+    """``w [E, Kd, N]``, stored [E, N, Kd] if transposed."""
+    if transposed:
+        return Descriptor(w.mT.contiguous(), (1, block_n, block_k))
+    return Descriptor(w, (1, block_k, block_n))
+
+
+def launch(
+    kernel: Any, arguments: Sequence[Any], seed: int, mistake: Mistake, **constants: Any
+) -> None:
+    """Run every program, on a model of its own."""
+    for program in range(PROGRAMS):
+        names = Language(program, PROGRAMS, seed).names
+        names |= mistake(names)
+        function = gluon_model.as_python(kernel, names)
+        function(*arguments, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, GROUP_M=2, **constants)
+
+
+def products(rows: Tensor, w: Tensor, bias: Tensor | None, counts: list[int]) -> Tensor:
+    """In float64; those of rows of no expert are NaN."""
+    right = torch.full((len(rows), w.shape[2]), torch.nan, dtype=torch.float64)
+    start = 0
+    for e, count in enumerate(counts):
+        end = start + count
+        shift = 0 if bias is None else bias[e].double()
+        right[start:end] = rows[start:end].double() @ w[e].double() + shift
+        start = end
+    return right
+
+
+def check(out: Tensor, right: Tensor) -> None:
+    assert torch.equal(out.isnan(), right.isnan())
+    kept = ~right.isnan()
+    assert frobenius_error(out[kept], right[kept]) < 4e-3
+
+
+def check_that_some_schedule_ends_in(
+    error: type[AssertionError] | tuple[type[AssertionError], ...], run: Callable[[int], None]
+) -> None:
+    """``run``: with that seed."""
+    others = []
+    for seed in range(SCHEDULES):
+        try:
+            run(seed)
+        except error:
+            return
+        except AssertionError as other:
+            others.append(type(other).__name__)
+    raise AssertionError(f"no schedule shows it; {others}")
+
+
+def check_where_it_is_used(
+    monkeypatch: pytest.MonkeyPatch,
+    used: Callable[..., bool],
+    cases: Callable[[], None],
+) -> None:
+    """Whether the kernel is ``used``, by default in a call that it is made for.
+
+    Args:
+        used: takes who gives warps their roles, and the dtype.
+        cases: more that is checked where a kernel may be used.
+    """
+    with triton_under_cpu():
+        assert not used()  # Gluon is not interpreted
+        monkeypatch.setattr(_operands, "INTERPRETED", False)
+        assert used()
+        assert used(dtype=torch.float16)
+        assert not used("no")
+        assert not used("triton")
+        assert not used(dtype=torch.float32)
+        cases()
+        for arch in (80, 100):
+            with monkeypatch.context() as patch:
+                patch.setattr(_operands, "architecture", lambda device, arch=arch: arch)
+                assert not used()
+        for version, known in {(3, 5): False, (3, 6): True, (3, 7): True, (3, 8): False}.items():
+            monkeypatch.setattr(_operands, "TRITON_VERSION", version)
+            assert used() == known
