@@ -126,8 +126,11 @@ def activates_in_product(activation: Activation, h: Tensor, inner: int, cut: Con
     """Whether a tile has all that a scale of the activation needs, in two blocks of h.
 
     Activations of float32 take more registers than the sums leave, and before sm_90 the sums do.
+    So do the addresses of columns that Triton does not know to be a multiple of 16, which are
+    stored one at a time.
     """
-    whole = activation.interleaved or not activation.gated or inner % BLOCK.value == 0
+    halves = activation.gated and not activation.interleaved
+    whole = inner % (BLOCK.value if halves else 16) == 0
     fits = h.element_size() == 2 and architecture(h.device) >= 90
     return whole and fits and cut.block_n == BLOCK.value
 

@@ -101,6 +101,17 @@ def test_equals_rounding_afterwards(
                 assert (kept[33:] == 0).all()
 
 
+def test_what_would_spill_is_rounded_afterwards() -> None:
+    """A number of columns that is no multiple of 16; float32."""
+    _, weights, *_ = operands("gelu", 144)
+    for kind, interleaved in (("gelu", False), ("swiglu", True)):
+        act = Activation(kind, interleaved, 1.702, 4.0)
+        for inner, dtype, fused in ((144, BF16, True), (136, BF16, False), (144, FP32, False)):
+            cut = scaled_grouped_gemm.scaled_config(weights, 37, aligned=True)
+            h = torch.empty(0, 2 * inner, dtype=dtype, device=DEVICE)
+            assert _scaled_up.activates_in_product(act, h, inner, cut) is fused
+
+
 @pytest.mark.parametrize(
     ("inner", "dtype", "fused"),
     [(128, BF16, True), (128, FP32, False), (72, BF16, False), (200, FP16, False)],
