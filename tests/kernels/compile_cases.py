@@ -391,6 +391,16 @@ MORE_CASES: dict[str, Callable[[], None]] = {
     "gemm_dx_roles": partial(_roles, {"grouped_gemm": 1}, range(90, 110), **ROLES, block_n=128),
     "gluon_turns_dx_roles": partial(_roles, {"grouped_gemm": 1}, HOPPER, **GLUON, block_n=128),
     "gluon_shared_down_roles": partial(_roles, {"grouped_gemm": 0}, HOPPER, **GLUON, block_n=256),
+    # of 64 or 256 rows, and of so many slots
+    "gluon_turns_64_5_roles": partial(
+        _roles, {"grouped_gemm": 0}, HOPPER, **GLUON | {"block_m": 64, "stages": 5}, block_n=256
+    ),
+    "gluon_shared_256_3_roles": partial(
+        _roles, {"grouped_gemm": 1}, HOPPER, **GLUON | {"block_m": 256, "stages": 3}, block_n=128
+    ),
+    "gluon_up_turns_64_5_roles": partial(
+        _roles, {"up": 0}, HOPPER, **GLUON | {"block_m": 64, "stages": 5}, block_n=128
+    ),
     "gluon_turns_biased_roles": partial(_gluon_biased, 128),
     "gluon_shared_biased_roles": partial(_gluon_biased, 256),
     "gluon_up_shared_roles": partial(_gluon_up, 128, "geglu", biased=True),
