@@ -63,3 +63,10 @@ def sort_key(x):
         bits = x.to(tl.int32, bitcast=True)
         most = tl.full(x.shape, 0x7FFFFFFF, tl.int32)
     return tl.where(x != x, most, tl.where(bits < 0, bits ^ most, bits))
+
+
+@triton.jit
+def sort_value(key, dtype: tl.constexpr):
+    """The float of a key that :func:`sort_key` gave."""
+    most = tl.full(key.shape, 0x7FFFFFFFFFFFFFFF if dtype == tl.float64 else 0x7FFFFFFF, key.dtype)
+    return tl.where(key < 0, key ^ most, key).to(dtype, bitcast=True)

@@ -18,7 +18,15 @@ from moe_kernels.triton._launch import (
     next_power_of_2,
     on_device_of,
 )
-from moe_kernels.triton._math import divide, exp, sigmoid, softplus, sort_key, square_root
+from moe_kernels.triton._math import (
+    divide,
+    exp,
+    sigmoid,
+    softplus,
+    sort_key,
+    sort_value,
+    square_root,
+)
 from moe_kernels.triton.sort_by_expert import check_ids
 
 ALONE = 1024  # up to as many lanes are one program's
@@ -62,14 +70,17 @@ def _mask_groups(
     BLOCK_T: tl.constexpr, GP: tl.constexpr, SP: tl.constexpr,
 ):  # fmt: skip
     """Scores with those of the losing groups replaced."""
-    grouped = tl.reshape(tl.where(valid, choice, float("-inf")), (BLOCK_T, GP, SP))
-    score = tl.max(grouped, 2)
+    # as keys, since the largest of floats would not be the NaN among them
+    key = sort_key(tl.where(valid, choice, float("-inf")))
+    grouped = tl.reshape(key, (BLOCK_T, GP, SP))
+    best = tl.max(grouped, 2)
+    score = sort_value(best, choice.dtype)
     present = tl.max(tl.reshape(valid.to(tl.int32), (BLOCK_T, GP, SP)), 2) > 0
     if TOP2:
         lane = tl.broadcast_to(tl.arange(0, SP)[None, None, :], grouped.shape)
-        first = tl.min(tl.where(grouped == score[:, :, None], lane, SP), 2)
-        rest = tl.max(tl.where(lane == first[:, :, None], float("-inf"), grouped), 2)
-        score += rest
+        first = tl.min(tl.where(grouped == best[:, :, None], lane, SP), 2)
+        rest = tl.where(lane == first[:, :, None], _unused_key(grouped), grouped)
+        score += sort_value(tl.max(rest, 2), choice.dtype)
     group = tl.broadcast_to(tl.arange(0, GP)[None, :], score.shape)
     key = sort_key(score)
     key = tl.where(present, key, _unused_key(key))

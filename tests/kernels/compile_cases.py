@@ -317,6 +317,7 @@ CASES: dict[str, Callable[[], None]] = {
     "permute": partial(_permute, BF16),
     "chunk_permute": _chunk_permute,
     "router": _router,
+    "router_of_the_target": partial(_router, BF16, 256, 32768, return_scores=False),
     "router_groups": partial(
         _router,
         score_func="sigmoid",

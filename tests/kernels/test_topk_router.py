@@ -86,6 +86,18 @@ def test_zeros_are_equal_and_nan_is_above_all(impl: Implementation) -> None:
     assert out.topk_ids.tolist() == [[0, 1, 2], [2, 4, 3]]
 
 
+@pytest.mark.parametrize("group_score", ["max", "top2"])
+def test_a_group_with_a_nan_is_above_all(impl: Implementation, group_score: str) -> None:
+    """As the definition has it, on every backend: the experts of such a token do not depend on it."""
+    logits = torch.randn(6, 12).sort(-1).values  # without a NaN the last group would win
+    logits[0, 1] = logits[1, 5] = logits[2, [0, 10]] = logits[3, 8:] = torch.nan
+    options: dict[str, Any] = {"num_groups": 3, "topk_groups": 1, "group_score": group_score}
+    for score_func in ("sigmoid", "softmax"):
+        options |= {"score_func": score_func, "softmax_before_topk": False}
+        ours = moe_kernels.topk_router(logits.to(impl.device), 3, **options)
+        assert torch.equal(ours.topk_ids.cpu(), reference.topk_router(logits, 3, **options)[1])
+
+
 def test_given_ids_are_replayed_with_live_gradients(impl: Implementation) -> None:
     logits = torch.randn(9, 8).to(impl.device).requires_grad_()
     ids = torch.stack([torch.randperm(8)[:3] for _ in range(9)]).to(impl.device)
