@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -130,6 +131,8 @@ class Implementation:
         backward: from the outputs and the inputs; by default autograd's, of the first output.
         own_weights: for weights that it keeps in another layout: its leaves, and the function that
             brings the leaves' gradients into the layout of the case.
+        during: entered before calls and left after them, outside of what is timed: has what no other
+            implementation should have to do without meanwhile, memory.
     """
 
     run: Callable[[Inputs], Output]
@@ -137,6 +140,7 @@ class Implementation:
     own_weights: Mapping[str, tuple[Sequence[Tensor], Callable[..., Tensor]]] = field(
         default_factory=dict
     )
+    during: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
 Builder = Callable[[Case], Implementation]

@@ -6,6 +6,7 @@ import gc
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -90,6 +91,7 @@ class Contender:
     """One provider on one case: what it said when tried, and then its times."""
 
     call: Call | None = None
+    during: Callable[[], AbstractContextManager[object]] = nullcontext
     note: str = ""
     unsupported: bool = False  # the note says that it does not compute such a case
     accuracy: Accuracy = field(default_factory=Accuracy)
@@ -183,6 +185,11 @@ def _compete(
         settings.watch(key, name)
         contenders[name] = _try(op, PROVIDERS[name], case, clock, truth, training)
     del truth
+
+    def turn(name: str) -> AbstractContextManager[object]:
+        settings.watch(key, name)
+        return contenders[name].during()
+
     calls = {name: contender.call for name, contender in contenders.items() if contender.call}
     samples = take_turns(
         clock,
@@ -190,7 +197,7 @@ def _compete(
         {name: contenders[name].first for name in calls},
         seconds=settings.seconds,
         max_rounds=settings.max_rounds,
-        before=lambda name: settings.watch(key, name),
+        turn=turn,
         failed=lambda name: check_device(case.device, name),
     )
     settings.watch(key, None)
@@ -214,18 +221,19 @@ def _try(
     try:
         implementation = provider.builders[op.name](case)
         call = timed_call(case, implementation, training)
-        for _ in range(2):
-            with PeakMemory(case.device) as memory:
-                outputs = call(clock, 0)
-            contender.first = clock.laps()
-            if memory.bytes is not None:
-                contender.peak_bytes = max(contender.peak_bytes or 0, memory.bytes)
-            if sum(contender.first) > SLOW_MS:
-                break
+        with implementation.during():
+            for _ in range(2):
+                with PeakMemory(case.device) as memory:
+                    outputs = call(clock, 0)
+                contender.first = clock.laps()
+                if memory.bytes is not None:
+                    contender.peak_bytes = max(contender.peak_bytes or 0, memory.bytes)
+                if sum(contender.first) > SLOW_MS:
+                    break
         if not provider.limit:
             found = named_results(op, case, implementation, outputs, training)
             contender.accuracy = judge(found, truth)
-        contender.call = call
+        contender.call, contender.during = call, implementation.during
     except Unsupported as reason:
         contender.note, contender.unsupported = str(reason), True
     except Exception as error:  # another project's failure is a row of the table, not the end of it

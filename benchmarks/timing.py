@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -124,7 +125,7 @@ def take_turns(
     *,
     seconds: float,
     max_rounds: int,
-    before: Callable[[str], None] = lambda name: None,
+    turn: Callable[[str], AbstractContextManager[object]] = lambda name: nullcontext(),
     failed: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Samples]:
     """Measure all ``calls`` in rounds until the time is used up.
@@ -134,7 +135,7 @@ def take_turns(
         seconds: for all of them together, at least 3 rounds. One whose call takes more than its
             share, ``seconds / 3 / len(calls)``, is not called again: ``first`` is its sample.
         max_rounds: at most.
-        before: is told whose turn it is.
+        turn: is told whose turn it is; what it returns is around that turn.
         failed: is told whose turn raised, before anybody else's is: who broke the device would
             not be known after that. What it raises ends the measurement.
 
@@ -151,15 +152,16 @@ def take_turns(
             samples[name].add(laps)
     order = [name for name in calls if not samples[name].stages]
     start = time.perf_counter()
-    for turn in range(max_rounds):
-        if turn >= 3 and time.perf_counter() - start > seconds:
+    for number in range(max_rounds):
+        if number >= 3 and time.perf_counter() - start > seconds:
             break
         for name in order:
             if samples[name].failure:
                 continue
-            before(name)
             try:
-                samples[name].add(measure(clock, calls[name], turn, repeats[name]))
+                with turn(name):
+                    laps = measure(clock, calls[name], number, repeats[name])
+                samples[name].add(laps)
             except Exception as error:  # out of memory with other inputs, say: the rest goes on
                 samples[name] = Samples(failure=f"{type(error).__name__}: {error}".split("\n")[0])
                 clock.reset()

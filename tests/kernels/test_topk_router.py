@@ -88,7 +88,7 @@ def test_zeros_are_equal_and_nan_is_above_all(impl: Implementation) -> None:
 
 @pytest.mark.parametrize("group_score", ["max", "top2"])
 def test_a_group_with_a_nan_is_above_all(impl: Implementation, group_score: str) -> None:
-    """As the definition has it, on every backend: the experts of such a token do not depend on it."""
+    """As the definition has it, so that such a token has the same experts on every backend."""
     logits = torch.randn(6, 12).sort(-1).values  # without a NaN the last group would win
     logits[0, 1] = logits[1, 5] = logits[2, [0, 10]] = logits[3, 8:] = torch.nan
     options: dict[str, Any] = {"num_groups": 3, "topk_groups": 1, "group_score": group_score}
