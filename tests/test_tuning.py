@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from benchmarks.cli import main
 from benchmarks.ops._shapes import layer, layer_sets, tuning_set
 from benchmarks.runner import DeviceLostError
+from benchmarks.sweep import DEVICE_LOST
 from benchmarks.tuning import table
 from benchmarks.tuning.candidates import GROUPS, LARGEST_SUM, SHARED_MEMORY, candidates, refinements
 from benchmarks.tuning.command import KERNELS, _buckets, _candidates
@@ -278,20 +279,25 @@ class Bench:
             lambda: [(torch.arange(4), truth)], 1.0,
         )  # fmt: skip
 
-    def measure(self, calls: Mapping[Config, Callable[[], None]]) -> dict[Config, float]:
+    def measure(
+        self, calls: Mapping[Config, Callable[[], None]], guard: Callable[[Config], Any]
+    ) -> dict[Config, float]:
         self.measured.append(list(calls))
-        for call in calls.values():
-            call()
+        for config, call in calls.items():
+            with guard(config):
+                call()
         return {config: self.times[config] for config in calls if config in self.times}
 
-    def search(self, configs: Sequence[Config], problem_of: Mapping[Config, str]) -> Found:
+    def search(
+        self, configs: Sequence[Config], problem_of: Mapping[Config, str], **guard: Any
+    ) -> Found:
         def compile_all(wanted: Sequence[Config]) -> dict[Config, Compiled]:
             return {
                 c: Compiled(problem_of.get(c, ""), registers=200, shared=150_000) for c in wanted
             }
 
         problems = [("layer", self.problem, compile_all)]
-        return search(BUCKET, DEFAULT, configs, problems, self.measure, 90)
+        return search(BUCKET, DEFAULT, configs, problems, self.measure, 90, **guard)
 
 
 def _grouped(config: Config) -> list[Config]:
@@ -336,6 +342,23 @@ def test_a_tie_leaves_the_default() -> None:
     assert found.default_over_best == 1.0
 
 
+def test_the_default_and_what_is_measured_are_guarded_too() -> None:
+    """A default can break the device like any other, and so can a second run of what was right."""
+    other, runs = dataclasses.replace(DEFAULT, block_n=64), []
+
+    @contextmanager
+    def guard(config: Config) -> Iterator[None]:
+        runs.append(config)
+        yield
+
+    times = dict.fromkeys([*_grouped(DEFAULT), *_grouped(other)], 1.0)
+    Bench(times).search([other], {}, guard=guard)
+    # checked, then measured; with the walking orders once more
+    assert runs[:4] == [DEFAULT, other] * 2
+    assert runs[4] == DEFAULT
+    assert runs.count(DEFAULT) == 4
+
+
 def test_a_wrong_default_ends_the_search() -> None:
     with pytest.raises(RuntimeError, match=r"the default, .* is wrong: error against float64"):
         Bench({DEFAULT: 1.0}, wrong=[DEFAULT]).search([DEFAULT], {})
@@ -350,9 +373,9 @@ def test_a_bucket_of_two_problems_takes_the_best_for_both() -> None:
     ]
     turn: list[int] = []
 
-    def measure(calls: Mapping[Config, Callable[[], None]]) -> dict[Config, float]:
+    def measure(calls: Mapping[Config, Callable[[], None]], guard: Any) -> dict[Config, float]:
         turn.append(0)
-        return benches[(len(turn) - 1) % 2].measure(calls)
+        return benches[(len(turn) - 1) % 2].measure(calls, guard)
 
     def compile_all(wanted: Sequence[Config]) -> dict[Config, Compiled]:
         return {c: Compiled(registers=200, shared=150_000) for c in wanted}
@@ -432,28 +455,77 @@ def test_a_dry_run_says_what_would_be_tried(
     itemsize = operand_dtype(kernel, torch.bfloat16).itemsize
     count = len(candidates(kernel, 90, itemsize, 4, *sizes))
     assert f"of {count} candidates" in out
-    assert out.count("registers") == out.count("  Config(") == count
+    assert out.count("registers") == out.count("  Config(") == count * len(PROBLEMS[kernel])
+    for part in range(len(PROBLEMS[kernel])):  # what one of them drops is not tried
+        assert f"\n {kernel} {part} T4 H64 I32 E4 K1\n" in out
 
 
-def test_a_whole_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The command with another clock and compiler, its kernels in the interpreter."""
+def _without_a_gpu(monkeypatch: pytest.MonkeyPatch, out: Path, measure_in_turns: Any) -> list[str]:
+    """Arguments of a run with another clock and compiler."""
     from benchmarks.tuning import command, compiled
 
     def made(*args: Any, **kwargs: Any) -> dict[Config, Compiled]:
         return {c: Compiled("" if c.block_k == 32 else "no", 200, 150_000) for c in args[4]}
-
-    def measure_in_turns(device: torch.device, seconds: float) -> Any:
-        return lambda calls: {config: 1000.0 / config.block_n for config in calls}
 
     monkeypatch.setattr(compiled, "compile_all", made)
     monkeypatch.setattr(command, "measure_in_turns", measure_in_turns)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(command.torch, "device", lambda name: torch.empty(0).device)
+    return ["tune", "up", "wgrad", "--shape", "T=6,H=64,I=32,E=4,K=2", "--out", str(out)]
+
+
+def test_a_default_that_breaks_the_device_costs_its_bucket_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was found before is written and said; two tries later the others are tuned."""
+    from benchmarks.tuning import command
+
+    out, broken, buckets = tmp_path / "table.json", [], []
+
+    def check(device: torch.device, name: str) -> None:
+        if broken:
+            raise DeviceLostError(f"{name} left the GPU unusable")
+
+    def measure_in_turns(device: torch.device, seconds: float) -> Any:
+        def measure(calls: Mapping[Config, Any], guard: Any) -> dict[Config, float]:
+            buckets.append(calls)
+            for config in calls:
+                with guard(config):
+                    if len(buckets) in breaks and config == next(iter(calls)):
+                        broken.append(config)
+            return dict.fromkeys(calls, 1.0)
+
+        return measure
+
+    monkeypatch.setattr(command, "check_device", check)
+    arguments = _without_a_gpu(monkeypatch, out, measure_in_turns)
+    breaks = (1,)  # the first bucket is that of the up-projection
+    with mended_interpreter():
+        for _ in range(2):
+            assert main(arguments) == DEVICE_LOST
+            said = capsys.readouterr()
+            assert "call again to go on without what broke it" in said.err
+            assert "The default is within" in said.out
+            assert out.with_suffix(".trying").exists()
+            broken.clear()
+            buckets.clear()
+        breaks = ()
+        assert main(arguments) == 1
+    assert "up" in capsys.readouterr().err
+    assert {entry["kernel"] for entry in json.loads(out.read_text())["entries"]} == {"wgrad"}
+
+
+def test_a_whole_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command with another clock and compiler, its kernels in the interpreter."""
+
+    def measure_in_turns(device: torch.device, seconds: float) -> Any:
+        return lambda calls, guard: {config: 1000.0 / config.block_n for config in calls}
+
+    arguments = _without_a_gpu(monkeypatch, tmp_path / "table.json", measure_in_turns)
     out = tmp_path / "table.json"
-    arguments = ["tune", "up", "wgrad", "--shape", "T=6,H=64,I=32,E=4,K=2", "--out", str(out)]
     with mended_interpreter():
         assert main(arguments) == 0
     text = capsys.readouterr().out

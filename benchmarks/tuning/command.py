@@ -20,7 +20,8 @@ from benchmarks import environment
 from benchmarks.ops._shapes import layer_sets, tuning_set
 from benchmarks.registry import DTYPES, Shape
 from benchmarks.routing import ROUTINGS
-from benchmarks.runner import check_device
+from benchmarks.runner import DeviceLostError, check_device
+from benchmarks.sweep import DEVICE_LOST
 from benchmarks.timing import Call, Clock, make_clock, take_turns
 
 RUNS = environment.ROOT / "runs" / "tuning"
@@ -129,19 +130,31 @@ def _compile(
 def _dry_run(wanted: Sequence[Any], options: argparse.Namespace) -> int:
     for bucket, problems in wanted:
         configs = _candidates(problems, options.dtype, options.arch)
-        made = _compile(problems[0], options, options.arch)(configs)
-        why = Counter(of.problem.split(" ")[0] for of in made.values() if of.problem)
-        dropped = "; ".join(f"{count} {word}..." for word, count in why.most_common())
-        left = len(configs) - why.total()
+        made = [(p, _compile(p, options, options.arch)(configs)) for p in problems]
+        # as the search does: who does not compile for all is not tried
+        why = {
+            config: of.problem for _, all_of in made for config, of in all_of.items() if of.problem
+        }
+        count = Counter(problem.split(" ")[0] for problem in why.values())
+        dropped = "; ".join(f"{times} {word}..." for word, times in count.most_common())
+        left = len(configs) - len(why)
         print(f"{bucket}: {left} of {len(configs)} candidates; {dropped or 'none dropped'}")
-        for config, of in made.items():
-            print(f"  {config}: {of.problem or f'{of.registers} registers, {of.shared} bytes'}")
+        for (kernel, part, shape), all_of in made:
+            print(f" {kernel} {part} {shape}")
+            for config, of in all_of.items():
+                said = of.problem or f"{of.registers} registers, {of.shared} bytes"
+                print(f"  {config}: {said}")
         sys.stdout.flush()
     return 0
 
 
-def measure_in_turns(device: torch.device, seconds: float) -> Callable[[Mapping[Any, Any]], Any]:
-    """Median milliseconds of calls that take turns; those that fail are left out."""
+def measure_in_turns(
+    device: torch.device, seconds: float
+) -> Callable[[Mapping[Any, Any], Any], Any]:
+    """Median milliseconds of calls that take turns; those that fail are left out.
+
+    A guard is around each turn: a kernel that was right once may still hang, or break the device.
+    """
     clock = make_clock(device)
 
     def timed(function: Callable[[], None]) -> Call:
@@ -152,17 +165,28 @@ def measure_in_turns(device: torch.device, seconds: float) -> Callable[[Mapping[
 
         return call
 
-    def measure(calls: Mapping[Any, Callable[[], None]]) -> dict[Any, float]:
-        named = {str(number): timed(function) for number, function in enumerate(calls.values())}
-        first = {}
-        for name, call in named.items():
+    def measure(calls: Mapping[Any, Callable[[], None]], guard: Any) -> dict[Any, float]:
+        configs = {str(number): config for number, config in enumerate(calls)}
+        named, first = {}, {}
+        for name, config in configs.items():
+            call = timed(calls[config])
             clock.reset()
-            call(clock, 0)
-            first[name] = clock.laps()
-        taken = take_turns(clock, named, first, seconds=seconds, max_rounds=30)
+            try:
+                with guard(config):
+                    call(clock, 0)
+                    laps = clock.laps()
+            except DeviceLostError:
+                raise
+            except Exception:  # out of memory, say
+                continue
+            named[name], first[name] = call, laps
+        taken = take_turns(
+            clock, named, first, seconds=seconds, max_rounds=30,
+            turn=lambda name: guard(configs[name]), failed=lambda name: check_device(device, name),
+        )  # fmt: skip
         return {
-            config: statistics.median(samples.of("forward"))
-            for config, samples in zip(calls, taken.values(), strict=True)
+            configs[name]: statistics.median(samples.of("forward"))
+            for name, samples in taken.items()
             if samples.stages
         }
 
@@ -198,7 +222,7 @@ def _tune(wanted: Sequence[Any], options: argparse.Namespace) -> int:
     def maker(kernel: str, part: int, shape: Shape) -> Callable[[], Problem]:
         return lambda: PROBLEMS[kernel][part].make(layer(str(shape)))
 
-    failed, done = [], []
+    failed, done, lost = [], [], False
     for bucket, problems in wanted:
         if bucket in known and not options.again:
             print(f"{bucket}: already in {path}; --again measures it again", flush=True)
@@ -210,6 +234,10 @@ def _tune(wanted: Sequence[Any], options: argparse.Namespace) -> int:
         default = default_config(
             kernel, arch, bucket.precision, shape["T"] * shape["K"], shape["E"]
         )
+        if not trials.ended(bucket, default, times=2):  # a process may also be killed
+            failed.append(f"{bucket}: the default, {default}, ended the process: not tuned")
+            print(failed[-1], flush=True)
+            continue
         try:
             found = search(
                 bucket,
@@ -229,9 +257,10 @@ def _tune(wanted: Sequence[Any], options: argparse.Namespace) -> int:
                 functools.partial(trials.of, bucket),
             )
         except (RuntimeError, torch.OutOfMemoryError) as error:
-            check_device(device, str(bucket))  # else all that follows fails too
             failed.append(f"{bucket}: {error}".split("\n")[0])
             print(failed[-1], flush=True)
+            if lost := _is_lost(device, str(bucket)):  # all that follows would fail too
+                break
             continue
         known_from = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -252,4 +281,17 @@ def _tune(wanted: Sequence[Any], options: argparse.Namespace) -> int:
     print("MOE_KERNELS_CONFIGS=FILE uses a table; one in moe_kernels/triton/configs is shipped.")
     for problem in failed:
         print(f"benchmarks: {problem}", file=sys.stderr)
+    if lost:
+        print(
+            "tune: the device is lost; call again to go on without what broke it", file=sys.stderr
+        )
+        return DEVICE_LOST
     return 1 if failed else 0
+
+
+def _is_lost(device: torch.device, user: str) -> bool:
+    try:
+        check_device(device, user)
+    except DeviceLostError:
+        return True
+    return False

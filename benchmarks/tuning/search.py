@@ -17,11 +17,11 @@ from benchmarks.tuning.compiled import Compiled
 from benchmarks.tuning.problems import Problem
 from moe_kernels.triton._config_tables import Bucket, Config
 
-# Milliseconds of each call, taken in turns; a call that fails is left out.
-Measure = Callable[[Mapping[Config, Callable[[], None]]], Mapping[Config, float]]
 Compile = Callable[[Sequence[Config]], Mapping[Config, Compiled]]
-# Around a configuration's first run on a problem, and its check.
+# Around runs of a configuration that may be the last that the process does.
 Guard = Callable[[Config], AbstractContextManager[None]]
+# Milliseconds of each call, taken in turns, each in its guard; a call that fails is left out.
+Measure = Callable[[Mapping[Config, Callable[[], None]], Guard], Mapping[Config, float]]
 
 FINALISTS = 5  # tiles whose walking orders are tried
 TIE = 0.98  # the default stays unless another takes less than this part of its time
@@ -116,7 +116,9 @@ def _measure_all(
     times: dict[str, dict[Config, float]] = {}
     for name, make, _ in problems:
         problem = make()
-        if wrong := _wrong(problem, default, None):
+        with guard(default):
+            wrong = _wrong(problem, default, None)
+        if wrong:
             raise RuntimeError(f"{name}: the default, {default}, is wrong: {wrong}")
         results = problem.results()
         for config in _left(configs, dropped):
@@ -126,7 +128,7 @@ def _measure_all(
                 dropped[config] = wrong
         del results
         calls = {config: _call(problem, config) for config in (default, *_left(configs, dropped))}
-        times[name] = dict(measure(calls))
+        times[name] = dict(measure(calls, guard))
         if default not in times[name]:
             raise RuntimeError(f"{name}: the default, {default}, could not be measured")
         for config in calls:

@@ -1,4 +1,4 @@
-"""First runs of configurations that may never end, or break the device for this process.
+"""Runs of configurations that may never end, or break the device for this process.
 
 Where warps have roles they wait for one another, and a mistake of the compiler can make them wait
 for ever. Nothing interrupts that: the process has to end. So it has after an address that is not
@@ -33,9 +33,9 @@ class Trials:
             self._hung.write_text(json.dumps(self.hung, indent=1) + "\n")
             self._trying.unlink()
 
-    def ended(self, bucket: Bucket, config: Config) -> bool:
-        """Whether no earlier process ended in a run of the configuration."""
-        return _entry(bucket, config) not in self.hung
+    def ended(self, bucket: Bucket, config: Config, times: int = 1) -> bool:
+        """Whether fewer than so many earlier processes ended in a run of the configuration."""
+        return self.hung.count(_entry(bucket, config)) < times
 
     @contextmanager
     def of(self, bucket: Bucket, config: Config, seconds: float = SECONDS) -> Iterator[None]:
