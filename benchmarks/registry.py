@@ -131,8 +131,8 @@ class Implementation:
         backward: from the outputs and the inputs; by default autograd's, of the first output.
         own_weights: for weights that it keeps in another layout: its leaves, and the function that
             brings the leaves' gradients into the layout of the case.
-        during: entered before calls and left after them, outside of what is timed: has what no other
-            implementation should have to do without meanwhile, memory.
+        during: entered before calls and left after them, neither of which is timed. It has what no
+            other implementation should have to do without meanwhile: memory.
     """
 
     run: Callable[[Inputs], Output]
