@@ -59,7 +59,7 @@ MODELS = (
     *("qwen3-30b-a3b", "gpt-oss-120b", "deepseek-v3", "mixtral-8x7b"),
     *("qwen3-235b-a22b", "kimi-k2"),
 )
-SMALL_OPS = "topk_router sort_by_expert permute unpermute expert_activation"
+SMALL_OPS = "topk_router sort_by_expert permute unpermute chunk_permute expert_activation"
 FLOAT8_OPS = "quantize_rows permute_quantize quantize_weights scaled_grouped_gemm fp8_grouped_gemm"
 
 # no other run has these shapes: the package's grouped GEMM beside those whose warps have roles
@@ -103,7 +103,7 @@ def _everything() -> Iterator[Part]:
     yield _run("8 and 4 bits", "fused_experts_quantized --seconds 1", 300)
     for letter in "TEI":
         yield _run(f"scaling with {letter}", f"fused_experts --shape scaling-{letter}", 400)
-    for routing in ("zipf", "one"):
+    for routing in ("balanced", "zipf", "one"):
         for model in MODELS:
             text = f"fused_experts --shape {model} --routing {routing}"
             yield _run(f"{model}, {routing}", text, 300)

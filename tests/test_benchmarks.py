@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import moe_kernels
 from benchmarks import results
 from benchmarks.accuracy import judge
 from benchmarks.cli import main
@@ -30,6 +31,7 @@ TINY = {
     "expert_activation": "R=9,I=16",
     "permute": "T=5,H=16,E=4,K=2",
     "unpermute": "T=5,H=16,E=4,K=2",
+    "chunk_permute": "R=40,H=16,P=2,E=3",
     "sort_by_expert": "T=5,E=4,K=2",
     "topk_router": "T=5,E=8,K=2",
     "round_tokens": "T=900,E=3,K=1",
@@ -70,6 +72,19 @@ def rows_of(found: dict[str, Any], **wanted: str) -> list[dict[str, Any]]:
 def test_every_op_has_a_tiny_shape() -> None:
     elsewhere = {"model_decode"}  # tests.test_benchmarks_models
     assert set(TINY) == {name for name, op in OPS.items() if not op.on_ranks} - elsewhere
+
+
+def test_every_op_is_measured() -> None:
+    parts = {
+        "grouped_gemm_wgrad": "grouped_gemm",  # its backward
+        "dequantize_rows": "fp8_grouped_gemm",  # its backward, too
+        "quantize_experts": "fused_experts_quantized",
+        "experts_from_mxfp4": "fused_experts_quantized",
+        "fused_moe": "fused_experts",  # in another layout
+    }
+    no_ops = {"free_kept_buffers", "use_large_pages", "rounded_rows"}
+    public = {name for name in moe_kernels.__all__ if name.islower() and not name.startswith("_")}
+    assert {parts.get(name, name) for name in public - no_ops} <= set(OPS)
 
 
 @pytest.mark.usefixtures("given_limits")

@@ -21,6 +21,7 @@ from benchmarks.limits import Limits
 from benchmarks.ops import OPS
 from benchmarks.providers import OURS, PROVIDERS
 from benchmarks.registry import Case, Implementation, Inputs, Output
+from benchmarks.routing import ROUTINGS
 from benchmarks.sweep import (
     DEVICE_LOST,
     PLANS,
@@ -288,6 +289,14 @@ def test_every_model_of_the_sweep_is_a_shape_set() -> None:
 def test_the_full_sweep_has_every_op_of_one_gpu() -> None:
     measured = {word for part in PLANS["full"] for word in part.arguments}
     assert {name for name, op in OPS.items() if not op.on_ranks} <= measured
+
+
+def test_the_full_sweep_has_every_routing_of_the_layer() -> None:
+    routings = {"uniform"}
+    for part in PLANS["full"]:
+        if "fused_experts" in part.arguments and "--routing" in part.arguments:
+            routings.add(part.arguments[part.arguments.index("--routing") + 1])
+    assert routings == set(ROUTINGS)
 
 
 # ------------------------------------------------------------------------------------------- ratios

@@ -1,5 +1,6 @@
 """Every op that can be measured. A new one is a file here and its name in OPS."""
 
+from benchmarks.ops.chunk_permute import chunk_permute
 from benchmarks.ops.dispatch import dispatch
 from benchmarks.ops.expert_activation import expert_activation
 from benchmarks.ops.fused_experts import fused_experts
@@ -27,6 +28,7 @@ OPS: dict[str, Op] = {
         expert_activation,
         permute,
         unpermute,
+        chunk_permute,
         sort_by_expert,
         topk_router,
         quantize_rows,

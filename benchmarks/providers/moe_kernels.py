@@ -115,6 +115,9 @@ moe_kernels = Provider(
         "unpermute": lambda case: Implementation(
             lambda i: ours.unpermute(i["rows"], order_of(i), i["weights"])
         ),
+        "chunk_permute": lambda case: Implementation(
+            lambda i: ours.chunk_permute(i["rows"], i["sizes"], i["order"])
+        ),
         "sort_by_expert": _sort_by_expert,
         "topk_router": _topk_router,
         "quantize_rows": lambda case: Implementation(lambda i: ours.quantize_rows(i["x"])),

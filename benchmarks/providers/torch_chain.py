@@ -77,6 +77,19 @@ def _unpermute(case: Case) -> Implementation:
     return Implementation(run)
 
 
+def _chunk_permute(case: Case) -> Implementation:
+    count = case.shape["R"]
+
+    def run(inputs: Inputs) -> Output:
+        sizes, order = inputs["sizes"], inputs["order"]
+        moved = sizes[order]
+        shift = (sizes.cumsum(0) - sizes)[order] - (moved.cumsum(0) - moved)
+        rows = torch.arange(count, device=sizes.device)
+        return inputs["rows"][rows + shift.repeat_interleave(moved, output_size=count)]
+
+    return Implementation(run)
+
+
 def _sort_by_expert(case: Case) -> Implementation:
     experts = case.shape["E"]
 
@@ -139,6 +152,7 @@ torch_chain = Provider(
         "expert_activation": lambda case: Implementation(lambda i: _swiglu(i["h"])),
         "permute": _permute,
         "unpermute": _unpermute,
+        "chunk_permute": _chunk_permute,
         "sort_by_expert": _sort_by_expert,
         "topk_router": _topk_router,
         "round_tokens": _round_tokens,
