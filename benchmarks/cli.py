@@ -257,6 +257,9 @@ def _memory(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     files = _result_files(options.files)
     options.out.mkdir(parents=True, exist_ok=True)
+    pictures = not options.tables and find_spec("matplotlib") is not None
+    if not pictures and not options.tables:
+        print("benchmarks: no plots, which need matplotlib", file=sys.stderr)
     parts = []
     for file in files:
         found = results.read(file)
@@ -270,7 +273,7 @@ def _report(options: argparse.Namespace) -> int:
             *_absent(found["providers"]),
             tables.summary(found["rows"]),
         ]
-        if options.tables:
+        if not pictures:
             continue
         folder = options.out / environment.slug(device)
         for picture in plots.draw(found["rows"], folder):

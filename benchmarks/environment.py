@@ -10,6 +10,8 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "commit": commit(),
         "command": "python -m benchmarks " + " ".join(sys.argv[1:]),
         "device": _cuda(device) if device.type == "cuda" else _cpu(),
+        "clocks": _cuda_clocks(device) if device.type == "cuda" else _cpu_clocks(),
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version()}
         | {module: _version(module) for module in MODULES}
@@ -118,29 +121,28 @@ def _peers() -> dict[str, str]:
     return found
 
 
+def _cpuinfo() -> str:
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""
+
+
+def _cpu_clocks() -> dict[str, Any]:
+    return {"mhz": [float(mhz) for mhz in re.findall(r"cpu MHz\s*: ([\d.]+)", _cpuinfo())]}
+
+
 def _cpu() -> dict[str, Any]:
-    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    text = _cpuinfo()
     model = re.search(r"model name\s*: (.*)", text)
-    clocks = [float(mhz) for mhz in re.findall(r"cpu MHz\s*: ([\d.]+)", text)]
     return {
         "type": "cpu",
         "name": model[1].strip() if model else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
-        "clocks_mhz": clocks,
         "capability": torch.backends.cpu.get_cpu_capability(),
     }
 
 
 def _cuda(device: torch.device) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(device)
-    fields = ("clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "driver_version")
-    answer = _output(
-        "nvidia-smi",
-        f"--id={getattr(properties, 'uuid', 0) and 'GPU-' + str(properties.uuid)}",
-        f"--query-gpu={','.join(fields)}",
-        "--format=csv,noheader,nounits",
-    )
-    values = [value.strip() for value in answer.split(",")] if answer else []
     return {
         "type": "cuda",
         "name": properties.name,
@@ -148,5 +150,27 @@ def _cuda(device: torch.device) -> dict[str, Any]:
         "multiprocessors": properties.multi_processor_count,
         "memory_bytes": properties.total_memory,
         "cuda": torch.version.cuda,
-        "clocks": dict(zip(fields, values, strict=False)),
     }
+
+
+@contextmanager
+def _busy(device: torch.device) -> Iterator[None]:
+    """The GPU multiplies meanwhile, for some tenths of a second."""
+    a = torch.randn(8192, 8192, device=device).bfloat16()
+    out = torch.empty_like(a)
+    for _ in range(200):
+        torch.mm(a, a, out=out)
+    yield
+    torch.cuda.synchronize(device)
+
+
+def _cuda_clocks(device: torch.device) -> dict[str, str]:
+    """What nvidia-smi says under load: a GPU that waits is slower than one that is measured."""
+    fields = ("clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "driver_version")
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    command = ["nvidia-smi", *([f"--id=GPU-{uuid}"] if uuid else [])]
+    command += [f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    with _busy(device):
+        answer = _output(*command)
+    values = [value.strip() for value in answer.split(",")] if answer else []
+    return dict(zip(fields, values, strict=False))
