@@ -24,6 +24,7 @@ from benchmarks import (
     simulate_command,
     sweep,
     tables,
+    targets,
 )
 from benchmarks.limits import Limits
 from benchmarks.ops import OPS
@@ -261,9 +262,12 @@ def _report(options: argparse.Namespace) -> int:
     if not pictures and not options.tables:
         print("benchmarks: no plots, which need matplotlib", file=sys.stderr)
     parts = []
+    on_gpus: dict[str, list[dict[str, Any]]] = {}
     for file in files:
         found = results.read(file)
         device, commit = found["device"], found["commit"]
+        if device["type"] == "cuda":
+            on_gpus.setdefault(device["name"], []).extend(found["rows"])
         name = commit["hash"] or f"unknown, sources {commit['sources']}"
         dirty = " with changes" if commit["dirty"] else ""
         versions = ", ".join(f"{name} {of}" for name, of in found["versions"].items() if of)
@@ -278,6 +282,8 @@ def _report(options: argparse.Namespace) -> int:
         folder = options.out / environment.slug(device)
         for picture in plots.draw(found["rows"], folder):
             parts.append(f"![{picture.stem}]({picture.relative_to(options.out)})")
+    for name, rows in on_gpus.items():
+        parts += [f"## Targets on {name}", targets.table(rows)]
     text = "\n\n".join(["# Benchmarks", *parts]) + "\n"
     (options.out / "report.md").write_text(text)
     print(f"{text}\nwritten: {options.out / 'report.md'}")

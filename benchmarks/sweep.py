@@ -55,6 +55,9 @@ def _run(name: str, text: str, seconds: float) -> Part:
 SOME_PUBLISHED = "T=40960,H=768,I=512,E=64,K=4 T=24576,H=1536,I=512,E=64,K=4 sonicmoe-wide"
 # experts wide enough for products to be what counts, in float8 and without
 WIDE = "T=32768,H=4096,I=2048,E=32,K=4"
+WIDE_PRODUCTS = (
+    "R=131072,D=4096,N=4096,E=32 R=131072,D=2048,N=4096,E=32 --direction forward --seconds 0.5"
+)
 MODELS = (
     *("qwen3-30b-a3b", "gpt-oss-120b", "deepseek-v3", "mixtral-8x7b"),
     *("qwen3-235b-a22b", "kimi-k2"),
@@ -78,6 +81,7 @@ MAIN = (
     _run("published", f"fused_experts --shape {SOME_PUBLISHED} --seconds 1", 90),
     _run("grouped_gemm", "grouped_gemm --shape qwen3-30b-a3b --seconds 0.5", 50),
     _run("float8", f"fused_experts fused_experts_fp8 --shape {WIDE} --seconds 0.5", 60),
+    _run("float8, products", f"grouped_gemm scaled_grouped_gemm --shape {WIDE_PRODUCTS}", 40),
     _run("gpt-oss", "fused_experts --shape gpt-oss-120b --seconds 1", 60),
     _run("small ops", f"{SMALL_OPS} --seconds 0.3", 60),
     ROLES,
@@ -95,6 +99,7 @@ def _everything() -> Iterator[Part]:
         text = f"fused_experts --shape {model}-decode --direction forward --seconds 1"
         yield _run(f"{model}, decode", text, 240)
     yield _run("float8", f"fused_experts fused_experts_fp8 --shape {WIDE}", 400)
+    yield _run("float8, products", f"grouped_gemm scaled_grouped_gemm --shape {WIDE_PRODUCTS}", 60)
     for model in MODELS:
         yield _run(f"{model}, float8", f"fused_experts_fp8 --shape {model}", 300)
     for op in (*SMALL_OPS.split(), "round_tokens", *FLOAT8_OPS.split()):

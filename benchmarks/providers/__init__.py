@@ -37,7 +37,8 @@ OWN = (
     *(provider.name for provider in overlapping),
 )
 DENSE = dense_limit.name
-MACHINE = (DENSE, copy_limit.name)  # what the machine allows
+COPY = copy_limit.name
+MACHINE = (DENSE, COPY)  # what the machine allows
 LIMITS = (*MACHINE, gloo_rows.name)  # what computes nothing that could be wrong
 
 PROVIDERS: dict[str, Provider] = {
