@@ -65,9 +65,11 @@ class _Watch(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _ops(namespace: str) -> list[str]:
+def launcher_ops() -> list[str]:
     """The package's ops that have a Triton launcher."""
-    names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith(f"{namespace}::")]
+    from moe_kernels.ops._library import NAMESPACE
+
+    names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith(f"{NAMESPACE}::")]
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     ops = [name.split("::")[1] for name in names if has_kernel(name, "CUDA")]
     return [op for op in ops if not op.startswith(("dispatch", "combine"))]  # between ranks
@@ -107,7 +109,7 @@ def watched(arch: int, *, watch: bool = True) -> Iterator[list[str]]:
     library = torch.library.Library(NAMESPACE, "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that kernels are overridden is the purpose
-        for op in _ops(NAMESPACE):
+        for op in launcher_ops():
             library.impl(op, launcher(op), "CPU", allow_override=True)
     try:
         with ExitStack() as stack:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # read when kernels are decorated
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.launches import HostReadError, layer_steps, watched
+from benchmarks.launches import HostReadError, launcher_ops, layer_steps, watched
 
 LAYERS: dict[str, tuple[tuple[int, ...], bool]] = {
     "one token": ((1, 256, 128, 16, 4), False),
@@ -23,6 +25,22 @@ LAYERS: dict[str, tuple[tuple[int, ...], bool]] = {
     "some tokens": ((64, 256, 128, 16, 4), False),
     "many tokens": ((2048, 256, 128, 16, 4), False),
 }
+
+
+class Called(TorchDispatchMode):
+    """Notes the package's ops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        namespace, _, name = func._schema.name.partition("::")
+        if namespace == "moe_kernels":
+            self.names.add(name)
+        return func(*args, **(kwargs or {}))
 
 
 def every_op() -> None:
@@ -56,6 +74,30 @@ def every_op() -> None:
         num_rows=500, precision="fp8_block",
     )  # fmt: skip
     y.sum().backward()
+    main_grads = torch.empty(16, 256, 256), torch.empty(16, 128, 256)
+    y = moe_kernels.fused_experts(
+        x, gate_up.mT, down.mT, routed.topk_ids, routed.topk_weights.detach(),
+        main_grads=main_grads,
+    )  # fmt: skip
+    y.sum().backward()
+    moe_kernels.grouped_gemm_wgrad(rows.detach(), h.detach(), order.offsets)
+    moe_kernels.grouped_gemm_wgrad(rows.detach(), h.detach(), order.offsets, out=main_grads[0])
+    mask, given = torch.empty(300, dtype=torch.bool), torch.empty(300, 4, dtype=torch.int64)
+    moe_kernels.topk_router(logits, 4, given_ids=given, token_mask=mask).load.float()
+    wider = moe_kernels.topk_router(logits, 4, candidates=4)
+    rounded = moe_kernels.round_tokens(*wider[:2], 16, top_k=4, tile=16, token_mask=mask)
+    rounded.topk_weights.sum().backward()
+    product = moe_kernels.fp8_grouped_gemm(
+        rows.detach().requires_grad_(), gate_up.mT, order.offsets, bias=bias
+    )
+    product.sum().backward()
+    with torch.no_grad():
+        moe_kernels.quantize_rows(x)
+        values, scales = moe_kernels.permute_quantize(x, order)
+        w, w_scales = moe_kernels.quantize_weights(gate_up.mT)
+        moe_kernels.scaled_grouped_gemm(values, w, scales, w_scales, order.offsets)
+        moe_kernels.permute(values[:300], order, scales=scales[:300])
+        moe_kernels.dequantize_rows(values, scales)
 
 
 READS: dict[str, Callable[[torch.Tensor], object]] = {
@@ -91,10 +133,12 @@ def caught() -> list[str]:
 
 
 if __name__ == "__main__":
-    with watched(90) as launches:
+    with watched(90) as launches, Called() as called:
         every_op()
         found = {"every op": {"all": list(launches)}}
+    left_out = sorted(set(launcher_ops()) - called.names)
     for name, (sizes, biased) in LAYERS.items():
         steps = layer_steps(*sizes, biased=biased, calls=1)
         found[name] = {step.name: step.launches for step in steps}
-    print(json.dumps({"launches": found, "caught": caught(), "reads": list(READS)}))
+    result = {"launches": found, "caught": caught(), "reads": list(READS), "left out": left_out}
+    print(json.dumps(result))
