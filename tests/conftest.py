@@ -105,6 +105,18 @@ def impl(request: pytest.FixtureRequest) -> Iterator[Implementation]:
             yield Implementation(request.param, torch.device(request.param))
 
 
+TRITON = [GPU if HAS_GPU else "interpreter"]
+
+
+def triton_alone() -> Iterator[Implementation]:
+    """For ``pytest.fixture(params=TRITON)``: the Triton kernels, in memory as it comes."""
+    if HAS_GPU:
+        yield Implementation("cuda", torch.device("cuda"))
+    else:
+        with triton_under_cpu():
+            yield Implementation("interpreter", torch.device("cpu"))
+
+
 @pytest.fixture(autouse=True)
 def _seed(request: pytest.FixtureRequest) -> None:
     """Different data in every test, the same from run to run."""

@@ -11,21 +11,17 @@ import moe_kernels
 from moe_kernels import reference
 from moe_kernels.triton import _fp8, permute, quantize, scaled_grouped_gemm
 from moe_kernels.triton._configs import CONFIGS
-from tests.conftest import GPU, HAS_GPU, Implementation, poisoned_memory, triton_under_cpu
+from tests.conftest import HAS_GPU, TRITON, Implementation, poisoned_memory, triton_alone
 from tests.kernels.accuracy import frobenius_error
 from tests.kernels.test_quantize import assert_same
 
 FLOAT8 = torch.float8_e4m3fn
 
 
-@pytest.fixture(params=[GPU if HAS_GPU else "interpreter"])
-def impl(request: pytest.FixtureRequest) -> Iterator[Implementation]:
+@pytest.fixture(params=TRITON)
+def impl() -> Iterator[Implementation]:
     with poisoned_memory():
-        if HAS_GPU:
-            yield Implementation("cuda", torch.device("cuda"))
-        else:
-            with triton_under_cpu():
-                yield Implementation("interpreter", torch.device("cpu"))
+        yield from triton_alone()
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """What Triton launchers promise beyond their ops: any tile shape, any memory, any ids."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +26,7 @@ from moe_kernels.triton._configs import CONFIGS
 from moe_kernels.triton._math import exp, fast_sigmoid, sigmoid, softplus
 from moe_kernels.triton._tiles import build_tile_map, walk
 from moe_kernels.triton.sort_by_expert import sort_and_map
-from tests.conftest import GPU, HAS_GPU, Implementation, poisoned_memory, triton_under_cpu
+from tests.conftest import HAS_GPU, TRITON, Implementation, poisoned_memory, triton_alone
 from tests.kernels.accuracy import gradients
 from tests.kernels.test_fused_experts import check
 
@@ -51,13 +51,7 @@ def _functions_kernel(x, out, N: tl.constexpr):  # type: ignore[no-untyped-def]
     tl.store(out + 3 * N + i, fast_sigmoid(value))
 
 
-@pytest.fixture(params=[GPU if HAS_GPU else "interpreter"])
-def impl(request: pytest.FixtureRequest) -> Iterator[Implementation]:
-    if HAS_GPU:
-        yield Implementation("cuda", torch.device("cuda"))
-    else:
-        with triton_under_cpu():
-            yield Implementation("interpreter", torch.device("cpu"))
+impl = pytest.fixture(params=TRITON)(triton_alone)
 
 
 def _case(

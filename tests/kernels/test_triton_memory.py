@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from moe_kernels.triton import _combine
 from moe_kernels.triton.fused_experts import fused_experts, fused_experts_backward
-from tests.conftest import GPU, HAS_GPU, Implementation, triton_under_cpu
+from tests.conftest import HAS_GPU, TRITON, Implementation, triton_alone
 from tests.kernels.test_triton_launchers import _case, _run
 
 # name: T, H, I, E, K; the published shapes of SonicMoE (arXiv:2512.14080), then some models' layers
@@ -44,13 +44,7 @@ SHAPES = {
 }
 
 
-@pytest.fixture(params=[GPU if HAS_GPU else "interpreter"])
-def impl(request: pytest.FixtureRequest) -> Iterator[Implementation]:
-    if HAS_GPU:
-        yield Implementation("cuda", torch.device("cuda"))
-    else:
-        with triton_under_cpu():
-            yield Implementation("interpreter", torch.device("cpu"))
+impl = pytest.fixture(params=TRITON)(triton_alone)
 
 
 class Allocations(TorchDispatchMode):
