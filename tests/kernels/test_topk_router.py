@@ -112,6 +112,30 @@ def test_given_ids_are_replayed_with_live_gradients(impl: Implementation) -> Non
     assert int(out.load.sum()) == 27
 
 
+def test_given_ids_of_no_expert_count_for_nothing(
+    impl: Implementation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nobody looks at them, which would stop the host of a GPU; else they are an error."""
+    logits = torch.randn(5, 6).to(impl.device).requires_grad_()
+    ids = torch.tensor([[0, -1], [6, 1], [2, 5], [2**31 - 1, -(2**31)], [4, 3]]).to(impl.device)
+    if impl.name == "cpu":
+        with pytest.raises(IndexError, match="given_ids"):
+            moe_kernels.topk_router(logits, 2, given_ids=ids)
+        return
+    out = moe_kernels.topk_router(logits, 2, given_ids=ids)
+    real = (ids >= 0) & (ids < 6)
+    scores = logits.softmax(-1).gather(1, ids.clamp(0, 5))
+    torch.testing.assert_close(out.topk_weights, torch.where(real, scores, 0))
+    assert out.load.tolist() == [1] * 6
+    upstream = torch.randn(5, 2).to(impl.device)
+    (grad,) = torch.autograd.grad(out.topk_weights, logits, upstream)
+    (expected,) = torch.autograd.grad(scores, logits, torch.where(real, upstream, 0))
+    torch.testing.assert_close(grad, expected)
+    monkeypatch.setenv("MOE_KERNELS_CHECK", "1")
+    with pytest.raises(IndexError, match=r"given_ids must be in \[0, 5\]"):
+        moe_kernels.topk_router(logits, 2, given_ids=ids)
+
+
 def test_non_finite_logits_never_leave_the_range(impl: Implementation) -> None:
     logits = torch.randn(4, 8)
     logits[0] = -math.inf

@@ -285,18 +285,6 @@ def test_chunks_that_do_not_fit_stay_in_bounds(
                 moe_kernels.chunk_permute(rows, *values)
 
 
-def test_given_ids_are_checked_on_demand(
-    impl: Implementation, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    logits = torch.randn(4, 8, device=impl.device)
-    ids = torch.full((4, 2), 8, device=impl.device)
-    out = moe_kernels.topk_router(logits, 2, given_ids=ids)
-    assert int(out.load.sum()) == 0
-    monkeypatch.setenv("MOE_KERNELS_CHECK", "1")
-    with pytest.raises(IndexError, match=r"given_ids must be in \[0, 7\]"):
-        moe_kernels.topk_router(logits, 2, given_ids=ids)
-
-
 def test_float64_products_are_refused(impl: Implementation) -> None:
     inputs, _ = _case(torch.float64)
     moved = {name: value.to(impl.device) for name, value in inputs.items()}
