@@ -84,6 +84,7 @@ MAIN = (
     _run("gpt-oss", "fused_experts --shape gpt-oss-120b --seconds 1", 60),
     _run("small ops", f"{SMALL_OPS} --seconds 0.3", 60),
     _run("float8, products", f"grouped_gemm scaled_grouped_gemm --shape {WIDE_PRODUCTS}", 40),
+    _run("launches", "moe_layer --seconds 0.3", 30),
     ROLES,
     _run("published, all", "fused_experts --shape sonicmoe --seconds 1", 180),
 )
@@ -104,6 +105,7 @@ def _everything() -> Iterator[Part]:
         yield _run(f"{model}, float8", f"fused_experts_fp8 --shape {model}", 300)
     for op in (*SMALL_OPS.split(), "round_tokens", *FLOAT8_OPS.split()):
         yield _run(op, op, 240)
+    yield _run("launches", "moe_layer --shape qwen3-30b-a3b gpt-oss-120b --seconds 1", 200)
     yield _run("a model's step", "model_decode", 600)
     yield _run("8 and 4 bits", "fused_experts_quantized --seconds 1", 300)
     for letter in "TEI":

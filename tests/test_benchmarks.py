@@ -35,6 +35,7 @@ TINY = {
     "sort_by_expert": "T=5,E=4,K=2",
     "topk_router": "T=5,E=8,K=2",
     "round_tokens": "T=900,E=3,K=1",
+    "moe_layer": "T=2,H=32,I=16,E=8,K=2,N=3",
     "quantize_rows": "T=5,H=144",
     "permute_quantize": "T=5,H=144,E=4,K=2",
     "quantize_weights": "E=2,H=144,N=40",
@@ -48,6 +49,7 @@ FORWARD_ONLY = (
     "quantize_weights",
     "scaled_grouped_gemm",
     "round_tokens",
+    "moe_layer",
     "fused_experts_quantized",
 )
 

@@ -13,6 +13,9 @@ import torch
 
 from benchmarks import cli, environment, results
 from benchmarks.cli import main
+from benchmarks.ops import OPS
+from benchmarks.providers import OURS, PROVIDERS
+from benchmarks.registry import Shape
 from tests.test_benchmarks import run
 
 
@@ -68,3 +71,42 @@ def test_a_report_without_matplotlib_has_its_tables(
     assert "### expert_activation, forward" in (report / "report.md").read_text()
     assert not list(report.rglob("*.png"))
     assert results.read(out)["rows"]
+
+
+@pytest.mark.parametrize("variant", ["", "swigluoai"])
+def test_a_layer_in_a_graph_is_captured_once_and_replayed(
+    variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a graph that does at each replay what was captured, on the CPU."""
+    shape = Shape({"T": 2, "H": 32, "I": 16, "E": 8, "K": 2, "N": 3}, variant)
+    case = OPS["moe_layer"].make_case(shape, torch.float32, torch.device("cpu"), "uniform", 0)
+    eager = PROVIDERS[OURS].builders["moe_layer"](case)
+    done: list[str] = []
+
+    class Graph:
+        def replay(self) -> None:
+            done.append("replay")
+            result.copy_(eager.run(seen))
+
+    @contextmanager
+    def capturing(graph: Graph) -> Iterator[None]:
+        done.append("capture")
+        yield
+
+    stream = SimpleNamespace(wait_stream=lambda other: done.append("wait"))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capturing)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextmanager(lambda: iter([0]))())
+    implementation = PROVIDERS["moe_kernels_graph"].builders["moe_layer"](case)
+    with torch.inference_mode():
+        for index in (0, 1, 0):
+            seen = case.inputs[index]
+            result = torch.empty_like(seen["x"])
+            out = implementation.run(seen)
+            assert done[-3:] == ["replay"] * 3
+            assert torch.equal(result, eager.run(seen))
+            if index == 0 and done.count("replay") == 3:
+                assert torch.equal(out, result)  # captured with the first inputs
+    assert done.count("capture") == 1

@@ -8,6 +8,7 @@ from benchmarks.ops.fused_experts_fp8 import fused_experts_fp8
 from benchmarks.ops.fused_experts_quantized import fused_experts_quantized
 from benchmarks.ops.grouped_gemm import grouped_gemm
 from benchmarks.ops.model_decode import model_decode
+from benchmarks.ops.moe_layer import moe_layer
 from benchmarks.ops.moe_overlap import moe_overlap
 from benchmarks.ops.permute import permute
 from benchmarks.ops.quantize import permute_quantize, quantize_rows, quantize_weights
@@ -36,6 +37,7 @@ OPS: dict[str, Op] = {
         quantize_weights,
         scaled_grouped_gemm,
         fp8_grouped_gemm,
+        moe_layer,
         model_decode,
         round_tokens,
         dispatch,

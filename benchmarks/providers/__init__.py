@@ -5,7 +5,7 @@ from benchmarks.providers.copy_limit import copy_limit
 from benchmarks.providers.dense_limit import dense_limit
 from benchmarks.providers.dispatch import gloo_rows, torch_all_to_all, transports
 from benchmarks.providers.float8_chain import torch_scaled_mm
-from benchmarks.providers.moe_kernels import moe_kernels
+from benchmarks.providers.moe_kernels import moe_kernels, moe_kernels_graph
 from benchmarks.providers.moe_overlap import in_turn, overlapping
 from benchmarks.providers.peers import PEERS
 from benchmarks.providers.quantized import (
@@ -31,6 +31,7 @@ OWN = (
     OURS,
     moe_kernels_fp8.name,
     moe_kernels_mxfp4.name,
+    moe_kernels_graph.name,
     our_compiled_model.name,
     *(transport.name for transport in transports),
     *(provider.name for provider in roles),
@@ -45,6 +46,7 @@ PROVIDERS: dict[str, Provider] = {
     provider.name: provider
     for provider in (
         moe_kernels,
+        moe_kernels_graph,
         torch_chain,
         transformers_eager,
         transformers_grouped_mm,

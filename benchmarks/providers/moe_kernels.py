@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
 import moe_kernels as ours
 from benchmarks.models import decoding
 from benchmarks.ops._order import order_of
@@ -25,6 +30,59 @@ def _fused_experts(precision: str | None = None) -> Builder:
         return Implementation(run)
 
     return build
+
+
+def _once(case: Case) -> Callable[[Tensor, Tensor], Tensor]:
+    """Router and experts, of x and logits."""
+
+    def once(x: Tensor, logits: Tensor) -> Tensor:
+        routed = ours.topk_router(logits, case.shape["K"], renormalize=True)
+        return ours.fused_experts(
+            x, *matrices(case), routed.topk_ids, routed.topk_weights, **options(case)
+        )
+
+    return once
+
+
+def _moe_layer(case: Case) -> Implementation:
+    once = _once(case)
+
+    def run(inputs: Inputs) -> Output:
+        for _ in range(case.shape["N"]):
+            y = once(inputs["x"], inputs["logits"])
+        return y
+
+    return Implementation(run)
+
+
+def _moe_layer_in_a_graph(case: Case) -> Implementation:
+    """The same, captured once: what is left without the work of the host."""
+    once = _once(case)
+    x, logits = (torch.empty_like(case.inputs[0][name]) for name in ("x", "logits"))
+    captured: list[tuple[torch.cuda.CUDAGraph, Tensor]] = []
+
+    def capture() -> None:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            once(x, logits)  # compiles
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = once(x, logits)
+        captured.append((graph, y))
+
+    def run(inputs: Inputs) -> Output:
+        x.copy_(inputs["x"])
+        logits.copy_(inputs["logits"])
+        if not captured:
+            capture()
+        ((graph, y),) = captured
+        for _ in range(case.shape["N"]):
+            graph.replay()
+        return y
+
+    return Implementation(run)
 
 
 def quantized_experts(formats: dict[int, str]) -> Builder:
@@ -127,7 +185,12 @@ moe_kernels = Provider(
         "quantize_weights": _quantize_weights,
         "scaled_grouped_gemm": _scaled_grouped_gemm,
         "fp8_grouped_gemm": _fp8_grouped_gemm,
+        "moe_layer": _moe_layer,
         "model_decode": decoding("moe_kernels"),
         "round_tokens": _round_tokens,
     },
+)
+
+moe_kernels_graph = Provider(
+    "moe_kernels_graph", {"moe_layer": _moe_layer_in_a_graph}, devices=("cuda",)
 )

@@ -115,6 +115,18 @@ def _topk_router(case: Case) -> Implementation:
     return Implementation(run)
 
 
+def _moe_layer(case: Case) -> Implementation:
+    route, experts = _topk_router(case).run, _fused_experts(case).run
+
+    def run(inputs: Inputs) -> Output:
+        for _ in range(case.shape["N"]):
+            weights, ids = route(inputs)
+            y = experts({**inputs, "topk_ids": ids, "topk_weights": weights})
+        return y
+
+    return Implementation(run)
+
+
 def _round_tokens(case: Case) -> Implementation:
     """To the nearest multiple: two stable sorts, by weight and then by expert and kind."""
     experts, top_k = case.shape["E"], case.shape["K"]
@@ -155,6 +167,7 @@ torch_chain = Provider(
         "chunk_permute": _chunk_permute,
         "sort_by_expert": _sort_by_expert,
         "topk_router": _topk_router,
+        "moe_layer": _moe_layer,
         "round_tokens": _round_tokens,
         **CHAIN,
     },
