@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -17,15 +14,12 @@ import torch
 
 from benchmarks.cli import main
 from benchmarks.ops._shapes import layer, layer_sets, tuning_set
-from benchmarks.runner import DeviceLostError
-from benchmarks.sweep import DEVICE_LOST
 from benchmarks.tuning import table
 from benchmarks.tuning.candidates import GROUPS, LARGEST_SUM, SHARED_MEMORY, candidates, refinements
 from benchmarks.tuning.command import KERNELS, _buckets, _candidates
 from benchmarks.tuning.compiled import Compiled, compile_all, judge, small_shape
 from benchmarks.tuning.problems import PROBLEMS, Layer, Problem, bucket_of, operand_dtype
 from benchmarks.tuning.search import Found, search
-from benchmarks.tuning.trials import Trials
 from moe_kernels.triton._config_tables import (
     LARGEST_TILE,
     ROWS,
@@ -161,47 +155,6 @@ def test_the_compiler_gives_warps_roles() -> None:
     assert found[plain].problem == "has no warps with roles, although it is asked for"
     up = Config(128, 64, 64, warps=8, stages=4, warp_specialize="gluon")
     assert compile_all("up", 0, shape, "bf16", [up], 90, processes=1, seconds=240)[up].problem == ""
-
-
-def test_a_run_that_does_not_end_is_tried_once(tmp_path: Path) -> None:
-    """The process really ends, and the next one leaves the configuration out."""
-    path, ours = tmp_path / "new" / "tiles.json", [Config(128, 64, 64, warps=4, stages=2)]
-    ours += [dataclasses.replace(ours[0], warp_specialize="triton", stages=s) for s in (2, 3)]
-    for cut in ours[:2]:
-        with Trials(path).of(BUCKET, cut):
-            pass
-    child = os.fork()
-    if child == 0:
-        with (
-            open(os.devnull, "w") as sys.stderr,  # where the traceback goes
-            Trials(path).of(BUCKET, ours[1], seconds=0.1),
-        ):
-            time.sleep(60)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
-    assert path.with_suffix(".trying").exists()
-    for trials in (Trials(path), Trials(path)):
-        assert [trials.ended(BUCKET, cut) for cut in ours] == [True, False, True]
-        assert trials.ended(dataclasses.replace(BUCKET, rows=4), ours[1])
-        assert not path.with_suffix(".trying").exists()
-
-
-def test_a_run_that_breaks_the_device_is_tried_once(tmp_path: Path) -> None:
-    path, broken = tmp_path / "tiles.json", []
-
-    def check() -> None:
-        if broken:
-            raise DeviceLostError("left the GPU unusable")
-
-    with Trials(path, check).of(BUCKET, DEFAULT):
-        pass
-    assert not path.with_suffix(".trying").exists()
-    with pytest.raises(DeviceLostError), Trials(path, check).of(BUCKET, DEFAULT):
-        broken.append(DEFAULT)
-    assert path.with_suffix(".trying").exists()
-    trials = Trials(path, check)
-    assert not trials.ended(BUCKET, DEFAULT)
-    assert trials.ended(BUCKET, dataclasses.replace(DEFAULT, stages=2))
 
 
 def test_what_is_not_compiled_in_time_is_dropped() -> None:
@@ -460,7 +413,7 @@ def test_a_dry_run_says_what_would_be_tried(
         assert f"\n {kernel} {part} T4 H64 I32 E4 K1\n" in out
 
 
-def _without_a_gpu(monkeypatch: pytest.MonkeyPatch, out: Path, measure_in_turns: Any) -> list[str]:
+def without_a_gpu(monkeypatch: pytest.MonkeyPatch, out: Path, measure_in_turns: Any) -> list[str]:
     """Arguments of a run with another clock and compiler."""
     from benchmarks.tuning import command, compiled
 
@@ -475,47 +428,6 @@ def _without_a_gpu(monkeypatch: pytest.MonkeyPatch, out: Path, measure_in_turns:
     return ["tune", "up", "wgrad", "--shape", "T=6,H=64,I=32,E=4,K=2", "--out", str(out)]
 
 
-def test_a_default_that_breaks_the_device_costs_its_bucket_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """What was found before is written and said; two tries later the others are tuned."""
-    from benchmarks.tuning import command
-
-    out, broken, buckets = tmp_path / "table.json", [], []
-
-    def check(device: torch.device, name: str) -> None:
-        if broken:
-            raise DeviceLostError(f"{name} left the GPU unusable")
-
-    def measure_in_turns(device: torch.device, seconds: float) -> Any:
-        def measure(calls: Mapping[Config, Any], guard: Any) -> dict[Config, float]:
-            buckets.append(calls)
-            for config in calls:
-                with guard(config):
-                    if len(buckets) in breaks and config == next(iter(calls)):
-                        broken.append(config)
-            return dict.fromkeys(calls, 1.0)
-
-        return measure
-
-    monkeypatch.setattr(command, "check_device", check)
-    arguments = _without_a_gpu(monkeypatch, out, measure_in_turns)
-    breaks = (1,)  # the first bucket is that of the up-projection
-    with mended_interpreter():
-        for _ in range(2):
-            assert main(arguments) == DEVICE_LOST
-            said = capsys.readouterr()
-            assert "call again to go on without what broke it" in said.err
-            assert "The default is within" in said.out
-            assert out.with_suffix(".trying").exists()
-            broken.clear()
-            buckets.clear()
-        breaks = ()
-        assert main(arguments) == 1
-    assert "up" in capsys.readouterr().err
-    assert {entry["kernel"] for entry in json.loads(out.read_text())["entries"]} == {"wgrad"}
-
-
 def test_a_whole_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -524,7 +436,7 @@ def test_a_whole_run(
     def measure_in_turns(device: torch.device, seconds: float) -> Any:
         return lambda calls, guard: {config: 1000.0 / config.block_n for config in calls}
 
-    arguments = _without_a_gpu(monkeypatch, tmp_path / "table.json", measure_in_turns)
+    arguments = without_a_gpu(monkeypatch, tmp_path / "table.json", measure_in_turns)
     out = tmp_path / "table.json"
     with mended_interpreter():
         assert main(arguments) == 0
