@@ -127,6 +127,7 @@ def run_op(op: Op, settings: Settings) -> Iterator[tuple[list[Row], str, Limits]
             if not left:
                 continue
             limits = measure_limits(clock, device, DTYPES[dtype])
+            free(device)  # gigabytes, which processes beside this one may need
             common = {"op": op.name, "shape": str(shape), "sizes": dict(shape.sizes)}
             common |= {"dtype": dtype, "routing": routing}
             rows: list[Row] = []

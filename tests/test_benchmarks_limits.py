@@ -115,3 +115,27 @@ def test_dense_products_compute_the_layer_and_its_gradients(
             limit.backward(out, case.inputs[0])
             assert sum(flops) == cost["backward"].flops
             flops.clear()
+
+
+def test_what_limits_were_measured_with_is_given_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything else is made: on a GPU several processes compile at once."""
+    events: list[str] = []
+    op = OPS["expert_activation"]
+
+    def measured(*arguments: Any) -> Limits:
+        events.append("limits")
+        return Limits(flops=1e11, bytes=1e10)
+
+    def make_case(*arguments: Any) -> Case:
+        events.append("case")
+        return op.make_case(*arguments)
+
+    monkeypatch.setattr("benchmarks.runner.measure_limits", measured)
+    monkeypatch.setattr("benchmarks.runner.free", lambda device: events.append("free"))
+    monkeypatch.setitem(OPS, op.name, dataclasses.replace(op, make_case=make_case))
+    options = ["--device", "cpu", "--dtype", "fp32", "--rounds", "1", "--seconds", "1"]
+    options += ["--shape", "R=3,I=8", "--out", str(tmp_path / "out.json")]
+    assert main(["run", op.name, *options]) == 0
+    assert events[:3] == ["limits", "free", "case"]

