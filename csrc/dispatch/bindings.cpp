@@ -181,9 +181,12 @@ void bind(py::module_& m) {
       "group"_a, "What remember_peer_memory has kept, or None.");
   m.def("forget_joined", &forget_joined, "group"_a, py::call_guard<py::gil_scoped_release>(),
         "Drop it, once the group is gone.");
-  m.def("leave_groups", &leave_groups, "at_most"_a, py::call_guard<py::gil_scoped_release>(),
+  m.def("leave_groups", &leave_groups, "at_most"_a, "last"_a,
+        py::call_guard<py::gil_scoped_release>(),
         "At the end of the process: wait until no other rank reads memory of this one's GPU, for "
-        "the timeout or so many seconds.");
+        "the timeout or so many seconds. What then still goes on is ended if it is the last call.");
+  m.def("leave_groups_at_exit", &leave_groups_at_exit,
+        "Have exit() make that last call, by its status. False if the system cannot.");
 }
 
 }  // namespace moe::ep

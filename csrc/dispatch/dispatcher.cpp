@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <limits>
 #include <mutex>
 #include <numeric>
@@ -132,7 +133,7 @@ void forget_joined(const std::string& group) {
   if (joined->shared_memory) joined->shared_memory->close();
 }
 
-void leave_groups(double at_most) {
+void leave_groups(double at_most, bool last) {
   Registry& registry = Registry::get();
   std::vector<std::shared_ptr<ipc::PeerMemory>> memories;
   {
@@ -141,8 +142,20 @@ void leave_groups(double at_most) {
       if (joined.second.peer_memory) memories.push_back(joined.second.peer_memory);
     }
   }
-  for (const auto& memory : memories) memory->leave(/*exits=*/true, at_most);
-  for (const auto& memory : memories) memory->part();
+  for (const auto& memory : memories) memory->leave(/*exits=*/true, at_most, last);
+  for (const auto& memory : memories) memory->part(at_most, last);
+}
+
+bool leave_groups_at_exit() {
+#if defined(__GLIBC__)
+  const auto leave = [](int status, void*) {
+    leave_groups(status == 0 ? std::numeric_limits<double>::infinity() : 0.0, /*last=*/true);
+  };
+  static const bool known = ::on_exit(leave, nullptr) == 0;
+  return known;
+#else
+  return false;
+#endif
 }
 
 Plan Plan::read(Phase phase, const Dispatcher& dispatcher, const Tensor& plan) {

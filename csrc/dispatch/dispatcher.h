@@ -145,8 +145,12 @@ void remember_peer_memory(const std::string& group, std::shared_ptr<ipc::PeerMem
 std::optional<Joined> recall_joined(const std::string& group);
 void forget_joined(const std::string& group);
 // This process ends: waits, within the timeouts or `at_most` seconds, until the others are done
-// with its GPU's memory.
-void leave_groups(double at_most);
+// with its GPU's memory. If that is not the `last` call, it ends nothing that is not over by then.
+void leave_groups(double at_most, bool last);
+// When this process calls exit(), for the last time: within the timeouts, or at once if its status
+// says that it has failed, which Python's own functions for the end are not told. False where
+// systems do not tell it.
+bool leave_groups_at_exit();
 
 // The rows of a dispatch, by rank, and its number. As a tensor: plan [2 P + 2] int64 on the CPU,
 // rows sent to each rank, those received from each, the number, and a tag that tells them and their

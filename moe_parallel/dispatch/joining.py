@@ -206,22 +206,25 @@ def _join_gpus(group: ProcessGroup, joined: Joined, seconds: float | None) -> Jo
     return JoinedGpus(memory, f"the GPUs of all {group.size()} ranks reach each other's memory")
 
 
-def _leave() -> None:
+def _leave(last: bool) -> None:
     """Wait until the others are done with the memory of this process's GPU.
 
     For the timeout; but who starts the ranks shall learn of an error soon, and then end them all.
+    With what status a program ends is not known here: there exit() makes the ``last`` call, and
+    waits on if that is 0.
     """
     error = sys.exc_info()[1]  # in a process of multiprocessing
     failed = error is not None and getattr(error, "code", 1) not in (None, 0)
     failed = failed or getattr(sys, "last_value", None) is not None  # in a program
-    extension().leave_groups(SECONDS_AFTER_ERROR if failed else math.inf)
+    last = last or failed
+    extension().leave_groups(SECONDS_AFTER_ERROR if failed or not last else math.inf, last)
 
 
 def _leave_at_exit() -> None:
     atexit.unregister(_leave)
-    atexit.register(_leave)
+    atexit.register(_leave, last=not extension().leave_groups_at_exit())
     if multiprocessing.parent_process() is not None:  # which exits without atexit
-        multiprocessing.util.Finalize(None, _leave, exitpriority=0)
+        multiprocessing.util.Finalize(None, _leave, kwargs={"last": True}, exitpriority=0)
 
 
 def join_gpus(group: ProcessGroup, joined: Joined, timeout: float | None) -> JoinedGpus:

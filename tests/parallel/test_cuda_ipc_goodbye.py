@@ -7,9 +7,11 @@ T tokens, H hidden size, K experts a token, E experts, P ranks.
 from __future__ import annotations
 
 import atexit
+import ctypes
 import gc
 import multiprocessing.util
 import os
+import select
 import signal
 import sys
 import time
@@ -88,6 +90,39 @@ def test_a_rank_that_goes_does_not_wait_for_ever(how: str) -> None:
     kind, message = run_ranks(2, _goes, how, timeout=40)[0]
     assert kind == "DistBackendError"
     assert "rank 1 (process" in message
+
+
+def _program(rank: int, ranks: int, status: int) -> None:
+    """Rank 1 ends as programs do, while rank 0 has a call open that reads what it left."""
+    multiprocessing.parent_process = lambda: None  # type: ignore[assignment]
+    store, case = store_of(dist.group.WORLD), small_case_of(rank)
+    atexit.register(store.set, "first step", "")  # after what is registered after it
+    dispatcher = cuda_ipc(4, timeout=50)
+    expected = dispatcher_of("process_group", 4).dispatch(*arguments(case))
+    dispatcher.dispatch(*arguments(case))
+    pending = dispatcher.dispatch_async(*arguments(case))
+    if rank == 1:
+        pending.wait()
+        store.set("process", str(os.getpid()))
+        ctypes.pythonapi.Py_Exit(status)  # the end of sys.exit
+    watch = os.pidfd_open(int(store.get("process")))
+    if status == 0:
+        store.get("first step")
+        time.sleep(0.2)
+        assert not select.select([watch], [], [], 0)[0], "it has gone"
+    else:
+        assert select.select([watch], [], [], 30)[0], "it waits on"
+    assert_equal(pending.wait(), expected, ranks)
+    assert select.select([watch], [], [], 30)[0], "it waits on"
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_a_program_that_fails_does_not_wait_for_the_others(status: int) -> None:
+    """For longer than a moment; Python's own functions for the end do not know the status."""
+    with pytest.raises(
+        AssertionError, match=f"1 of 2 ranks failed\n--- rank 1: died with exit code {status}"
+    ):
+        run_ranks(2, _program, status, timeout=45)
 
 
 def _at_the_end(rank: int, ranks: int, before: str) -> None:

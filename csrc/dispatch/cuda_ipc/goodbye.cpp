@@ -9,6 +9,7 @@
 #include <atomic>
 #include <chrono>
 #include <exception>
+#include <functional>
 #include <memory>
 #include <thread>
 #include <utility>
@@ -25,6 +26,11 @@ constexpr auto kUnmapping = std::chrono::seconds(1);    // for the others to unm
 
 uint64_t read(const uint64_t& word) {
   return std::atomic_ref(const_cast<uint64_t&>(word)).load(std::memory_order_acquire);
+}
+
+shm::Clock::duration patience(double seconds) {
+  return std::chrono::duration_cast<shm::Clock::duration>(
+      std::chrono::duration<double>(std::clamp(seconds, 0.0, 1e9)));
 }
 
 // f(), over and over, until it is true or too late; whether it is true.
@@ -45,6 +51,15 @@ void PeerMemory::check_open(const char* phase) const {
   if (!closed_) return;
   communicator_->check_usable(phase);
   throw shm::Error(std::string(phase) + ": group '" + group() + "' is about to be left");
+}
+
+// Of this rank, on its device. One with an error carries out nothing.
+bool PeerMemory::has_nothing_running() {
+  try {
+    return device_->is_idle();
+  } catch (const shm::Error&) {
+    return true;
+  }
 }
 
 // Whether nothing runs, or is still to be launched, of what this rank has begun, nor of the first
@@ -80,23 +95,24 @@ void PeerMemory::watch() {
   }
 }
 
-void PeerMemory::leave(bool exits, double at_most) {
+void PeerMemory::leave(bool exits, double at_most, bool last) {
   // A fork of the rank is not the rank, and what was never joined does not end it.
   if (!communicator_->is_owner()) return static_cast<void>(watch_.release());
   if (!watch_) return;
-  const auto patience =
-      std::chrono::duration<double>(std::clamp(timeout_, 0.0, std::min(at_most, 1e9)));
-  const auto deadline =
-      shm::Clock::now() + std::chrono::duration_cast<shm::Clock::duration>(patience);
+  const auto begin = shm::Clock::now();
+  const auto deadline = begin + patience(std::min(timeout_, at_most));
   std::function<void()> open;  // a call that is open keeps this
-  {
-    std::unique_lock lock(mutex_, std::defer_lock);
+  bool leaves = false;
+  const auto closed = [&] {
+    const std::unique_lock lock(mutex_, std::try_to_lock);
     // Another thread may wait for the others in the midst of a call.
-    if (!wait_until(deadline, [&] { return lock.try_lock(); })) return;
-    if (std::exchange(closed_, true)) return;
-    open.swap(settle_);
-  }
-  parts_by_ = deadline;
+    if (!lock || (!last && !closed_ && !has_nothing_running())) return false;
+    leaves = !std::exchange(closed_, true);
+    if (leaves) open.swap(settle_);
+    return true;
+  };
+  if (!wait_until(deadline, closed) || !leaves) return;
+  parts_by_ = last ? deadline : begin + patience(timeout_);
   const auto tell = [&](const auto& what) {
     {
       const std::lock_guard lock(watch_->mutex);
@@ -105,7 +121,7 @@ void PeerMemory::leave(bool exits, double at_most) {
     watch_->wakes.notify_all();
   };
   // What was launched is carried out yet, if the others come so far; watch() ends it if not.
-  tell([&] { watch_->patience_ends = deadline; });
+  tell([&] { watch_->patience_ends = parts_by_; });
   uint64_t calls = 0;
   bool idle = true;
   try {
@@ -137,10 +153,13 @@ void PeerMemory::leave(bool exits, double at_most) {
 }
 
 // Memory that another rank may still have mapped stays until this process ends.
-void PeerMemory::part() {
-  const auto deadline = std::exchange(parts_by_, std::nullopt);
-  if (!deadline) return;
-  if (!wait_until(*deadline, [&] { return communicator_->all_let_go(/*unmapped=*/false); })) return;
+void PeerMemory::part(double at_most, bool last) {
+  if (!parts_by_) return;
+  const auto deadline = std::min(*parts_by_, shm::Clock::now() + patience(at_most));
+  const bool alone =
+      wait_until(deadline, [&] { return communicator_->all_let_go(/*unmapped=*/false); });
+  if (alone || last) parts_by_.reset();
+  if (!alone) return;
   const auto unmapped = [&] { return communicator_->all_let_go(/*unmapped=*/true); };
   if (!wait_until(shm::Clock::now() + kUnmapping, unmapped)) return;
   try {

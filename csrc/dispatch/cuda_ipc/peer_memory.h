@@ -84,9 +84,14 @@ class PeerMemory {
   // The group is gone, or this process ends: a goodbye in two steps, each within the timeout of the
   // calls, or `at_most` seconds, so that those of several groups wait together. leave() ends what
   // was launched, and lets go of the others' memory; part() waits until they have of this rank's.
-  void leave(bool exits, double at_most = std::numeric_limits<double>::infinity());
-  void part();
-  void close() { leave(/*exits=*/false), part(); }
+  // Both may be called twice, at first not for the `last` time: what is not over by then goes on.
+  void leave(bool exits, double at_most, bool last);
+  void part(double at_most, bool last);
+  void close() {
+    constexpr double kForever = std::numeric_limits<double>::infinity();
+    leave(/*exits=*/false, kForever, /*last=*/true);
+    part(kForever, /*last=*/true);
+  }
   // Bytes of staging memory.
   int64_t reserved() const { return 2 * parity_bytes_; }
 
@@ -102,6 +107,7 @@ class PeerMemory {
   void grow(Phase phase, int64_t parity_bytes, double timeout);
   void check_unmatched();
   bool is_over(uint64_t calls);
+  bool has_nothing_running();
   void watch();
   [[noreturn]] void raise_fault(device::Fault fault);
 
