@@ -14,6 +14,8 @@
 #include <unordered_map>
 #include <utility>
 
+#include "dispatch/notices.h"
+
 namespace moe::ep {
 namespace {
 
@@ -26,6 +28,9 @@ struct Registry {
   std::unordered_map<std::string, int64_t> made;  // in each group
   std::unordered_map<std::string, std::pair<c10::weak_intrusive_ptr<c10d::ProcessGroup>, Joined>>
       joined;
+  std::unordered_map<
+      std::string, std::pair<c10::weak_intrusive_ptr<c10d::ProcessGroup>, std::shared_ptr<Notices>>>
+      notices;
 
   static Registry& get() {
     static auto* const registry = new Registry;  // for ever: tensors may outlive static objects
@@ -106,6 +111,21 @@ void remember_peer_memory(const std::string& group, std::shared_ptr<ipc::PeerMem
   Joined& joined = registry.joined.at(group).second;
   joined.peer_memory = std::move(memory);
   joined.peer_reason = std::move(reason);
+}
+
+std::shared_ptr<Notices> notices_of(const c10::intrusive_ptr<c10d::ProcessGroup>& group) {
+  Registry& registry = Registry::get();
+  const std::lock_guard lock(registry.mutex);
+  const auto found = registry.notices.find(group->getGroupName());
+  // A group may have the name of an earlier one.
+  if (found != registry.notices.end() && found->second.first.lock() == group) {
+    return found->second.second;
+  }
+  auto notices = std::make_shared<Notices>();
+  registry.notices.insert_or_assign(
+      group->getGroupName(),
+      std::pair(c10::weak_intrusive_ptr<c10d::ProcessGroup>(group), notices));
+  return notices;
 }
 
 std::optional<Joined> recall_joined(const std::string& group) {

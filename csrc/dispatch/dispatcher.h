@@ -17,6 +17,7 @@
 
 #include "dispatch/agreement.h"
 #include "dispatch/cuda_ipc/peer_memory.h"
+#include "dispatch/first_error.h"
 #include "dispatch/layout.h"
 #include "dispatch/shared_memory/communicator.h"
 
@@ -32,23 +33,6 @@ struct Arrived {
 struct Tokens {
   at::Tensor x, ids, weights;
   std::optional<at::Tensor> extra;  // [T, ...] of any dtype: travels with x, without gradient
-};
-
-// The first of several errors. From any thread.
-class FirstError {
- public:
-  void set(const std::string& error) const {
-    const std::lock_guard lock(mutex_);
-    if (text_.empty()) text_ = error;
-  }
-  std::string get() const {
-    const std::lock_guard lock(mutex_);
-    return text_;
-  }
-
- private:
-  mutable std::mutex mutex_;
-  mutable std::string text_;
 };
 
 // What a transport has begun: calling it, once, ends it.

@@ -72,14 +72,14 @@ Outputs dispatch_finish(const Tensor&, const Tensor&, const Tensor&, const std::
 
 Tensor combine(const Tensor& y, const Tensor& slot_rows, const Tensor& plan, std::string name) {
   const auto dispatcher = find_dispatcher(name);
-  return transport_of(*dispatcher, y).combine(dispatcher, y, slot_rows, plan)();
+  return transport_of(*dispatcher, slot_rows).combine(dispatcher, y, slot_rows, plan)();
 }
 
 Tensor combine_start(const Tensor& y, const Tensor& slot_rows, const Tensor& plan,
                      std::string name) {
   const auto dispatcher = find_dispatcher(name);
   return write_ticket(dispatcher, &Dispatcher::combines,
-                      transport_of(*dispatcher, y).combine(dispatcher, y, slot_rows, plan));
+                      transport_of(*dispatcher, slot_rows).combine(dispatcher, y, slot_rows, plan));
 }
 
 Tensor combine_finish(const Tensor&, const Tensor&, const Tensor&, const Tensor& ticket,

@@ -1,16 +1,19 @@
 // The transport `process_group`: all-to-all through c10d, on any of its backends.
 #include <ATen/ATen.h>
+#include <c10/core/Event.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/Exception.h>
 #include <torch/version.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstring>
 #include <exception>
 #include <optional>
 #include <sstream>
+#include <thread>
 #include <torch/csrc/distributed/c10d/Backend.hpp>
 #include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
@@ -18,6 +21,7 @@
 #include <utility>
 
 #include "dispatch/dispatcher.h"
+#include "dispatch/notices.h"
 #include "dispatch/rows.h"
 
 namespace moe::ep {
@@ -56,13 +60,16 @@ class Exchange {
         owner_(std::move(dispatcher)),
         dispatcher_(*owner_),
         group_(c10d::resolve_process_group(dispatcher_.group)),
+        notices_(notices_of(group_)),
         timeout_(static_cast<int64_t>(std::ceil(dispatcher_.timeout * 1000))) {
     check_process();
-    const std::string cause = dispatcher_.failure.get();
-    TORCH_CHECK_WITH(
-        DistBackendError, cause.empty(), to_string(phase), ": this dispatcher of group '",
-        dispatcher_.group,
-        "' is of no use after an error; start the ranks again. The first error was: ", cause);
+    for (const std::string& cause : {dispatcher_.failure.get(), notices_->failure()}) {
+      TORCH_CHECK_WITH(
+          DistBackendError, cause.empty(), to_string(phase), ": this dispatcher of group '",
+          dispatcher_.group,
+          "' is of no use after an error; start the ranks again. The first error was: ", cause);
+    }
+    notices_->settle(*group_, to_string(phase), timeout_);
   }
 
   // The threads and connections of the group are those of the rank. From a fork nothing is sent,
@@ -79,21 +86,48 @@ class Exchange {
    public:
     // Blocks the CPU, or the current CUDA stream. DistBackendError where the exchange fails.
     void wait() const {
+      exchange->check_process();
+      const auto left = wait_for_notices();
       // Where work runs on a stream, waiting with a time limit would block the host: there the
       // watchdog of the backend applies the limit given to the call.
-      exchange->check_process();
       const bool limited = output.is_cpu() && exchange->timeout_.count() > 0;
       try {
-        TORCH_CHECK(limited ? work->wait(exchange->timeout_) : work->wait(),
-                    "the work was aborted");
+        TORCH_CHECK(limited ? work->wait(left) : work->wait(), "the work was aborted");
       } catch (const std::exception& error) {
         exchange->fail(what, reason(error));
       }
       use_on_current_stream(output);
+      if (exchange->waits_on_host(output)) exchange->notices_->end(exchange->number_);
     }
 
    private:
     friend class Exchange;
+
+    // Until the work is over or the time is up; raises if another rank has said that it will never
+    // be. Returns what is left of the time limit.
+    std::chrono::milliseconds wait_for_notices() const {
+      using std::chrono::milliseconds;
+      using Clock = std::chrono::steady_clock;
+      Notices& notices = *exchange->notices_;
+      const milliseconds limit = exchange->timeout_;
+      if (!exchange->waits_on_host(output) || !notices.may_concern()) return limit;
+      for (const auto begin = Clock::now();;) {
+        const auto since = std::chrono::duration_cast<milliseconds>(Clock::now() - begin);
+        const milliseconds left = std::max(limit - since, milliseconds(1));
+        if (work->isCompleted() || (limit.count() > 0 && since >= limit)) return left;
+        const auto slice = limit.count() > 0 ? std::min(Notices::kMoment, left) : Notices::kMoment;
+        const auto before = Clock::now();
+        try {
+          work->wait(slice);
+          return left;
+        } catch (const std::exception&) {
+          // With an error of its own, or a backend that knows no limit.
+          if (work->isCompleted() || Clock::now() - before < slice / 2) return left;
+        }
+        notices.look(*exchange->group_, to_string(exchange->phase_));
+      }
+    }
+
     const Exchange* exchange;
     const char* what;
     c10::intrusive_ptr<c10d::Work> work;
@@ -151,21 +185,35 @@ class Exchange {
   // Waits for the headers, copies them to the host at once, and raises unless all ranks agree.
   Tally read_headers(Headers headers) const {
     headers.pending.wait();
-    const Tensor both = at::stack({headers.mine, headers.theirs}).cpu().contiguous();
+    const Tensor on_device = at::stack({headers.mine, headers.theirs});
+    wait_for_device(on_device);
+    const Tensor both = on_device.cpu().contiguous();
     std::vector<Header> mine(dispatcher_.ranks), theirs(dispatcher_.ranks);
     const size_t bytes = sizeof(Header) * mine.size();
     const auto* const data = both.const_data_ptr<int64_t>();
     std::memcpy(mine.data(), data, bytes);
     std::memcpy(theirs.data(), data + kFields * dispatcher_.ranks, bytes);
-    return agree(phase_, dispatcher_.group, dispatcher_.rank, mine, theirs);
+    const Tally tally = agree(phase_, dispatcher_.group, dispatcher_.rank, mine, theirs);
+    if (phase_ == Phase::kDispatch && !tally.refused) notices_->dispatched(tally.dispatch);
+    return tally;
   }
 
   // Headers of the phases whose sizes the dispatch has settled: ranks that name the same dispatch
   // of their group have its plan. `check` reads the plan and raises for wrong arguments. On CUDA
-  // there are no headers: reading them would make the host wait for the device.
+  // there are no headers: reading them would make the host wait for the device. There the others
+  // find a notice of what check() has raised.
   template <typename Check>
-  void agree_on(Terms terms, bool with_headers, const Plan& plan, const Check& check) const {
-    if (!with_headers) return check();
+  void agree_on(Terms terms, bool with_headers, const Plan& plan, const Check& check) {
+    if (!with_headers) {
+      try {
+        check();
+      } catch (...) {
+        notices_->refuse(*group_);
+        throw;
+      }
+      number_ = notices_->begin();
+      return;
+    }
     std::exception_ptr refusal;
     try {
       check();
@@ -183,6 +231,32 @@ class Exchange {
   }
 
  private:
+  // Whether the host waits for the work that fills a tensor, and not a stream.
+  bool waits_on_host(const Tensor& tensor) const {
+    return tensor.is_cpu() ||
+           group_->getBackend(tensor.device().type())->getBackendName() == "gloo";
+  }
+
+  // Until the stream has come so far, or another rank has said that it will not.
+  void wait_for_device(const Tensor& tensor) const {
+    if (tensor.is_cpu() || !notices_->may_concern()) return;
+    c10::Event event(tensor.device().type());
+    event.record(current_stream(tensor));
+    const auto begin = std::chrono::steady_clock::now();
+    auto looked = begin;
+    while (!event.query()) {
+      const auto now = std::chrono::steady_clock::now();
+      if (now - looked >= Notices::kMoment) {
+        notices_->look(*group_, to_string(phase_));
+        looked = now;
+      }
+      // At first as a wait for the device would.
+      if (now - begin > std::chrono::milliseconds(10)) {
+        std::this_thread::sleep_for(std::chrono::microseconds(50));
+      }
+    }
+  }
+
   [[noreturn]] void fail(const char* what, const std::string& reason) const {
     std::ostringstream text;
     text << to_string(phase_) << ": the exchange of " << what << " failed on rank "
@@ -197,7 +271,9 @@ class Exchange {
   DispatcherRef owner_;
   const Dispatcher& dispatcher_;
   c10::intrusive_ptr<c10d::ProcessGroup> group_;
+  std::shared_ptr<Notices> notices_;
   std::chrono::milliseconds timeout_;
+  int64_t number_ = 0;  // of an exchange without headers
 };
 
 Ending<Arrived> dispatch(const DispatcherRef& owner, const Tokens& brought) {
@@ -289,14 +365,16 @@ struct Returning {
 Ending<Tensor> combine(const DispatcherRef& owner, const Tensor& y, const Tensor& slot_rows,
                        const Tensor& plan_numbers) {
   const Dispatcher& dispatcher = *owner;
-  const auto shared = std::make_shared<const Exchange>(Phase::kCombine, owner);
-  const Exchange& exchange = *shared;
+  const auto shared = std::make_shared<Exchange>(Phase::kCombine, owner);
+  Exchange& exchange = *shared;
   Plan plan;
   Terms terms = terms_of(dispatcher);
   if (y.dim() == 2) terms.hidden = y.size(1), terms.x_dtype = dtype_number(y);
-  exchange.agree_on(terms, is_native(y), plan, [&] {
+  exchange.agree_on(terms, is_native(slot_rows), plan, [&] {
     plan = Plan::read(Phase::kCombine, dispatcher, plan_numbers);
-    if (is_native(y)) check_slot_rows(Phase::kCombine, slot_rows, plan);
+    if (is_native(slot_rows)) check_slot_rows(Phase::kCombine, slot_rows, plan);
+    TORCH_CHECK_VALUE(y.device() == slot_rows.device(), "combine: y must be on the device ",
+                      slot_rows.device(), " of its dispatch; got ", y.device());
     check_rows(Phase::kCombine, "y", y, sum(plan.received));
     check_floating(Phase::kCombine, "y", y);
   });
@@ -311,7 +389,7 @@ Ending<Tensor> combine(const DispatcherRef& owner, const Tensor& y, const Tensor
 Tensor combine_backward(const DispatcherRef& owner, const Tensor& grad, const Tensor& slot_rows,
                         const Tensor& plan_numbers, int64_t num_received) {
   const Dispatcher& dispatcher = *owner;
-  const Exchange exchange(Phase::kCombineBackward, owner);
+  Exchange exchange(Phase::kCombineBackward, owner);
   Plan plan;
   Terms terms = terms_of(dispatcher);
   terms.hidden = grad.size(1), terms.x_dtype = dtype_number(grad);
@@ -328,7 +406,7 @@ std::tuple<Tensor, Tensor> dispatch_backward(const DispatcherRef& owner,
                                              const std::optional<Tensor>& grad_weights,
                                              const Tensor& slot_rows, const Tensor& plan_numbers) {
   const Dispatcher& dispatcher = *owner;
-  const Exchange exchange(Phase::kDispatchBackward, owner);
+  Exchange exchange(Phase::kDispatchBackward, owner);
   Plan plan;
   Terms terms = terms_of(dispatcher);
   if (grad_x) terms.hidden = grad_x->size(1), terms.x_dtype = dtype_number(*grad_x);

@@ -373,7 +373,7 @@ class AllToAllDispatcher:
             refuse_tangent("combine", "y", y)
         except (TypeError, ValueError, NotImplementedError):
             slot_rows = handle[0] if isinstance(handle, tuple) and handle else None
-            nothing = torch.empty((), device=device_among((y, slot_rows), self._device))
+            nothing = torch.empty((), device=device_among((slot_rows, y), self._device))
             with suppress(RuntimeError, ValueError, TypeError):
                 ops.combine(nothing, nothing, nothing, self._name)
             raise

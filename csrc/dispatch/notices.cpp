@@ -1,0 +1,149 @@
+#include "dispatch/notices.h"
+
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <thread>
+#include <utility>
+#include <vector>
+
+namespace moe::ep {
+namespace {
+
+// In the place of a number: what a rank has found out is said there.
+constexpr int64_t kBroken = -1;
+
+constexpr std::chrono::minutes kLong{10};
+
+std::string text_at(c10d::Store& store, const std::string& key) {
+  if (!store.check({key})) return {};
+  const std::vector<uint8_t> bytes = store.get(key);
+  return {bytes.begin(), bytes.end()};
+}
+
+void say(c10d::Store& store, const std::string& key, const std::string& text) {
+  store.set(key, std::vector<uint8_t>(text.begin(), text.end()));
+}
+
+std::string by_rank(const std::string& key, int64_t rank) {
+  return key + "/" + std::to_string(rank);
+}
+
+}  // namespace
+
+std::string Notices::key(int64_t number) const {
+  return "moe_kernels/refused/" + std::to_string(dispatch_) + "." + std::to_string(number);
+}
+
+void Notices::dispatched(int64_t dispatch) {
+  const std::lock_guard lock(mutex_);
+  dispatch_ = dispatch, begun_ = over_ = settled_ = 0;
+  refused_.clear();
+}
+
+int64_t Notices::begin() {
+  const std::lock_guard lock(mutex_);
+  settled_ = 0;
+  return ++begun_;
+}
+
+void Notices::end(int64_t number) {
+  const std::lock_guard lock(mutex_);
+  over_ = std::max(over_, std::min(number, begun_));
+  refused_.erase(refused_.begin(), refused_.upper_bound(over_));
+}
+
+bool Notices::may_concern() const {
+  const std::lock_guard lock(mutex_);
+  return begun_ > over_;
+}
+
+void Notices::refuse(c10d::ProcessGroup& group) {
+  const std::lock_guard lock(mutex_);
+  const int64_t number = begun_ + 1, times = ++refused_[number];
+  try {
+    if (const auto store = group.getStore()) {
+      say(*store, by_rank(key(number), group.getRank()), std::to_string(times));
+      say(*store, key(number), "somebody");
+    }
+  } catch (const std::exception&) {
+    // A store that is gone, or none: the others wait for the timeout.
+  }
+}
+
+bool Notices::all_refused(c10d::ProcessGroup& group) const {
+  const std::lock_guard lock(mutex_);
+  const int64_t times = refused_.at(begun_ + 1);
+  try {
+    const auto store = group.getStore();
+    for (int64_t rank = 0; store && rank < group.getSize(); ++rank) {
+      const std::string said = text_at(*store, by_rank(key(begun_ + 1), rank));
+      if (std::atoll(said.c_str()) < times) return false;
+    }
+  } catch (const std::exception&) {
+    // Without a store nobody can say that it is otherwise.
+  }
+  return true;
+}
+
+void Notices::settle(c10d::ProcessGroup& group, const char* phase,
+                     std::chrono::milliseconds limit) {
+  int64_t times = 0;
+  {
+    const std::lock_guard lock(mutex_);
+    const auto found = refused_.find(begun_ + 1);
+    if (found == refused_.end() || found->second == settled_) return;
+    times = found->second;
+  }
+  if (limit.count() == 0) limit = kLong;
+  for (const auto begin = std::chrono::steady_clock::now(); !all_refused(group);) {
+    look(group, phase);
+    TORCH_CHECK_WITH(DistBackendError, std::chrono::steady_clock::now() - begin < limit, phase,
+                     ": this rank has refused an exchange for an error in its arguments, and the "
+                     "other ranks of group '",
+                     group.getGroupName(),
+                     "' have neither refused it nor begun it within the timeout. Every rank must "
+                     "make the same calls in the same order.");
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  }
+  const std::lock_guard lock(mutex_);
+  settled_ = times;
+}
+
+// What ranks have said of this one's exchanges; empty for nothing.
+std::string Notices::found(c10d::ProcessGroup& group, c10d::Store& store) const {
+  const std::lock_guard lock(mutex_);
+  const std::string broken = key(kBroken);
+  if (const std::string text = text_at(store, broken); !text.empty()) return text;
+  for (int64_t number = over_ + 1; number <= begun_; ++number) {
+    if (!store.check({key(number)})) continue;
+    const auto mine = refused_.find(number);
+    const int64_t own = mine == refused_.end() ? 0 : mine->second;
+    for (int64_t rank = 0; rank < group.getSize(); ++rank) {
+      if (std::atoll(text_at(store, by_rank(key(number), rank)).c_str()) <= own) continue;
+      const std::string text =
+          "rank " + std::to_string(rank) + " of group '" + group.getGroupName() +
+          "' found an error in its own arguments, for an exchange that other ranks have begun and "
+          "cannot end; its message says which";
+      say(store, broken, text);
+      return text;
+    }
+  }
+  return {};
+}
+
+void Notices::look(c10d::ProcessGroup& group, const char* phase) {
+  std::string text;
+  try {
+    if (const auto store = group.getStore()) text = found(group, *store);
+  } catch (const std::exception&) {
+    return;  // what the store does not tell, the timeout will
+  }
+  if (text.empty()) return;
+  text = std::string(phase) + ": " + text;
+  failure_.set(text);
+  TORCH_CHECK(false, text);
+}
+
+}  // namespace moe::ep
