@@ -22,6 +22,7 @@ from moe_parallel.dispatch.deepep_buffers import (
     ElasticBuffers,
     LegacyBuffers,
     Received,
+    check_experts,
     load_deep_ep,
 )
 from moe_parallel.dispatch.protocol import Dispatched, OverlappingDispatcher, Pending
@@ -146,8 +147,9 @@ class DeepEPDispatcher:
 
     Raises:
         ImportError: deep_ep is not installed.
-        ValueError: E not a multiple of P; for Buffer a number of ranks that it has no kernels for,
-            or a timeout; a buffer that does not fit.
+        ValueError: E not a multiple of P, or more ranks or experts than DeepEP has room for; for
+            Buffer a number of ranks that it has no kernels for, or a timeout; a buffer that does
+            not fit.
     """
 
     device_type: ClassVar[str] = "cuda"
@@ -190,6 +192,7 @@ class DeepEPDispatcher:
                 f"{OP}: interface '{interface}' needs deep_ep.{kind.name}, which the installed "
                 "DeepEP does not have. Install version 2 or later, or leave interface 'auto'."
             )
+        check_experts(kind.name, group.size(), num_experts, kind.limits)
         self._buffers: Buffers = (
             _buffers.find(deep_ep, kind, group, timeout)
             if buffer is None

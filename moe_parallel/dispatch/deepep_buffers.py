@@ -15,7 +15,7 @@ import importlib
 import logging
 import math
 import weakref
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -145,10 +145,22 @@ class _Owned:
             self._end()
 
 
+def check_experts(name: str, ranks: int, experts: int, limits: dict[str, int]) -> None:
+    """Raise a ValueError if there are more than DeepEP has room for: its kernels would stop."""
+    has = {"P": ranks, "E": experts, "E / P": experts // ranks}
+    if any(has[what] > most for what, most in limits.items()):
+        most = ", ".join(f"{what} <= {most}" for what, most in limits.items())
+        raise ValueError(
+            f"{OP}: deep_ep.{name} needs {most}; got P = {ranks} ranks and E = {experts} experts. "
+            "Use transport 'process_group'."
+        )
+
+
 class LegacyBuffers(_Owned):
     """``deep_ep.Buffer``."""
 
     name = "Buffer"
+    limits: ClassVar[dict[str, int]] = {"E / P": 1024}
 
     def __init__(
         self, deep_ep: Any, group: ProcessGroup, timeout: float | None, given: Any = None
@@ -243,6 +255,7 @@ class ElasticBuffers(_Owned):
     """``deep_ep.ElasticBuffer``, in its layout of a row a token and with repeatable order."""
 
     name = "ElasticBuffer"
+    limits: ClassVar[dict[str, int]] = {"P": 1024, "E": 2048, "E / P": 256}
 
     def __init__(
         self, deep_ep: Any, group: ProcessGroup, timeout: float | None, given: Any = None

@@ -178,6 +178,8 @@ def _constructor(rank: int, ranks: int) -> list[tuple[str, str]]:
         raised(lambda: DeepEPDispatcher(group, 6, interface="fast")),
         raised(lambda: DeepEPDispatcher(group, 6, max_tokens=0)),
         raised(lambda: DeepEPDispatcher(group, 6, timeout=5, interface="legacy")),
+        raised(lambda: DeepEPDispatcher(group, 514)),
+        raised(lambda: DeepEPDispatcher(group, 2050, interface="legacy")),
     ]
 
 
@@ -191,6 +193,12 @@ def test_constructor_names_what_does_not_fit() -> None:
         ("ValueError", "interface must be one of auto, elastic, legacy; got 'fast'"),
         ("ValueError", "max_tokens must be at least 1; got 0"),
         ("ValueError", "deep_ep.Buffer has no timeout that can be set"),
+        (
+            "ValueError",
+            "deep_ep.ElasticBuffer needs P <= 1024, E <= 2048, E / P <= 256; got P = 2 ranks and "
+            "E = 514 experts",
+        ),
+        ("ValueError", "deep_ep.Buffer needs E / P <= 1024; got P = 2 ranks and E = 2050 experts"),
     ]
     for (kind, message), (expected_kind, part) in zip(
         run_ranks(2, _constructor)[0], expected, strict=True
