@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from operator import index
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,7 @@ from torch.distributed import ProcessGroup
 
 from moe_kernels.ops._checks import check_num_experts, check_number, refuse_tangent
 from moe_parallel.dispatch import ops
-from moe_parallel.dispatch.arguments import check_tensor, device_among
+from moe_parallel.dispatch.arguments import check_tensor, device_among, refuse_pickling
 from moe_parallel.dispatch.joining import (
     Joined,
     JoinedGpus,
@@ -253,6 +253,12 @@ class AllToAllDispatcher:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AllToAllDispatcher:
         return self  # it has no state of its own, and copies of a module take turns in one group
+
+    def __copy__(self) -> AllToAllDispatcher:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        refuse_pickling("AllToAllDispatcher")
 
     def explain(self) -> str:
         """Which transport carries what, and why."""

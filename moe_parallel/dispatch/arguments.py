@@ -3,7 +3,7 @@ them, and leave the others waiting, or pass them to the fake of the op."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -47,3 +47,11 @@ def device_among(tensors: tuple[Any, ...], default: str) -> torch.device:
         if isinstance(tensor, Tensor) and tensor.device.type in DEVICES:
             return tensor.device
     return torch.device(default)
+
+
+def refuse_pickling(name: str) -> NoReturn:
+    """Raise a TypeError: a dispatcher is of its process and group alone."""
+    raise TypeError(
+        f"{name}: it cannot be pickled, for it is of this process and its group alone. Save the "
+        "state_dict() of a module that has one, and make the module where it is loaded."
+    )

@@ -5,7 +5,7 @@ T tokens, H hidden size, K experts a token, E experts, P ranks, U tokens receive
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from moe_kernels.ops._checks import check_device, check_dtype, check_tensor, shape
+from moe_parallel.dispatch.arguments import refuse_pickling
 from moe_parallel.dispatch.deepep_buffers import (
     MAX_TOP_K,
     OP,
@@ -216,6 +217,12 @@ class DeepEPDispatcher:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DeepEPDispatcher:
         return self  # as of AllToAllDispatcher: copies of a module take turns in one group
+
+    def __copy__(self) -> DeepEPDispatcher:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        refuse_pickling("DeepEPDispatcher")
 
     def explain(self) -> str:
         """Which transport carries what, and why."""

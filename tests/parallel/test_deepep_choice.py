@@ -5,7 +5,9 @@ T tokens, H hidden size, K experts a token, E experts, P ranks.
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import sys
 from typing import Any
 
@@ -168,7 +170,10 @@ def _constructor(rank: int, ranks: int) -> list[tuple[str, str]]:
     sys.modules["deep_ep"] = None  # type: ignore[assignment]
     errors = [raised(lambda: build_dispatcher(group, 4, transport="deepep"))]
     prepare()
-    assert "num_experts=4" in repr(build_dispatcher(group, 4, transport="deepep"))
+    made = build_dispatcher(group, 4, transport="deepep")
+    assert "num_experts=4" in repr(made)
+    assert copy.copy(made) is made
+    assert "DeepEPDispatcher: it cannot be pickled" in raised(pickle.dumps, made)[1]
     return [
         *errors,
         raised(lambda: build_dispatcher(group, 4, transport="pigeon")),

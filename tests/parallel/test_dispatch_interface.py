@@ -6,6 +6,7 @@ T tokens, H hidden size, K experts a token, E experts, P ranks.
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -66,6 +67,10 @@ def _constructor(rank: int, ranks: int) -> list[tuple[str, str]]:
     assert twin.transport == "shared_memory"
     assert twin.timeout == 5
     assert "num_experts=4" in repr(twin)
+    assert copy.copy(twin) is twin
+    kind, message = raised(pickle.dumps, twin)
+    assert kind == "TypeError"
+    assert message.startswith("AllToAllDispatcher: it cannot be pickled, for it is of this process")
     assert "all 2 ranks are processes of one machine" in twin.explain()
     plain = AllToAllDispatcher(group, 4, transport="process_group")
     assert plain.transport == "process_group"
