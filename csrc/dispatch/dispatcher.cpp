@@ -121,6 +121,7 @@ std::shared_ptr<Notices> notices_of(const c10::intrusive_ptr<c10d::ProcessGroup>
   if (found != registry.notices.end() && found->second.first.lock() == group) {
     return found->second.second;
   }
+  std::erase_if(registry.notices, [](const auto& entry) { return entry.second.first.expired(); });
   auto notices = std::make_shared<Notices>();
   registry.notices.insert_or_assign(
       group->getGroupName(),

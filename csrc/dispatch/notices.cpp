@@ -42,15 +42,16 @@ void Notices::dispatched(int64_t dispatch) {
   refused_.clear();
 }
 
-int64_t Notices::begin() {
+Notices::Place Notices::begin() {
   const std::lock_guard lock(mutex_);
   settled_ = 0;
-  return ++begun_;
+  return {dispatch_, ++begun_};
 }
 
-void Notices::end(int64_t number) {
+void Notices::end(Place place) {
   const std::lock_guard lock(mutex_);
-  over_ = std::max(over_, std::min(number, begun_));
+  if (place.dispatch != dispatch_) return;  // nothing is said of it any more
+  over_ = std::max(over_, place.number);
   refused_.erase(refused_.begin(), refused_.upper_bound(over_));
 }
 

@@ -25,10 +25,13 @@ class Notices {
   // The ranks have agreed on a dispatch: what came before it is over. Its number tells the notices
   // that follow from all others.
   void dispatched(int64_t dispatch);
-  // Begins an exchange without headers; its number since that dispatch, the same on all ranks.
-  int64_t begin();
-  // Exchanges up to that number are over.
-  void end(int64_t number);
+  // An exchange without headers: its number since a dispatch, the same on all ranks.
+  struct Place {
+    int64_t dispatch = -1, number = 0;
+  };
+  Place begin();
+  // It is over, and so are those before it.
+  void end(Place place);
 
   // This rank does not take part in the next exchange, for an error in its arguments.
   void refuse(c10d::ProcessGroup& group);

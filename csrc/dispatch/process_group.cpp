@@ -97,7 +97,7 @@ class Exchange {
         exchange->fail(what, reason(error));
       }
       use_on_current_stream(output);
-      if (exchange->waits_on_host(output)) exchange->notices_->end(exchange->number_);
+      if (exchange->waits_on_host(output)) exchange->notices_->end(exchange->place_);
     }
 
    private:
@@ -211,7 +211,7 @@ class Exchange {
         notices_->refuse(*group_);
         throw;
       }
-      number_ = notices_->begin();
+      place_ = notices_->begin();
       return;
     }
     std::exception_ptr refusal;
@@ -273,7 +273,7 @@ class Exchange {
   c10::intrusive_ptr<c10d::ProcessGroup> group_;
   std::shared_ptr<Notices> notices_;
   std::chrono::milliseconds timeout_;
-  int64_t number_ = 0;  // of an exchange without headers
+  Notices::Place place_;  // of an exchange without headers
 };
 
 Ending<Arrived> dispatch(const DispatcherRef& owner, const Tokens& brought) {
