@@ -269,6 +269,28 @@ def test_one_rank_with_wrong_arguments_leaves_nobody_waiting(way: str) -> None:
         assert part in message
 
 
+def _no_expert(rank: int, ranks: int, way: str) -> list[tuple[str, str]]:
+    dispatcher = dispatcher_of(way, 4)
+    case = make_case(1, rank, 3, 5, 2, 4)
+    results = []
+    for number in (-2, 5, -(2**31), 2**32 + 1):
+        ids = case.ids.clone()
+        ids[2, 1] = number if rank == 1 else -1
+        results.append(raised(dispatcher.dispatch, case.x, ids, case.weights))
+    round_trip(dispatcher, case, rank)
+    return results
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_id_that_is_no_expert_on_one_rank_leaves_nobody_waiting(way: str) -> None:
+    good, bad = run_ranks(2, _no_expert, way)
+    assert len(bad) == 4
+    for (kind, message), (bad_kind, bad_message) in zip(good, bad, strict=True):
+        assert (kind, bad_kind) == ("RuntimeError", "IndexError"), (message, bad_message)
+        assert "rank 1 of group '0' found an error in its own arguments" in message
+        assert bad_message.startswith("dispatch: topk_ids must be in [-1, E] with E = 4")
+
+
 def _one_differentiates(rank: int, ranks: int, way: str) -> list[tuple[str, str]]:
     copied = dispatcher_of(way, 3, placement=[[0, 1], 0, 1])
     case = make_case(1, rank, 9, 6, 2, 3)
