@@ -20,7 +20,7 @@ from moe_kernels.reference.grouped_gemm import (
     is_transposed,
 )
 from moe_kernels.reference.permute import permute
-from moe_kernels.reference.sort_by_expert import sort_by_expert
+from moe_kernels.reference.sort_by_expert import sort_within
 from moe_kernels.reference.unpermute import unpermute, unpermute_backward
 
 
@@ -101,7 +101,7 @@ def fused_experts_forward(
     down_main_grad: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``y [T, H]``; with ``save_for_backward`` also ``h [num_rows, W]`` and the order."""
-    order = sort_by_expert(topk_ids, gate_up.shape[0])
+    order = sort_within("fused_experts", topk_ids, gate_up.shape[0])
     check_bound(order[2], num_rows)
     rows = permute(x, *order, num_rows)
     h = grouped_gemm(rows, gate_up, order[2], gate_up_bias)

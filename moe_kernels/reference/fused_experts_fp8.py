@@ -27,7 +27,7 @@ from moe_kernels.reference.grouped_gemm import (
 from moe_kernels.reference.permute import permute
 from moe_kernels.reference.quantize import permute_quantize, quantize_rows, quantize_weights
 from moe_kernels.reference.scaled_grouped_gemm import scaled_grouped_gemm
-from moe_kernels.reference.sort_by_expert import sort_by_expert
+from moe_kernels.reference.sort_by_expert import sort_by_expert, sort_within
 from moe_kernels.reference.unpermute import unpermute
 
 FLOAT8, BLOCK = torch.float8_e4m3fn, 128
@@ -117,7 +117,7 @@ def fused_experts_fp8_forward(
     parts: Any = PARTS,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``y [T, H]``; with ``save_for_backward`` also ``h [num_rows, W]`` and the order."""
-    order = parts.sort_by_expert(topk_ids, gate_up.shape[0])
+    order = sort_within("fused_experts", topk_ids, gate_up.shape[0], parts.sort_by_expert)
     offsets = order[2]
     check_bound(offsets, num_rows)
     rows, row_scales = parts.permute_quantize(x, *order, num_rows, FLOAT8, BLOCK, False)

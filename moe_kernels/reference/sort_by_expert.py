@@ -3,11 +3,15 @@
 T tokens, K experts a token, R = T * K slots, E experts.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+Order = tuple[Tensor, Tensor, Tensor]
 
-def sort_by_expert(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+
+def sort_by_expert(topk_ids: Tensor, num_experts: int) -> Order:
     """``row_to_slot [R]``, ``slot_to_row [T, K]``, ``offsets [E + 1]``, all int32.
 
     Slot ``t * K + k`` holds ``topk_ids[t, k]``; rows are the slots sorted by expert, stably. Ids -1
@@ -31,3 +35,16 @@ def sort_by_expert(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, 
         slot_to_row.view(topk_ids.shape).to(torch.int32),
         offsets.to(torch.int32),
     )
+
+
+def sort_within(
+    op: str,
+    topk_ids: Tensor,
+    num_experts: int,
+    sort: Callable[[Tensor, int], Order] = sort_by_expert,
+) -> Order:
+    """What ``sort`` returns, in an op that its error shall name: that is what was called."""
+    try:
+        return sort(topk_ids, num_experts)
+    except IndexError as error:
+        raise IndexError(str(error).replace("sort_by_expert:", f"{op}:", 1)) from None

@@ -238,7 +238,7 @@ def fused_experts(
     h = x.new_empty(num_rows if save_for_backward else 0, W)
     rows = min(num_rows, topk_ids.numel())
     if rows == 0 or E == 0 or H == 0:
-        order = sort_by_expert(topk_ids, E)
+        order = sort_by_expert(topk_ids, E, "fused_experts")
         check_bound(order[2], num_rows)
         y = x.new_zeros(x.shape)
         h.zero_()
@@ -249,7 +249,7 @@ def fused_experts(
         cut = config("up", x, rows, E, aligned=aligned, inner=min(H, I))
         aligned = is_aligned(a) and H * x.element_size() % 16 == 0 and weight_is_aligned(down)
         cut_down = config("grouped_gemm", x, rows, E, aligned=aligned, inner=min(H, I))
-        order, tiles = sort_and_map(topk_ids, E, rows, cut.block_m)
+        order, tiles = sort_and_map(topk_ids, E, rows, cut.block_m, "fused_experts")
         check_bound(order[2], num_rows)
         with on_device_of(x):
             _project_up(x, gate_up, gate_up_bias, order, h, a, act, tiles, cut)

@@ -300,7 +300,7 @@ def fused_experts_fp8(
     rows = min(num_rows, topk_ids.numel())
     h = x.new_empty(num_rows if save_for_backward else 0, W)
     if rows == 0 or E == 0 or H == 0:
-        order = sort_by_expert(topk_ids, E)
+        order = sort_by_expert(topk_ids, E, "fused_experts")
         check_bound(order[2], num_rows)
         y = x.new_zeros(x.shape)
         h.zero_()
@@ -309,7 +309,7 @@ def fused_experts_fp8(
         with on_device_of(x):
             w = _float8(gate_up, gate_up_scales)
             cut = scaled_config(w[0], rows, aligned=_aligned(x, H, W))
-            order, tiles = sort_and_map(topk_ids, E, rows, cut.block_m)
+            order, tiles = sort_and_map(topk_ids, E, rows, cut.block_m, "fused_experts")
             check_bound(order[2], num_rows)
             r = _gather(x, order, rows)
             a = _empty_scaled(x, rows, inner)

@@ -148,24 +148,32 @@ def check_ids(op: str, name: str, ids: Tensor, low: int, high: int, meaning: str
         )
 
 
-def sort_by_expert(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    return _sort(topk_ids, num_experts, None, 0, 0)
+def sort_by_expert(
+    topk_ids: Tensor, num_experts: int, op: str = "sort_by_expert"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``op`` is what an error names."""
+    return _sort(op, topk_ids, num_experts, None, 0, 0)
 
 
 def sort_and_map(
-    topk_ids: Tensor, num_experts: int, rows: int, block_m: int
+    topk_ids: Tensor, num_experts: int, rows: int, block_m: int, op: str = "sort_by_expert"
 ) -> tuple[tuple[Tensor, Tensor, Tensor], TileMap]:
     """The order, and the tiles of its first ``rows`` rows: at least one, and one expert."""
     tile_map = empty_tile_map(topk_ids.device, rows, num_experts, block_m)
-    return _sort(topk_ids, num_experts, tile_map, rows, block_m), tile_map
+    return _sort(op, topk_ids, num_experts, tile_map, rows, block_m), tile_map
 
 
 def _sort(
-    topk_ids: Tensor, num_experts: int, tile_map: TileMap | None, rows: int, block_m: int
+    op: str,
+    topk_ids: Tensor,
+    num_experts: int,
+    tile_map: TileMap | None,
+    rows: int,
+    block_m: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if checks_values():
         meaning = f" (-1 and {num_experts} mean dropped)"
-        check_ids("sort_by_expert", "topk_ids", topk_ids, -1, num_experts, meaning)
+        check_ids(op, "topk_ids", topk_ids, -1, num_experts, meaning)
     ids = topk_ids.reshape(-1).contiguous()
     R, E = ids.numel(), num_experts
     row_to_slot = ids.new_empty(R, dtype=torch.int32)

@@ -326,9 +326,13 @@ def test_refuses_what_does_not_fit(
     assert str(caught.value).startswith("fused_experts: ")
 
 
+@pytest.mark.parametrize("precision", [None, "fp8_block"])
 @pytest.mark.parametrize("bad", [-2, 9])
-def test_refuses_ids_out_of_range(bad: int) -> None:
+def test_refuses_ids_out_of_range(bad: int, precision: str | None) -> None:
     inputs, _ = make_case("plain", torch.float32)
     inputs["topk_ids"][3, 1] = bad
-    with pytest.raises(IndexError, match=rf"\[-1, 8\].*got {bad}"):
-        moe_kernels.fused_experts(**inputs)
+    message = rf"^fused_experts: topk_ids must be in \[-1, 8\].*got {bad}"
+    with pytest.raises(IndexError, match=message):
+        moe_kernels.fused_experts(**inputs, precision=precision)
+    with pytest.raises(IndexError, match=message):
+        reference.fused_experts_fp8(**inputs)

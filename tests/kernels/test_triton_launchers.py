@@ -218,8 +218,10 @@ def test_unknown_ids_are_dropped_unless_checked(
     for name, value in expected.items():
         assert torch.equal(value, actual[name]), name
     monkeypatch.setenv("MOE_KERNELS_CHECK", "1")
-    with pytest.raises(IndexError, match=r"\[-1, 4\]"):
-        _run(impl, {**inputs, "topk_ids": huge}, upstream)
+    moved = {name: value.to(impl.device) for name, value in {**inputs, "topk_ids": huge}.items()}
+    for precision in (None, "fp8_block"):
+        with pytest.raises(IndexError, match=r"^fused_experts: topk_ids must be in \[-1, 4\]"):
+            moe_kernels.fused_experts(**moved, precision=precision)
 
 
 @pytest.mark.parametrize("tokens", [20, 1400])
