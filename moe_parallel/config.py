@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from moe_kernels.ops._checks import check_count, check_number
+from moe_kernels.ops._checks import check_choice, check_count, check_flag, check_number
 from moe_parallel.dispatch import TRANSPORTS
+from moe_parallel.dispatch.arguments import check_timeout
 
+SCORE_FUNCS = ("softmax", "softmax_with_bias", "sqrtsoftplus", "sigmoid", "sigmoid_with_bias")
+EXPERT_ACTIVATIONS = ("swiglu", "swigluoai", "quick_geglu", "geglu", "relu2")
+MLP_ACTIVATIONS = ("swiglu", "relu2")
 ROUNDING_MODES = ("nearest", "up", "down")
 PRECISIONS = ("fp8_block",)
 REAL_NUMBERS = ("gate_bias_update_factor", "aux_loss_coeff", "swiglu_limit")
+FLAGS = (
+    "train_gate",
+    "norm_topk_prob",
+    "router_bias",
+    "expert_bias",
+    "softmax_before_topk",
+    "shared_expert_gate",
+    "force_e_score_correction_bias",
+    "enable_routing_replay",
+)
 
 _DTYPES = {
     "float": torch.float32,
@@ -59,6 +74,38 @@ def dtype_from_str(val: Any, default: torch.dtype | None = torch.bfloat16) -> to
     return default
 
 
+def _float_dtype(owner: str, name: str, value: Any) -> torch.dtype:
+    """The floating point dtype that ``value`` is, or names; bfloat16 for None."""
+    if not isinstance(value, torch.dtype | str | None):
+        raise TypeError(f"{owner}: {name} must be a torch.dtype or its name; got {value!r}")
+    try:
+        dtype = dtype_from_str(value)
+    except KeyError as error:
+        raise KeyError(f"{owner}: {name}: {error.args[0]}") from None
+    if not dtype.is_floating_point:
+        raise ValueError(f"{owner}: {name} must be floating point; got {dtype}")
+    return dtype
+
+
+def check_positive(owner: str, name: str, value: Any) -> None:
+    """Raise unless ``value`` is an integer of at least 1."""
+    check_count(owner, name, value)
+    if value < 1:
+        raise ValueError(f"{owner}: {name} must be positive; got {value}")
+
+
+def check_attributes(owner: str, name: str, value: Any, kind: type, needed: Sequence[str]) -> None:
+    """Raise unless ``value`` is a ``kind``, or has the attributes of one that are ``needed``."""
+    if isinstance(value, kind):
+        return
+    missing = [attribute for attribute in needed if not hasattr(value, attribute)]
+    if missing:
+        raise TypeError(
+            f"{owner}: {name} must be a {kind.__name__}, or have its attributes; got "
+            f"{type(value).__name__} without {', '.join(missing)}"
+        )
+
+
 @dataclass(kw_only=True)
 class MoEConfig:
     """The shape and the routing of one MoE layer.
@@ -73,7 +120,7 @@ class MoEConfig:
             "softmax" chooses without the bias: it counts the load and warns that it is of no use.
         aux_loss_coeff: weight of the load-balancing loss; 0 is none.
         score_func: "softmax", "softmax_with_bias", "sqrtsoftplus", "sigmoid_with_bias"; any other
-            is "sigmoid".
+            is "sigmoid", with a warning.
         route_scale: multiplies the routing weights.
         dim, inter_dim, moe_inter_dim: hidden size of the model, intermediate size of its dense
             layers, and of an expert.
@@ -100,8 +147,10 @@ class MoEConfig:
             on average: with "nearest" and "down", one with few tokens gets none in that step.
 
     Raises:
-        ValueError: a size, number, group or dtype that no layer can have. The names of activations
-            are checked by the layers that have them.
+        ValueError: a size, number, group, dtype or activation that no layer can have. That of
+            shared experts counts where there are any.
+        TypeError: a number, a flag, a dtype or ``score_func`` of another kind.
+        KeyError: a name of no dtype.
     """
 
     n_routed_experts: int
@@ -136,9 +185,15 @@ class MoEConfig:
     token_rounding_tile: int = 128
 
     def __post_init__(self) -> None:
-        self.dtype = dtype_from_str(self.dtype)
-        if not self.dtype.is_floating_point:
-            raise ValueError(f"MoEConfig: dtype must be floating point; got {self.dtype}")
+        self.dtype = _float_dtype("MoEConfig", "dtype", self.dtype)
+        for name in FLAGS:
+            check_flag("MoEConfig", name, getattr(self, name))
+        if not isinstance(self.score_func, str):
+            raise TypeError(
+                f"MoEConfig: score_func must be a string, one of {', '.join(SCORE_FUNCS)}; "
+                f"got {self.score_func!r}"
+            )
+        check_choice("MoEConfig", "expert_activation", self.expert_activation, EXPERT_ACTIVATIONS)
         for name in ("n_routed_experts", "n_activated_experts", "dim", "moe_inter_dim"):
             self._check_at_least(name, 1)
         for name in (
@@ -149,6 +204,13 @@ class MoEConfig:
             *REAL_NUMBERS,
         ):
             self._check_at_least(name, 0)
+        if self.n_shared_experts > 0:
+            check_choice(
+                "MoEConfig",
+                "shared_expert_activation",
+                self.shared_expert_activation,
+                MLP_ACTIVATIONS,
+            )
         if self.moe_latent_size is not None:
             self._check_at_least("moe_latent_size", 1)
         if self.shared_expert_inter_dim is not None:
@@ -176,6 +238,12 @@ class MoEConfig:
         if self.n_expert_groups > 1:
             self._check_groups()
         self._check_token_rounding()
+        if self.score_func not in SCORE_FUNCS:
+            warnings.warn(
+                f"MoEConfig: score_func {self.score_func!r} is none of {', '.join(SCORE_FUNCS)}; "
+                "it is taken for 'sigmoid'",
+                stacklevel=3,
+            )
         if self.gate_bias_update_factor > 0 and self.score_func == "softmax":
             warnings.warn(
                 "MoEConfig: gate_bias_update_factor has no effect with score_func 'softmax', which "
@@ -256,6 +324,11 @@ class BackendConfig:
         fake_gate_noise: how uneven that one is, 0 to 1.
         enable_fsdp_optimizations: skip FSDP communication between accumulated micro-batches.
         gate_precision: dtype the router computes in, or its name; None for that of its input.
+
+    Raises:
+        ValueError: a choice that there is not, or a number or dtype out of range.
+        TypeError: a number, a flag or a dtype of another kind.
+        KeyError: a name of no dtype.
     """
 
     dispatcher: str = "auto"
@@ -288,19 +361,18 @@ class BackendConfig:
                 f"computes in one precision; got {self.experts_precision!r}"
             )
         if self.dispatcher_timeout is not None:
-            check_number("BackendConfig", "dispatcher_timeout", self.dispatcher_timeout)
-            if not self.dispatcher_timeout > 0:
-                raise ValueError(
-                    "BackendConfig: dispatcher_timeout must be positive; got "
-                    f"{self.dispatcher_timeout}"
-                )
+            check_timeout("BackendConfig", "dispatcher_timeout", self.dispatcher_timeout)
         for name in ("dispatcher_max_tokens", "dispatcher_capacity", "dispatcher_slot_capacity"):
             if getattr(self, name) is not None:
-                check_count("BackendConfig", name, getattr(self, name))
+                check_positive("BackendConfig", name, getattr(self, name))
+        for name in ("fake_balanced_gate", "enable_fsdp_optimizations"):
+            check_flag("BackendConfig", name, getattr(self, name))
         check_number("BackendConfig", "fake_gate_noise", self.fake_gate_noise)
         if not 0 <= self.fake_gate_noise <= 1:
             raise ValueError(
                 f"BackendConfig: fake_gate_noise must be in [0, 1]; got {self.fake_gate_noise}"
             )
         if self.gate_precision is not None:
-            self.gate_precision = dtype_from_str(self.gate_precision)
+            self.gate_precision = _float_dtype(
+                "BackendConfig", "gate_precision", self.gate_precision
+            )

@@ -7,16 +7,21 @@ W = 2 * I columns for gated activations, else I.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from contextlib import suppress
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from moe_kernels import fused_experts, reference, rounded_rows
-from moe_parallel.config import BackendConfig, MoEConfig
+from moe_kernels.ops._checks import INDEX_DTYPES, check_dtype, check_tensor, shape
+from moe_parallel.config import EXPERT_ACTIVATIONS, BackendConfig, MoEConfig, check_attributes
 from moe_parallel.dispatch import Dispatched, LocalDispatcher, TokenDispatcher, build_dispatcher
 from moe_parallel.tensors import draw_normal, local_tensor
+
+NEEDED = ("n_routed_experts", "expert_dim", "moe_inter_dim", "expert_activation", "dtype")
+NEEDED_OF_BACKEND = ("experts", "experts_precision")
 
 
 def _activation_options(config: MoEConfig) -> tuple[dict[str, Any], bool]:
@@ -36,9 +41,26 @@ def _activation_options(config: MoEConfig) -> tuple[dict[str, Any], bool]:
     if kind in ("geglu", "relu2"):
         return {"activation": kind}, kind == "geglu"
     raise ValueError(
-        "GroupedExperts: expert_activation must be one of swiglu, swigluoai, quick_geglu, geglu, "
-        f"relu2; got {kind!r}"
+        f"GroupedExperts: expert_activation must be one of {', '.join(EXPERT_ACTIVATIONS)}; "
+        f"got {kind!r}"
     )
+
+
+def _check_tokens(x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> None:
+    op = "GroupedExperts"
+    check_tensor(op, "x", x, 2, "[T, D]")
+    check_tensor(op, "token_mask", token_mask, 1, "[T]")
+    check_dtype(op, "token_mask", token_mask, (torch.bool,))
+    check_tensor(op, "indices", indices, 2, "[T, K]")
+    check_dtype(op, "indices", indices, INDEX_DTYPES)
+    check_tensor(op, "weights", weights, 2, "[T, K]")
+    if weights.shape != indices.shape:
+        raise ValueError(f"{op}: weights must be {shape(indices)} as indices; got {shape(weights)}")
+    for name, value in (("token_mask", token_mask), ("indices", indices)):
+        if value.shape[0] != x.shape[0]:
+            raise ValueError(
+                f"{op}: {name} must have T = {x.shape[0]} rows (x.shape[0]); got {shape(value)}"
+            )
 
 
 class GroupedExperts(nn.Module):
@@ -54,12 +76,17 @@ class GroupedExperts(nn.Module):
 
     Raises:
         ValueError: an unknown activation.
+        TypeError: no configuration, or none of a backend.
     """
 
     def __init__(self, config: MoEConfig, backend: BackendConfig | None = None) -> None:
         super().__init__()
+        check_attributes("GroupedExperts", "config", config, MoEConfig, NEEDED)
         self.config = config
         self.backend = BackendConfig() if backend is None else backend
+        check_attributes(
+            "GroupedExperts", "backend", self.backend, BackendConfig, NEEDED_OF_BACKEND
+        )
         self.n_routed_experts = config.n_routed_experts
         self.token_dispatcher: TokenDispatcher = LocalDispatcher()
         self._options, gated = _activation_options(config)
@@ -117,7 +144,18 @@ class GroupedExperts(nn.Module):
 
         Returns:
             [T, D] in x.dtype; zero for masked tokens.
+
+        Raises:
+            TypeError, ValueError: arguments that do not fit; of other ranks, a RuntimeError that
+                names the rank.
         """
+        try:
+            _check_tokens(x, token_mask, weights, indices)
+        except (TypeError, ValueError):
+            with suppress(Exception):
+                # a call that has nothing right, of which the other ranks learn
+                self.token_dispatcher.dispatch(x, cast(Any, None), weights)
+            raise
         ids = torch.where(token_mask[:, None], indices, -1)
         start: Any = getattr(self.token_dispatcher, "dispatch_async", None)
         if meanwhile is not None and start is not None:

@@ -16,10 +16,33 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.nn import functional
 
 from moe_kernels import round_tokens, topk_router
-from moe_parallel.config import MoEConfig
+from moe_kernels.ops._checks import check_count, check_number, check_tensor
+from moe_parallel.config import MoEConfig, check_attributes
 from moe_parallel.routing_replay import RoutingReplay, is_recomputing
 from moe_parallel.tensors import draw_normal, local_tensor
 from moe_parallel.training import MoEAuxLossAutoScaler
+
+NEEDED = (  # of a configuration
+    "n_routed_experts",
+    "n_activated_experts",
+    "n_expert_groups",
+    "n_limited_groups",
+    "train_gate",
+    "gate_bias_update_factor",
+    "aux_loss_coeff",
+    "score_func",
+    "route_scale",
+    "dim",
+    "norm_topk_prob",
+    "router_bias",
+    "softmax_before_topk",
+    "dtype",
+    "force_e_score_correction_bias",
+    "enable_routing_replay",
+    "token_rounding",
+    "token_rounding_tile",
+    "rounding_candidates",
+)
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -43,10 +66,15 @@ class Gate(nn.Module):
     Args:
         config: sizes, score function, groups, scaling.
         gate_precision: dtype of the projection; None for the dtype of the input.
+
+    Raises:
+        TypeError: no configuration, or no dtype.
+        AssertionError: a frozen gate whose correction bias is to be updated.
     """
 
     def __init__(self, config: MoEConfig, gate_precision: torch.dtype | None = None) -> None:
         super().__init__()
+        check_attributes("Gate", "config", config, MoEConfig, NEEDED)
         self.dim = config.dim
         self.n_experts = config.n_routed_experts
         self.topk = config.n_activated_experts
@@ -59,6 +87,10 @@ class Gate(nn.Module):
         self.bias_update_factor = config.gate_bias_update_factor
         self.aux_loss_coeff = config.aux_loss_coeff
         self.norm_topk_prob = config.norm_topk_prob
+        if not isinstance(gate_precision, torch.dtype | None):
+            raise TypeError(
+                f"Gate: gate_precision must be a torch.dtype or None; got {gate_precision!r}"
+            )
         self.gate_precision = gate_precision
         self.token_rounding = config.token_rounding
         self.rounding_tile = config.token_rounding_tile
@@ -135,7 +167,15 @@ class Gate(nn.Module):
             auxiliary loss, a float32 scalar (None outside training or without a coefficient).
             ``aux_loss_coeff * aux`` is already part of the graph of ``weights``. With token
             rounding, in training, there are more columns, and -1 among the indices.
+
+        Raises:
+            TypeError: ``x`` or ``token_mask`` is no tensor.
+            ValueError: ``x`` is not [T, H], or ``token_mask`` not [T].
         """
+        check_tensor("Gate", "x", x, 2, "[T, H]")
+        if x.shape[1] != self.dim:
+            raise ValueError(f"Gate: x must be [T, H] with H = {self.dim}; got {list(x.shape)}")
+        check_tensor("Gate", "token_mask", token_mask, 1, "[T]")
         logits = self.logits(x)
         correction = self.e_score_correction_bias
         with_aux = self.training and self.aux_loss_coeff > 0
@@ -277,12 +317,17 @@ class FakeBalancedGate(nn.Module):
 
     Raises:
         ValueError: fewer experts remain than a token needs, or noise outside [0, 1].
+        TypeError: no configuration, or no numbers.
     """
 
     def __init__(
         self, config: MoEConfig, skip_first_n_experts: int = 0, noise: float = 0.0
     ) -> None:
         super().__init__()
+        needed = ("n_routed_experts", "n_activated_experts")
+        check_attributes("FakeBalancedGate", "config", config, MoEConfig, needed)
+        check_count("FakeBalancedGate", "skip_first_n_experts", skip_first_n_experts)
+        check_number("FakeBalancedGate", "noise", noise)
         self.n_routed_experts = config.n_routed_experts
         self.n_activated_experts = config.n_activated_experts
         self.skip_first_n_experts = skip_first_n_experts
@@ -301,6 +346,7 @@ class FakeBalancedGate(nn.Module):
         self, x: Tensor, token_mask: Tensor, cp_mesh: DeviceMesh | None
     ) -> tuple[Tensor, Tensor, None]:
         """``(weights [T, K] in x.dtype, indices [T, K] int64, None)`` for ``x [T, H]``."""
+        check_tensor("FakeBalancedGate", "x", x, 2, "[T, H]")
         tokens, top_k = x.shape[0], self.n_activated_experts
         available = self.n_routed_experts - self.skip_first_n_experts
         if self.noise == 0:

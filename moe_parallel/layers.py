@@ -12,12 +12,16 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional
 
-from moe_parallel.config import BackendConfig, MoEConfig
+from moe_kernels.ops._checks import check_choice, check_count, check_flag, check_number
+from moe_parallel.config import MLP_ACTIVATIONS, BackendConfig, MoEConfig, check_attributes
 from moe_parallel.experts import GroupedExperts
 from moe_parallel.gate import FakeBalancedGate, Gate
 from moe_parallel.tensors import draw_normal, local_tensor
 
 __all__ = ["MLP", "FakeBalancedGate", "Gate", "MoE"]
+
+NEEDED = ("dim", "n_routed_experts", "n_activated_experts", "n_shared_experts", "moe_latent_size")
+NEEDED_OF_BACKEND = ("fake_balanced_gate", "fake_gate_noise", "gate_precision")
 
 
 class MLP(nn.Module):
@@ -33,7 +37,8 @@ class MLP(nn.Module):
             float32.
 
     Raises:
-        ValueError: another activation.
+        ValueError: another activation, or a negative size or limit.
+        TypeError: a size, dtype, flag or limit of another kind.
     """
 
     def __init__(
@@ -47,8 +52,15 @@ class MLP(nn.Module):
         swiglu_limit: float = 0.0,
     ) -> None:
         super().__init__()
-        if activation not in ("swiglu", "relu2"):
-            raise ValueError(f"MLP: activation must be swiglu or relu2; got {activation!r}")
+        check_count("MLP", "dim", dim)
+        check_count("MLP", "inter_dim", inter_dim)
+        if not isinstance(dtype, torch.dtype | None):
+            raise TypeError(f"MLP: dtype must be a torch.dtype; got {dtype!r}")
+        check_flag("MLP", "bias", bias)
+        check_number("MLP", "swiglu_limit", swiglu_limit)
+        if not swiglu_limit >= 0:
+            raise ValueError(f"MLP: swiglu_limit must be at least 0; got {swiglu_limit}")
+        check_choice("MLP", "activation", activation, MLP_ACTIVATIONS)
         self.activation = activation
         self.swiglu_limit = swiglu_limit
         options: dict[str, Any] = {"bias": bias, "dtype": dtype}
@@ -58,7 +70,13 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(dim, inter_dim, **options) if gated else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., dim]`` of ``x [..., dim]``."""
+        """``[..., dim]`` of ``x [..., dim]``.
+
+        Raises:
+            TypeError: ``x`` is no tensor.
+        """
+        if not isinstance(x, Tensor):
+            raise TypeError(f"MLP: x must be a tensor [..., dim]; got {type(x).__name__}")
         up = self.up_proj(x)
         if self.gate_proj is None:
             return self.down_proj(functional.relu(up).square())
@@ -87,11 +105,17 @@ class MoE(nn.Module):
 
     Attributes:
         cp_mesh: ranks with other parts of the same sequences, used where forward is given none.
+
+    Raises:
+        ValueError: an activation that there is not.
+        TypeError: no configuration, or none of a backend.
     """
 
     def __init__(self, config: MoEConfig, backend: BackendConfig | None = None) -> None:
         super().__init__()
+        check_attributes("MoE", "config", config, MoEConfig, NEEDED)
         self.backend = BackendConfig() if backend is None else backend
+        check_attributes("MoE", "backend", self.backend, BackendConfig, NEEDED_OF_BACKEND)
         self.dim = config.dim
         self.n_routed_experts = config.n_routed_experts
         self.n_activated_experts = config.n_activated_experts

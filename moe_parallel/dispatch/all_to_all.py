@@ -15,9 +15,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from moe_kernels.ops._checks import check_num_experts, check_number, refuse_tangent
+from moe_kernels.ops._checks import check_count, check_num_experts, refuse_tangent
 from moe_parallel.dispatch import ops
-from moe_parallel.dispatch.arguments import check_tensor, device_among, refuse_pickling
+from moe_parallel.dispatch.arguments import (
+    check_tensor,
+    check_timeout,
+    device_among,
+    refuse_pickling,
+)
 from moe_parallel.dispatch.joining import (
     Joined,
     JoinedGpus,
@@ -44,20 +49,41 @@ class Handle(NamedTuple):
     plan: Tensor
 
 
+def _ranks_of(entry: Any) -> list[int]:
+    """The ranks that an entry of a placement names, ascending."""
+    try:
+        return [index(entry)]
+    except TypeError:
+        return sorted(map(index, entry))
+
+
 def _owners(
     experts: int, ranks: int, placement: Sequence[int | Sequence[int]] | None
 ) -> list[list[int]]:
     """The ranks of each expert, ascending."""
     if placement is None:
         return [[e * ranks // experts] for e in range(experts)]
-    if len(placement) != experts:
+    try:
+        entries = list(placement)
+    except TypeError:
+        raise TypeError(
+            "AllToAllDispatcher: placement must be a sequence with an entry for each of the "
+            f"{experts} experts; got {placement!r}"
+        ) from None
+    if len(entries) != experts:
         raise ValueError(
             f"AllToAllDispatcher: placement must have an entry for each of the {experts} experts; "
-            f"got {len(placement)}"
+            f"got {len(entries)}"
         )
     owners = []
-    for expert, entry in enumerate(placement):
-        mine = sorted(map(index, [entry] if hasattr(entry, "__index__") else entry))
+    for expert, entry in enumerate(entries):
+        try:
+            mine = _ranks_of(entry)
+        except TypeError:
+            raise TypeError(
+                f"AllToAllDispatcher: placement must give expert {expert} a rank, or several; got "
+                f"{entry!r}"
+            ) from None
         if not mine or len(set(mine)) < len(mine) or mine[0] < 0 or mine[-1] >= ranks:
             raise ValueError(
                 f"AllToAllDispatcher: placement must give expert {expert} one or more different "
@@ -78,7 +104,10 @@ def _capacities(
     op = "AllToAllDispatcher"
     given = {"max_tokens": max_tokens, "capacity": capacity, "slot_capacity": slot_capacity}
     for name, value in given.items():
-        if value is not None and value < 1:
+        if value is None:
+            continue
+        check_count(op, name, value)
+        if value < 1:
             raise ValueError(f"{op}: {name} must be positive; got {value}")
     if max_tokens is None:
         if transport == "cuda_ipc" or capacity is not None or slot_capacity is not None:
@@ -154,9 +183,10 @@ class AllToAllDispatcher:
         passed_over: why it is not another dispatcher, for :meth:`explain`, or None.
 
     Raises:
-        ValueError: an unknown transport, a timeout that is not positive, E not a multiple of P, a
-            placement that has not a rank of the group for every expert, "shared_memory" or
-            "cuda_ipc" of ranks that cannot, capacities that are not positive.
+        ValueError: an unknown transport, a timeout that is not positive or endless, E not a
+            multiple of P, a placement that has not a rank of the group for every expert,
+            "shared_memory" or "cuda_ipc" of ranks that cannot, capacities that are not positive.
+        TypeError: a group, number or placement of another kind.
         ImportError: moe_kernels was built without its extension.
         torch.distributed.DistBackendError: a rank did not come to share its memory; it is named.
     """
@@ -189,9 +219,7 @@ class AllToAllDispatcher:
                 "a placement."
             )
         if timeout is not None:
-            check_number(op, "timeout", timeout)
-            if not timeout > 0:
-                raise ValueError(f"{op}: timeout must be positive, in seconds; got {timeout}")
+            check_timeout(op, "timeout", timeout)
         sizes = _capacities(group.size(), transport, max_tokens, capacity, slot_capacity)
         owners = _owners(num_experts, group.size(), placement)
         native = extension()

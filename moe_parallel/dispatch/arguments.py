@@ -8,7 +8,20 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from moe_kernels.ops._checks import check_number
+
 DEVICES = ("cpu", "cuda")
+MAX_TIMEOUT = 1e9  # seconds, 31 years: clocks count nanoseconds in 64 bits
+
+
+def check_timeout(op: str, name: str, seconds: Any) -> None:
+    """Raise unless ``seconds`` is a time to wait."""
+    check_number(op, name, seconds)
+    if not 0 < seconds <= MAX_TIMEOUT:
+        raise ValueError(
+            f"{op}: {name} must be positive and at most {MAX_TIMEOUT:g}, in seconds; got "
+            f"{seconds}. None is the group's own timeout."
+        )
 
 
 def check_tensor(op: str, name: str, tensor: Any) -> None:

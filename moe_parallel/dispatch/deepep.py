@@ -12,8 +12,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from moe_kernels.ops._checks import check_device, check_dtype, check_tensor, shape
-from moe_parallel.dispatch.arguments import refuse_pickling
+from moe_kernels.ops._checks import (
+    check_count,
+    check_device,
+    check_dtype,
+    check_num_experts,
+    check_tensor,
+    shape,
+)
+from moe_parallel.dispatch.arguments import check_timeout, refuse_pickling
 from moe_parallel.dispatch.deepep_buffers import (
     MAX_TOP_K,
     OP,
@@ -167,16 +174,21 @@ class DeepEPDispatcher:
         otherwise: OverlappingDispatcher | None = None,
         reason: str = "it was asked for",
     ) -> None:
+        if not isinstance(group, ProcessGroup):
+            raise TypeError(f"{OP}: group must be a ProcessGroup; got {type(group).__name__}")
+        check_num_experts(OP, num_experts)
         if num_experts < 1 or num_experts % group.size():
             raise ValueError(
                 f"{OP}: num_experts must be a positive multiple of the group's size "
                 f"{group.size()}; got {num_experts}. Choose another Expert Parallel size, or "
                 "transport 'process_group' with a placement."
             )
-        if timeout is not None and not timeout > 0:
-            raise ValueError(f"{OP}: timeout must be positive, in seconds; got {timeout}")
-        if max_tokens is not None and max_tokens < 1:
-            raise ValueError(f"{OP}: max_tokens must be at least 1; got {max_tokens}")
+        if timeout is not None:
+            check_timeout(OP, "timeout", timeout)
+        if max_tokens is not None:
+            check_count(OP, "max_tokens", max_tokens)
+            if max_tokens < 1:
+                raise ValueError(f"{OP}: max_tokens must be at least 1; got {max_tokens}")
         if interface not in ("auto", *INTERFACES):
             raise ValueError(
                 f"{OP}: interface must be one of auto, {', '.join(INTERFACES)}; got {interface!r}"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from moe_parallel import BackendConfig, MoEConfig
-from moe_parallel.config import dtype_from_str
+from moe_parallel import BackendConfig, MoE, MoEConfig
+from moe_parallel.config import FLAGS, dtype_from_str
+from moe_parallel.experts import GroupedExperts
+from moe_parallel.layers import MLP, FakeBalancedGate, Gate
 from tests.parallel.definitions import make_config
 
 
@@ -85,6 +88,14 @@ def test_moe_config() -> None:
         ({"route_scale": float("inf")}, "route_scale must be finite; got inf"),
         ({"dtype": "int32"}, "dtype must be floating point; got torch.int32"),
         (
+            {"expert_activation": "tanh"},
+            "expert_activation must be one of swiglu, .*, geglu, relu2; got 'tanh'",
+        ),
+        (
+            {"shared_expert_activation": "geglu", "n_shared_experts": 1},
+            "shared_expert_activation must be one of swiglu, relu2; got 'geglu'",
+        ),
+        (
             {"expert_activation": "swigluoai", "activation_limit": 0.0},
             "activation_limit must be positive for expert_activation swigluoai; got 0.0",
         ),
@@ -103,13 +114,19 @@ def test_moe_config_names_what_no_layer_can_have(settings: dict[str, Any], found
     "settings",
     [
         {"n_expert_groups": 0, "n_limited_groups": 0, "inter_dim": 0},
-        {"n_expert_groups": 4, "n_limited_groups": 2, "score_func": "another"},
+        {"n_expert_groups": 4, "n_limited_groups": 2, "score_func": "sigmoid"},
+        {"shared_expert_activation": "geglu"},
         {"train_gate": False, "activation_limit": 0.0, "shared_expert_inter_dim": 0},
     ],
-    ids=["no groups", "groups", "unused"],
+    ids=["no groups", "groups", "no shared experts", "unused"],
 )
 def test_moe_config_accepts(settings: dict[str, Any]) -> None:
     make_config(**settings)
+
+
+def test_moe_config_warns_of_a_name_taken_for_another() -> None:
+    with pytest.warns(UserWarning, match="score_func 'sigmoid_with_bais' is none of .*'sigmoid'"):
+        make_config(score_func="sigmoid_with_bais")
 
 
 def test_moe_config_warns_of_a_bias_that_nothing_reads() -> None:
@@ -136,7 +153,10 @@ def test_moe_config_warns_of_a_bias_that_nothing_reads() -> None:
             {"experts_precision": "fp8_block", "experts": "reference"},
             "experts_precision must be None with experts 'reference'",
         ),
-        ({"dispatcher_timeout": 0}, "dispatcher_timeout must be positive; got 0"),
+        ({"dispatcher_timeout": 0}, "dispatcher_timeout must be positive and at most .*; got 0"),
+        ({"dispatcher_timeout": float("inf")}, r"at most 1e\+09, in seconds; got inf\. None is"),
+        ({"dispatcher_max_tokens": 0}, "dispatcher_max_tokens must be positive; got 0"),
+        ({"gate_precision": "int8"}, "gate_precision must be floating point; got torch.int8"),
         ({"fake_gate_noise": 2.0}, r"fake_gate_noise must be in \[0, 1\]; got 2.0"),
     ],
 )
@@ -163,6 +183,9 @@ def test_backend_config_converts_names_of_dtypes() -> None:
         {"token_rounding_tile": 1.5},
         {"expert_activation": "swigluoai", "activation_limit": "x"},
         {"expert_activation": "swigluoai", "activation_alpha": 1j},
+        {"score_func": None},
+        {"dtype": 3},
+        *({name: 1} for name in FLAGS),
     ],
 )
 def test_moe_config_names_what_is_no_number(wrong: dict[str, Any]) -> None:
@@ -177,8 +200,124 @@ def test_moe_config_names_what_is_no_number(wrong: dict[str, Any]) -> None:
         {"dispatcher_max_tokens": "x"},
         {"dispatcher_capacity": 1.5},
         {"fake_gate_noise": [1.0]},
+        {"fake_balanced_gate": "no"},
+        {"enable_fsdp_optimizations": None},
+        {"gate_precision": 3},
     ],
 )
 def test_backend_config_names_what_is_no_number(wrong: dict[str, Any]) -> None:
     with pytest.raises(TypeError, match=f"BackendConfig: {next(iter(wrong))} must be"):
         BackendConfig(**wrong)
+
+
+@pytest.mark.parametrize("owner", [MoEConfig, BackendConfig])
+def test_a_name_of_no_dtype_is_that_of_an_argument(owner: Any) -> None:
+    name = "dtype" if owner is MoEConfig else "gate_precision"
+    make = make_config if owner is MoEConfig else BackendConfig
+    with pytest.raises(KeyError, match=f"{owner.__name__}: {name}: dtype must be one of float"):
+        make(**{name: "float99"})
+
+
+LAYERS: dict[str, Any] = {
+    "Gate": Gate,
+    "FakeBalancedGate": FakeBalancedGate,
+    "MoE": MoE,
+    "GroupedExperts": GroupedExperts,
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("wrong", [None, 8, {"dim": 8}])
+def test_layers_ask_for_a_configuration(name: str, wrong: Any) -> None:
+    found = (
+        f"{name}: config must be a MoEConfig, or have its attributes; got {type(wrong).__name__}"
+    )
+    with pytest.raises(TypeError, match=f"^{found} without .*n_routed_experts"):
+        LAYERS[name](wrong)
+    if name in ("MoE", "GroupedExperts"):
+        with pytest.raises(TypeError, match=f"{name}: backend must be a BackendConfig, .*got str"):
+            LAYERS[name](make_config(), "auto")
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_take_what_is_like_a_configuration(name: str) -> None:
+    config = make_config(n_shared_experts=1)
+    alike = SimpleNamespace(**vars(config), expert_dim=config.dim, rounding_candidates=0)
+    del alike.inter_dim
+    LAYERS[name](alike)
+
+
+def test_layers_name_what_is_of_another_kind() -> None:
+    for arguments, options, found in (
+        ((None, 3), {}, "dim must be an integer; got None"),
+        ((3, "x"), {}, "inter_dim must be an integer; got 'x'"),
+        ((3, 3), {"dtype": "bf16"}, "dtype must be a torch.dtype; got 'bf16'"),
+        ((3, 3), {"bias": None}, "bias must be True or False; got None"),
+        ((3, 3), {"swiglu_limit": "x"}, "swiglu_limit must be a number; got 'x'"),
+    ):
+        with pytest.raises(TypeError, match=f"^MLP: {found}"):
+            MLP(*arguments, **options)
+    for arguments, options, found in (
+        ((-1, 3), {}, "dim must be at least 0; got -1"),
+        ((3, 3), {"swiglu_limit": -1.0}, "swiglu_limit must be at least 0; got -1.0"),
+        ((3, 3), {"activation": "geglu"}, "activation must be one of swiglu, relu2; got 'geglu'"),
+    ):
+        with pytest.raises(ValueError, match=f"^MLP: {found}"):
+            MLP(*arguments, **options)
+    with pytest.raises(TypeError, match=r"Gate: gate_precision must be a torch\.dtype .*; got"):
+        Gate(make_config(), gate_precision="float32")
+    with pytest.raises(TypeError, match="FakeBalancedGate: noise must be a number; got 'x'"):
+        FakeBalancedGate(make_config(), noise="x")
+
+
+def test_layers_name_what_they_are_called_with() -> None:
+    config = make_config()
+    x, mask = torch.randn(4, config.dim, dtype=config.dtype), torch.ones(4, dtype=torch.bool)
+    weights, ids = torch.rand(4, 3), torch.zeros(4, 3, dtype=torch.int64)
+    gate, experts = Gate(config), GroupedExperts(config)
+    for error, found, call in (
+        (
+            TypeError,
+            r"MLP: x must be a tensor \[\.\.\., dim\]; got NoneType",
+            lambda: MLP(3, 3)(None),
+        ),
+        (TypeError, "Gate: x must be a tensor .*; got NoneType", lambda: gate(None, mask, None)),
+        (
+            ValueError,
+            r"Gate: x must be .* H = 13; got \[4, 2\]",
+            lambda: gate(x[:, :2], mask, None),
+        ),
+        (TypeError, "Gate: token_mask must be a tensor .*; got list", lambda: gate(x, [1], None)),
+        (
+            TypeError,
+            "FakeBalancedGate: x must be a tensor .*; got NoneType",
+            lambda: FakeBalancedGate(config)(None, mask, None),
+        ),
+        (
+            TypeError,
+            "GroupedExperts: x must be a tensor .*; got NoneType",
+            lambda: experts(None, mask, weights, ids),
+        ),
+        (
+            TypeError,
+            "GroupedExperts: token_mask must be one of bool; got int64",
+            lambda: experts(x, mask.long(), weights, ids),
+        ),
+        (
+            TypeError,
+            "GroupedExperts: indices must be a tensor .*; got list",
+            lambda: experts(x, mask, weights, ids.tolist()),
+        ),
+        (
+            ValueError,
+            r"GroupedExperts: weights must be \[4, 3\] as indices; got \[4, 2\]",
+            lambda: experts(x, mask, weights[:, :2], ids),
+        ),
+        (
+            ValueError,
+            r"GroupedExperts: token_mask must have T = 4 rows .*; got \[3\]",
+            lambda: experts(x, mask[:3], weights, ids),
+        ),
+    ):
+        with pytest.raises(error, match=found):
+            call()

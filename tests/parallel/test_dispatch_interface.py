@@ -83,6 +83,8 @@ def _constructor(rank: int, ranks: int) -> list[tuple[str, str]]:
         raised(lambda: AllToAllDispatcher(group, 2**31)),
         raised(lambda: AllToAllDispatcher(group, 4, timeout="x")),
         raised(lambda: AllToAllDispatcher(None, 4)),
+        raised(lambda: AllToAllDispatcher(group, 4, max_tokens="x")),
+        raised(lambda: AllToAllDispatcher(group, 4, timeout=float("inf"))),
     ]
 
 
@@ -98,13 +100,19 @@ def test_constructor_names_what_does_not_fit() -> None:
         ),
         ("TypeError", "AllToAllDispatcher: timeout must be a number; got 'x'"),
         ("TypeError", "AllToAllDispatcher: group must be a ProcessGroup; got NoneType"),
+        ("TypeError", "AllToAllDispatcher: max_tokens must be an integer; got 'x'"),
+        (
+            "ValueError",
+            "AllToAllDispatcher: timeout must be positive and at most 1e+09, in seconds; got inf. "
+            "None is the group's own timeout.",
+        ),
     ]
     assert (
         "must be one of auto, process_group, shared_memory, cuda_ipc; got 'carrier_pigeon'"
         in results[0][1]
     )
     assert "num_experts must be a positive multiple of the group's size 2; got 5" in results[1][1]
-    assert "timeout must be positive, in seconds; got 0" in results[2][1]
+    assert "timeout must be positive and at most 1e+09, in seconds; got 0." in results[2][1]
 
 
 def test_local_dispatcher_is_the_identity() -> None:

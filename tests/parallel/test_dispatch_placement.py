@@ -9,6 +9,7 @@ import random
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -190,6 +191,9 @@ def _errors(rank: int, ranks: int) -> list[tuple[str, str]]:
     assert copied.local_experts == ((0, 1), (0, 2))[rank]
     differing = AllToAllDispatcher(group, 3, placement=[0, rank, 1])
     x = case.x.clone().requires_grad_()
+    for placement in (torch.tensor([0, 1, 1]), np.array([0, 1, 1]), [[0], torch.tensor([1]), 1]):
+        dispatcher = AllToAllDispatcher(group, 3, placement=placement)
+        assert dispatcher.local_experts == ((0,), (1, 2))[rank]
     return [
         raised(lambda: AllToAllDispatcher(group, 3, placement=[0, 1])),
         raised(lambda: AllToAllDispatcher(group, 3, placement=[0, 1, 2])),
@@ -197,6 +201,9 @@ def _errors(rank: int, ranks: int) -> list[tuple[str, str]]:
         raised(lambda: AllToAllDispatcher(group, 3, placement=[0, [1, 1], 1])),
         raised(copied.dispatch, x, case.ids, case.weights),
         raised(differing.dispatch, case.x, case.ids, case.weights),
+        raised(lambda: AllToAllDispatcher(group, 3, placement=3)),
+        raised(lambda: AllToAllDispatcher(group, 3, placement=[0, 1.5, 1])),
+        raised(lambda: AllToAllDispatcher(group, 3, placement=[0, 1, ["x"]])),
     ]
 
 
@@ -208,8 +215,11 @@ def test_a_placement_that_cannot_be_is_refused() -> None:
         "placement must give expert 1 one or more different ranks in [0, 2); got [1, 1]",
         "dispatch: copies of experts are for inference, but x or topk_weights requires",
         "must agree on the placement of the experts; rank",
+        "placement must be a sequence with an entry for each of the 3 experts; got 3",
+        "placement must give expert 1 a rank, or several; got 1.5",
+        "placement must give expert 2 a rank, or several; got ['x']",
     ]
     for results in run_ranks(2, _errors):
-        for (kind, message), part in zip(results, parts, strict=True):
-            assert kind == "ValueError"
+        for i, ((kind, message), part) in enumerate(zip(results, parts, strict=True)):
+            assert kind == ("ValueError" if i < 6 else "TypeError")
             assert part in message
