@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from moe_parallel.text_module import get_text_module, inner_model
+from moe_parallel.text_module import get_text_module, inner_model, mtp_layers
 from moe_parallel.torch_internals import tolerate_unrecorded_ops
 
 ContextFn = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
@@ -97,6 +97,19 @@ def router_saving_policy(hidden_size: int, num_experts: int) -> Policy:
         return CheckpointPolicy.MUST_SAVE if is_router else CheckpointPolicy.PREFER_RECOMPUTE
 
     return policy
+
+
+def router_saving_contexts(
+    sizes: tuple[int, int], create: Callable[[Policy], Any]
+) -> Callable[[], Any]:
+    """The context function that keeps what :func:`router_saving_policy` of ``sizes`` says.
+
+    Args:
+        sizes: see there.
+        create: makes the contexts of a policy.
+    """
+    policy = router_saving_policy(*sizes)
+    return lambda: tolerate_unrecorded_ops(create(policy))
 
 
 def _copies_to_host(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -186,6 +199,13 @@ def count_load_once(context_fn: ContextFn | None, moe: Any) -> ContextFn | None:
     return with_load
 
 
+def checkpoint_options(context_fn: ContextFn | None, moe: Any) -> dict[str, Any]:
+    """How a block with the MoE layer ``moe``, or None, is checkpointed."""
+    options: dict[str, Any] = {"preserve_rng_state": True}
+    context_fn = count_load_once(context_fn, moe)
+    return options if context_fn is None else {**options, "context_fn": context_fn}
+
+
 def router_sizes(model: Any, hidden_size: int | None, num_experts: int | None) -> tuple[int, int]:
     """The sizes :func:`router_saving_policy` needs, where they are not given, from the model.
 
@@ -220,7 +240,7 @@ def router_sizes(model: Any, hidden_size: int | None, num_experts: int | None) -
     return hidden_size, num_experts
 
 
-def repeats_mtp_block(model: Any) -> bool:
-    """Whether one physical block serves every depth of multi-token prediction."""
+def repeated_mtp_layers(model: Any) -> Any:
+    """Multi-token prediction's blocks if one physical block serves every depth, else None."""
     mtp_config = getattr(getattr(model, "mtp", None), "mtp_config", None)
-    return bool(getattr(mtp_config, "use_repeated_layer", False))
+    return mtp_layers(model) if getattr(mtp_config, "use_repeated_layer", False) else None

@@ -32,13 +32,15 @@ def _type_of(block: Any, cp_comm_type: str) -> tuple[str, str | None]:
 
 def tell_block(
     block: Any, cp_mesh: Any, cp_comm_type: str, get_stream: Callable[[], Any]
-) -> tuple[bool, str]:
-    """Set up what mixes a block's tokens, attention or a mixer; whether there was one, and the
-    block's type."""
+) -> str | None:
+    """Set up what mixes a block's tokens, attention or a mixer; where there is none that can be,
+    what the block is."""
     layer_type, comm_type = _type_of(block, cp_comm_type)
     if comm_type is None:
-        return tell_mixer(block, cp_mesh), layer_type
-    return tell_attention(block, cp_mesh, comm_type, get_stream), layer_type
+        told = tell_mixer(block, cp_mesh)
+    else:
+        told = tell_attention(block, cp_mesh, comm_type, get_stream)
+    return None if told else f"of type {layer_type}{_attention_of(block)}"
 
 
 def tell_attention(
@@ -78,7 +80,7 @@ def tell_mixer(block: Any, cp_mesh: Any) -> bool:
     return told
 
 
-def attention_of(block: Any) -> str:
+def _attention_of(block: Any) -> str:
     """The class of what a block attends with, to follow the block's own in a sentence."""
     attention: Any = getattr(block, "self_attn", None)
     inner = getattr(attention, "attn_module", None)

@@ -103,22 +103,35 @@ class GroupedExperts(nn.Module):
         nn.init.normal_(self.gate_and_up_projs, std=0.02)
         nn.init.normal_(self.down_projs, std=0.02)
 
+    @property
+    def dispatcher_settings(self) -> dict[str, Any]:
+        """What :func:`build_dispatcher` is asked for, beside the group."""
+        return {
+            "num_experts": self.n_routed_experts,
+            "transport": self.backend.dispatcher,
+            "timeout": self.backend.dispatcher_timeout,
+            "max_tokens": self.backend.dispatcher_max_tokens,
+            "capacity": self.backend.dispatcher_capacity,
+            "slot_capacity": self.backend.dispatcher_slot_capacity,
+        }
+
+    def build_token_dispatcher(self, ep_mesh: DeviceMesh) -> TokenDispatcher:
+        """What :meth:`init_token_dispatcher` would have these experts use; they do not yet.
+
+        Raises:
+            ValueError: E is not a multiple of the mesh's size, or its ranks cannot use the
+                transport.
+            ImportError: the transport is "deepep", and DeepEP is not installed.
+        """
+        return build_dispatcher(ep_mesh.get_group(), **self.dispatcher_settings)
+
     def init_token_dispatcher(self, ep_mesh: DeviceMesh) -> None:
         """Send tokens to the ranks of the 1-D ``ep_mesh``, each of which owns E / size experts.
 
         Raises:
-            ValueError: E is not a multiple of the mesh's size.
-            ImportError: the transport is "deepep", and DeepEP is not installed.
+            ValueError, ImportError: see :meth:`build_token_dispatcher`.
         """
-        self.token_dispatcher = build_dispatcher(
-            ep_mesh.get_group(),
-            self.n_routed_experts,
-            transport=self.backend.dispatcher,
-            timeout=self.backend.dispatcher_timeout,
-            max_tokens=self.backend.dispatcher_max_tokens,
-            capacity=self.backend.dispatcher_capacity,
-            slot_capacity=self.backend.dispatcher_slot_capacity,
-        )
+        self.token_dispatcher = self.build_token_dispatcher(ep_mesh)
 
     @property
     def overlaps(self) -> bool:

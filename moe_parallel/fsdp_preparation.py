@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -81,6 +81,36 @@ def fp32_only_modules(
             yield child
         else:
             stack += list(child.named_children())[::-1]
+
+
+def unit_maker(
+    fully_shard: Callable[..., Any],
+    kind: type,
+    keep_in_fp32: tuple[str, ...] | None,
+    fp32_policy: Callable[..., Any],
+    **common: Any,
+) -> Callable[..., None]:
+    """A function ``shard(module, policy, **options)`` that makes a module an FSDP unit.
+
+    Args:
+        fully_shard: what does so.
+        kind: the class of units. With ``keep_in_fp32`` those that are one already are left alone.
+        keep_in_fp32: see :func:`fp32_only_modules`, which become units before; None for no such.
+        fp32_policy: makes the policy of theirs.
+        common: options of every unit.
+    """
+
+    def shard(module: Any, policy: Any, **options: Any) -> None:
+        if keep_in_fp32 is not None:
+            if isinstance(module, kind):
+                return
+            # What such a module returns stays as it is: it goes on in the dtype of its input.
+            fp32 = fp32_policy(output_dtype=None, cast_forward_inputs=False)
+            for child in fp32_only_modules(module, keep_in_fp32, options.get("ignored_params")):
+                fully_shard(child, mp_policy=fp32, **common)
+        fully_shard(module, mp_policy=policy, **common, **options)
+
+    return shard
 
 
 def keep_in_fp32_names(model: Any) -> tuple[str, ...]:

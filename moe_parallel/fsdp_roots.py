@@ -85,22 +85,30 @@ def find_ends(model: Any, backbone: Any) -> Ends:
 def units_around_blocks(
     model: Any,
     backbone: Any,
-    ends: Ends,
     *,
-    tied: bool,
+    tied: Callable[[Any, Any], bool],
     lm_head_precision: torch.dtype | None,
     wrap_outer_model: bool,
     logger: logging.Logger,
 ) -> list[Unit]:
-    """What is to be sharded after the blocks, in that order.
+    """What is to be sharded after the blocks, in that order. Ties again what shall be tied.
+
+    Args:
+        model, backbone: the outer model, and its backbone.
+        tied: whether two modules have one weight.
+        lm_head_precision, wrap_outer_model: see :func:`apply_fsdp`.
+        logger: of what is not as asked.
 
     Raises:
         MeshError: tied ends on both sides of the outer model's root, which is not to be.
     """
-    across = _check_boundary(model, backbone, ends, tied, wrap_outer_model)
+    retie_embeddings(model)
+    ends = find_ends(model, backbone)
+    ends_are_tied = tied(ends.embed_tokens, ends.lm_head)
+    across = _check_boundary(model, backbone, ends, ends_are_tied, wrap_outer_model)
     units = []
     head_is_fp32 = False
-    if tied:
+    if ends_are_tied:
         if lm_head_precision is not None:
             logger.warning(
                 "apply_fsdp: lm_head_precision %s is not applied: lm_head is tied to embed_tokens",

@@ -7,8 +7,7 @@ the last ones. Experts see the same ranks, without ``pp``, as ``ep_shard, ep``.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,10 +27,6 @@ _EXPERT_AXES = ("dp_replicate", "dp_shard", "cp", "tp")
 
 class MeshError(ValueError):
     """A mesh that cannot be built, or that does not fit the model."""
-
-
-# what a model or a mesh is refused with; other errors reach other stages as a MeshError
-_REFUSALS = (MeshError, ValueError, AssertionError, AttributeError, KeyError)
 
 
 def build_meshes(
@@ -223,37 +218,6 @@ def pipeline_of(mesh: Any) -> Any | None:
     return root["pp"] if "pp" in names and root.size(names.index("pp")) > 1 else None
 
 
-@contextmanager
-def refused_together(mesh: Any) -> Iterator[None]:
-    """What is refused within, on the ranks of one pipeline stage, is refused on those of all.
-
-    Without a pipeline the ranks have equal models, and nothing is communicated.
-
-    Raises:
-        Exception: that of the first stage that has one, of its type and with its message, which
-            names the stage.
-    """
-    stages = pipeline_of(mesh)
-    problem: tuple[type[Exception], str] | None = None
-    cause = None
-    try:
-        yield
-    except Exception as error:
-        if stages is None:
-            raise
-        kind = type(error) if type(error) in _REFUSALS else MeshError
-        text = error.args[0] if kind is KeyError else error  # whose str is quoted
-        problem, cause = (kind, str(text)), error
-    if stages is None:
-        return
-    problems: list[Any] = [None] * stages.size()
-    dist.all_gather_object(problems, problem, group=stages.get_group())
-    for stage, found in enumerate(problems):
-        if found is not None:
-            kind, text = found
-            raise kind(f"{text} (in pipeline stage {stage})") from cause
-
-
 def _axes_match(parent: DeviceMesh, axes: list[DeviceMesh], sizes: tuple[int, ...]) -> bool:
     """Whether ``parent``, cut into ``sizes``, has the groups of ``axes`` along them."""
     grid = parent.mesh.reshape(sizes)
@@ -263,86 +227,3 @@ def _axes_match(parent: DeviceMesh, axes: list[DeviceMesh], sizes: tuple[int, ..
         if not torch.equal(grid[tuple(line)], axis.mesh):
             return False
     return True
-
-
-def check_ep_shard_axes(
-    moe_mesh: Any, ep_axis_name: str | None, ep_shard_axis_names: Sequence[str] | None
-) -> None:
-    """Expert Parallelism must say which axis shards the experts further.
-
-    Raises:
-        MeshError: there is one and it is not named.
-    """
-    if ep_shard_axis_names is not None:
-        return
-    names = getattr(moe_mesh, "mesh_dim_names", None)
-    known = isinstance(names, (tuple, list))
-    axes: Sequence[str] = names if known else ("ep_shard",)  # type: ignore[assignment]
-    # A mesh of another framework may answer every name alike: then it has no such axis.
-    if not known and _axis(moe_mesh, "ep_shard") is _axis(moe_mesh, ep_axis_name):
-        return
-    sizes = {axis: _size(_axis(moe_mesh, axis)) for axis in axes}
-    left_out = {axis: sizes[axis] for axis in axes if axis not in (ep_axis_name, "pp")}
-    if any(size > 1 for size in left_out.values()):
-        raise MeshError(
-            f"parallelize_model: moe_mesh has the axes {left_out} beside {ep_axis_name!r}, over "
-            "which the experts' gradients would not be reduced. Pass ep_shard_axis_names="
-            f"{tuple(left_out)}."
-        )
-
-
-def check_experts_covered(moe_mesh: Any, ep_mesh: Any | None, ep_shard_mesh: Any) -> None:
-    """The axes of Expert Parallelism and of what shards the experts further must be all there are.
-
-    Raises:
-        MeshError: experts that are copies of each other would train apart.
-    """
-    if not is_mesh(moe_mesh):
-        return
-    names = moe_mesh.mesh_dim_names or ()
-    sizes = {n: size for n, size in zip(names, moe_mesh.shape, strict=True) if n != "pp"}
-    covered = ep_shard_mesh.size() * (1 if ep_mesh is None else ep_mesh.size())
-    if covered < math.prod(sizes.values()):
-        raise MeshError(
-            f"parallelize_model: ep_axis_name and ep_shard_axis_names have {covered} ranks, but "
-            f"{math.prod(sizes.values())} share the experts, {sizes}; the others would train "
-            "apart. Pass the axes of parallel_axis_names(world_mesh, moe_mesh)."
-        )
-
-
-_NOT_THERE = (LookupError, AttributeError, TypeError, ValueError, RuntimeError)
-
-
-def _axis(mesh: Any, name: str | None) -> Any:
-    try:
-        return mesh[name]
-    except _NOT_THERE:
-        return None
-
-
-def _size(mesh: Any) -> int:
-    """The ranks of a mesh; 1 where one of another framework does not tell."""
-    try:
-        size = mesh.size()
-    except _NOT_THERE:
-        return 1
-    return size if isinstance(size, int) else 1
-
-
-def check_fsdp_axes(world_mesh: Any, dp_axis_names: Any, fsdp_mesh: Any) -> None:
-    """FSDP must cover every axis along which ranks share the dense parameters.
-
-    Raises:
-        MeshError: replicas, or context parallel ranks, would train apart.
-    """
-    if not is_mesh(world_mesh) or fsdp_mesh is None:
-        return
-    sizes = dict(zip(world_mesh.mesh_dim_names or (), world_mesh.shape, strict=True))
-    sharing = {axis: sizes[axis] for axis in ("dp_replicate", "dp_shard", "cp") if axis in sizes}
-    needed = math.prod(sharing.values())
-    if fsdp_mesh.size() < needed:
-        raise MeshError(
-            f"parallelize_model: dp_axis_names {dp_axis_names!r} has {fsdp_mesh.size()} ranks, "
-            f"but {needed} share the parameters, {sharing}; the others would train apart. Pass the "
-            "axes of parallel_axis_names(world_mesh, moe_mesh)."
-        )

@@ -27,37 +27,26 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from moe_parallel.activation_checkpointing import (
     SELECTIVE_AC_WRAPPER_FLAG,
-    count_load_once,
-    repeats_mtp_block,
-    router_saving_policy,
+    checkpoint_options,
+    repeated_mtp_layers,
+    router_saving_contexts,
     router_sizes,
 )
 from moe_parallel.config import dtype_from_str
-from moe_parallel.context_parallel_setup import attention_of, check_blocks, tell_block
+from moe_parallel.context_parallel_setup import check_blocks, tell_block
 from moe_parallel.fsdp_preparation import (
     check_equal_experts,
     check_expert_counts,
     check_expert_widths,
-    fp32_only_modules,
     fp32_param_holders,
     keep_in_fp32_names,
     replicate_correction_bias,
+    unit_maker,
 )
-from moe_parallel.fsdp_roots import (
-    check_ends,
-    find_ends,
-    head_dtype,
-    retie_embeddings,
-    units_around_blocks,
-)
+from moe_parallel.fsdp_roots import check_ends, head_dtype, units_around_blocks
 from moe_parallel.layers import MoE
-from moe_parallel.mesh import (
-    check_ep_shard_axes,
-    check_experts_covered,
-    check_fsdp_axes,
-    get_submesh,
-    refused_together,
-)
+from moe_parallel.model_meshes import Axes
+from moe_parallel.refusals import check_transports, refused_together
 from moe_parallel.text_module import (
     _is_deepseek_v4_model,
     _is_selective_ac,
@@ -70,7 +59,7 @@ from moe_parallel.text_module import (
     mtp_layers,
     named_blocks,
 )
-from moe_parallel.torch_internals import reduce_unused_parameters, tolerate_unrecorded_ops
+from moe_parallel.torch_internals import reduce_unused_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -146,9 +135,9 @@ def _shard_fp32_param_holders(
     Returns:
         The parameters that the holders owned before.
     """
-    owned: set[nn.Parameter] = set()
-    for holder in fp32_param_holders(block):
-        owned.update(holder.parameters(recurse=False))
+    holders = fp32_param_holders(block)
+    owned = {parameter for holder in holders for parameter in holder.parameters(recurse=False)}
+    for holder in holders:
         fully_shard(
             holder,
             mesh=fsdp_mesh,
@@ -200,6 +189,7 @@ def apply_ep(model: nn.Module, ep_mesh: DeviceMesh, moe_mesh: DeviceMesh | None 
         AssertionError: ``ep_mesh`` has one rank.
         MeshError: an MoE's experts cannot be spread evenly, or the groups of ranks that are to hold
             the same experts hold others. The model is as it was.
+        ValueError, ImportError: a layer's transport is not to be had on some rank. Likewise.
         RuntimeError: the experts are sharded already.
     """
     size = ep_mesh.size()
@@ -207,6 +197,7 @@ def apply_ep(model: nn.Module, ep_mesh: DeviceMesh, moe_mesh: DeviceMesh | None 
     with refused_together(moe_mesh):  # or the ranks of other stages would wait for this one's
         layers = _moe_layers(model)
         check_expert_counts(layers, size)
+        check_transports(layers, ep_mesh, moe_mesh)
     check_equal_experts(layers, ep_mesh, moe_mesh)
     _shard_experts(layers, ep_mesh)
 
@@ -246,32 +237,23 @@ def apply_ac(
 
         context_fn = make_selective_checkpoint_context_fn()
     elif ignore_router:
-        policy = router_saving_policy(*router_sizes(model, hidden_size, num_experts))
-
-        def context_fn() -> Any:
-            return tolerate_unrecorded_ops(create_selective_checkpoint_contexts(policy))
-
+        sizes = router_sizes(model, hidden_size, num_experts)
+        context_fn = router_saving_contexts(sizes, create_selective_checkpoint_contexts)
     else:
         logger.warning(
             "apply_ac: ignore_router_for_ac is False, so routers are computed again in backward "
             "and may choose other experts than in forward. Set ignore_router_for_ac=True."
         )
 
-    mtp_blocks = mtp_layers(model)
-    repeated = mtp_blocks is not None and repeats_mtp_block(model)
-    skipped = False
+    repeated, skipped = repeated_mtp_layers(model), False
     for container, name, block in list(_iter_transformer_and_mtp_blocks(model)):
         moe = _get_moe_module(block)
-        if repeated and container is mtp_blocks and (not selective or moe is not None):
+        if container is repeated and (not selective or moe is not None):
             # One block serves every depth: FSDP gathers its experts for the first recomputation
             # and not again for the next.
             skipped = True
             continue
-        options: dict[str, Any] = {"preserve_rng_state": True}
-        block_context_fn = count_load_once(context_fn, moe)
-        if block_context_fn is not None:
-            options["context_fn"] = block_context_fn
-        wrapped = ptd_checkpoint_wrapper(block, **options)
+        wrapped = ptd_checkpoint_wrapper(block, **checkpoint_options(context_fn, moe))
         if selective:
             setattr(wrapped, SELECTIVE_AC_WRAPPER_FLAG, True)
         container.register_module(name, wrapped)
@@ -293,6 +275,8 @@ def apply_fsdp(
 ) -> None:
     """Shard the model over ``fsdp_mesh``, in place: experts, blocks, embedding, head, roots.
 
+    With a pipeline every rank calls it for each of its stages; what one is refused with, all are.
+
     Args:
         model: the outer model; after EP, CP and activation checkpointing.
         fsdp_mesh: 1-D, or 2-D to replicate over its first axis.
@@ -312,52 +296,39 @@ def apply_fsdp(
         KeyError: ``lm_head_precision`` is a name of no dtype.
         MeshError: the experts' widths do not divide over ``ep_shard_mesh``; or the head outside
             of the inner model is tied to the embedding inside, with ``wrap_outer_model=False``.
+            The model is as it was.
     """
-    head_precision = head_dtype(lm_head_precision, dtype_from_str)
+    with refused_together(fsdp_mesh):
+        head_precision = head_dtype(lm_head_precision, dtype_from_str)
+        backbone = get_text_module(inner_model(model))
+        blocks = list(_iter_moe_blocks(model, backbone))
+        if ep_shard_enabled:
+            check_expert_widths(map(_get_moe_module, blocks), ep_shard_mesh)
+        check_ends(model, backbone, wrap_outer_model)
     if mp_policy is None:
+        narrow = dict.fromkeys(("param_dtype", "output_dtype"), torch.bfloat16)
         mp_policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16,
-            reduce_dtype=torch.float32,
-            output_dtype=torch.bfloat16,
-            cast_forward_inputs=True,
+            **narrow, reduce_dtype=torch.float32, cast_forward_inputs=True
         )
-    fp32_names = keep_in_fp32_names(model) if _is_deepseek_v4_model(model) else None
-    common = {
-        "mesh": fsdp_mesh,
-        "reshard_after_forward": reshard_after_forward,
-        "offload_policy": offload_policy,
-    }
+    shard = unit_maker(
+        fully_shard,
+        FSDPModule,
+        keep_in_fp32_names(model) if _is_deepseek_v4_model(model) else None,
+        _fp32_policy,
+        mesh=fsdp_mesh,
+        reshard_after_forward=reshard_after_forward,
+        offload_policy=offload_policy,
+    )
 
-    def shard(module: Any, policy: Any = mp_policy, **options: Any) -> None:
-        if fp32_names is not None:
-            if isinstance(module, FSDPModule):
-                return
-            # What such a module returns stays as it is: it goes on in the dtype of its input.
-            fp32 = _fp32_policy(output_dtype=None, cast_forward_inputs=False)
-            for child in fp32_only_modules(module, fp32_names, options.get("ignored_params")):
-                fully_shard(child, mp_policy=fp32, **common)
-        fully_shard(module, mp_policy=policy, **common, **options)
-
-    backbone = get_text_module(inner_model(model))
-    blocks = list(_iter_moe_blocks(model, backbone))
-    if ep_shard_enabled:
-        check_expert_widths(map(_get_moe_module, blocks), ep_shard_mesh)
-    check_ends(model, backbone, wrap_outer_model)
-
-    retie_embeddings(model)
-    ends = find_ends(model, backbone)
     units = units_around_blocks(
         model,
         backbone,
-        ends,
-        tied=_module_weights_are_tied(ends.embed_tokens, ends.lm_head),
+        tied=_module_weights_are_tied,
         lm_head_precision=head_precision,
         wrap_outer_model=wrap_outer_model,
         logger=logger,
     )
-
-    mtp = mtp_layers(model)
-    mtp_blocks = set() if mtp is None else {id(block) for block in blocks_of(mtp)}
+    mtp_blocks = {id(block) for block in blocks_of(mtp_layers(model))}
     for block in blocks:
         moe = _get_moe_module(block)
         ignored: set[nn.Parameter] = set()
@@ -377,7 +348,7 @@ def apply_fsdp(
         ignored |= _shard_fp32_param_holders(
             block, fsdp_mesh, reshard_after_forward, offload_policy
         )
-        shard(block, ignored_params=ignored or None)
+        shard(block, mp_policy, ignored_params=ignored or None)
         if id(block) in mtp_blocks:
             reduce_unused_parameters(block)
 
@@ -389,6 +360,8 @@ def apply_fsdp(
 
 def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, cp_comm_type: str = "p2p") -> None:
     """Tell the attention, the state-space mixers and the routers which ranks share a sequence.
+
+    With a pipeline every rank calls it for each of its stages; what one is refused with, all are.
 
     Attention modules with ``set_context_parallel_group`` get the group, its ranks, the stream of
     :func:`_get_cp_stream` (None on CPU) and the way to communicate; others are asked for
@@ -402,16 +375,17 @@ def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, cp_comm_type: str = "p2p") -
     Raises:
         MeshError: a block's attention cannot work on parts of sequences. The model is as it was.
     """
-    check_blocks(_iter_transformer_and_mtp_blocks(model), cp_comm_type)
+    with refused_together(cp_mesh):
+        check_blocks(_iter_transformer_and_mtp_blocks(model), cp_comm_type)
     backbone = get_text_module(inner_model(model))
     for owner in (model, backbone):
         owner._cp_enabled = True
     for _, name, block in _iter_transformer_and_mtp_blocks(model):
-        told, layer_type = tell_block(block, cp_mesh, cp_comm_type, _get_cp_stream)
-        if not told:
+        left = tell_block(block, cp_mesh, cp_comm_type, _get_cp_stream)
+        if left is not None:
             logger.warning(
-                f"apply_cp: block {name}, of type {layer_type}{attention_of(block)}, has nothing "
-                "that supports context parallelism; it sees this rank's part of the sequences alone"
+                f"apply_cp: block {name}, {left}, has nothing that supports context parallelism; "
+                "it sees this rank's part of the sequences alone"
             )
         moe = _get_moe_module(block)
         if moe is not None:
@@ -469,35 +443,13 @@ def parallelize_model(
         MeshError: axes that leave parameters without a reduction of their gradients, and all that
             :func:`apply_cp`, :func:`apply_ep` and :func:`apply_fsdp` refuse. The model is as it
             was.
+        ValueError, ImportError: see :func:`apply_ep` and :func:`apply_ac`. Likewise.
     """
-    if tp_axis_name is not None:
-        tp = get_submesh(world_mesh, tp_axis_name).size()
-        assert tp == 1, f"parallelize_model: tensor parallelism is not supported; got size {tp}"
-
-    cp_mesh = None if cp_axis_name is None else get_submesh(world_mesh, cp_axis_name)
-    cp_mesh = cp_mesh if cp_mesh is not None and cp_mesh.size() > 1 else None
-    ep_mesh = None
-    if moe_mesh is not None and ep_axis_name is not None:
-        ep_mesh = get_submesh(moe_mesh, ep_axis_name)
-        ep_mesh = ep_mesh if ep_mesh.size() > 1 else None
-    if ep_mesh is not None:
-        with refused_together(world_mesh):
-            experts = _get_model_moe_config(model).n_routed_experts
-            assert experts % ep_mesh.size() == 0, (
-                f"parallelize_model: n_routed_experts {experts} must be a multiple of the Expert "
-                f"Parallel size {ep_mesh.size()}"
-            )
-        check_ep_shard_axes(moe_mesh, ep_axis_name, ep_shard_axis_names)
-    fsdp_mesh = None if dp_axis_names is None else get_submesh(world_mesh, dp_axis_names)
-    check_fsdp_axes(world_mesh, dp_axis_names, fsdp_mesh)
-    if fsdp_mesh is not None and fsdp_mesh.size() == 1:
-        fsdp_mesh = None
-    ep_shard_mesh = None
-    if fsdp_mesh is not None and moe_mesh is not None and ep_shard_axis_names is not None:
-        ep_shard_mesh = get_submesh(moe_mesh, ep_shard_axis_names)
+    axes = Axes(dp_axis_names, cp_axis_name, tp_axis_name, ep_axis_name, ep_shard_axis_names)
+    cp_mesh, ep_mesh, fsdp_mesh, ep_shard_mesh = axes.meshes(
+        world_mesh, moe_mesh, lambda: _get_model_moe_config(model).n_routed_experts
+    )
     ep_shard_enabled = ep_shard_mesh is not None and ep_shard_mesh.size() > 1
-    if ep_shard_mesh is not None and (ep_shard_enabled or ep_mesh is not None):
-        check_experts_covered(moe_mesh, ep_mesh, ep_shard_mesh)
     selective = _is_selective_ac(activation_checkpointing)
 
     # What this module's steps would refuse half-way; a model for others may have no such parts.
@@ -518,6 +470,7 @@ def parallelize_model(
             router_sizes(model, None, None)
         if own_fsdp and fsdp_mesh is not None:
             check_ends(model, get_text_module(inner_model(model)), wrap_outer_model)
+        check_transports(layers, ep_mesh, moe_mesh)
     if ep_mesh is not None and own_ep:
         check_equal_experts(layers, ep_mesh, moe_mesh)
 

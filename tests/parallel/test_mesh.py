@@ -13,6 +13,8 @@ import torch.distributed as dist
 
 from moe_parallel import mesh
 from moe_parallel.mesh import MeshError, build_meshes, get_submesh, parallel_axis_names
+from moe_parallel.model_meshes import check_ep_shard_axes
+from moe_parallel.refusals import refused_together
 from tests.parallel.ranks import run_ranks
 
 
@@ -194,15 +196,15 @@ def test_axes_of_meshes_of_other_making_need_not_be_named() -> None:
     staged.mesh_dim_names = ("pp", "ep")
     sizeless = (object(), MagicMock(), SimpleNamespace(size={}.__getitem__))
     for other in (staged, *(Axes(ep=ranks, ep_shard=axis) for axis in sizeless)):
-        mesh.check_ep_shard_axes(other, "ep", None)
+        check_ep_shard_axes(other, "ep", None)
     shards = SimpleNamespace(size=lambda: 2)
     with pytest.raises(MeshError, match=r"Pass ep_shard_axis_names=\('ep_shard',\)"):
-        mesh.check_ep_shard_axes(Axes(ep=ranks, ep_shard=shards), "ep", None)
+        check_ep_shard_axes(Axes(ep=ranks, ep_shard=shards), "ep", None)
 
 
 def _refused_in_a_stage(rank: int, ranks: int) -> None:
     def refuse(world_mesh: Any, refused: bool) -> None:
-        with mesh.refused_together(world_mesh):
+        with refused_together(world_mesh):
             if refused:
                 raise OSError("no memory")
 

@@ -1,0 +1,98 @@
+"""One error on every rank: what one of them refuses, all do, and go on together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+
+from moe_parallel.mesh import MeshError, groups_of, is_mesh, pipeline_of
+
+# what a model, a mesh or a rank is refused with; other errors reach other ranks as a MeshError
+_REFUSALS = (MeshError, ValueError, AssertionError, AttributeError, KeyError, ImportError)
+# what some ranks may lack; the others work wherever a process group does
+_NOT_EVERYWHERE = ("shared_memory", "cuda_ipc", "deepep")
+
+Problem = tuple[type[Exception], str]
+
+
+def _problem(error: Exception) -> Problem:
+    kind = type(error) if type(error) in _REFUSALS else MeshError
+    text = error.args[0] if kind is KeyError else error  # whose str is quoted
+    return kind, str(text)
+
+
+@contextmanager
+def refused_together(mesh: Any) -> Iterator[None]:
+    """What is refused within, on the ranks of one pipeline stage, is refused on those of all.
+
+    Without a pipeline the ranks have equal models, and nothing is communicated.
+
+    Raises:
+        Exception: that of the first stage that has one, of its type and with its message, which
+            names the stage.
+    """
+    stages = pipeline_of(mesh)
+    problem: Problem | None = None
+    cause = None
+    try:
+        yield
+    except Exception as error:
+        if stages is None:
+            raise
+        problem, cause = _problem(error), error
+    if stages is None:
+        return
+    problems: list[Any] = [None] * stages.size()
+    dist.all_gather_object(problems, problem, group=stages.get_group())
+    for stage, found in enumerate(problems):
+        if found is not None:
+            kind, text = found
+            raise kind(f"{text} (in pipeline stage {stage})") from cause
+
+
+def check_transports(moe_layers: Sequence[tuple[str, Any]], ep_mesh: Any, moe_mesh: Any) -> None:
+    """Have every layer's dispatcher made once, before its experts are sharded for it.
+
+    Of the layers, given with the names of their blocks, those with the same settings are tried
+    together. Where a transport is asked for that a rank may lack, all ranks of the stage
+    communicate: that of one group of ``ep_mesh`` may fail, and those of others not.
+
+    Raises:
+        Exception: that of the first rank that has one, of its type and with its message, which
+            names the rank.
+    """
+    if not is_mesh(ep_mesh):
+        return
+    makers: dict[Any, Any] = {}
+    for _, moe in moe_layers:
+        settings = getattr(moe.experts, "dispatcher_settings", None)
+        if isinstance(settings, dict):
+            makers.setdefault(tuple(settings.items()), moe.experts.build_token_dispatcher)
+    problem: tuple[int, Problem] | None = None
+    cause = None
+    for settings, build in makers.items():
+        try:
+            build(ep_mesh)
+        except Exception as error:
+            if not any(value in _NOT_EVERYWHERE for _, value in settings):
+                raise
+            problem, cause = (dist.get_rank(), _problem(error)), error
+            break
+    if not any(value in _NOT_EVERYWHERE for settings in makers for _, value in settings):
+        return
+    for group in groups_of(_ranks_of_stage(ep_mesh, moe_mesh)):
+        problems: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(problems, problem, group=group)
+        problem = next((found for found in problems if found is not None), None)
+    if problem is not None:
+        rank, (kind, text) = problem
+        raise kind(f"{text} (on rank {rank})") from cause
+
+
+def _ranks_of_stage(ep_mesh: Any, moe_mesh: Any) -> Any:
+    if not is_mesh(moe_mesh):
+        return ep_mesh
+    return moe_mesh[tuple(name for name in moe_mesh.mesh_dim_names if name != "pp")]
