@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import moe_kernels
 from tests.conftest import Implementation
 from tests.kernels.test_fused_experts import make_case
-from tests.kernels.test_op_contract import _leaves
+from tests.kernels.test_op_contract import leaves_of
 
 
 def test_compiles_whole(impl: Implementation) -> None:
@@ -32,7 +32,7 @@ def test_compiles_whole(impl: Implementation) -> None:
     results = []
     dynamic = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
     for function in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager"), dynamic):
-        leaves = _leaves({name: inputs[name].clone() for name in ("x", "gate_up")}, impl)
+        leaves = leaves_of({name: inputs[name].clone() for name in ("x", "gate_up")}, impl)
         y = function(**leaves)
         y.sum().backward()
         results.append([y, leaves["x"].grad, leaves["gate_up"].grad])
