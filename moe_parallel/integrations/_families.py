@@ -54,13 +54,17 @@ class Family:
     published_block: str = "mlp"
     returns_scores: bool = False
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles of a layer have the same family: its functions cannot be pickled."""
+        return family_named, (self.block,)
+
 
 def _softmax(block: Any, router: Any) -> dict[str, Any]:
     """Softmax over all experts, K best."""
     return {
         "score_func": "softmax",
         "softmax_before_topk": True,
-        "norm_topk_prob": getattr(router, "norm_topk_prob", True),
+        "norm_topk_prob": bool(getattr(router, "norm_topk_prob", True)),
     }
 
 
@@ -102,7 +106,7 @@ def _sigmoid_in_groups(block: Any, router: Any) -> dict[str, Any]:
     """DeepSeek-V3 (arXiv:2412.19437, section 2.1.2)."""
     return {
         "score_func": "sigmoid_with_bias",
-        "norm_topk_prob": router.norm_topk_prob,
+        "norm_topk_prob": bool(router.norm_topk_prob),
         "route_scale": router.routed_scaling_factor,
         "n_expert_groups": router.num_group,
         "n_limited_groups": router.topk_group,
@@ -216,6 +220,11 @@ _FAMILIES = (
     ),
 )
 FAMILIES: Mapping[str, Family] = {family.block: family for family in _FAMILIES}
+
+
+def family_named(block: str) -> Family:
+    """The family of the blocks of a class."""
+    return FAMILIES[block]
 
 
 def family_of(module: nn.Module) -> Family | None:

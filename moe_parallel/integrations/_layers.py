@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from transformers.utils import output_capturing
@@ -14,14 +15,36 @@ from moe_parallel.integrations._families import Family
 from moe_parallel.layers import MoE
 
 
+def _collected() -> list[Tensor] | None:
+    """Where ``output_router_logits=True`` has logits gathered; None where nobody asked for them."""
+    found = output_capturing._active_collector.get()
+    return None if found is None else found.get("router_logits")
+
+
+@torch.compiler.assume_constant_result
+def _are_collected() -> bool:
+    return _collected() is not None
+
+
+def _compiles_a_part() -> bool:
+    """Whether a part of a model is compiled, which cannot ask during a call: it asks once.
+
+    Of a whole model the question is compiled with the answer.
+    """
+    with_answer = getattr(output_capturing._active_collector, "compiling", True)
+    return torch.compiler.is_dynamo_compiling() and not with_answer
+
+
 class _ObservedGate(Gate):
     """A gate that gives its logits to ``output_router_logits=True``, as the model's router did."""
 
     def logits(self, x: Tensor) -> Tensor:
         logits = super().logits(x)
-        collected = output_capturing._active_collector.get()
-        if collected is not None and "router_logits" in collected:
-            collected["router_logits"].append(logits)
+        if _compiles_a_part() and not _are_collected():
+            return logits
+        collected = _collected()
+        if collected is not None:
+            collected.append(logits)
         return logits
 
 

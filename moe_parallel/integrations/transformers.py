@@ -144,7 +144,11 @@ def _blocks(model: nn.Module) -> list[tuple[str, Any, Family]]:
             )
         found[parent] = (block, family)
     if not found:
-        raise ValueError(f"replace_moe_layers: {type(model).__name__} has no MoE block to replace")
+        replaced = any(isinstance(module, MoE) for module in model.modules())
+        done = "; its layers are this package's already" if replaced else ""
+        raise ValueError(
+            f"replace_moe_layers: {type(model).__name__} has no MoE block to replace{done}"
+        )
     return [(name, block, family) for name, (block, family) in found.items()]
 
 

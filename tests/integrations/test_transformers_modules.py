@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,34 @@ def test_compiles_in_one_graph(family: str) -> None:
     assert relative_error(found.logits, expected.logits) < 1e-6
     grads, expected_grads = gradients(replaced), gradients(original)
     assert all(relative_error(grads[name], expected_grads[name]) < 5e-6 for name in grads)
+
+
+def test_a_part_compiles_in_one_graph() -> None:
+    """A block alone, as in training that compiles block by block; with router logits, in two."""
+    original, replaced, _ = original_and_replaced("qwen3_moe")
+    replaced.model.layers[0].compile(backend="eager", fullgraph=True)
+    assert relative_error(run(replaced).logits, run(original).logits) < 1e-6
+    grads, expected_grads = gradients(replaced), gradients(original)
+    assert all(relative_error(grads[name], expected_grads[name]) < 5e-6 for name in grads)
+
+    original, replaced, layers = original_and_replaced("qwen3_moe")
+    next(iter(layers.values())).compile(backend="eager")
+    options = {"input_ids": tokens(), "labels": tokens(), "output_router_logits": True}
+    expected, found = original(**options), replaced(**options)
+    assert len(found.router_logits) == len(expected.router_logits) == 2
+    assert relative_error(found.loss, expected.loss) < 1e-6
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_pickles(family: str, tmp_path: Path) -> None:
+    _, replaced, layers = original_and_replaced(family)
+    again = pickle.loads(pickle.dumps(replaced))
+    assert torch.equal(run(again).logits, run(replaced).logits)
+    again.save_pretrained(tmp_path)
+    loaded = type(replaced).from_pretrained(tmp_path)
+    assert relative_error(run(loaded).logits, run(replaced).logits) < 1e-6
+    for layer in layers.values():
+        assert pickle.loads(pickle.dumps(layer)).family is layer.family
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3", "gpt_oss", "ernie4_5_moe"])
@@ -441,5 +470,5 @@ def test_options_that_do_not_fit_are_named() -> None:
     with pytest.raises(ValueError, match=r"fake_balanced_gate must be False"):
         replace_moe_layers(model, BackendConfig(fake_balanced_gate=True))
     replace_moe_layers(model)
-    with pytest.raises(ValueError, match=r"has no MoE block"):
+    with pytest.raises(ValueError, match=r"has no MoE block .*this package's already"):
         replace_moe_layers(model)
