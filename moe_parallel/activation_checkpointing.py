@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from moe_parallel.text_module import get_text_module, inner_model, mtp_layers
+from moe_parallel.text_module import get_text_module, inner_model, is_module, mtp_layers
 from moe_parallel.torch_internals import tolerate_unrecorded_ops
 
 ContextFn = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
@@ -204,6 +204,33 @@ def checkpoint_options(context_fn: ContextFn | None, moe: Any) -> dict[str, Any]
     options: dict[str, Any] = {"preserve_rng_state": True}
     context_fn = count_load_once(context_fn, moe)
     return options if context_fn is None else {**options, "context_fn": context_fn}
+
+
+def _without_cache(
+    block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    if not (block.training and torch.is_grad_enabled()):
+        return None  # nothing is computed again
+    for name in ("past_key_values", "layer_past"):
+        length: Any = getattr(kwargs.get(name), "get_seq_length", None)
+        if not callable(length):
+            continue
+        if length() > 0:
+            raise ValueError(
+                f"apply_ac: {name} must be None or empty in training, since a block that is "
+                f"computed again would append to it again; got {length()} tokens"
+            )
+        kwargs = {**kwargs, name: None}
+    return args, kwargs
+
+
+def leave_out_caches(block: Any) -> None:
+    """Call a checkpointed block of transformers without a cache of keys and values, in training.
+
+    Its model makes an empty one by default, which forward and recomputation would both append to.
+    """
+    if is_module(block):
+        block.register_forward_pre_hook(_without_cache, with_kwargs=True)
 
 
 def router_sizes(model: Any, hidden_size: int | None, num_experts: int | None) -> tuple[int, int]:

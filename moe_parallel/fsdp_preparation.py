@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch.nn import functional
 
 from moe_parallel.mesh import MeshError, get_submesh, groups_of, is_mesh, pipeline_of
 from moe_parallel.text_module import is_module
+
+logger = logging.getLogger(__name__)
 
 
 def replicate_correction_bias(gate: Any, mesh: Any) -> None:
@@ -133,6 +136,33 @@ def fp32_param_holders(block: Any) -> list[Any]:
         for name, module in list(named_modules())
         if name.endswith("_fp32_params") and list(module.parameters(recurse=False))
     ]
+
+
+def check_ep_mesh(ep_mesh: Any) -> None:
+    """It must have one axis and several ranks.
+
+    Raises:
+        AssertionError: it has not.
+        TypeError: it is no mesh.
+    """
+    if not hasattr(ep_mesh, "size"):
+        raise TypeError(
+            f"apply_ep: ep_mesh must be a 1-D DeviceMesh, such as moe_mesh['ep']; got {ep_mesh!r}"
+        )
+    size = ep_mesh.size()
+    assert size > 1, f"apply_ep: ep_mesh must have more than one rank; got {size}"
+    assert not is_mesh(ep_mesh) or ep_mesh.ndim == 1, (
+        f"apply_ep: ep_mesh must be 1-D, such as moe_mesh['ep']; got {ep_mesh}"
+    )
+
+
+def warn_without_experts(moe_layers: list[tuple[str, Any]], ep_mesh: Any) -> None:
+    """Say that Expert Parallelism changes nothing, but for a stage of a pipeline."""
+    if not moe_layers and is_mesh(ep_mesh) and pipeline_of(ep_mesh) is None:
+        logger.warning(
+            "apply_ep: the model has no block with an MoE, as its .mlp or .moe: there are no "
+            "experts to shard. A transformers model needs replace_moe_layers first."
+        )
 
 
 def check_expert_counts(moe_layers: list[tuple[str, Any]], ep_size: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ def build_meshes(
     sizes = {"dp_replicate": dp_replicate, "cp": cp, "tp": tp, "pp": pp, "ep": ep}
     world_size = _world_size(world_size)
     dp = _data_parallel_size(sizes, world_size)
-    device_type = _device_type() if device_type is None else device_type
+    device_type = _device_type() if device_type is None else _checked(device_type)
 
     shape = (pp, dp_replicate, dp // dp_replicate, cp, tp)
     world_mesh = init_device_mesh(device_type, shape, mesh_dim_names=ROOT_AXES)
@@ -123,6 +124,18 @@ def _data_parallel_size(sizes: dict[str, int], world_size: int) -> int:
     return dp
 
 
+def _checked(device_type: Any) -> str:
+    known = ""
+    with suppress(RuntimeError, TypeError):
+        known = torch.device(device_type).type
+    if not known or device_type != known:
+        raise MeshError(
+            'build_meshes: device_type must be a kind of device, as "cuda" or "cpu"; got '
+            f"{device_type!r}"
+        )
+    return known
+
+
 def _device_type() -> str:
     uses_gpus = dist.is_initialized() and "cuda:nccl" in dist.get_backend_config()
     return "cuda" if uses_gpus and torch.cuda.is_available() else "cpu"
@@ -165,7 +178,10 @@ def get_submesh(mesh: Any, names: str | Sequence[str]) -> Any:
 
     Raises:
         KeyError: there is no such axis, or no such combination.
+        TypeError: there is no mesh.
     """
+    if mesh is None:
+        raise TypeError(f"get_submesh: mesh must be a DeviceMesh, to have {names!r}; got None")
     if not is_mesh(mesh):
         return mesh[names if isinstance(names, str) else tuple(names)]
     names = (names,) if isinstance(names, str) else tuple(names)

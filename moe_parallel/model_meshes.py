@@ -26,7 +26,7 @@ class Meshes(NamedTuple):
 
 
 def _along(mesh: Any, names: str | Sequence[str] | None) -> Any:
-    return None if mesh is None or names is None else get_submesh(mesh, names)
+    return None if names is None else get_submesh(mesh, names)
 
 
 def _shared(mesh: Any) -> Any:
@@ -57,7 +57,8 @@ class Axes(NamedTuple):
         """
         tp = 1 if self.tp is None else get_submesh(world_mesh, self.tp).size()
         assert tp == 1, f"parallelize_model: tensor parallelism is not supported; got size {tp}"
-        cp, ep = _shared(_along(world_mesh, self.cp)), _shared(_along(moe_mesh, self.ep))
+        cp = _shared(_along(world_mesh, self.cp))
+        ep = None if moe_mesh is None else _shared(_along(moe_mesh, self.ep))
         if ep is not None:
             with refused_together(world_mesh):
                 experts = count_experts()
@@ -69,7 +70,8 @@ class Axes(NamedTuple):
         of_any_size = _along(world_mesh, self.dp)
         check_fsdp_axes(world_mesh, self.dp, of_any_size)
         fsdp = _shared(of_any_size)
-        ep_shard = None if fsdp is None else _along(moe_mesh, self.ep_shard)
+        without = fsdp is None or moe_mesh is None
+        ep_shard = None if without else _along(moe_mesh, self.ep_shard)
         if ep_shard is not None and (ep_shard.size() > 1 or ep is not None):
             check_experts_covered(moe_mesh, ep, ep_shard)
         return Meshes(cp, ep, fsdp, ep_shard)

@@ -28,6 +28,7 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from moe_parallel.activation_checkpointing import (
     SELECTIVE_AC_WRAPPER_FLAG,
     checkpoint_options,
+    leave_out_caches,
     repeated_mtp_layers,
     router_saving_contexts,
     router_sizes,
@@ -35,6 +36,7 @@ from moe_parallel.activation_checkpointing import (
 from moe_parallel.config import dtype_from_str
 from moe_parallel.context_parallel_setup import check_blocks, tell_block
 from moe_parallel.fsdp_preparation import (
+    check_ep_mesh,
     check_equal_experts,
     check_expert_counts,
     check_expert_widths,
@@ -42,6 +44,7 @@ from moe_parallel.fsdp_preparation import (
     keep_in_fp32_names,
     replicate_correction_bias,
     unit_maker,
+    warn_without_experts,
 )
 from moe_parallel.fsdp_roots import check_ends, head_dtype, units_around_blocks
 from moe_parallel.layers import MoE
@@ -186,18 +189,18 @@ def apply_ep(model: nn.Module, ep_mesh: DeviceMesh, moe_mesh: DeviceMesh | None 
             is refused with, all are.
 
     Raises:
-        AssertionError: ``ep_mesh`` has one rank.
+        AssertionError: ``ep_mesh`` has one rank, or several axes.
         MeshError: an MoE's experts cannot be spread evenly, or the groups of ranks that are to hold
             the same experts hold others. The model is as it was.
         ValueError, ImportError: a layer's transport is not to be had on some rank. Likewise.
         RuntimeError: the experts are sharded already.
     """
-    size = ep_mesh.size()
-    assert size > 1, f"apply_ep: ep_mesh must have more than one rank; got {size}"
+    check_ep_mesh(ep_mesh)
     with refused_together(moe_mesh):  # or the ranks of other stages would wait for this one's
         layers = _moe_layers(model)
-        check_expert_counts(layers, size)
+        check_expert_counts(layers, ep_mesh.size())
         check_transports(layers, ep_mesh, moe_mesh)
+    warn_without_experts(layers, ep_mesh)
     check_equal_experts(layers, ep_mesh, moe_mesh)
     _shard_experts(layers, ep_mesh)
 
@@ -254,6 +257,7 @@ def apply_ac(
             skipped = True
             continue
         wrapped = ptd_checkpoint_wrapper(block, **checkpoint_options(context_fn, moe))
+        leave_out_caches(wrapped)
         if selective:
             setattr(wrapped, SELECTIVE_AC_WRAPPER_FLAG, True)
         container.register_module(name, wrapped)
@@ -307,9 +311,7 @@ def apply_fsdp(
         check_ends(model, backbone, wrap_outer_model)
     if mp_policy is None:
         narrow = dict.fromkeys(("param_dtype", "output_dtype"), torch.bfloat16)
-        mp_policy = MixedPrecisionPolicy(
-            **narrow, reduce_dtype=torch.float32, cast_forward_inputs=True
-        )
+        mp_policy = _fp32_policy(**narrow, cast_forward_inputs=True)
     shard = unit_maker(
         fully_shard,
         FSDPModule,

@@ -75,7 +75,8 @@ def moe_config_of(model: Any, inner: Any, text_module: Any) -> Any:
             return config
     raise AttributeError(
         f"{type(model).__name__} has no moe_config: neither the model, nor its .model, nor the "
-        "text module there. Set it to the MoEConfig of its MoE layers."
+        "text module there. Set it to the MoEConfig of its MoE layers; replace_moe_layers does so "
+        "for a model of transformers."
     )
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 transformers = pytest.importorskip("transformers")
@@ -23,7 +23,9 @@ from moe_parallel.integrations.transformers import (  # noqa: E402
     save_hf_checkpoint,
     to_hf_state_dict,
 )
-from moe_parallel.parallelizer import apply_ep  # noqa: E402
+from moe_parallel.mesh import build_meshes, parallel_axis_names  # noqa: E402
+from moe_parallel.parallelizer import apply_ep, parallelize_model  # noqa: E402
+from moe_parallel.training import scale_grads_and_clip_grad_norm  # noqa: E402
 from tests.integrations.tiny_models import VOCABULARY, tiny_model, tokens  # noqa: E402
 from tests.parallel.ranks import run_ranks  # noqa: E402
 
@@ -114,6 +116,53 @@ def sharded_model(family: str, ranks: int) -> Any:
                 layer.experts, mesh=mesh["ep_shard"], shard_placement_fn=lambda value: Shard(1)
             )
     return model
+
+
+def run_checkpointed(rank: int, ranks: int) -> dict[str, dict[str, Tensor]]:
+    """As docs/parallelism.md has it, on a model that makes a cache of keys and values itself."""
+    ids, upstream = (part.chunk(ranks)[rank] for part in batch(4))
+    results = {}
+    for ac in (True, "selective"):
+        model: Any = tiny_model("qwen3_moe")
+        replace_moe_layers(model)
+        meshes = build_meshes(ep=2)
+        parallelize_model(
+            model,
+            *meshes,
+            **parallel_axis_names(*meshes),
+            activation_checkpointing=ac,
+            mp_policy=MixedPrecisionPolicy(torch.float32, torch.float32),
+        )
+        assert model.config.use_cache
+        results[str(ac)] = {"logits": forward_and_backward(model, ids, upstream)}
+        scale_grads_and_clip_grad_norm(
+            None, [model], moe_mesh=meshes[1], ep_axis_name="ep", dp_group_size=ranks
+        )
+        for name, value in model.named_parameters():
+            inner = name.replace("_checkpoint_wrapped_module.", "")
+            results[str(ac)][inner] = whole(value.grad)
+        with torch.no_grad():
+            cache = model.eval()(input_ids=ids, use_cache=True).past_key_values
+            assert cache.get_seq_length() == ids.shape[1]
+            step = {"input_ids": ids[:, :1], "past_key_values": cache}
+            assert model(**step).past_key_values.get_seq_length() == ids.shape[1] + 1
+        with pytest.raises(ValueError, match=r"past_key_values must be None or empty .*got 12 tok"):
+            model.train()(**step)
+    return results
+
+
+def test_blocks_computed_again_leave_caches_alone() -> None:
+    found = run_ranks(2, run_checkpointed, timeout=120)[0]
+    model: Any = tiny_model("qwen3_moe")
+    ids, upstream = batch(4)
+    logits = forward_and_backward(model, ids, upstream / 2)
+    expected = {name: value.grad for name, value in model.named_parameters()}
+    for results in found.values():
+        assert relative_error(results["logits"], logits[:2]) < 1e-6
+        compared = [name for name in results if name in expected]
+        assert len(compared) >= 10
+        for name in compared:
+            assert relative_error(results[name], expected[name]) < 5e-6, name
 
 
 def run_replaced(rank: int, ranks: int, folder: str) -> dict[str, dict[str, Tensor]]:

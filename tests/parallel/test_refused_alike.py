@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import pickle
 import sys
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -139,6 +141,8 @@ def _experts(rank: int, ranks: int) -> tuple[str, str]:
     weights, ids = torch.rand(3, 2), torch.zeros(3, 2, dtype=torch.int64)
     outcome = raised(experts, x, mask.long() if rank else mask, weights, ids)
     experts(x, mask, weights, ids)
+    with pytest.raises(TypeError, match="AllToAllDispatcher cannot be pickled: it belongs to a pr"):
+        pickle.dumps(experts)
     return outcome
 
 
@@ -147,3 +151,41 @@ def test_ranks_learn_of_a_wrong_call_of_experts() -> None:
     assert second == ("TypeError", "GroupedExperts: token_mask must be one of bool; got int64")
     assert first[0] == "RuntimeError"
     assert "rank 1" in first[1]
+
+
+def _wrong_meshes(rank: int, ranks: int) -> list[str]:
+    for device_type in ("gpu", "cpu:0", 3):
+        with pytest.raises(MeshError, match=f"device_type must be a kind .*; got {device_type!r}"):
+            build_meshes(device_type=device_type)
+    world_mesh, moe_mesh = build_meshes(ep=2, device_type="cpu")
+    assert moe_mesh is not None
+    for wrong, kind, found in (
+        (None, TypeError, r"ep_mesh must be a 1-D DeviceMesh, such as moe_mesh\['ep'\]; got None"),
+        (moe_mesh, AssertionError, "ep_mesh must be 1-D"),
+        (world_mesh, AssertionError, "ep_mesh must be 1-D"),
+    ):
+        model = TinyLM()
+        before = state(model)
+        with pytest.raises(kind, match=f"apply_ep: {found}"):
+            apply_ep(model, wrong)
+        assert state(model) == before
+    without = {"dp_axis_names": ("dp_shard_cp",), "cp_axis_name": None, "tp_axis_name": None}
+    with pytest.raises(TypeError, match=r"to have \('dp_shard_cp',\); got None"):
+        parallelize_model(TinyLM(), cast(Any, None), None, **without)
+
+    heard: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("moe_parallel").addHandler(handler)
+    apply_ep(TinyLM(), moe_mesh["ep"])
+    assert not heard
+    dense = TinyLM()
+    for name in list(dense.model.layers):
+        del dense.model.layers[name]
+    apply_ep(dense, moe_mesh["ep"])
+    return heard
+
+
+def test_meshes_and_models_that_are_none() -> None:
+    for [message] in run_ranks(2, _wrong_meshes):
+        assert "apply_ep: the model has no block with an MoE" in message
