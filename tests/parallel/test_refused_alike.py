@@ -141,7 +141,7 @@ def _experts(rank: int, ranks: int) -> tuple[str, str]:
     weights, ids = torch.rand(3, 2), torch.zeros(3, 2, dtype=torch.int64)
     outcome = raised(experts, x, mask.long() if rank else mask, weights, ids)
     experts(x, mask, weights, ids)
-    with pytest.raises(TypeError, match="AllToAllDispatcher cannot be pickled: it belongs to a pr"):
+    with pytest.raises(TypeError, match="AllToAllDispatcher: it cannot be pickled"):
         pickle.dumps(experts)
     return outcome
 
