@@ -6,6 +6,7 @@
 #include <c10/core/Allocator.h>
 
 #if defined(__linux__)
+#include <pthread.h>
 #include <sys/mman.h>
 #endif
 
@@ -72,6 +73,11 @@ class LargeBuffers : public c10::Allocator {
   void copy_data(void* to, const void* from, size_t bytes) const override {
     default_copy_data(to, from, bytes);
   }
+
+  // A child of fork() has only the thread that called it: nobody would unlock there what another
+  // one held.
+  void lock() { mutex_.lock(); }
+  void unlock() { mutex_.unlock(); }
 
   int64_t free_kept() {
     const std::lock_guard lock(mutex_);
@@ -148,7 +154,11 @@ class LargeBuffers : public c10::Allocator {
 
 LargeBuffers& large_buffers() {
   // Never destroyed: tensors may outlive everything else.
-  static LargeBuffers* const buffers = new LargeBuffers;
+  static LargeBuffers* const buffers = [] {
+    const auto unlock = [] { large_buffers().unlock(); };
+    ::pthread_atfork([] { large_buffers().lock(); }, unlock, unlock);
+    return new LargeBuffers;
+  }();
   return *buffers;
 }
 

@@ -130,6 +130,37 @@ def test_a_fork_has_its_own() -> None:
     assert torch.equal(keep, expected)
 
 
+def test_a_fork_waits_for_no_thread_that_it_does_not_have() -> None:
+    """Not even where another thread was giving memory back to the system just then."""
+    code = (
+        "import os, signal, threading, torch, moe_kernels\n"
+        "a = torch.randn(1, 512); o = torch.tensor([0, *[1] * 8]).int()\n"
+        "def work():\n"
+        "    while not done:\n"
+        "        moe_kernels.grouped_gemm_wgrad(a, grad, o)\n"
+        "grad = torch.randn(1, 4096); done = False\n"
+        "thread = threading.Thread(target=work); thread.start()\n"
+        "right = 0\n"
+        "for _ in range(40):\n"
+        "    if (child := os.fork()) == 0:\n"
+        "        signal.alarm(20)\n"
+        "        moe_kernels.free_kept_buffers()\n"
+        "        os._exit(0)\n"
+        "    if os.waitpid(child, 0)[1]:\n"
+        "        break\n"
+        "    right += 1\n"
+        "done = True; thread.join(); print(right)\n"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "MOE_KERNELS_KEEP_BUFFERS": "0"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(found.stdout) == 40
+
+
 def test_keeping_can_be_turned_off() -> None:
     code = (
         "import moe_kernels, torch\n"
