@@ -47,7 +47,7 @@ void Combine<T>::run(T* y) const {
 template <typename T>
 void Combine<T>::multiply(Range columns, A* products, int64_t stride) const {
   const int64_t hidden = b.columns(), k = b.inner();
-  const int64_t step = columns_per_unit(columns.size(), blocks, 32);
+  const int64_t step = columns_per_unit(columns.size(), blocks, at::get_num_threads(), 32);
   const int64_t parts = (columns.size() + step - 1) / step;
   const auto& gemm = kernels<GemmKernels<T>>();
   const auto& functions = kernels<RowKernels<T>>();

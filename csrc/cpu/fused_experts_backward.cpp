@@ -72,7 +72,7 @@ class Backward {
     // Partial sums of ds are over this many columns, whatever the number of threads.
     constexpr int64_t kSummed = 128;
     products_.resize((inner_ + kSummed - 1) / kSummed * order_.used);
-    const int64_t step = columns_per_unit(inner_, blocks_, kSummed);
+    const int64_t step = columns_per_unit(inner_, blocks_, at::get_num_threads(), kSummed);
     const int64_t parts = (inner_ + step - 1) / step;
     T* scaled = keep_activations ? mutable_data<T>(activations_) : nullptr;
     PackedRows<T> packed_rows(down_transposed.k_contiguous(), hidden_);

@@ -173,9 +173,9 @@ void run_quantized(const QuantizedLayer& layer, const at::Tensor& x, const Sorte
 
   PackedForQuantized<T> activated(down.format, used, inner);
   // Units begin at multiples of a group, so that each packs whole ones.
-  const int64_t step = columns_per_unit(inner, blocks, kGroupSize);
-  const int64_t parts = (inner + step - 1) / step;
-  const int64_t units = blocks.size() * parts, threads = at::get_num_threads();
+  const int64_t threads = at::get_num_threads();
+  const int64_t step = columns_per_unit(inner, blocks, threads, kGroupSize);
+  const int64_t parts = (inner + step - 1) / step, units = blocks.size() * parts;
   parallel_units(units, [&](int64_t unit, int) {
     const RowBlock& block = blocks[unit / parts];
     const int64_t later = std::min(unit + threads, units - 1);  // most likely this thread's
@@ -216,12 +216,16 @@ void run_quantized(const QuantizedLayer& layer, const at::Tensor& x, const Sorte
 
   // As many columns as leave the products of all rows in the cache: fewer pieces are read faster.
   constexpr int64_t kProducts = 1 << 15, kLeast = 128;
-  const int64_t columns_step =
-      columns_per_unit(hidden, 1, std::max(kProducts / std::max<int64_t>(used, 1), kLeast), 32);
+  Costs all;
+  all.add(used);
+  const int64_t most = std::max(kProducts / std::max<int64_t>(used, 1), kLeast);
+  const int64_t columns_step = columns_per_unit(hidden, all, threads, most, 32);
+  const int64_t columns_parts = (hidden + columns_step - 1) / columns_step;
   const int64_t stride = products_stride(columns_step);
-  const at::Tensor buffer = empty_large({at::get_num_threads(), used, stride}, at::kFloat);
+  const at::Tensor buffer =
+      empty_large({std::min(columns_parts, threads), used, stride}, at::kFloat);
   const float* weights = data<float>(topk_weights);
-  parallel_units((hidden + columns_step - 1) / columns_step, [&](int64_t unit, int thread) {
+  parallel_units(columns_parts, [&](int64_t unit, int thread) {
     const Range columns{unit * columns_step, std::min((unit + 1) * columns_step, hidden)};
     const int64_t n = columns.size();
     float* products = mutable_data<float>(buffer) + thread * used * stride;

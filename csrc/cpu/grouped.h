@@ -1,4 +1,4 @@
-// Groups of rows, the matrices of their experts, and how the work on them is divided.
+// Groups of rows and the matrices of their experts.
 //
 // R rows, E experts, Kd contracted size, N columns.
 #pragma once
@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "common/dtypes.h"
+#include "cpu/division.h"
 #include "cpu/kernel_table.h"
 
 namespace moe {
@@ -40,30 +41,8 @@ class Weights {
   bool k_contiguous_;
 };
 
-// Consecutive rows of one expert that are packed and multiplied together.
-struct RowBlock {
-  int64_t expert, begin, count;
-};
-
-constexpr int64_t kRowsPerBlock = 192;
-
-// The rows of each expert in blocks as even as possible; none for an expert without rows.
-std::vector<RowBlock> row_blocks(const int32_t* offsets, int64_t experts);
-
-inline int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
-
 // From a row of n sums to the next one: rows of a power of two would share the lines of a cache.
 inline int64_t sums_stride(int64_t n) { return round_up(n, kOutputColumns) + kOutputColumns; }
-
-// Columns of a unit of work, a multiple of `least`: at most `most`, and less where there would be
-// too few units for the threads. Results do not depend on it.
-int64_t columns_per_unit(int64_t columns, int64_t blocks, int64_t most, int64_t least);
-
-// The same for products: whole rows of a matrix, which is how memory gives it fastest, if the sums
-// of a block still fit a cache.
-int64_t columns_per_unit(int64_t columns, const std::vector<RowBlock>& blocks, int64_t least);
 
 // Packed rows of the blocks that a thread works on: packed anew when it comes to another block.
 template <typename T>

@@ -12,36 +12,6 @@
 
 namespace moe {
 
-std::vector<RowBlock> row_blocks(const int32_t* offsets, int64_t experts) {
-  std::vector<RowBlock> blocks;
-  for (int64_t e = 0; e < experts; ++e) {
-    const int64_t rows = offsets[e + 1] - offsets[e];
-    const int64_t parts = (rows + kRowsPerBlock - 1) / kRowsPerBlock;
-    for (int64_t i = 0; i < parts; ++i) {
-      const int64_t begin = rows * i / parts, end = rows * (i + 1) / parts;
-      blocks.push_back({e, offsets[e] + begin, end - begin});
-    }
-  }
-  return blocks;
-}
-
-int64_t columns_per_unit(int64_t columns, int64_t blocks, int64_t most, int64_t least) {
-  const int64_t threads = at::get_num_threads();
-  blocks = std::max<int64_t>(blocks, 1);
-  int64_t parts =
-      std::max({(columns + most - 1) / most, (3 * threads + blocks - 1) / blocks, int64_t{1}});
-  // Large units are read fastest; but no thread should wait long for the last one.
-  while (blocks * parts < 8 * threads && blocks * parts % threads != 0) ++parts;
-  return std::max(round_up((columns + parts - 1) / parts, least), least);
-}
-
-int64_t columns_per_unit(int64_t columns, const std::vector<RowBlock>& blocks, int64_t least) {
-  constexpr int64_t kSums = 1 << 18, kMost = 256;
-  int64_t rows = 1;
-  for (const RowBlock& block : blocks) rows = std::max(rows, block.count);
-  return columns_per_unit(columns, blocks.size(), std::max(kSums / rows, kMost), least);
-}
-
 at::Tensor empty_weight_grad(int64_t experts, int64_t inner, int64_t columns, bool transposed,
                              const at::TensorOptions& options) {
   return transposed ? empty_large({experts, columns, inner}, options).mT()
@@ -75,7 +45,9 @@ void weight_grad(const at::Tensor& out, bool accumulate, const std::vector<const
   // A unit owns whole rows: two threads that first touch one page both pay for filling it.
   constexpr int64_t kRows = 384, kColumns = 512, kCacheBytes = 16 << 20;
   const bool stream = out.numel() * element > kCacheBytes;
-  const int64_t step = columns_per_unit(rows, out.size(0), kRows, 32);
+  Costs costs;
+  for (int64_t e = 0; e < out.size(0); ++e) costs.add(offsets[e + 1] - offsets[e]);
+  const int64_t step = columns_per_unit(rows, costs, at::get_num_threads(), kRows, 32);
   const int64_t parts = (rows + step - 1) / step;
   const auto& functions = kernels<WeightGradKernels<T>>();
   parallel_units(out.size(0) * parts, [&](int64_t unit, int) {
@@ -147,7 +119,7 @@ void multiply_groups(const at::Tensor& a, const Weights& b, const int32_t* offse
   using A = acc_t<T>;
   const int64_t columns = b.columns(), inner = b.inner();
   const std::vector<RowBlock> blocks = row_blocks(offsets, b.experts());
-  const int64_t step = columns_per_unit(columns, blocks, 32);
+  const int64_t step = columns_per_unit(columns, blocks, at::get_num_threads(), 32);
   const int64_t parts = (columns + step - 1) / step;
   const bool narrow = out.scalar_type() == scalar_type<T>();
   PackedRows<T> packed_rows(b.k_contiguous(), inner);

@@ -74,7 +74,9 @@ void multiply_groups(const at::Tensor& a, const Weights& b, const at::Tensor& sc
   using A = acc_t<O>;
   const int64_t columns = b.columns(), blocks_k = (b.inner() + kBlock - 1) / kBlock;
   const std::vector<RowBlock> blocks = row_blocks(offsets, b.experts());
-  const int64_t step = columns_per_unit(columns, blocks.size(), kMostColumns, 32);
+  Costs costs;
+  for (const RowBlock& block : blocks) costs.add(block.count);
+  const int64_t step = columns_per_unit(columns, costs, at::get_num_threads(), kMostColumns, 32);
   const int64_t parts = (columns + step - 1) / step;
   PackedBlocks<T> packed_rows(b.k_contiguous(), b.inner());
   const auto& gemm = kernels<GemmKernels<T>>();
