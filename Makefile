@@ -26,8 +26,8 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
 
 CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/native/*.cpp' 'tests/native/*.h')
 
-.PHONY: demo test test-all test-modules test-amx test-sanitizers test-stress test-instructions lint format bench \
-	gpu-check gpu-bench gpu-tune build clean
+.PHONY: demo test test-all test-modules test-amx test-aarch64 test-sanitizers test-stress \
+	test-instructions lint format bench gpu-check gpu-bench gpu-tune build clean
 
 demo: build
 	OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc-per-node=2 \
@@ -56,35 +56,40 @@ endif
 test-all:
 	$(PYTEST) $(ARGS)
 
+# Of the tests of kernels those of the C++ ones: all but those of Triton, Gluon and the GPU.
+NATIVE := -m "not slow and not gpu" -k "not (interpreter or triton or hopper or gluon or launches or \
+	test_scaled_up or test_config_tables)" tests/kernels
+
 # The level amx with its instructions emulated, on any processor with AVX-512 BF16: its products alone,
 # under the sanitizers, and all tests of the CPU kernels on a copy of the packages with an extension
 # of its own, for which three files are compiled again.
 EMULATED := build/emulated
-AMX_SOURCES := tests/native/tile_products.cpp $(addprefix csrc/cpu/,amx.cpp gemm_kernels.cpp \
-	weight_grad_kernels.cpp scratch.cpp)
-AMX_FLAGS := -std=c++20 -O1 -g1 -Wall -Wextra -fno-math-errno -Icsrc -fsanitize=address,undefined \
-	-fno-sanitize-recover=undefined -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c \
-	-mavx512bf16 -DCPU_CAPABILITY=AMX -DCPU_CAPABILITY_AMX -DMOE_AMX_EMULATED
 test-amx: $(ENVIRONMENT)
-	@mkdir -p build
-	$${CXX:-g++} $(AMX_FLAGS) $(AMX_SOURCES) -o build/tile_products && build/tile_products
+	$(PY) -m tests.native.levels --sanitize amx
 	MOE_KERNELS_EMULATE_AMX=1 $(PY) setup.py --quiet build --build-base=build/emulated-base \
 		--build-lib=$(EMULATED)
 	@ln -sfn $(addprefix $(CURDIR)/,tests benchmarks pyproject.toml) $(EMULATED)
-	cd $(EMULATED) && MOE_KERNELS_CPU_CAPABILITY=amx PYTHONPATH=. \
-		$(PYTEST) -k "cpu or gradcheck or amx" -m "not slow" tests/kernels $(ARGS)
+	cd $(EMULATED) && MOE_KERNELS_CPU_CAPABILITY=amx PYTHONPATH=. $(PYTEST) $(NATIVE) $(ARGS)
 
-# The C++ kernels under the address and the undefined behaviour sanitizer of GCC, in a build and a
-# copy of the packages of their own. Building takes many minutes on two cores.
+# The C++ kernels under the address and the undefined behaviour sanitizer of GCC: those of every
+# instruction set alone, then all in a build and a copy of the packages of their own. Building takes
+# many minutes on two cores. Left out are tests of memory that the sanitizer has of its own kind.
 SANITIZED := build/sanitized
 test-sanitizers: export CXXFLAGS := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined \
 	-fno-sanitize-recover=undefined
 test-sanitizers: $(ENVIRONMENT)
+	$(PY) -m tests.native.levels --sanitize default avx2 avx512 avx512_bf16
 	$(PY) setup.py --quiet build --debug --build-base=build/sanitized-base --build-lib=$(SANITIZED)
 	@ln -sfn $(addprefix $(CURDIR)/,tests benchmarks pyproject.toml) $(SANITIZED)
 	cd $(SANITIZED) && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-		$(PYTEST) --capture=sys -k "cpu or gradcheck" -m "not slow" tests/kernels $(ARGS)
+		$(PYTEST) --capture=sys $(NATIVE) --ignore=tests/kernels/test_kept_buffers.py \
+		--deselect=tests/kernels/test_direct_calls.py::test_no_memory_is_the_error_of_python $(ARGS)
+
+# The kernels of the level default on a 64-bit ARM, by a cross compiler and qemu-user, and on this
+# processor: Debian has them as g++-aarch64-linux-gnu and qemu-user.
+test-aarch64: $(ENVIRONMENT)
+	$(PY) -m tests.native.levels default aarch64
 
 # The ranks of the shared memory transport, and those of cuda_ipc with their grids, as threads of one
 # process, under the thread sanitizer and under the address and undefined behaviour sanitizers.
