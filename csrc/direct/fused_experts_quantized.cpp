@@ -1,5 +1,6 @@
 // T tokens, K experts a token, H hidden size, I intermediate size, E experts, W = 2 * I columns for
 // gated activations, else I.
+#include <algorithm>
 #include <array>
 
 #include "cpu/expert_activation.h"
@@ -21,6 +22,13 @@ struct Quantized {
   explicit Quantized(Arguments& in)
       : codes(in.tensor()), scales(in.tensor()), format(in.text()), sizes{} {
     for (int64_t& size : sizes) size = in.integer();
+  }
+
+  // Whether calculating with its sizes, which are what somebody wrote, cannot overflow.
+  bool has_sizes() const {
+    constexpr int64_t kMost = int64_t{1} << 48;
+    return std::all_of(sizes.begin(), sizes.end(),
+                       [](int64_t size) { return size >= 0 && size < kMost; });
   }
 
   // Whether its parts fit each other, and it is [experts, inner, columns].
@@ -50,7 +58,10 @@ PyObject* fused_experts_quantized(PyObject*, PyObject* const* values, Py_ssize_t
     const std::string_view activation = in.text();
     const bool interleaved = in.flag();
     const double alpha = in.number(), limit = in.number();
-    if (!in.usual() || !is_routing(x, topk_ids, topk_weights)) Py_RETURN_NONE;
+    if (!in.usual() || !is_routing(x, topk_ids, topk_weights) || !gate_up.has_sizes() ||
+        !down.has_sizes()) {
+      Py_RETURN_NONE;
+    }
     const bool gated = is_gated(parse_activation("fused_experts_quantized", activation));
     const int64_t experts = gate_up.sizes[0], hidden = x.size(1), inner = down.sizes[1];
     const int64_t width = gated ? 2 * inner : inner;

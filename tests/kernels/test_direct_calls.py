@@ -252,6 +252,9 @@ def wrong_quantized() -> list[dict[str, Any]]:
         {"shape": (up.shape[0], up.shape[1], up.shape[2] - 2)},
     ]
     changes = [{"gate_up": replace(up, **part)} for part in parts]
+    down = inputs["down"]
+    for size in (-1, 2**62, 2**63 - 1, 2**64):  # twice of it, or its groups, are past 64 bits
+        changes.append({"down": replace(down, shape=(down.shape[0], size, down.shape[2]))})
     changes += [{"down": up}, {"gate_up": up.dequantize()}, {"topk_ids": ids}]
     changes += [{"x": inputs["x"][:, 1:]}, {"down_bias": inputs["down_bias"].double()}]
     return [{**inputs, **change} for change in changes]

@@ -71,6 +71,15 @@ void check_rows() {
   }
 }
 
+// Whether instructions of the level take this number for zero: VCVTNEPS2BF16 does denormal ones.
+template <typename T>
+bool is_flushed([[maybe_unused]] double value) {
+#if defined(CPU_CAPABILITY_AVX512_BF16)
+  if (std::is_same_v<T, bf16>) return std::abs(value) < 0x1p-126;
+#endif
+  return false;
+}
+
 // Every number of 16 bits is what it widens to, and what lies between two goes to the nearer one.
 template <typename T>
 void check_conversions() {
@@ -86,7 +95,8 @@ void check_conversions() {
     if (std::isnan(wide[i])) {
       expect(widen(back[i]), kNaN, 0, "narrow of NaN", i, 0, 0);
     } else {
-      expect(bits_of(back[i]), bits_of(all[i]), 0, "narrow", i, 0, 0);
+      const T expected{static_cast<uint16_t>(is_flushed<T>(wide[i]) ? i & 0x8000 : i)};
+      expect(bits_of(back[i]), bits_of(expected), 0, "narrow", i, 0, 0);
     }
   }
   // Halfway from each finite number to the next one away from zero, and a little to either side.
@@ -99,6 +109,7 @@ void check_conversions() {
                             std::nextafter(half, std::copysign(INFINITY, half))};
     const bool up[] = {false, odd, true};
     for (int j = 0; j < 3; ++j) {
+      if (is_flushed<T>(inputs[j])) continue;
       if (i % 0x8000 == 0 && half == 0) continue;  // no float is between
       T found;
       rows.narrow(&found, inputs + j, 1);
