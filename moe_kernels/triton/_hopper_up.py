@@ -70,7 +70,7 @@ def _gather(
         # those past the expert's last row repeat it, and are not stored
         row = first + gl.minimum(i, end - first - 1)
         token = gl.load(row_to_slot + row) // top_k
-        cells = x + (token.to(gl.int64) * stride * UNIT)[:, None] + column[None, :]
+        cells = x + (token.to(gl.int64) * (stride * UNIT))[:, None] + column[None, :]
         for k in range(0, units * UNIT, BLOCK_K):
             slot, parity = _slot(step, STAGES)
             ready, weight = full.index(slot), weights.index(slot)

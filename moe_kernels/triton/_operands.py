@@ -166,12 +166,13 @@ def has_hopper_up(cut: Config, weight: Tensor, x: Tensor, out: Tensor, kind: str
     Not with gelu, whose error function needs more registers than there are beside the sums. Nor to
     a number of columns that Triton does not know to be a multiple of 16: it would store them one at
     a time, whose addresses spill. Nor of rows that are no multiple of the 16 bytes that a thread
-    copies: where they start says nothing of that for rows of a wider matrix, or for one row.
+    copies: where they start says nothing of that for rows of a wider matrix, or for one row; nor of
+    rows further apart than 32 bits count.
     """
     if not _has_gluon("up", cut, out) or kind == "gelu" or out.shape[1] % 16 or x.shape[1] % 8:
         return False
     aligned = is_aligned(x) and (is_aligned(weight) or is_aligned(weight.mT))
-    return aligned and x.element_size() == out.element_size() == 2
+    return aligned and x.stride(0) < 2**31 and x.element_size() == out.element_size() == 2
 
 
 def weight_operand(b: Tensor, block_k: int, block_n: int, *, halves: bool = False) -> Operand:

@@ -219,7 +219,7 @@ class Descriptor:
 
 @dataclass(frozen=True)
 class Pointer:
-    values: Any  # a flat tensor, or what is indexed as one
+    values: Tensor  # flat
     offset: Any = 0
 
     def __add__(self, offset: Any) -> Pointer:

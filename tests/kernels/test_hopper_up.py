@@ -31,17 +31,6 @@ from tests.kernels.hopper_checks import (
 pytestmark = pytest.mark.skipif(HAS_GPU, reason="models what a GPU does")
 
 BLOCK_K, TOP_K = 16, 3
-FAR = 2**31
-
-
-class _FarRows:
-    """Elements of rows that start FAR apart, of which there are as many as of x."""
-
-    def __init__(self, x: Tensor) -> None:
-        self.x, self.dtype = x, x.dtype
-
-    def __getitem__(self, element: Tensor) -> Tensor:
-        return self.x[element // FAR, element % FAR]
 
 
 def project(
@@ -55,7 +44,6 @@ def project(
     transposed: bool = True,
     biased: bool = False,
     saves: bool = True,
-    far: bool = False,
     stages: int = 3,
     seed: int = 0,
     mistake: Mistake = no_mistake,
@@ -65,7 +53,6 @@ def project(
     Args:
         counts: rows of each expert.
         columns: of the activation.
-        far: rows of x are FAR elements apart.
     """
     generator = torch.Generator().manual_seed(seed)
     rows, experts = sum(counts) + 3, len(counts)
@@ -87,12 +74,10 @@ def project(
     del constants["PRECISE"]
     box = BLOCK_N * (2 if gated and interleaved else 1)
     arguments = (
-        Pointer(_FarRows(x) if far else x.view(-1)), Pointer(slots),
+        Pointer(x.view(-1)), Pointer(slots),
         described(w, BLOCK_K, box, transposed), Pointer(bias.flatten()), Pointer(h.view(-1)),
         Pointer(a.view(-1)), Pointer(tiles), bound, contracted // 8, columns, width, TOP_K,
-        # as a kernel has it, of 32 bits
-        torch.tensor((FAR if far else contracted + 8) // 8, dtype=torch.int32),
-        1.702, 0.5, width, 1,
+        (contracted + 8) // 8, 1.702, 0.5, width, 1,
     )  # fmt: skip
     launch(
         _hopper_up._hopper_up_kernel, arguments, seed, mistake, SHARED=shared,
@@ -140,11 +125,6 @@ def test_every_activation_is_computed(kind: str) -> None:
             [9, 4], 24, 12, kind=kind, interleaved=interleaved, transposed=False, biased=True
         ):
             check(out, right)
-
-
-def test_rows_may_lie_far_apart() -> None:
-    for out, right in project([9, 4], 24, 12, far=True):
-        check(out, right)
 
 
 def test_no_tiles_are_nothing_to_do() -> None:
@@ -237,6 +217,9 @@ def test_it_is_used_where_it_was_asked_for_and_can_be(monkeypatch: pytest.Monkey
         assert used(x=x[:, :120], w=w[..., :120].mT)
         w = torch.empty(2, 124, 256, dtype=torch.bfloat16)
         assert not used(x=torch.empty(1, 124, dtype=torch.bfloat16), w=w)
+        far = {"dtype": torch.bfloat16, "device": "meta"}  # rows, of which no memory is needed
+        assert used(x=torch.empty_strided((64, 128), (2**31 - 8, 1), **far))
+        assert not used(x=torch.empty_strided((64, 128), (2**31, 1), **far))
         assert not used(w=torch.empty(2, 128, 512, dtype=torch.bfloat16)[..., ::2])
         assert used(w=torch.empty(2, 128, 256, dtype=torch.bfloat16))  # stored by rows
         assert used(kind="relu2")
