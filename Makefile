@@ -34,7 +34,8 @@ demo: build
 		examples/train_lm.py $(ARGS)
 
 # These in two processes, where pytest-xdist is installed; the rest starts processes of its own.
-ALONE := tests/kernels tests/integrations tests/test_tuning.py tests/test_docs.py
+ALONE := tests/kernels tests/integrations tests/test_docs.py tests/test_gpu_check.py \
+	tests/test_packaging.py $(wildcard tests/test_benchmarks*.py tests/test_tuning*.py)
 SIDE_BY_SIDE = $(shell $(PY) -c 'import xdist' 2>/dev/null && echo --numprocesses=2 --dist=worksteal)
 TEST_MODULES := pytest numpy transformers triton expecttest matplotlib tqdm
 test test-all: test-modules build

@@ -271,7 +271,7 @@ def test_the_dispatcher_is_made_as_the_backend_says(monkeypatch: pytest.MonkeyPa
     experts.init_token_dispatcher(ep_mesh=mesh)
     assert experts.token_dispatcher is dispatcher
     settings = {"timeout": 7.0, "max_tokens": 5, "capacity": 6, "slot_capacity": 9}
-    assert made == [(("group", 8), {"transport": "cuda_ipc", **settings})]
+    assert made == [(("group",), {"num_experts": 8, "transport": "cuda_ipc", **settings})]
 
 
 @pytest.mark.parametrize("kind", ["auto", "reference"])
