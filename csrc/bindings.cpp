@@ -2,7 +2,7 @@
 // files (TORCH_LIBRARY_IMPL); only classes and plain functions are bound here.
 #include "dispatch/bindings.h"
 
-#include <torch/extension.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include "build_info.h"
 #include "cpu/amx.h"

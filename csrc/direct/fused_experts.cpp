@@ -10,7 +10,7 @@ namespace moe::direct {
 
 namespace {
 
-using Schema = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>(
+using FusedExperts = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>(
     const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
     const std::optional<at::Tensor>&, const std::optional<at::Tensor>&, std::string_view, bool,
     double, double, c10::SymInt, bool, const std::optional<at::Tensor>&,
@@ -47,7 +47,7 @@ PyObject* fused_experts(PyObject*, PyObject* const* values, Py_ssize_t count) {
       Py_RETURN_NONE;
     }
     const int64_t slots = topk_ids.numel(), num_rows = std::min(bound.value_or(slots), slots);
-    static const auto op = find_op<Schema>("moe_kernels::fused_experts");
+    static const auto op = find_op<FusedExperts>("moe_kernels::fused_experts");
     return THPVariable_Wrap(run([&] {
       return std::get<0>(op.call(x, gate_up, down, topk_ids, topk_weights, gate_up_bias, down_bias,
                                  activation, interleaved, alpha, limit, num_rows, false,

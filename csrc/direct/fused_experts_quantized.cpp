@@ -11,11 +11,12 @@ namespace moe::direct {
 
 namespace {
 
-using Schema = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                          const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                          const at::Tensor&, const std::optional<at::Tensor>&,
-                          const std::optional<at::Tensor>&, std::string_view, std::string_view,
-                          c10::SymInt, std::string_view, bool, double, double);
+using FusedExpertsQuantized = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                         const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                         const at::Tensor&, const std::optional<at::Tensor>&,
+                                         const std::optional<at::Tensor>&, std::string_view,
+                                         std::string_view, c10::SymInt, std::string_view, bool,
+                                         double, double);
 
 // A QuantizedExperts of Python.
 struct Quantized {
@@ -69,7 +70,7 @@ PyObject* fused_experts_quantized(PyObject*, PyObject* const* values, Py_ssize_t
         !is_bias(gate_up_bias, x, experts, width) || !is_bias(down_bias, x, experts, hidden)) {
       Py_RETURN_NONE;
     }
-    static const auto op = find_op<Schema>("moe_kernels::fused_experts_quantized");
+    static const auto op = find_op<FusedExpertsQuantized>("moe_kernels::fused_experts_quantized");
     return THPVariable_Wrap(run([&] {
       return op.call(x, gate_up.codes, gate_up.scales, down.codes, down.scales, topk_ids,
                      topk_weights, gate_up_bias, down_bias, gate_up.format, down.format, inner,

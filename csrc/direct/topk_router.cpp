@@ -8,7 +8,7 @@ namespace moe::direct {
 
 namespace {
 
-using Schema = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>(
+using TopkRouter = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>(
     const at::Tensor&, int64_t, std::string_view, bool, bool, const std::optional<at::Tensor>&,
     int64_t, int64_t, std::string_view, double, double, const std::optional<at::Tensor>&,
     const std::optional<at::Tensor>&, bool, int64_t);
@@ -60,7 +60,7 @@ PyObject* topk_router(PyObject*, PyObject* const* values, Py_ssize_t count) {
         (!given_ids || (given_ids->dim() == 2 && is_index(*given_ids) &&
                         given_ids->size(0) == tokens && given_ids->size(1) == top_k + candidates));
     if (!fit) Py_RETURN_NONE;
-    static const auto op = find_op<Schema>("moe_kernels::topk_router");
+    static const auto op = find_op<TopkRouter>("moe_kernels::topk_router");
     auto [weights, ids, scores, load] = run([&] {
       return op.call(logits, top_k, score_func, softmax_before_topk, renormalize, correction_bias,
                      num_groups, topk_groups, group_score, group_fill, route_scale, token_mask,

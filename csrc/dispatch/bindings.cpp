@@ -2,7 +2,7 @@
 
 #include <pybind11/stl.h>
 #include <sys/syscall.h>
-#include <torch/extension.h>
+#include <torch/csrc/utils/pybind.h>
 #include <unistd.h>
 
 #include <memory>
