@@ -276,11 +276,13 @@ def test_cuda_sources_compile_for_each_architecture(tmp_path):
     (tmp_path / "csrc/cuda").mkdir(exist_ok=True)
     (tmp_path / "csrc/cuda/fill.cu").write_text(KERNEL)
     cmake = (ROOT / "CMakeLists.txt").read_text()
-    for kind in ("CPU", "CPU_SIMD", "DISPATCH"):
-        cmake = re.sub(rf"set\({kind}_SOURCES\b[^)]*\)", f"set({kind}_SOURCES)", cmake)
+    for kind in ("CPU", "DIRECT", "CPU_SIMD", "AMX_SIMD", "AMX", "DISPATCH"):
+        empty = f"set({kind}_SOURCES csrc/empty.cpp)"
+        cmake = re.sub(rf"set\({kind}_SOURCES\b[^)]*\)", empty, cmake)
     cmake = cmake.replace("set(CUDA_SOURCES", "set(CUDA_SOURCES csrc/cuda/fill.cu ")
     (tmp_path / "CMakeLists.txt").write_text(cmake)
-    (tmp_path / "csrc/bindings.cpp").write_text("int unused;\n")
+    for name in ("bindings.cpp", "empty.cpp"):
+        (tmp_path / "csrc" / name).write_text("")
 
     command = ("setup.py", "-q", "build_ext", "--build-lib", tmp_path / "lib")
     result = run(*command, MOE_KERNELS_CUDA="compile", cwd=str(tmp_path))
