@@ -264,64 +264,69 @@ struct DotTile {
 // than the matrix does from memory.
 constexpr int64_t kPartBytes = 2048;
 
-// Rows of the matrix that meet each packed value that is loaded. One where few packed rows wait for
-// the matrix: in the order of its memory it is read fastest. Of more, rows of a power of two fall
-// on the same lines of the cache, so four only where two would make loads the limit.
+// Rows of the matrix that meet each packed value that is loaded. Where few packed rows wait for the
+// matrix, they come from parts of it that lie far apart: memory gives a few long streams faster
+// than one. Of more packed rows, neighbours: rows of a power of two fall on the same lines of the
+// cache, so four only where two would make loads the limit.
+template <typename T, int nb>
+constexpr int kStreams = nb > 2 || !kNative<T> ? 1 : (kLanes<acc_t<T>> < 4 ? 2 : 4);
 template <int nb>
-constexpr int kRowsAtOnce = kRegisters < 32 || nb <= 3 ? 1 : (nb == 6 ? 4 : 2);
+constexpr int kNeighbours = kRegisters < 32 || nb <= 3 ? 1 : (nb == 6 ? 4 : 2);
 
-// Adds products of `rows` rows of the matrix with all packed rows, elements [begin, end) of each
-// and spread over lanes, to sums[j][at + i].
-template <typename T, int nb, int rows>
-MOE_INLINE void dot_rows(const DotTile<T>& tile, const T* a, int64_t begin, int64_t end,
-                         Vec<acc_t<T>> (&sums)[nb][kLanes<acc_t<T>>], int64_t at) {
+// Adds products of `rows` rows of the matrix, so far apart, with all packed rows, elements
+// [begin, end) of each and spread over lanes, to sums[j][at + i * step_at].
+template <typename T, int nb, int rows, bool fetch>
+MOE_INLINE void dot_rows(const DotTile<T>& tile, const T* a, int64_t apart, int64_t begin,
+                         int64_t end, Vec<acc_t<T>> (&sums)[nb][kLanes<acc_t<T>>], int64_t at,
+                         int64_t step_at) {
   using Group = Groups<T>;
   using A = acc_t<T>;
   constexpr int step = kLanes<A> * Group::G;
-  constexpr int unroll = rows > 1 ? 1 : (nb == 1 ? 4 : (nb <= 3 ? 2 : 1));
+  // What takes more instructions to load needs more sums on their way.
+  constexpr int unroll = kNative<T> || rows > 1 ? 1 : (nb == 1 ? 4 : (nb <= 3 ? 2 : 1));
   constexpr int64_t kAhead = 8192 / sizeof(T);  // two pages: the first of a page takes longest
   const operand_t<T>* b = tile.b;
-  const int64_t a_stride = tile.a_stride, b_stride = tile.b_stride, whole = end / step * step;
+  const int64_t b_stride = tile.b_stride, whole = end / step * step;
   Vec<A> partial[unroll][rows][nb] = {};
-  const auto add = [&](int64_t k, const typename Group::V(&av)[rows], int u)
-                       __attribute__((always_inline)) {
-                         MOE_UNROLL
-                         for (int j = 0; j < nb; ++j) {
-                           const typename Group::V bv = Group::load(b + j * b_stride + k);
-                           MOE_UNROLL
-                           for (int i = 0; i < rows; ++i) {
-                             partial[u][i][j] = Group::multiply_add(av[i], bv, partial[u][i][j]);
-                           }
-                         }
-                       };
+  typename Group::V av[rows];
+  const auto load_whole = [&](int64_t k) __attribute__((always_inline)) {
+    MOE_UNROLL
+    for (int i = 0; i < rows; ++i) {
+      const T* p = a + i * apart + k;
+      if (fetch) prefetch_line(p + (rows > 1 ? tile.ahead[i] : kAhead));
+      av[i] = Group::load_wide(p);
+    }
+  };
+  const auto add = [&](int64_t k, int u) __attribute__((always_inline)) {
+    MOE_UNROLL
+    for (int j = 0; j < nb; ++j) {
+      const typename Group::V bv = Group::load(b + j * b_stride + k);
+      MOE_UNROLL
+      for (int i = 0; i < rows; ++i) {
+        partial[u][i][j] = Group::multiply_add(av[i], bv, partial[u][i][j]);
+      }
+    }
+  };
   int64_t k = begin;
   for (; k + unroll * step <= whole; k += unroll * step) {
     MOE_UNROLL
     for (int u = 0; u < unroll; ++u) {
-      typename Group::V av[rows];
-      MOE_UNROLL
-      for (int i = 0; i < rows; ++i) {
-        const T* p = a + i * a_stride + k + u * step;
-        prefetch_line(p + (rows > 1 ? tile.ahead[i] : kAhead));
-        av[i] = Group::load_wide(p);
-      }
-      add(k + u * step, av, u);
+      load_whole(k + u * step);
+      add(k + u * step, u);
     }
   }
-  for (; k < end; k += step) {
-    typename Group::V av[rows];
+  for (; k < whole; k += step) {
+    load_whole(k);
+    add(k, 0);
+  }
+  if (whole < end) {
     MOE_UNROLL
     for (int i = 0; i < rows; ++i) {
-      const T* p = a + i * a_stride + k;
-      if (k < whole) {
-        av[i] = Group::load_wide(p);
-      } else {
-        T rest[step] = {};
-        std::memcpy(rest, p, (end - whole) * sizeof(T));
-        av[i] = Group::load_wide(rest);
-      }
+      T rest[step] = {};
+      std::memcpy(rest, a + i * apart + whole, (end - whole) * sizeof(T));
+      av[i] = Group::load_wide(rest);
     }
-    add(k, av, 0);
+    add(whole, 0);
   }
   MOE_UNROLL
   for (int i = 0; i < rows; ++i) {
@@ -330,28 +335,60 @@ MOE_INLINE void dot_rows(const DotTile<T>& tile, const T* a, int64_t begin, int6
       Vec<A> sum = partial[0][i][j];
       MOE_UNROLL
       for (int u = 1; u < unroll; ++u) sum += partial[u][i][j];
-      sums[j][at + i] += sum;
+      sums[j][at + i * step_at] += sum;
     }
   }
 }
 
+// The first rows of the matrix, as many as kStreams parts of equal length hold; returns their
+// number.
+template <typename T, int nb>
+int64_t dot_streams(const DotTile<T>& tile) {
+  using A = acc_t<T>;
+  constexpr int L = kLanes<A>, streams = kStreams<T, nb>, together = L / streams;
+  const int64_t length = tile.a_count / streams;
+  if (length < L) return 0;  // too short to be streams
+  for (int64_t first = 0; first < length; first += together) {
+    const int64_t count = length - first < together ? length - first : together;
+    const T* a = tile.a + first * tile.a_stride;
+    Vec<A> all[nb][L] = {};
+    for (int64_t i = 0; i < count; ++i) {
+      dot_rows<T, nb, streams, false>(tile, a + i * tile.a_stride, length * tile.a_stride, 0,
+                                      tile.k, all, i, together);
+    }
+    MOE_UNROLL
+    for (int j = 0; j < nb; ++j) {
+      A sums[L];
+      store(sums, sum_each<A>(all[j]));
+      A* out = tile.out + j * tile.out_stride + first;
+      for (int i = 0; i < streams; ++i) {
+        std::memcpy(out + i * length, sums + i * together, count * sizeof(A));
+      }
+    }
+  }
+  return streams * length;
+}
+
+// Results do not depend on which rows are streams: each sum has the same terms in the same order.
 template <typename T, int nb>
 void dot_tile(const DotTile<T>& tile) {
   using A = acc_t<T>;
-  constexpr int L = kLanes<A>, at_once = kRowsAtOnce<nb>;
+  constexpr int L = kLanes<A>, at_once = kNeighbours<nb>;
   constexpr int64_t kPart = kPartBytes / sizeof(operand_t<T>);
   const int64_t part = at_once == 1 ? tile.k : (nb <= 4 ? 2 * kPart : kPart);
-  for (int64_t first = 0; first < tile.a_count; first += L) {
+  const int64_t stride = tile.a_stride, done = kStreams<T, nb> > 1 ? dot_streams<T, nb>(tile) : 0;
+  for (int64_t first = done; first < tile.a_count; first += L) {
     const int64_t count = tile.a_count - first < L ? tile.a_count - first : L;
-    const T* a = tile.a + first * tile.a_stride;
+    const T* a = tile.a + first * stride;
     Vec<A> all[nb][L] = {};
     for (int64_t begin = 0; begin < tile.k; begin += part) {
       const int64_t end = tile.k - begin < part ? tile.k : begin + part;
       int64_t i = 0;
       for (; i + at_once <= count; i += at_once) {
-        dot_rows<T, nb, at_once>(tile, a + i * tile.a_stride, begin, end, all, i);
+        dot_rows<T, nb, at_once, true>(tile, a + i * stride, stride, begin, end, all, i, 1);
       }
-      for (; i < count; ++i) dot_rows<T, nb, 1>(tile, a + i * tile.a_stride, begin, end, all, i);
+      for (; i < count; ++i)
+        dot_rows<T, nb, 1, true>(tile, a + i * stride, 0, begin, end, all, i, 1);
     }
     MOE_UNROLL
     for (int j = 0; j < nb; ++j) {
