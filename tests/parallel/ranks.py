@@ -2,7 +2,8 @@
 
 The processes are forked by a server that has imported what they need and done nothing else: a fork
 of the test process itself would inherit its OpenMP, CUDA and autograd threads as locks that nobody
-opens. A test costs a fifth of a second after the first.
+opens. It imports all modules of tests that start processes, once, when the first one does: pytest
+alone would cost every process more than its start. A test costs a tenth of a second after that.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ import torch.distributed as dist
 
 GRACE = 3.0  # seconds that the other ranks have to report after one has failed
 IMPORTS = 300.0  # seconds for what the function's module imports, which are not the test's
+# What processes import later in any case: DTensor when first used, and what brings results back.
+_PRELOADED = ("moe_parallel.parallelizer", "torch._dynamo", "torch.utils.serialization.config")
 
 
 def run_ranks(
@@ -47,8 +50,7 @@ def run_ranks(
             or were still running at the end.
     """
     context = multiprocessing.get_context("forkserver")
-    # torch._dynamo, which DTensor imports when first used, would cost every process half a second.
-    context.set_forkserver_preload([__name__, "moe_parallel.parallelizer", "torch._dynamo"])
+    context.set_forkserver_preload([*_PRELOADED, *_modules_with_ranks()])
     with tempfile.TemporaryDirectory() as folder:
         connections, processes = [], []
         for rank in range(ranks):
@@ -69,6 +71,12 @@ def run_ranks(
                 process.kill()
             for process in processes:
                 process.join()
+
+
+def _modules_with_ranks() -> list[str]:
+    """The modules of tests that use this one, with what they import."""
+    modules = {name: module for name, module in sys.modules.items() if name.startswith("tests.")}
+    return [name for name, module in modules.items() if "run_ranks" in vars(module)]
 
 
 def _start_together(connections: list[Connection]) -> None:
