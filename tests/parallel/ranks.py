@@ -20,6 +20,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 import torch
@@ -49,8 +50,7 @@ def run_ranks(
         AssertionError: with the traceback of every rank that raised, and the ranks that died,
             or were still running at the end.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*_PRELOADED, *_modules_with_ranks()])
+    context = fork_context()
     with tempfile.TemporaryDirectory() as folder:
         connections, processes = [], []
         for rank in range(ranks):
@@ -71,6 +71,13 @@ def run_ranks(
                 process.kill()
             for process in processes:
                 process.join()
+
+
+def fork_context() -> ForkServerContext:
+    """What starts processes, for tests that end them themselves."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*_PRELOADED, *_modules_with_ranks()])
+    return context
 
 
 def _modules_with_ranks() -> list[str]:

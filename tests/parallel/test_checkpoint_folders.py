@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
 import time
+from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,7 @@ from moe_parallel.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from tests.parallel.ranks import run_ranks
+from tests.parallel.ranks import fork_context, run_ranks
 
 
 def layer(value: float) -> nn.Linear:
@@ -130,27 +129,28 @@ def test_two_runs_do_not_write_in_one_folder_at_a_time(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step-00000001", "step-00000002"]
 
 
-SAVES = """
-import sys
-from tests.parallel.test_checkpoint_folders import layer, save_checkpoint
-
-for step in range(1, 10**6):
-    save_checkpoint(sys.argv[1], step, layer(step), keep=2)
-    print(step, flush=True)
-"""
+def _save_on_and_on(connection: Connection, folder: Path) -> None:
+    for step in range(1, 10**6):
+        save_checkpoint(folder, step, layer(step), keep=2)
+        connection.send(step)
 
 
 def test_killed_at_any_moment(tmp_path: Path) -> None:
     """Whatever the moment, the last checkpoint is whole, and another run goes on."""
-    command = [sys.executable, "-c", SAVES, str(tmp_path)]
     for attempt in range(3):
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            for _ in range(3):
-                done = int(process.stdout.readline())
-            time.sleep(0.0017 * attempt)
-            process.send_signal(signal.SIGKILL)
-            done = max([done, *map(int, process.stdout.read().split())])
+        context = fork_context()
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_save_on_and_on, args=(theirs, tmp_path))
+        process.start()
+        theirs.close()
+        for _ in range(3):
+            done = ours.recv()
+        time.sleep(0.0017 * attempt)
+        process.kill()
+        process.join()
+        with suppress(EOFError):
+            while True:
+                done = ours.recv()
         last = latest_checkpoint(tmp_path)
         # it may have had no time to say that it was done
         assert value_in(last) in (done, done + 1)
