@@ -139,6 +139,125 @@ const float* multiply_columns(const QuantizedWeights& b, int64_t expert, const v
 // Floats from one row of products of `columns` columns to the next, wherever those begin.
 int64_t products_stride(int64_t columns) { return round_up(columns, kTileColumns) + kTileColumns; }
 
+// y[t] = sum over k, in order, of weights[t, k] * (row[slot_to_row[t, k]] @ b[e] + bias[e]).
+template <typename T>
+struct CombineQuantized {
+  const std::vector<RowBlock>& blocks;
+  const PackedForQuantized<T>& rows;
+  const QuantizedWeights& b;   // [E, k, H]
+  const T* bias;               // [E, H] or null
+  const int32_t* slot_to_row;  // [T, K]
+  const float* topk_weights;   // [T, K]
+  int64_t tokens, top_k, used;
+
+  int64_t hidden() const { return b.columns; }
+
+  void run(T* y) const;  // [T, H]
+
+  // In units of `step` columns of all rows, each with products of its own: nobody waits.
+  void run_apart(T* y, int64_t step) const;
+
+  // `span` columns at a time, whose products threads share.
+  void run_together(T* y, int64_t span) const;
+
+  // Columns of a block's products; next is read ahead.
+  void multiply(const RowBlock& block, Range columns, const uint8_t* next, float* out,
+                int64_t stride) const;
+
+  // The columns of y of some tokens, from products of all rows.
+  void sum(Range some, Range columns, const float* products, int64_t stride, T* y) const;
+};
+
+template <typename T>
+void CombineQuantized<T>::run(T* y) const {
+  // As many columns as leave the products of all rows in the cache: fewer pieces are read faster.
+  constexpr int64_t kProducts = 1 << 15, kLeast = 128;
+  constexpr int64_t kMostProducts = 1 << 24;  // of all threads
+  Costs all;
+  all.add(used);
+  const int64_t threads = at::get_num_threads(), rows_used = std::max<int64_t>(used, 1);
+  const int64_t most = std::max(kProducts / rows_used, kLeast);
+  const int64_t step = columns_per_unit(hidden(), all, threads, most, 32);
+  const int64_t parts = (hidden() + step - 1) / step;
+  if (std::min(parts, threads) * used * products_stride(step) <= kMostProducts) {
+    return run_apart(y, step);
+  }
+  run_together(y, std::max<int64_t>(kMostProducts / rows_used / 32 * 32, 256));
+}
+
+template <typename T>
+void CombineQuantized<T>::run_apart(T* y, int64_t step) const {
+  const int64_t threads = at::get_num_threads(), parts = (hidden() + step - 1) / step;
+  const int64_t stride = products_stride(step);
+  const at::Tensor buffer = empty_large({std::min(parts, threads), used, stride}, at::kFloat);
+  parallel_units(parts, [&](int64_t unit, int thread) {
+    const Range columns{unit * step, std::min((unit + 1) * step, hidden())};
+    float* products = mutable_data<float>(buffer) + thread * used * stride;
+    for (size_t i = 0; i < blocks.size(); ++i) {
+      const uint8_t* next =
+          i + 1 < blocks.size()
+              ? first_tile(b, blocks[i + 1].expert, columns.begin)
+              : first_tile(b, blocks[0].expert, std::min((unit + threads) * step, hidden() - 1));
+      multiply(blocks[i], columns, next, products + blocks[i].begin * stride, stride);
+    }
+    sum(Range{0, tokens}, columns, products, stride, y);
+  });
+}
+
+template <typename T>
+void CombineQuantized<T>::run_together(T* y, int64_t span) const {
+  const int64_t threads = at::get_num_threads();
+  const int64_t stride = products_stride(std::min(span, hidden()));
+  const at::Tensor buffer = empty_large({used, stride}, at::kFloat);
+  float* products = mutable_data<float>(buffer);
+  for (int64_t begin = 0; begin < hidden(); begin += span) {
+    const Range columns{begin, std::min(begin + span, hidden())};
+    const int64_t step = columns_per_unit(columns.size(), blocks, threads, 32);
+    const int64_t parts = (columns.size() + step - 1) / step, units = blocks.size() * parts;
+    const auto first = [&](int64_t unit) { return begin + unit % parts * step; };
+    parallel_units(units, [&](int64_t unit, int) {
+      const RowBlock& block = blocks[unit / parts];
+      const Range part{first(unit), std::min(first(unit) + step, columns.end)};
+      const int64_t later = std::min(unit + threads, units - 1);  // most likely this thread's
+      multiply(block, part, first_tile(b, blocks[later / parts].expert, first(later)),
+               products + block.begin * stride + (part.begin - begin), stride);
+    });
+    parallel_rows(tokens, top_k * columns.size() * sizeof(float), [&](int64_t t, int64_t end) {
+      sum(Range{t, end}, columns, products, stride, y);
+    });
+  }
+}
+
+template <typename T>
+void CombineQuantized<T>::multiply(const RowBlock& block, Range columns, const uint8_t* next,
+                                   float* out, int64_t stride) const {
+  const void* packed[kRowsPerBlock];
+  for (int64_t i = 0; i < block.count; ++i) packed[i] = rows.get(block.begin + i);
+  multiply_columns<T>(b, block.expert, packed, block.count, columns, next, out, stride);
+  for (int64_t i = 0; bias && i < block.count; ++i) {
+    kernels<RowKernels<T>>().add_scaled(
+        out + i * stride, bias + block.expert * hidden() + columns.begin, 1, columns.size());
+  }
+}
+
+template <typename T>
+void CombineQuantized<T>::sum(Range some, Range columns, const float* products, int64_t stride,
+                              T* y) const {
+  const auto& functions = kernels<RowKernels<T>>();
+  std::vector<const float*> mine(top_k);
+  std::vector<float> scales(top_k);
+  for (int64_t t = some.begin; t < some.end; ++t) {
+    int64_t count = 0;
+    for (int64_t s = t * top_k; s < (t + 1) * top_k; ++s) {
+      if (slot_to_row[s] >= used) continue;
+      mine[count] = products + slot_to_row[s] * stride;
+      scales[count++] = topk_weights[s];
+    }
+    functions.weighted_sum_wide(y + t * hidden() + columns.begin, mine.data(), scales.data(), count,
+                                columns.size());
+  }
+}
+
 struct QuantizedLayer {
   QuantizedWeights gate_up, down;
   at::Tensor gate_up_bias, down_bias;  // contiguous, or undefined
@@ -157,6 +276,7 @@ void run_quantized(const QuantizedLayer& layer, const at::Tensor& x, const Sorte
   const int64_t used = data<int32_t>(order.offsets_E1)[gate_up.experts()];
   const int32_t* row_to_slot = data<int32_t>(order.row_to_slot_R);
   const int32_t* slot_to_row = data<int32_t>(order.slot_to_row_TK);
+  const float* weights = data<float>(topk_weights);
   const bool gated = layer.activation.gated(), pairs = gated && layer.interleaved;
   const T *gate_up_bias = data_or_null<T>(layer.gate_up_bias),
           *down_bias = data_or_null<T>(layer.down_bias);
@@ -214,49 +334,8 @@ void run_quantized(const QuantizedLayer& layer, const at::Tensor& x, const Sorte
     }
   });
 
-  // As many columns as leave the products of all rows in the cache: fewer pieces are read faster.
-  constexpr int64_t kProducts = 1 << 15, kLeast = 128;
-  Costs all;
-  all.add(used);
-  const int64_t most = std::max(kProducts / std::max<int64_t>(used, 1), kLeast);
-  const int64_t columns_step = columns_per_unit(hidden, all, threads, most, 32);
-  const int64_t columns_parts = (hidden + columns_step - 1) / columns_step;
-  const int64_t stride = products_stride(columns_step);
-  const at::Tensor buffer =
-      empty_large({std::min(columns_parts, threads), used, stride}, at::kFloat);
-  const float* weights = data<float>(topk_weights);
-  parallel_units(columns_parts, [&](int64_t unit, int thread) {
-    const Range columns{unit * columns_step, std::min((unit + 1) * columns_step, hidden)};
-    const int64_t n = columns.size();
-    float* products = mutable_data<float>(buffer) + thread * used * stride;
-    for (size_t b = 0; b < blocks.size(); ++b) {
-      const RowBlock& block = blocks[b];
-      const void* rows[kRowsPerBlock];
-      for (int64_t i = 0; i < block.count; ++i) rows[i] = activated.get(block.begin + i);
-      float* out = products + block.begin * stride;
-      const uint8_t* next = b + 1 < blocks.size()
-                                ? first_tile(down, blocks[b + 1].expert, columns.begin)
-                                : first_tile(down, blocks[0].expert,
-                                             std::min((unit + threads) * columns_step, hidden - 1));
-      multiply_columns<T>(down, block.expert, rows, block.count, columns, next, out, stride);
-      for (int64_t i = 0; down_bias && i < block.count; ++i) {
-        const T* bias = down_bias + block.expert * hidden + columns.begin;
-        functions.add_scaled(out + i * stride, bias, 1, n);
-      }
-    }
-    std::vector<const float*> mine(top_k);
-    std::vector<float> scales(top_k);
-    for (int64_t t = 0; t < tokens; ++t) {
-      int64_t count = 0;
-      for (int64_t s = t * top_k; s < (t + 1) * top_k; ++s) {
-        if (slot_to_row[s] >= used) continue;
-        mine[count] = products + slot_to_row[s] * stride;
-        scales[count++] = weights[s];
-      }
-      functions.weighted_sum_wide(mutable_data<T>(y) + t * hidden + columns.begin, mine.data(),
-                                  scales.data(), count, n);
-    }
-  });
+  CombineQuantized<T>{blocks, activated, down, down_bias, slot_to_row, weights, tokens, top_k, used}
+      .run(mutable_data<T>(y));
 }
 
 at::Tensor fused_experts_quantized(const at::Tensor& x_TH, const at::Tensor& gate_up_codes,

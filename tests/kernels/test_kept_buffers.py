@@ -67,6 +67,30 @@ def test_no_more_is_kept_than_a_half_above_what_was_in_use() -> None:
     assert 0 < moe_kernels.free_kept_buffers() <= 1.5 * max(most, 128 * MIB)
 
 
+def test_quantised_experts_use_no_more_with_many_threads() -> None:
+    experts, hidden, inner, tokens, top_k = 8, 2048, 16, 2048, 8
+    packed = {
+        "gate_up": moe_kernels.quantize_experts(torch.randn(experts, hidden, 2 * inner), "int8"),
+        "down": moe_kernels.quantize_experts(torch.randn(experts, inner, hidden), "int8"),
+        "down_bias": torch.randn(experts, hidden),
+        "x": torch.randn(tokens, hidden),
+        "topk_ids": torch.arange(tokens * top_k).view(tokens, top_k) % (experts + 1),
+        "topk_weights": torch.rand(tokens, top_k),
+    }
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3, 64):
+            torch.set_num_threads(threads)
+            results.append(moe_kernels.fused_experts_quantized(**packed))
+            # products of 4 bytes: of all columns they would take 128 MiB, and more on 64 threads
+            assert moe_kernels.free_kept_buffers() <= 72 * MIB
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[1], results[0])
+    assert torch.equal(results[2], results[0])
+
+
 def test_a_much_larger_buffer_is_not_wasted_on_a_small_one() -> None:
     large = weight_gradient([1] * E, 4 * W)
     address = large.data_ptr()
