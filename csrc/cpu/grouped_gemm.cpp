@@ -78,11 +78,14 @@ void bias_grad(const at::Tensor& out, const std::vector<const T*>& rows, const a
                const int32_t* offsets) {
   using A = acc_t<T>;
   constexpr int64_t kColumns = 256;
-  const int64_t columns = out.size(1), parts = (columns + kColumns - 1) / kColumns;
+  const int64_t columns = out.size(1);
+  Costs costs;
+  for (int64_t e = 0; e < out.size(0); ++e) costs.add(offsets[e + 1] - offsets[e]);
+  const int64_t step = columns_per_unit(columns, costs, at::get_num_threads(), kColumns, 32);
+  const int64_t parts = (columns + step - 1) / step;
   const auto& functions = kernels<RowKernels<T>>();
   parallel_units(out.size(0) * parts, [&](int64_t unit, int) {
-    const int64_t e = unit / parts, c = unit % parts * kColumns,
-                  n = std::min(kColumns, columns - c);
+    const int64_t e = unit / parts, c = unit % parts * step, n = std::min(step, columns - c);
     // In double: these sums have no other terms to hide their rounding in.
     double sums[kColumns] = {};
     for (int64_t r = offsets[e]; r < offsets[e + 1]; ++r) {

@@ -31,6 +31,8 @@ def make_case(counts: tuple[int, ...], transposed: bool) -> Case:
         "x": torch.randn(len(ids), hidden),
         "gate_up": torch.randn(experts, hidden, 2 * inner) / hidden**0.5,
         "down": torch.randn(experts, inner, hidden) / inner**0.5,
+        "gate_up_bias": torch.randn(experts, 2 * inner),
+        "down_bias": torch.randn(experts, hidden),
     }
     case = {name: value.bfloat16() for name, value in case.items()}
     if transposed:

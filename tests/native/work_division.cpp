@@ -88,11 +88,13 @@ void check(const std::string& name, const std::vector<int64_t>& counts) {
         of.require(step >= least && step % least == 0, "the columns of a unit", step, least);
         check_balance(of, rows, step, least);
       }
-      constexpr int64_t kMost = 384, kLeast = 32;  // as gradients of weights
-      const int64_t step = columns_per_unit(columns, of_experts, threads, kMost, kLeast);
-      of.require(step >= kLeast && step <= kMost && step % kLeast == 0, "the columns of a unit",
-                 step, kMost);
-      check_balance(of, counts, step, kLeast);
+      constexpr int64_t kLeast = 32;
+      for (int64_t most : {256, 384}) {  // as gradients of biases and of weights
+        const int64_t step = columns_per_unit(columns, of_experts, threads, most, kLeast);
+        of.require(step >= kLeast && step <= most && step % kLeast == 0, "the columns of a unit",
+                   step, most);
+        check_balance(of, counts, step, kLeast);
+      }
     }
   }
 }
