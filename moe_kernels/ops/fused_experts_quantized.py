@@ -164,7 +164,7 @@ def fused_experts_quantized(
 
     Raises:
         ValueError: shapes, devices or options that do not fit, T * K >= 2**31.
-        IndexError: an id outside [-1, E], on CPU.
+        IndexError: an id outside [-1, E].
         TypeError: dtypes that do not fit. Under autocast x and biases are converted first.
         RuntimeError: on differentiating it.
     """

@@ -11,6 +11,7 @@ from moe_kernels.reference._accumulate import accumulate_dtype
 from moe_kernels.reference.expert_activation import is_gated
 from moe_kernels.reference.fused_experts import fused_experts
 from moe_kernels.reference.quantized_experts import dequantize
+from moe_kernels.reference.sort_by_expert import check_ids
 
 
 def fused_experts_quantized(
@@ -32,6 +33,7 @@ def fused_experts_quantized(
     limit: float,
 ) -> Tensor:
     """:func:`fused_experts` with the weights that the codes stand for."""
+    check_ids("fused_experts_quantized", topk_ids, gate_up.shape[0])
     hidden, accumulate = x.shape[1], accumulate_dtype(x.dtype)
     width = 2 * inner if is_gated(activation) else inner
     y = fused_experts(

@@ -11,6 +11,16 @@ from torch import Tensor
 Order = tuple[Tensor, Tensor, Tensor]
 
 
+def check_ids(op: str, ids: Tensor, num_experts: int) -> None:
+    """Raise unless every id is of an expert, or -1 or E."""
+    out_of_range = (ids < -1) | (ids > num_experts)
+    if bool(out_of_range.any()):
+        raise IndexError(
+            f"{op}: topk_ids must be in [-1, {num_experts}] (-1 and {num_experts} mean dropped); "
+            f"got {int(ids[out_of_range][0])}"
+        )
+
+
 def sort_by_expert(topk_ids: Tensor, num_experts: int) -> Order:
     """``row_to_slot [R]``, ``slot_to_row [T, K]``, ``offsets [E + 1]``, all int32.
 
@@ -18,12 +28,7 @@ def sort_by_expert(topk_ids: Tensor, num_experts: int) -> Order:
     and E sort to the tail, past ``offsets[E]``.
     """
     ids = topk_ids.reshape(-1).to(torch.int64)
-    out_of_range = (ids < -1) | (ids > num_experts)
-    if bool(out_of_range.any()):
-        raise IndexError(
-            f"sort_by_expert: topk_ids must be in [-1, {num_experts}] (-1 and {num_experts} mean "
-            f"dropped); got {int(ids[out_of_range][0])}"
-        )
+    check_ids("sort_by_expert", ids, num_experts)
     ids = torch.where(ids < 0, num_experts, ids)
     row_to_slot = torch.argsort(ids, stable=True)
     slot_to_row = torch.empty_like(row_to_slot)

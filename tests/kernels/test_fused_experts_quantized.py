@@ -388,6 +388,9 @@ def test_the_definition_behind_the_op(format: str) -> None:
     expected = moe_kernels.reference.fused_experts_quantized(*args)
     y = torch.ops.moe_kernels.fused_experts_quantized(*args)
     torch.testing.assert_close(y, expected, rtol=0.02, atol=0.02)
+    of_no_expert = [*args[:5], args[5] + 4, *args[6:]]
+    with pytest.raises(IndexError, match=r"fused_experts_quantized: topk_ids must be in \[-1, 6\]"):
+        moe_kernels.reference.fused_experts_quantized(*of_no_expert)
 
 
 def test_refuses_codes_that_do_not_fit_in_the_kernel() -> None:
