@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "common/parallel.h"
@@ -15,11 +16,16 @@ namespace {
 
 constexpr int64_t kSlotsPerPart = 1 << 15;
 
-bool all_below(const int32_t* values, int64_t count, int64_t bound) {
+void check_below(const char* op, const char* name, const at::Tensor& values, int64_t bound) {
+  const int32_t* const value = data<int32_t>(values);
+  const int64_t count = values.numel();
   const uint32_t limit = static_cast<uint32_t>(bound);
   uint32_t failures = 0;
-  for (int64_t i = 0; i < count; ++i) failures |= static_cast<uint32_t>(values[i]) >= limit;
-  return failures == 0;
+  for (int64_t i = 0; i < count; ++i) failures |= static_cast<uint32_t>(value[i]) >= limit;
+  if (failures == 0) return;
+  const auto wrong = [&](int32_t v) { return static_cast<uint32_t>(v) >= limit; };
+  TORCH_CHECK_INDEX(false, op, ": order.", name, " must be in [0, T * K = ", bound, "); got ",
+                    *std::find_if(value, value + count, wrong));
 }
 
 // Sorts the slots into the outputs. Parts of the slots are counted and then placed in parallel;
@@ -90,9 +96,8 @@ Order::Order(const char* op, const at::Tensor& row_to_slot, const at::Tensor& sl
   TORCH_CHECK_VALUE(row_to_slot.numel() == slots, op,
                     ": order.row_to_slot must have T * K = ", slots, " rows; got ",
                     row_to_slot.numel());
-  TORCH_CHECK_INDEX(
-      all_below(this->row_to_slot(), slots, slots) && all_below(this->slot_to_row(), slots, slots),
-      op, ": order.row_to_slot and order.slot_to_row must be in [0, T * K = ", slots, ")");
+  check_below(op, "row_to_slot", row_to_slot_R, slots);
+  check_below(op, "slot_to_row", slot_to_row_TK, slots);
 }
 
 void check_offsets(const char* op, const at::Tensor& offsets, int64_t rows, const char* rows_name) {

@@ -19,6 +19,13 @@ def shape(tensor: Tensor) -> list[Any]:
     return list(tensor.shape)
 
 
+def describe(value: Any) -> str:
+    """What a message says of an argument that should be a pair."""
+    if isinstance(value, tuple | list):
+        return f"a {type(value).__name__} of {len(value)}"
+    return type(value).__name__
+
+
 def check_tensor(op: str, name: str, value: Any, ndim: int, layout: str) -> None:
     """Raise unless ``value`` is a tensor with ``ndim`` dimensions, described as ``layout``, that
     has strides and carries no forward-mode tangent."""

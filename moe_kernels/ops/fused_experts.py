@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from moe_kernels.ops._autocast import autocast
-from moe_kernels.ops._checks import check_count, check_rows, check_tensor
+from moe_kernels.ops._checks import check_count, check_rows, check_tensor, describe
 from moe_kernels.ops._fused_experts_checks import check_layer, check_main_grad, check_precision
 from moe_kernels.ops._library import (
     define,
@@ -379,7 +379,7 @@ def fused_experts(
     if not isinstance(main_grads, tuple | list) or len(main_grads) != 2:
         raise TypeError(
             f"{op}: main_grads must be a pair, for gate_up and down, of buffers or None; got "
-            f"{main_grads!r:.100}"
+            f"{describe(main_grads)}"
         )
     main_up, main_down = main_grads
     check_precision(op, precision, weight_scales, (main_up, main_down))

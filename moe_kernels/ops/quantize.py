@@ -18,6 +18,7 @@ from moe_kernels.ops._checks import (
     check_dtype,
     check_flag,
     check_tensor,
+    describe,
     shape,
 )
 from moe_kernels.ops._library import define, refuse_backward
@@ -248,7 +249,9 @@ def check_row_scales(
 def check_weight_scales(op: str, scales: Any, x: Tensor, gate_up: Tensor, down: Tensor) -> None:
     """Raise unless ``scales`` are those of the float8 matrices ``gate_up`` and ``down``."""
     if not isinstance(scales, tuple | list) or len(scales) != 2:
-        raise TypeError(f"{op}: weight_scales must be a pair, for gate_up and down; got {scales!r}")
+        raise TypeError(
+            f"{op}: weight_scales must be a pair, for gate_up and down; got {describe(scales)}"
+        )
     for name, weight, its in (("gate_up", gate_up, scales[0]), ("down", down, scales[1])):
         check_dtype(op, f"{name}, with weight_scales,", weight, FLOAT8_DTYPES)
         check_device(op, "x", x, name, weight)

@@ -152,7 +152,9 @@ def test_wrong_buffers_are_refused(impl: Implementation) -> None:
     refused(ValueError, "memory of its own", overlapping)
     refused(ValueError, "without requires_grad", right[0].clone().requires_grad_())
     for wrong in (right[:1], (*right, None), right[0], 5):
-        with pytest.raises(TypeError, match="main_grads must be a pair, for gate_up and down"):
+        with pytest.raises(
+            TypeError, match=r"main_grads must be a pair, .*; got [a-zA-Z ]+[0-9]?$"
+        ):
             moe_kernels.fused_experts(**leaves, main_grads=wrong)
 
 

@@ -124,6 +124,17 @@ def test_chunk_permute_refuses_what_does_not_fit() -> None:
         moe_kernels.chunk_permute(rows, torch.tensor([1, 2]), torch.tensor([0]))
 
 
+def test_refuses_an_order_that_leads_elsewhere() -> None:
+    x = torch.randn(3, 4)
+    order = moe_kernels.sort_by_expert(torch.zeros(3, 2, dtype=torch.int64), 2)
+    for name, wrong in (("row_to_slot", 6), ("slot_to_row", -1)):
+        bad = getattr(order, name).clone()
+        bad.view(-1)[2] = wrong
+        message = rf"order.{name} must be in \[0, T \* K = 6\); got {wrong}$"
+        with pytest.raises(IndexError, match=message):
+            moe_kernels.permute(x, order._replace(**{name: bad}))
+
+
 def test_refuses_what_does_not_fit() -> None:
     ids, experts = make_ids("plain")
     order = moe_kernels.sort_by_expert(ids, experts)
