@@ -183,7 +183,15 @@ def fused_options(experts: Any) -> dict[str, Any] | None:
     Returns:
         ``activation`` and, where it has them, ``interleaved``, ``alpha`` and ``limit``; None if the
         gate is the module's own affair, and its experts run row by row around it.
+
+    Raises:
+        TypeError: ``experts`` is no such module.
     """
+    if not hasattr(experts, "_apply_gate"):
+        raise TypeError(
+            "fused_options: experts must be a module of transformers' experts interface; got "
+            f"{type(experts).__name__}"
+        )
     gate, act_fn = experts._apply_gate, getattr(experts, "act_fn", None)
     gate = gate.__func__ if isinstance(gate, types.MethodType) else gate
     kind = act_fn if isinstance(act_fn, types.FunctionType) else type(act_fn)

@@ -87,6 +87,10 @@ def replace_moe_layers(
     if not isinstance(model, nn.Module):
         raise TypeError(f"replace_moe_layers: model must be a module; got {type(model).__name__}")
     backend = BackendConfig() if backend is None else backend
+    if not isinstance(backend, BackendConfig):
+        raise TypeError(
+            f"replace_moe_layers: backend must be a BackendConfig; got {type(backend).__name__}"
+        )
     if backend.fake_balanced_gate:
         raise ValueError(
             "replace_moe_layers: backend.fake_balanced_gate must be False: it has no place for the "
@@ -157,6 +161,11 @@ def _config(model: nn.Module, block: Any, family: Family, training: dict[str, An
     if any(isinstance(value, DTensor) for value in block.parameters()):
         raise ValueError("the model is already sharded; replace its layers before")
     router, experts = block.get_submodule(family.router), block.experts
+    if not hasattr(experts, "down_proj"):
+        raise ValueError(
+            f"experts must have weights down_proj; got {type(experts).__name__}. Replace the layers"
+            " of a model whose experts are not quantised"
+        )
     routing: dict[str, Any] = {"n_expert_groups": 1, "n_limited_groups": 1, "route_scale": 1.0}
     routing |= family.routing(block, router)
     if routing["norm_topk_prob"] and router.top_k == 1:

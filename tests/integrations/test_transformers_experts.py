@@ -323,6 +323,8 @@ def test_a_changed_gate_runs_as_it_is() -> None:
         torch.float64
     )
     assert fused_options(experts) is not None
+    with pytest.raises(TypeError, match=r"must be a module of .* interface; got Linear"):
+        fused_options(torch.nn.Linear(2, 2))
     original = type(experts)._apply_gate
 
     def changed(self: nn.Module, gate_up: Tensor) -> Tensor:

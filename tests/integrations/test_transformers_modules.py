@@ -469,6 +469,8 @@ def test_options_that_do_not_fit_are_named() -> None:
         replace_moe_layers(model, gate_bias_update_factor=0.1)
     with pytest.raises(ValueError, match=r"fake_balanced_gate must be False"):
         replace_moe_layers(model, BackendConfig(fake_balanced_gate=True))
+    with pytest.raises(TypeError, match="backend must be a BackendConfig; got int"):
+        replace_moe_layers(model, 3)
     replace_moe_layers(model)
     with pytest.raises(ValueError, match=r"has no MoE block .*this package's already"):
         replace_moe_layers(model)

@@ -15,6 +15,7 @@ from moe_kernels.integrations.transformers import (  # noqa: E402
     QuantizedExpertsLayer,
     quantize_experts_of,
 )
+from moe_parallel.integrations.transformers import replace_moe_layers  # noqa: E402
 from tests.integrations.test_transformers_experts import OpCount, relative_error  # noqa: E402
 from tests.integrations.tiny_models import tiny_model, tokens  # noqa: E402
 
@@ -126,6 +127,8 @@ def test_training_is_refused() -> None:
     loss = model(input_ids=tokens(), labels=tokens()).loss
     with pytest.raises(RuntimeError, match="quantised weights are for inference"):
         loss.backward()
+    with pytest.raises(ValueError, match=r"mlp\): experts .* down_proj; got QuantizedExpertsLayer"):
+        replace_moe_layers(model)
 
 
 def test_experts_that_layers_share_are_replaced_everywhere() -> None:
