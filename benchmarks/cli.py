@@ -60,17 +60,30 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True)
 
     run = commands.add_parser("run", help="measure ops and write the results as JSON")
-    run.add_argument("ops", nargs="+", choices=[*OPS, "all"], metavar="op", help=", ".join(OPS))
-    run.add_argument("--device", choices=("cpu", "cuda"), default=_default_device())
+    run.add_argument(
+        "ops", nargs="+", choices=[*OPS, "all"], metavar="op", help=", ".join([*OPS, "or all"])
+    )
+    _add_device(run)
     run.add_argument(
         "--shape",
         nargs="+",
         default=(),
         help="names of shape sets (see list), or sizes such as T=16,E=8 (others as in the default)",
     )
-    run.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=())
-    run.add_argument("--direction", nargs="+", choices=DIRECTIONS, default=())
-    run.add_argument("--provider", nargs="+", choices=list(PROVIDERS), default=())
+    run.add_argument(
+        "--dtype", nargs="+", choices=list(DTYPES), default=(), help="default: as the op has it"
+    )
+    run.add_argument(
+        "--direction", nargs="+", choices=DIRECTIONS, default=(), help="default: all of the op's"
+    )
+    run.add_argument(
+        "--provider",
+        nargs="+",
+        choices=list(PROVIDERS),
+        metavar="PROVIDER",
+        default=(),
+        help="names of list; default: those that can run here, without moe_kernels_roles_...",
+    )
     run.add_argument(
         "--routing", nargs="+", choices=ROUTINGS, default=(), help="default: as list says"
     )
@@ -78,7 +91,11 @@ def _parser() -> argparse.ArgumentParser:
         "--resume", action="store_true", help="go on with the file of an interrupted run"
     )
     run.add_argument(
-        "--ranks", nargs="+", type=int, default=(2,), help="processes, for ops that need several"
+        "--ranks",
+        nargs="+",
+        type=int,
+        default=(2,),
+        help="processes, for ops that need several: default 2",
     )
     run.add_argument(
         "--large-pages", action="store_true", help="weights on pages of 2 MiB, for all providers"
@@ -87,15 +104,19 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--seconds", type=float, help="of timing for each table; default 20 on CPU, 2 on CUDA"
     )
-    run.add_argument("--rounds", type=int, default=50, help="of timing at most")
-    run.add_argument("--seed", type=int, default=0)
-    run.add_argument("--out", type=Path, help="a .json file (for one op) or a folder")
+    run.add_argument("--rounds", type=int, default=50, help="of timing at most; default 50")
+    run.add_argument("--seed", type=int, default=0, help="of inputs and weights; default 0")
+    run.add_argument(
+        "--out",
+        type=Path,
+        help="a .json file (for one op) or a folder; default: the device's in runs/benchmarks",
+    )
     run.set_defaults(command=_run)
 
     memory = commands.add_parser(
         "memory", help="peak memory of a training step by mode of activation checkpointing"
     )
-    memory.add_argument("--device", choices=("cpu", "cuda"), default=_default_device())
+    _add_device(memory)
     memory.add_argument("--shape", default="", help="sizes such as L=4,T=1024 (others by default)")
     memory.add_argument("--dtype", choices=list(DTYPES), default="bf16")
     memory.add_argument("--threads", type=int, help="of PyTorch on the CPU")
@@ -115,17 +136,27 @@ def _parser() -> argparse.ArgumentParser:
         help="files or folders; default: the committed results and those of last runs",
     )
     report.add_argument("--tables", action="store_true", help="no plots, which need matplotlib")
-    report.add_argument("--out", type=Path, default=RUNS / "report", help="a folder")
+    report.add_argument(
+        "--out",
+        type=Path,
+        default=RUNS / "report",
+        help="a folder; default: runs/benchmarks/report",
+    )
     report.set_defaults(command=_report)
 
     show = commands.add_parser("list", help="ops, shapes, and providers and why they cannot run")
-    show.add_argument("--device", choices=("cpu", "cuda"), default=_default_device())
+    _add_device(show)
     show.set_defaults(command=_list)
     return parser
 
 
-def _default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default: cuda where torch finds such a device",
+    )
 
 
 def _device(options: argparse.Namespace) -> torch.device:
@@ -151,6 +182,11 @@ def _run(options: argparse.Namespace) -> int:
         large_pages=options.large_pages,
         threads=options.threads,
     )
+    if settings.seconds < 0 or settings.max_rounds < 1:
+        raise ValueError(
+            "--seconds must be at least 0 and --rounds at least 1; got "
+            f"{settings.seconds} and {settings.max_rounds}"
+        )
     if min(options.ranks) < 1:
         raise ValueError(f"--ranks must be at least 1; got {min(options.ranks)}")
     ops = list(OPS) if "all" in options.ops else list(dict.fromkeys(options.ops))

@@ -216,8 +216,8 @@ def add_parser(commands: Any) -> None:
         "launches", help="kernels that a layer launches, counted without a GPU"
     )
     parser.add_argument("--shape", default="T=1", help="sizes such as T=16,E=64")
-    parser.add_argument("--arch", type=int, choices=(80, 90, 100), default=90)
-    parser.add_argument("--biased", action="store_true")
+    parser.add_argument("--arch", type=int, choices=(80, 90, 100), default=90, help="default 90")
+    parser.add_argument("--biased", action="store_true", help="experts with biases")
     parser.set_defaults(command=launches_command)
 
 

@@ -248,8 +248,10 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "sweep", help="many runs, each with a time limit; again to go on where it stopped"
     )
-    parser.add_argument("plan", choices=PLANS)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument(
+        "plan", choices=PLANS, help="the tables of make gpu-check, or every op, model and routing"
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="default cuda")
     parser.add_argument("--out", type=Path, required=True, help="a folder")
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds for all")
     parser.add_argument(

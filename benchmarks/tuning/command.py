@@ -54,7 +54,9 @@ def add_parser(commands: Any) -> None:
     tune.add_argument(
         "--dry-run", action="store_true", help="compile the candidates only; needs no GPU"
     )
-    tune.add_argument("--arch", type=int, default=90, help="of a dry run: 80, 90, 100")
+    tune.add_argument(
+        "--arch", type=int, choices=(80, 90, 100), default=90, help="of a dry run; default 90"
+    )
     tune.set_defaults(command=tune_command)
 
 
