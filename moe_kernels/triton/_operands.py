@@ -195,6 +195,15 @@ def weight_operand(b: Tensor, block_k: int, block_n: int, *, halves: bool = Fals
     return by_pointer(b)
 
 
+def bias_operand(bias: Tensor | None) -> tuple[Tensor | None, tuple[int, ...]]:
+    """``bias [E, N]`` and its strides, copied where 32 bits do not count to its last column."""
+    if bias is None:
+        return None, (0, 0)
+    if bias.shape[1] * bias.stride(1) >= 2**31:
+        bias = bias.contiguous()
+    return bias, bias.stride()
+
+
 def ragged_operand(a: Tensor, source: Source | None, block_r: int, block_c: int) -> Operand:
     """``a [R, C]``, or [T, C] if gathered, read in tiles that end with an expert's rows."""
     # a ragged descriptor makes two dimensions of the rows, so that one row's stride counts too

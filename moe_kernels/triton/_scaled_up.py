@@ -19,7 +19,12 @@ from moe_kernels.triton._activation import Activation, activate, activate_gated
 from moe_kernels.triton._configs import Config
 from moe_kernels.triton._fp8 import encode
 from moe_kernels.triton._launch import architecture, ceil_div, processors
-from moe_kernels.triton._operands import pipeline_stages, row_operand, weight_operand
+from moe_kernels.triton._operands import (
+    bias_operand,
+    pipeline_stages,
+    row_operand,
+    weight_operand,
+)
 from moe_kernels.triton._tiles import TileMap, load_tile, tile_count, walk
 from moe_kernels.triton.grouped_gemm import store_tile, zero_rows
 from moe_kernels.triton.quantize import Scaled, block_scales, magnitude
@@ -156,11 +161,11 @@ def project_up(
     r = row_operand(x[0], None, cut.block_m, cut.block_k)
     b = weight_operand(w[0], cut.block_k, cut.block_n)
     steps = tiles.bound * ceil_div(inner, BLOCK.value)
+    shift, strides = bias_operand(bias)
     _scaled_up_kernel[(min(steps, processors(h.device) * cut.programs),)](
-        r.value, b.value, x[1], w[1], bias, offsets, h, a[0], a[1], tiles.tiles, tiles.bound,
+        r.value, b.value, x[1], w[1], shift, offsets, h, a[0], a[1], tiles.tiles, tiles.bound,
         rows, h.shape[0], H, inner, W, E, activation.alpha, activation.limit,
-        *r.strides, *b.strides, *x[1].stride(), *w[1].stride(),
-        *((0, 0) if bias is None else bias.stride()),
+        *r.strides, *b.strides, *x[1].stride(), *w[1].stride(), *strides,
         X_MODE=r.mode, W_MODE=b.mode, BIASED=bias is not None, **activation.constants(h),
         SAVE_H=h.shape[0] > 0, EVEN_K=H % cut.block_k == 0, BLOCK_M=cut.block_m,
         BLOCK_K=cut.block_k, GROUP_M=cut.group_m, STAGES=pipeline_stages(cut.stages, r, b),

@@ -31,6 +31,7 @@ from moe_kernels.triton._launch import (
 )
 from moe_kernels.triton._operands import (
     TMA,
+    bias_operand,
     contiguous_rows,
     has_hopper_up,
     is_aligned,
@@ -182,11 +183,11 @@ def _project_up(
         gate_up, cut.block_k, cut.block_n * (2 if activation.gated else 1), halves=halves
     )
     steps = tiles.bound * ceil_div(I, cut.block_n)
+    shift, strides = bias_operand(bias)
     _up_kernel[(min(steps, processors(x.device) * cut.programs),)](
-        r.value, order[0], order[2], w.value, bias, h, a, tiles.tiles, tiles.bound, h.shape[0],
+        r.value, order[0], order[2], w.value, shift, h, a, tiles.tiles, tiles.bound, h.shape[0],
         H, I, W, gate_up.shape[0], order[1].shape[1], activation.alpha, activation.limit,
-        *r.strides, *w.strides,
-        *((0, 0) if bias is None else bias.stride()),
+        *r.strides, *w.strides, *strides,
         X_MODE=r.mode, GATHERED=source is not None, W_MODE=w.mode, BIASED=bias is not None,
         **activation.constants(x), SAVE_H=h.shape[0] > 0, EVEN_K=H % cut.block_k == 0,
         PRECISION=dot_precision(x), BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, BLOCK_K=cut.block_k,

@@ -26,6 +26,7 @@ from moe_kernels.triton._launch import (
 from moe_kernels.triton._operands import (
     TMA_IN_KERNEL,
     TMA_TRANSPOSED,
+    bias_operand,
     described_in_kernel,
     has_hopper_gemm,
     is_aligned,
@@ -157,11 +158,12 @@ def multiply_rows(
     if specialize:
         x = described_in_kernel(a)
     steps = tiles.bound * ceil_div(N, cut.block_n)
+    shift, strides = bias_operand(bias)
 
     def launch() -> None:
         _grouped_gemm_kernel[(min(steps, processors(a.device) * cut.programs),)](
-            x.value, w.value, bias, out, tiles.tiles, tiles.bound, a.shape[0], N, Kd, *x.strides,
-            *w.strides, *(bias.stride() if bias is not None else (0, 0)),
+            x.value, w.value, shift, out, tiles.tiles, tiles.bound, a.shape[0], N, Kd, *x.strides,
+            *w.strides, *strides,
             A_MODE=x.mode, B_MODE=w.mode, BIASED=bias is not None, EVEN_K=Kd % cut.block_k == 0,
             PRECISION=dot_precision(a), BLOCK_M=cut.block_m, BLOCK_N=cut.block_n,
             BLOCK_K=cut.block_k, GROUP_M=cut.group_m, STAGES=pipeline_stages(cut.stages, x, w),

@@ -23,6 +23,7 @@ from moe_kernels.triton._launch import (
     refuse_float64,
 )
 from moe_kernels.triton._operands import (
+    bias_operand,
     is_aligned,
     load_rows,
     load_weight,
@@ -115,10 +116,10 @@ def multiply_scaled_rows(
     x = row_operand(raw(rows), None, cut.block_m, cut.block_k)
     w = weight_operand(raw(weights), cut.block_k, cut.block_n)
     steps = tiles.bound * ceil_div(N, cut.block_n)
+    shift, strides = bias_operand(bias)
     _scaled_grouped_gemm_kernel[(min(steps, processors(rows.device) * cut.programs),)](
-        x.value, w.value, scales_a, scales_b, bias, out, tiles.tiles, tiles.bound, N, Kd,
-        *x.strides, *w.strides, *scales_a.stride(), *scales_b.stride(),
-        *(bias.stride() if bias is not None else (0, 0)),
+        x.value, w.value, scales_a, scales_b, shift, out, tiles.tiles, tiles.bound, N, Kd,
+        *x.strides, *w.strides, *scales_a.stride(), *scales_b.stride(), *strides,
         A_MODE=x.mode, B_MODE=w.mode, BIASED=bias is not None, EVEN_K=Kd % cut.block_k == 0,
         BYTES=not has_float8(rows.device), BLOCK_M=cut.block_m, BLOCK_N=cut.block_n,
         BLOCK_K=cut.block_k, GROUP_M=cut.group_m, STAGES=pipeline_stages(cut.stages, x, w),

@@ -316,6 +316,36 @@ def test_strides_of_any_length(impl: Implementation) -> None:
     torch.testing.assert_close(out, 1 + expected.float(), rtol=0.01, atol=0.05)
 
 
+def test_biases_whose_columns_lie_far_apart(impl: Implementation) -> None:
+    """Further than 32 bits count in all, though not from one to the next."""
+    experts, hidden, inner, apart = 2, 3, 2, 2**30 + 48
+    make: dict[str, Any] = {"dtype": torch.bfloat16, "device": impl.device}
+
+    def spread(columns: int) -> Tensor:
+        memory = torch.empty(apart * (columns - 1) + experts, **make)
+        bias = memory.as_strided((experts, columns), (1, apart))
+        return bias.copy_(torch.randn(experts, columns))
+
+    x, ids = torch.randn(5, hidden, **make), torch.tensor([[0], [1], [1], [0], [1]])
+    gate_up = torch.randn(experts, hidden, 2 * inner, **make)
+    down, weights = torch.randn(experts, inner, hidden, **make), torch.rand(5, 1)
+    order = moe_kernels.sort_by_expert(ids.to(impl.device), experts)
+    biases = spread(2 * inner), spread(hidden)
+
+    def results(*biases: Tensor) -> list[Tensor]:
+        leaf = weights.to(impl.device).requires_grad_()
+        y = moe_kernels.fused_experts(
+            x, gate_up, down, ids.to(impl.device), leaf, gate_up_bias=biases[0],
+            down_bias=biases[1],
+        )  # fmt: skip
+        float8 = moe_kernels.fp8_grouped_gemm(x, gate_up, order.offsets, bias=biases[0])
+        return [y, *torch.autograd.grad(y.sum(), leaf), float8]
+
+    near = results(*(bias.contiguous() for bias in biases))
+    for one, other in zip(results(*biases), near, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("block_m", [16, 128])
 @pytest.mark.parametrize("experts", [1, 40])
 def test_tiles_cover_every_row_once(impl: Implementation, experts: int, block_m: int) -> None:
