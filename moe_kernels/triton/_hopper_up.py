@@ -35,11 +35,13 @@ from moe_kernels.triton._hopper_gemm import (
     describe_weight,
 )
 from moe_kernels.triton._launch import ceil_div, processors
+from moe_kernels.triton._operands import bias_operand
 from moe_kernels.triton._tiles import TileMap, load_tile, tile_count, walk
 
 LOADERS = gl.constexpr(4)  # warps that gather
 # registers a thread: with eight warps of the first and four of the second, all that there are
 MULTIPLYING, LOADING = gl.constexpr(232), gl.constexpr(40)
+PART = gl.constexpr(64)  # columns of the activation that are computed at once
 UNIT = gl.constexpr(8)  # elements of 16 bytes, of which rows and their strides are multiples
 
 
@@ -93,6 +95,20 @@ def _gather(
 
 
 @gluon.jit
+def _halves(tile, ROWS: gl.constexpr, WIDTH: gl.constexpr):
+    """The left and the right half of a tile's columns."""
+    return gl.split(tile.reshape([ROWS, 2, WIDTH // 2]).permute(0, 2, 1))
+
+
+@gluon.jit
+def _shift(tile, bias, stride, column, N, WIDTH: gl.constexpr):
+    """The tile and, of a bias of N columns, those from ``column`` on."""
+    columns = column + gl.arange(0, WIDTH, gl.AutoLayout())
+    shift = gl.load(bias + columns * stride, mask=columns < N, other=0.0)
+    return tile + shift.to(gl.float32)[None, :]
+
+
+@gluon.jit
 def _project(
     bias, h, a, alpha, limit, W, stride_bias_e, stride_bias_n, problem, ring, turn,
     GROUP: gl.constexpr, SHARED: gl.constexpr, TRANSPOSED: gl.constexpr, BIASED: gl.constexpr,
@@ -106,7 +122,6 @@ def _project(
     ROWS: gl.constexpr = BLOCK_M // GROUPS if SHARED else BLOCK_M
     ROW: gl.constexpr = GROUP * ROWS if SHARED else 0  # of a tile, the first
     OWNERS: gl.constexpr = 1 if SHARED else GROUPS  # of the tiles, by turns
-    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     row_tiles, column_tiles = tile_count(tiles), gl.cdiv(I, BLOCK_N)
     H = units * UNIT
     start, step = _begin(H, GROUP, SHARED, BLOCK_K)
@@ -121,34 +136,43 @@ def _project(
         )  # fmt: skip
 
         if BIASED:
-            within = gl.arange(0, WIDTH, gl.SliceLayout(0, SUMS))
-            if HALVES:
-                inside = n + within % BLOCK_N < I
-                column = within // BLOCK_N * I + n + within % BLOCK_N
+            shifts = bias + expert.to(gl.int64) * stride_bias_e
+        if HALVES:
+            # biases of all columns at once would not fit in registers
+            left, right = _halves(total, ROWS, WIDTH)
+            if BLOCK_N > PART:
+                gates, ups = _halves(left, ROWS, BLOCK_N), _halves(right, ROWS, BLOCK_N)
             else:
-                column = column_tile * WIDTH + within
-                inside = column < W
-            shift = bias + expert.to(gl.int64) * stride_bias_e + column * stride_bias_n
-            total += gl.load(shift, mask=inside, other=0.0).to(gl.float32)[None, :]
-        # halves, as in the GEMM; the activation of a whole tile would not fit in registers
-        HALF: gl.constexpr = WIDTH // 2
-        left, right = gl.split(total.reshape([ROWS, 2, HALF]).permute(0, 2, 1))
-        if SAVE_H:
-            wide = n if HALVES else column_tile * WIDTH
-            columns = I if HALVES else W
-            _store(left, h, first, end, ROW, wide, columns, W, ROWS, HALF)
-            if HALVES:
-                _store(right, h + I, first, end, ROW, wide, columns, W, ROWS, HALF)
-            else:
-                _store(right, h, first, end, ROW, wide + HALF, columns, W, ROWS, HALF)
-        if GATED:
-            if INTERLEAVED:
-                left, right = gl.split(total.reshape([ROWS, BLOCK_N, 2]))
-            value = activate_gated(left, right, alpha, limit, KIND, CLAMP, False)
-            _store(value, a, first, end, ROW, n, I, I, ROWS, BLOCK_N)
+                gates, ups = (left,), (right,)
+            SIZE: gl.constexpr = min(BLOCK_N, PART)
+            for part in gl.static_range(BLOCK_N // SIZE):
+                gate, up, column = gates[part], ups[part], n + part * SIZE
+                if BIASED:
+                    gate = _shift(gate, shifts, stride_bias_n, column, I, SIZE)
+                    up = _shift(up, shifts + I * stride_bias_n, stride_bias_n, column, I, SIZE)
+                if SAVE_H:
+                    _store(gate, h, first, end, ROW, column, I, W, ROWS, SIZE)
+                    _store(up, h + I, first, end, ROW, column, I, W, ROWS, SIZE)
+                value = activate_gated(gate, up, alpha, limit, KIND, CLAMP, False)
+                _store(value, a, first, end, ROW, column, I, I, ROWS, SIZE)
         else:
-            _store(activate(left, KIND, False), a, first, end, ROW, n, I, I, ROWS, HALF)
-            _store(activate(right, KIND, False), a, first, end, ROW, n + HALF, I, I, ROWS, HALF)
+            # halves, as in the GEMM; the activation of a whole tile would not fit in registers
+            HALF: gl.constexpr = WIDTH // 2
+            wide = column_tile * WIDTH
+            if BIASED:
+                total = _shift(total, shifts, stride_bias_n, wide, W, WIDTH)
+            left, right = _halves(total, ROWS, WIDTH)
+            if SAVE_H:
+                _store(left, h, first, end, ROW, wide, W, W, ROWS, HALF)
+                _store(right, h, first, end, ROW, wide + HALF, W, W, ROWS, HALF)
+            if GATED:
+                gate, up = gl.split(total.reshape([ROWS, BLOCK_N, 2]))
+                value = activate_gated(gate, up, alpha, limit, KIND, CLAMP, False)
+                _store(value, a, first, end, ROW, n, I, I, ROWS, BLOCK_N)
+            else:
+                _store(activate(left, KIND, False), a, first, end, ROW, n, I, I, ROWS, HALF)
+                right = activate(right, KIND, False)
+                _store(right, a, first, end, ROW, n + HALF, I, I, ROWS, HALF)
 
 
 @gluon.jit(do_not_specialize=["bound", "top_k"])
@@ -215,10 +239,10 @@ def project_up(
     w = describe_weight(gate_up, cut.block_k, columns, transposed=transposed)
     constants = {key: value for key, value in activation.constants(x).items() if key != "PRECISE"}
     steps = tiles.bound * ceil_div(I, cut.block_n)
+    shift, strides = bias_operand(bias)
     _hopper_up_kernel[(min(steps, processors(x.device)),)](
-        x, row_to_slot, w, bias, h, a, tiles.tiles, tiles.bound, H // UNIT.value, I, W, top_k,
-        x.stride(0) // UNIT.value, activation.alpha, activation.limit,
-        *((0, 0) if bias is None else bias.stride()),
+        x, row_to_slot, w, shift, h, a, tiles.tiles, tiles.bound, H // UNIT.value, I, W, top_k,
+        x.stride(0) // UNIT.value, activation.alpha, activation.limit, *strides,
         TRANSPOSED=transposed, BIASED=bias is not None, **constants, SAVE_H=h.shape[0] > 0,
         EVEN_K=H % cut.block_k == 0, SHARED=cut.block_m * width > LARGEST_TILE,
         BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, BLOCK_K=cut.block_k, GROUP_M=cut.group_m,

@@ -262,6 +262,7 @@ def _gluon_up(
     transposed: bool = True,
     interleaved: bool = False,
     biased: bool = False,
+    **changes: int,
 ) -> None:
     """The up-projection in Gluon, of other layers than :func:`_roles` has."""
     from moe_kernels.triton._activation import Activation
@@ -278,8 +279,8 @@ def _gluon_up(
     w = torch.empty(E, hidden, width, dtype=BF16) if w is None else w
     bias = torch.empty(E, width, dtype=BF16) if biased else None
     h, a = torch.empty(T * K, width, dtype=BF16), torch.empty(T * K, INNER, dtype=BF16)
-    tiles = build_tile_map(order[2], T * K, 128)
-    cut = Config(**GLUON, block_n=block_n)
+    cut = Config(**GLUON | changes, block_n=block_n)
+    tiles = build_tile_map(order[2], T * K, cut.block_m)
     _project_up(torch.empty(T, hidden, dtype=BF16), w, bias, order, h, a, act, tiles, cut)
 
 
@@ -404,7 +405,10 @@ MORE_CASES: dict[str, Callable[[], None]] = {
     ),
     "gluon_turns_biased_roles": partial(_gluon_biased, 128),
     "gluon_shared_biased_roles": partial(_gluon_biased, 256),
-    "gluon_up_shared_roles": partial(_gluon_up, 128, "geglu", biased=True),
+    # a clamp takes the most registers
+    "gluon_up_shared_roles": partial(_gluon_up, 128, biased=True),
+    "gluon_up_turns_64_5_biased_roles": partial(_gluon_up, 128, biased=True, block_m=64, stages=5),
+    "gluon_up_shared_geglu_roles": partial(_gluon_up, 128, "geglu", biased=True),
     "gluon_up_turns_rows_roles": partial(_gluon_up, 64, "reglu", transposed=False, biased=True),
     "gluon_up_shared_oai_roles": partial(
         _gluon_up, 128, "swigluoai", transposed=False, interleaved=True, biased=True

@@ -254,7 +254,7 @@ class Language:
             name: lambda *arguments: None
             for name in (
                 *("SliceLayout", "BlockedLayout", "NVMMADistributedLayout", "NVMMASharedLayout"),
-                "MBarrierLayout",
+                *("MBarrierLayout", "AutoLayout"),
             )
         }
 
