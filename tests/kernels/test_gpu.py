@@ -1,14 +1,19 @@
 """What only a GPU can show: races, host synchronisation, graph capture, addresses past 2**31."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 import moe_kernels
+from moe_kernels.triton._launch import TRITON_VERSION
 from tests.conftest import HAS_GPU
+from tests.kernels import hopper_runs
 from tests.kernels.accuracy import worst_row_error
 
 pytestmark = [
@@ -17,6 +22,8 @@ pytestmark = [
 ]
 BF16 = torch.bfloat16
 GIB = 2**30
+ROOT = Path(__file__).parents[2]
+ENDS_WITHIN = 60  # seconds, with compiling; less than gpu-check gives a test
 
 
 def _layer(
@@ -155,6 +162,22 @@ def test_a_graph_replays_with_other_routings() -> None:
         graph.replay()
         for i, (value, expected) in enumerate(zip(captured, _step(layer, upstream), strict=True)):
             assert torch.equal(value, expected), (routing, i)
+
+
+@pytest.mark.parametrize("group", hopper_runs.GROUPS)
+def test_kernels_whose_warps_have_roles(group: str) -> None:
+    """In a process of its own: where a kernel does not end, that is ended, and this test alone."""
+    if torch.cuda.get_device_capability()[0] != 9 or not (3, 6) <= TRITON_VERSION < (3, 8):
+        pytest.skip("needs sm_90 and Triton 3.6 or 3.7")
+    command = [sys.executable, "-m", "tests.kernels.hopper_runs", group]
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=ENDS_WITHIN, check=False
+        )
+    except subprocess.TimeoutExpired as late:
+        begun = (late.stdout or b"").decode()
+        pytest.fail(f"{group} did not end within {ENDS_WITHIN} s; the last case began:\n{begun}")
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
 
 
 def _needs_memory(size: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -11,11 +12,13 @@ from torch import Tensor
 from moe_kernels import reference
 from moe_kernels.triton import _activation, _hopper_up, _operands
 from moe_kernels.triton._config_tables import Config
-from tests.conftest import HAS_GPU
-from tests.kernels import gluon_model
+from tests.conftest import HAS_GPU, triton_under_cpu
+from tests.kernels import gluon_model, hopper_runs
 from tests.kernels.gluon_model import DeadlockError, Pointer, RaceError
 from tests.kernels.hopper_checks import (
     BLOCK_N,
+    EPILOGUES,
+    Epilogue,
     Mistake,
     Names,
     check,
@@ -45,6 +48,7 @@ def project(
     biased: bool = False,
     saves: bool = True,
     stages: int = 3,
+    part: int = BLOCK_N,
     seed: int = 0,
     mistake: Mistake = no_mistake,
 ) -> list[tuple[Tensor, Tensor]]:
@@ -53,6 +57,7 @@ def project(
     Args:
         counts: rows of each expert.
         columns: of the activation.
+        part: of a tile's columns that are computed at once.
     """
     generator = torch.Generator().manual_seed(seed)
     rows, experts = sum(counts) + 3, len(counts)
@@ -80,7 +85,8 @@ def project(
         (contracted + 8) // 8, 1.702, 0.5, width, 1,
     )  # fmt: skip
     launch(
-        _hopper_up._hopper_up_kernel, arguments, seed, mistake, SHARED=shared,
+        _hopper_up._hopper_up_kernel, arguments, seed,
+        lambda names: {"PART": part} | mistake(names), SHARED=shared,
         TRANSPOSED=transposed, BIASED=biased, SAVE_H=saves, EVEN_K=contracted % BLOCK_K == 0,
         BLOCK_K=BLOCK_K, STAGES=stages, **constants,
     )  # fmt: skip
@@ -117,14 +123,39 @@ def test_every_schedule_gives_the_projection(
             check(out, right)
 
 
-@pytest.mark.parametrize("kind", [*_activation.GATED, "relu2", "silu", "gelu"])
-def test_every_activation_is_computed(kind: str) -> None:
-    gated = kind in _activation.GATED
-    for interleaved in (False, True) if gated else (False,):
+@pytest.mark.parametrize("epilogue", [*EPILOGUES, Epilogue("gelu", False, True, True)])
+def test_every_epilogue_is_computed(epilogue: Epilogue) -> None:
+    """A tile's columns at once, and in two parts."""
+    for part in (BLOCK_N, BLOCK_N // 2):
         for out, right in project(
-            [9, 4], 24, 12, kind=kind, interleaved=interleaved, transposed=False, biased=True
+            [9, 4], 24, 12, transposed=False, part=part, **epilogue._asdict()
         ):
             check(out, right)
+
+
+def test_cases_for_a_gpu_are_those_of_the_kernels_in_gluon(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cpu")
+    with triton_under_cpu():
+        monkeypatch.setattr(_operands, "INTERPRETED", False)
+        for case in chain.from_iterable(hopper_runs.GROUPS.values()):
+            assert hopper_runs.call(case, [1, 2], device).selected(), case
+    cases = hopper_runs.GROUPS["up_turns"] + hopper_runs.GROUPS["up_turns_64"]
+    cases += hopper_runs.GROUPS["up_shared"]
+    assert {case.epilogue for case in cases} == set(EPILOGUES)
+
+
+@pytest.mark.parametrize(
+    ("group", "routing"), [("up_shared", "all to one"), ("gemm_turns", "ragged")]
+)
+def test_cases_for_a_gpu_are_right_of_the_plain_kernels(group: str, routing: str) -> None:
+    device, case = torch.device("cpu"), hopper_runs.GROUPS[group][0]
+    with triton_under_cpu():
+        counts = hopper_runs.routings(case, device)[routing]
+        hopper_runs.run(case, counts, device)
+        made = hopper_runs.call(case, counts, device)
+        made.poison()
+        with pytest.raises(AssertionError):
+            made.check()
 
 
 def test_no_tiles_are_nothing_to_do() -> None:

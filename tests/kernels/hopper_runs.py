@@ -1,0 +1,196 @@
+"""The kernels whose warps have roles, run: on a GPU, as they are.
+
+    python -m tests.kernels.hopper_runs up_turns
+
+runs a group of cases and names each before it does. It is a process of its own, since a kernel that
+does not end takes its process along. Without a GPU the plain kernels compute the same.
+
+E experts, Kd contracted size, N columns.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_kernels import reference
+from moe_kernels.triton import _operands
+from moe_kernels.triton._activation import GATED, Activation
+from moe_kernels.triton._config_tables import Config
+from moe_kernels.triton._launch import processors
+from moe_kernels.triton._tiles import build_tile_map
+from moe_kernels.triton.fused_experts import _project_up
+from moe_kernels.triton.grouped_gemm import multiply_rows, zero_tail
+from tests.kernels.hopper_checks import EPILOGUES, Epilogue, check, products
+
+BF16 = torch.bfloat16
+KD, INNER, TOP_K = 200, 144, 3  # neither is a multiple of a tile's side
+ALPHA, LIMIT = 1.702, 0.5
+# rows, columns and slots; of a group of warps, which take turns, or halved
+UP_TILES = {"turns": (128, 64, 4), "turns_64": (64, 128, 5), "shared": (128, 128, 4)}
+GEMM_TILES = {
+    "turns": (128, 128, 4),
+    "turns_64": (64, 256, 5),
+    "shared": (128, 256, 4),
+    "shared_256": (256, 128, 3),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel, and what it is compiled for.
+
+    Attributes:
+        epilogue: of the up-projection; else the grouped GEMM, ``biased`` or not.
+        transposed: weights are stored [E, N, Kd].
+    """
+
+    tile: str
+    transposed: bool
+    epilogue: Epilogue | None = None
+    biased: bool = False
+
+    def cut(self) -> Config:
+        tiles = GEMM_TILES if self.epilogue is None else UP_TILES
+        block_m, block_n, stages = tiles[self.tile]
+        return Config(block_m, block_n, 64, warps=8, stages=stages, warp_specialize="gluon")
+
+
+def _up_cases(tile: str) -> list[Case]:
+    """Every epilogue is in one tile's list, and of each list weights are stored both ways."""
+    number = list(UP_TILES).index(tile)
+    chosen = list(EPILOGUES)[number :: len(UP_TILES)]
+    return [Case(tile, i % 2 == 0, epilogue) for i, epilogue in enumerate(chosen)]
+
+
+GROUPS: dict[str, list[Case]] = {f"up_{tile}": _up_cases(tile) for tile in UP_TILES} | {
+    "gemm_turns": [Case("turns", True, biased=True), Case("turns_64", False)],
+    "gemm_shared": [Case("shared", False, biased=True), Case("shared_256", True)],
+}
+
+
+def routings(case: Case, device: torch.device) -> dict[str, list[int]]:
+    """Rows of each expert."""
+    block_m = case.cut().block_m
+    return {
+        "ragged": [block_m + 1, 0, 2 * block_m, 37, 1],
+        "all to one": [0, 0, 2 * block_m + 77, 0],
+        # so that every program walks several tiles, and comes around the ring
+        "many": [processors(device) * block_m, 0, 5, processors(device) * block_m + 3],
+    }
+
+
+@dataclass(frozen=True)
+class Call:
+    """A launch on tensors that are made: outputs hold NaN until ``run``.
+
+    Attributes:
+        selected: whether a kernel in Gluon computes it.
+        outputs: each with what is right, in float64.
+    """
+
+    selected: Callable[[], bool]
+    run: Callable[[], None]
+    outputs: list[tuple[Tensor, Tensor]]
+
+    def poison(self) -> None:
+        for out, _ in self.outputs:
+            out.fill_(torch.nan)
+
+    def check(self) -> None:
+        for out, right in self.outputs:
+            check(out, right)
+
+
+def _padded(*shape: int, device: torch.device) -> Tensor:
+    """Random values; rows are those of a wider matrix, whose other columns hold NaN."""
+    whole = torch.full((*shape[:-1], shape[-1] + 8), torch.nan, dtype=BF16, device=device)
+    part = whole[..., : shape[-1]]
+    return part.copy_(torch.randn(shape, device=device))
+
+
+def _weight(experts: int, columns: int, case: Case, device: torch.device) -> Tensor:
+    if case.transposed:
+        return _padded(experts, columns, KD, device=device).mT
+    return _padded(experts, KD, columns, device=device)
+
+
+def call(case: Case, counts: list[int], device: torch.device) -> Call:
+    experts, used = len(counts), sum(counts)
+    rows = used + 3  # the last are of no expert
+    cut = case.cut()
+    offsets = torch.tensor([0, *counts], device=device).cumsum(0).int()
+    tiles = build_tile_map(offsets, rows, cut.block_m)
+    if case.epilogue is None:
+        # columns that are no multiple of 16 bytes, where the weights' storage lets them be
+        columns = 2 * INNER + 6 if case.transposed else 2 * INNER
+        a, b = _padded(rows, KD, device=device), _weight(experts, columns, case, device)
+        bias = torch.randn(experts, columns, device=device).to(BF16) if case.biased else None
+        out = torch.empty(rows, columns, dtype=BF16, device=device)
+
+        def is_gluon() -> bool:
+            x = _operands.row_operand(a, None, cut.block_m, cut.block_k)
+            w = _operands.weight_operand(b, cut.block_k, cut.block_n)
+            return _operands.has_hopper_gemm(cut, w, x, out)
+
+        def multiply() -> None:
+            multiply_rows(a, b, bias, out, tiles, cut)
+            zero_tail(out, offsets)
+
+        return Call(is_gluon, multiply, [(out, products(a, b, bias, counts).nan_to_num(0.0))])
+
+    kind, interleaved, biased, saves = case.epilogue
+    columns = INNER * (2 if kind in GATED else 1)
+    activation = Activation(kind, interleaved, ALPHA, LIMIT)
+    tokens = rows // TOP_K + 1
+    x, w = _padded(tokens, KD, device=device), _weight(experts, columns, case, device)
+    shift = torch.randn(experts, columns, device=device).to(BF16) if biased else None
+    slots = torch.randperm(rows, device=device).int()
+    slots[used:] = 2**30  # never read
+    order = slots, torch.empty(tokens, TOP_K, dtype=torch.int32, device=device), offsets
+    h = torch.empty(rows if saves else 0, columns, dtype=BF16, device=device)
+    activated = torch.empty(rows, INNER, dtype=BF16, device=device)
+
+    def project() -> None:
+        _project_up(x, w, shift, order, h, activated, activation, tiles, cut)
+
+    gathered = x[slots.clamp(max=rows - 1).long() // TOP_K]
+    sums = products(gathered, w, shift, counts)
+    right = reference.expert_activation(sums, kind, None, interleaved, ALPHA, LIMIT)
+    return Call(
+        lambda: _operands.has_hopper_up(cut, w, x, activated, kind),
+        project,
+        [(activated, right)] + ([(h, sums.nan_to_num(0.0))] if saves else []),
+    )
+
+
+def run(case: Case, counts: list[int], device: torch.device) -> None:
+    """Run it twice: results are right, and the same bits."""
+    made = call(case, counts, device)
+    kept: list[Tensor] = []
+    for _ in range(2):
+        made.poison()
+        made.run()
+        made.check()
+        bits = [out.view(torch.int16).clone() for out, _ in made.outputs]
+        assert all(torch.equal(one, other) for one, other in zip(kept, bits, strict=False))
+        kept = bits
+
+
+def _calls(group: str, device: torch.device) -> Iterator[tuple[str, Case, list[int]]]:
+    for case in GROUPS[group]:
+        for name, counts in routings(case, device).items():
+            yield f"{case}, {name}", case, counts
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    gpu = torch.device("cuda")
+    for text, chosen, rows_of_experts in _calls(sys.argv[1], gpu):
+        print(text, flush=True)
+        assert call(chosen, [1, 1], gpu).selected(), "the plain kernel is chosen"
+        run(chosen, rows_of_experts, gpu)
