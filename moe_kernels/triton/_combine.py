@@ -43,13 +43,20 @@ def backward_widths(rows: int, inner: int, hidden: int, element_size: int) -> tu
     """Columns of backward's buffers for activations [R, inner] and for rows of dX [R, hidden].
 
     Beside the gradient of h there is only one of them at a time. Where experts are wide, halves
-    keep both together below two buffers [R, hidden]. Activations are whole otherwise: each chunk of
-    them reads the gradient of the layer's output again, whose rows are long compared to theirs.
+    keep both together below two buffers [R, hidden], or thirds where those would just reach them.
+    Activations are whole otherwise: each chunk of them reads the gradient of the layer's output
+    again, whose rows are long compared to theirs.
     """
-    wide = 3 * inner >= 2 * hidden - STEP
+    if 3 * inner < 2 * hidden - STEP:
+        return inner, chunk_width(rows, hidden, element_size)
+    # the columns that two buffers have beside the gradient of h, in whole steps and less than all
+    room = max(2 * (hidden - inner) - 1, 0) // STEP * STEP
+    least = [max(2, ceil_div(columns, room)) if room else 2 for columns in (inner, hidden)]
+    if max(least) > 3:
+        least = [2, 2]
     return (
-        chunk_width(rows, inner, element_size, 2) if wide else inner,
-        chunk_width(rows, hidden, element_size, 2 if wide else 1),
+        chunk_width(rows, inner, element_size, least[0]),
+        chunk_width(rows, hidden, element_size, least[1]),
     )
 
 
