@@ -40,15 +40,15 @@ std::shared_ptr<Communicator> make_communicator(int rank, int size, std::string 
 }
 
 std::shared_ptr<Dispatcher> new_dispatcher(
-    const std::string& group, int64_t rank, int64_t ranks, int64_t experts, double timeout,
-    std::shared_ptr<Communicator> shared_memory,
+    const std::string& group, int64_t number, int64_t rank, int64_t ranks, int64_t experts,
+    double timeout, std::shared_ptr<Communicator> shared_memory,
     const std::optional<std::vector<std::vector<int32_t>>>& owners,
     std::shared_ptr<PeerMemory> peer_memory, int64_t max_tokens, int64_t capacity,
     int64_t slot_capacity, bool gpus_alone) {
   Placement placement = owners ? Placement(*owners, ranks, rank) : Placement(experts, ranks);
   OnGpus on_gpus = make_on_gpus(std::move(peer_memory), placement, max_tokens, capacity,
                                 slot_capacity, gpus_alone);
-  return make_dispatcher(group, rank, ranks, std::move(placement), timeout,
+  return make_dispatcher(group, number, rank, ranks, std::move(placement), timeout,
                          std::move(shared_memory), std::move(on_gpus));
 }
 
@@ -127,9 +127,9 @@ void bind(py::module_& m) {
 
   py::class_<Dispatcher, std::shared_ptr<Dispatcher>>(
       m, "Dispatcher", "A dispatcher as the ops find it: by its name, while this object lives.")
-      .def(py::init(&new_dispatcher), "group"_a, "rank"_a, "ranks"_a, "experts"_a, "timeout"_a,
-           "shared_memory"_a, "owners"_a, "peer_memory"_a = nullptr, "max_tokens"_a = 0,
-           "capacity"_a = 0, "slot_capacity"_a = 0, "gpus_alone"_a = false,
+      .def(py::init(&new_dispatcher), "group"_a, "number"_a, "rank"_a, "ranks"_a, "experts"_a,
+           "timeout"_a, "shared_memory"_a, "owners"_a, "peer_memory"_a = nullptr,
+           "max_tokens"_a = 0, "capacity"_a = 0, "slot_capacity"_a = 0, "gpus_alone"_a = false,
            py::call_guard<py::gil_scoped_release>())
       .def("has_fixed_sizes", &has_fixed_sizes, "device_type"_a,
            "Whether what a dispatch of such tensors brings has the same size each time.")
@@ -152,6 +152,11 @@ void bind(py::module_& m) {
       .def_readonly("name", &Dispatcher::name)
       .def_readonly("ranks", &Dispatcher::ranks);
   m.def("find_dispatcher", &find_dispatcher, "name"_a);
+  m.def("begin_dispatcher", &begin_dispatcher, "group"_a,
+        "The number of the next dispatcher of a group, whether or not it can be made.");
+  m.def("begun_dispatchers", &begun_dispatchers, "group"_a, "How many there are.");
+  m.def("agree_on_dispatchers", &agree_on_dispatchers, "group"_a, "begun"_a,
+        "The most of any rank; the dispatcher that is being made is the last of them.");
 
   m.def(
       "remember_joined",

@@ -21,11 +21,19 @@ namespace {
 
 using at::Tensor;
 
+// The dispatchers of a group. Another group that has the name counts from 0, as on a rank that did
+// not know the first.
+struct Count {
+  c10::weak_intrusive_ptr<c10d::ProcessGroup> group;
+  int64_t before;  // groups of this name
+  int64_t begun = 0, agreed = 0;
+};
+
 // Of the process, as c10d's registry of groups is: ops get names.
 struct Registry {
   std::mutex mutex;
   std::unordered_map<std::string, std::weak_ptr<Dispatcher>> dispatchers;
-  std::unordered_map<std::string, int64_t> made;  // in each group
+  std::unordered_map<std::string, Count> counts;
   std::unordered_map<std::string, std::pair<c10::weak_intrusive_ptr<c10d::ProcessGroup>, Joined>>
       joined;
   std::unordered_map<
@@ -35,6 +43,14 @@ struct Registry {
   static Registry& get() {
     static auto* const registry = new Registry;  // for ever: tensors may outlive static objects
     return *registry;
+  }
+  // With the lock.
+  Count& count(const std::string& name, const c10::intrusive_ptr<c10d::ProcessGroup>& group) {
+    const auto found = counts.find(name);
+    if (found != counts.end() && found->second.group.lock() == group) return found->second;
+    const int64_t before = found == counts.end() ? 0 : found->second.before + 1;
+    const c10::weak_intrusive_ptr<c10d::ProcessGroup> weak(group);
+    return counts.insert_or_assign(name, Count{weak, before}).first->second;
   }
 };
 
@@ -49,14 +65,40 @@ int64_t tag_of(const Dispatcher& dispatcher, const int64_t* numbers) {
 
 }  // namespace
 
-std::shared_ptr<Dispatcher> make_dispatcher(const std::string& group, int64_t rank, int64_t ranks,
-                                            Placement placement, double timeout,
+int64_t begin_dispatcher(const std::string& group) {
+  Registry& registry = Registry::get();
+  const auto process_group = c10d::resolve_process_group(group);
+  const std::lock_guard lock(registry.mutex);
+  return registry.count(group, process_group).begun++;
+}
+
+int64_t begun_dispatchers(const std::string& group) {
+  Registry& registry = Registry::get();
+  const auto process_group = c10d::resolve_process_group(group);
+  const std::lock_guard lock(registry.mutex);
+  return registry.count(group, process_group).begun;
+}
+
+void agree_on_dispatchers(const std::string& group, int64_t begun) {
+  Registry& registry = Registry::get();
+  const auto process_group = c10d::resolve_process_group(group);
+  const std::lock_guard lock(registry.mutex);
+  Count& count = registry.count(group, process_group);
+  count.begun = std::max(count.begun, begun);
+  count.agreed = count.begun;
+}
+
+std::shared_ptr<Dispatcher> make_dispatcher(const std::string& group, int64_t number, int64_t rank,
+                                            int64_t ranks, Placement placement, double timeout,
                                             std::shared_ptr<shm::Communicator> shared_memory,
                                             OnGpus on_gpus) {
   Registry& registry = Registry::get();
+  const auto process_group = c10d::resolve_process_group(group);
   const std::lock_guard lock(registry.mutex);
-  const int64_t number = registry.made[group]++;
-  const std::string name = group + "/" + std::to_string(number);
+  const Count& count = registry.count(group, process_group);
+  number = std::max(number, count.agreed - 1);
+  std::string name = group + "/" + std::to_string(number);
+  if (count.before > 0) name.append(".").append(std::to_string(count.before));
   const auto forget = [](Dispatcher* dispatcher) {
     Registry& registry = Registry::get();
     {

@@ -106,10 +106,16 @@ struct Dispatcher {
   int64_t group_tag() const { return static_cast<int64_t>(std::hash<std::string>{}(group)); }
 };
 
-// The dispatchers of this process, by name; they live as long as somebody else holds them. Ranks
-// make those of a group in the same order: so they get the same numbers.
-std::shared_ptr<Dispatcher> make_dispatcher(const std::string& group, int64_t rank, int64_t ranks,
-                                            Placement placement, double timeout,
+// The number in its group of a dispatcher that is to be made. Ranks make those of a group in the
+// same order, so they get the same numbers, be it that some rank fails to make one.
+int64_t begin_dispatcher(const std::string& group);
+// Those that were begun. Where the ranks meet they agree on the most of any, as by one that was
+// alone in a try before: with that the dispatcher goes on which was begun last.
+int64_t begun_dispatchers(const std::string& group);
+void agree_on_dispatchers(const std::string& group, int64_t begun);
+// The dispatchers of this process, by name; they live as long as somebody else holds them.
+std::shared_ptr<Dispatcher> make_dispatcher(const std::string& group, int64_t number, int64_t rank,
+                                            int64_t ranks, Placement placement, double timeout,
                                             std::shared_ptr<shm::Communicator> shared_memory,
                                             OnGpus on_gpus);
 std::shared_ptr<Dispatcher> find_dispatcher(const std::string& name);

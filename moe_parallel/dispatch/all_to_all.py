@@ -148,6 +148,9 @@ class AllToAllDispatcher:
     dtypes, or the handle of another dispatch, told by the numbers of the dispatches. On CUDA that
     is checked in dispatch alone, since reading what the others say would make the host wait.
 
+    Dispatchers are told apart by their number in the group, for which every attempt counts to make
+    one: what raises here on some ranks alone leaves the next dispatcher alike on all.
+
     What the ranks do alike is not a mismatch: the handle of dispatch 2 with results of dispatch 1,
     on every rank, is only refused if their number of rows differs.
 
@@ -204,13 +207,16 @@ class AllToAllDispatcher:
         slot_capacity: int | None = None,
     ) -> None:
         op = "AllToAllDispatcher"
+        if not isinstance(group, ProcessGroup):
+            raise TypeError(f"{op}: group must be a ProcessGroup; got {type(group).__name__}")
+        native = extension()
+        # Before all that may raise on this rank alone: the others count on.
+        number = native.begin_dispatcher(group.group_name)
         if transport not in ("auto", *ALL_TO_ALL_TRANSPORTS):
             raise ValueError(
                 f"{op}: transport must be one of auto, {', '.join(ALL_TO_ALL_TRANSPORTS)}; "
                 f"got {transport!r}"
             )
-        if not isinstance(group, ProcessGroup):
-            raise TypeError(f"{op}: group must be a ProcessGroup; got {type(group).__name__}")
         check_num_experts(op, num_experts)
         if num_experts < 1 or (placement is None and num_experts % group.size()):
             raise ValueError(
@@ -222,7 +228,6 @@ class AllToAllDispatcher:
             check_timeout(op, "timeout", timeout)
         sizes = _capacities(group.size(), transport, max_tokens, capacity, slot_capacity)
         owners = _owners(num_experts, group.size(), placement)
-        native = extension()
         # The name alone: the group may end first.
         self.group_name: str = group.group_name
         self.num_experts = num_experts
@@ -257,6 +262,7 @@ class AllToAllDispatcher:
             seconds = timeout_of_any(group).total_seconds()
         self._native = native.Dispatcher(
             group.group_name,
+            number,
             group.rank(),
             group.size(),
             num_experts,

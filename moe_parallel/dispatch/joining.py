@@ -102,6 +102,18 @@ def exchange(group: ProcessGroup, key: str, value: Any, timeout: timedelta) -> l
     return [json.loads(store.get(key)) for key in keys]
 
 
+def _exchange_offers(
+    group: ProcessGroup, key: str, offer: dict[str, Any], timeout: timedelta
+) -> list[dict[str, Any]]:
+    """The ``offer`` of each rank. The ranks agree on the number of the dispatcher that they make:
+    they may have tried in vain before, one more often than another."""
+    native = extension()
+    begun = native.begun_dispatchers(group.group_name)
+    offers = exchange(group, key, {**offer, "begun": begun}, timeout)
+    native.agree_on_dispatchers(group.group_name, max(offer["begun"] for offer in offers))
+    return offers
+
+
 def _obstacle(offers: list[dict[str, Any]]) -> str | None:
     """Why the ranks cannot share memory, the same on every rank; None if they can."""
     for rank, offer in enumerate(offers):
@@ -124,7 +136,7 @@ def _join(group: ProcessGroup, seconds: float | None) -> Joined:
         return Joined(None, f"the group's backend on the CPU is {backend}")
     timeout = timeout_of_any(group) if seconds is None else timedelta(seconds=seconds)
     memory, offer = _offer(group)
-    offers = exchange(group, "offer", offer, timeout)
+    offers = _exchange_offers(group, "offer", offer, timeout)
     obstacle = _obstacle(offers)
     if obstacle is not None:
         return Joined(None, obstacle)
@@ -186,7 +198,7 @@ def _join_gpus(group: ProcessGroup, joined: Joined, seconds: float | None) -> Jo
     native = extension()
     emulate = os.environ.get(EMULATE_GPUS) == "1"
     timeout = timeout_of_any(group) if seconds is None else timedelta(seconds=seconds)
-    offers = exchange(group, "gpu", _gpu_offer(emulate), timeout)
+    offers = _exchange_offers(group, "gpu", _gpu_offer(emulate), timeout)
     for rank, offer in enumerate(offers):
         if "obstacle" in offer:
             return JoinedGpus(None, f"rank {rank} has no GPU to use: {offer['obstacle']}")

@@ -8,13 +8,13 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 
+from moe_kernels import _C
 from moe_parallel.dispatch import AllToAllDispatcher
 from moe_parallel.torch_internals import store_of
 from tests.parallel.ranks import run_ranks
@@ -27,12 +27,14 @@ WAYS = ("shared_memory", "process_group")
 def _destroyed(rank: int, ranks: int) -> tuple[str, str]:
     dispatcher = dispatcher_of("shared_memory", 12)
     tokens = dispatcher.dispatch(*arguments(small_case(rank)))
+    store = store_of(dist.group.WORLD)
     if rank == 1:
         dist.destroy_process_group()
         result = raised(dispatcher.combine, tokens.x, tokens.handle)
-        time.sleep(1)
+        store.get("over")
         return result
     kind, message, seconds = timed(dispatcher.combine, tokens.x, tokens.handle)
+    store.set("over", "")
     assert seconds < 1
     return kind, message
 
@@ -159,3 +161,46 @@ def test_a_fork_cannot_end_what_the_rank_has_begun(way: str) -> None:
     assert len(trim) == (way == "shared_memory")
     for op, message in (("dispatch", wait), ("dispatch", dispatch), *(("trim", t) for t in trim)):
         assert message.startswith(f"DistBackendError/{op}: this process is a fork of rank 0 of")
+
+
+def _fails_on_one(rank: int, ranks: int, way: str) -> None:
+    """Rank 1 cannot make some dispatchers that the others make, or tries when nobody else does."""
+    wrong: list[dict[str, Any]] = [
+        {"placement": [0]},
+        {"timeout": -1},
+        {"transport": "carrier_pigeon"},
+        {"max_tokens": 0},
+    ]
+    case = small_case(rank)
+    if way == "shared_memory":  # the ranks have not met yet
+        for options in wrong[:rank]:
+            assert raised(lambda o=options: dispatcher_of(way, 12, **o))[0] == "ValueError"
+        round_trip(dispatcher_of(way, 12), case, rank)
+    for options in wrong:
+        given = {"transport": way, **(options if rank == 1 else {})}
+        kind, _ = raised(lambda o=given: AllToAllDispatcher(dist.group.WORLD, 12, **o))
+        assert kind == ("ValueError" if rank == 1 else "nothing")
+        round_trip(dispatcher_of(way, 12), case, rank)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_dispatcher_that_fails_on_one_rank_leaves_the_next_alike(way: str) -> None:
+    run_ranks(3, _fails_on_one, way)
+
+
+def _group_again(rank: int, ranks: int) -> None:
+    """A later rank may know nothing of the first group: so nobody counts what was made there."""
+    case = small_case(rank)
+    everything = [dispatcher_of("process_group", 12) for _ in range(3)]
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=rank, world_size=ranks)
+    assert _C.begun_dispatchers("0") == 0
+    for number, way in enumerate(WAYS):
+        everything.append(dispatcher_of(way, 12))
+        round_trip(everything[-1], case, rank)
+        assert _C.begun_dispatchers("0") == number + 1
+    assert len({dispatcher._name for dispatcher in everything}) == len(everything)
+
+
+def test_a_group_of_the_same_name_counts_anew() -> None:
+    run_ranks(1, _group_again)
