@@ -21,6 +21,7 @@ import torch.distributed as dist
 from moe_kernels import _C
 from moe_parallel.dispatch import AllToAllDispatcher, joining
 from moe_parallel.dispatch.joining import EMULATE_GPUS
+from moe_parallel.torch_internals import store_of
 from tests.parallel.emulated_gpus import cuda_ipc, received
 from tests.parallel.ranks import run_ranks
 from tests.parallel.test_dispatch import Case, make_case, raised, round_trip
@@ -31,7 +32,7 @@ from tests.parallel.test_shared_memory import arguments, processes, small_case
 def _missing(rank: int, ranks: int, how: str, phase: str) -> tuple[str, ...]:
     """Rank 1 goes missing before ``phase``; the others say who, and do not recover."""
     dispatcher = cuda_ipc(12, timeout=1.0)
-    pids = processes()
+    pids, store = processes(), store_of(dist.group.WORLD)
     case = small_case(rank)
     x = case.x.clone().requires_grad_()
     call: Callable[[], Any] = lambda: dispatcher.dispatch(x, case.ids, case.weights)  # noqa: E731
@@ -51,7 +52,7 @@ def _missing(rank: int, ranks: int, how: str, phase: str) -> tuple[str, ...]:
         if how == "stopped":
             os.kill(os.getpid(), signal.SIGSTOP)
         if how == "late":
-            time.sleep(2.5)
+            store.wait(["0 has given up", "2 has given up"])
         raised(call)
         return raised(dispatcher.dispatch, *arguments(case))
     begin = time.monotonic()
@@ -59,8 +60,9 @@ def _missing(rank: int, ranks: int, how: str, phase: str) -> tuple[str, ...]:
     assert early == "nothing" or (phase == "backward" or how in ("killed", "exited")), message
     seconds = time.monotonic() - begin
     kind, message = raised(dispatcher.check) if early == "nothing" else (early, message)
+    store.set(f"{rank} has given up", "")
     if how == "stopped" and rank == 0:
-        time.sleep(0.5)  # until the others have looked
+        store.wait(["2 has given up"])
         os.kill(pids[1], signal.SIGCONT)
     assert kind == "DistBackendError", message
     assert f"rank 1 (process {pids[1]}) of group '0'" in message

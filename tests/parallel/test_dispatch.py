@@ -22,6 +22,7 @@ from torch.testing import assert_close
 
 from moe_kernels import _C
 from moe_parallel.dispatch import AllToAllDispatcher, Dispatched, ops
+from moe_parallel.torch_internals import store_of
 from tests.conftest import HAS_GPU
 from tests.parallel.ranks import run_ranks
 
@@ -367,16 +368,18 @@ def _missing_rank(rank: int, ranks: int, how: str) -> tuple[str, str, float]:
     dispatcher = dispatcher_of("process_group", 3, timeout=1.0)
     case = make_case(1, rank, 9, 6, 2, 3)
     tokens = dispatcher.dispatch(case.x, case.ids, case.weights)
+    store = store_of(dist.group.WORLD)
     begin = time.monotonic()
     if rank == 1:
         if how == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         if how == "exited":
             os._exit(0)
-        time.sleep(3)
+        store.wait(["0 has given up", "2 has given up"])
     kind, message = raised(dispatcher.combine, tokens.x, tokens.handle)
     assert kind == "DistBackendError" or rank == 1, message
     seconds = time.monotonic() - begin
+    store.set(f"{rank} has given up", "")
     if rank != 1:  # the first error is what counts from now on
         again_kind, again = raised(dispatcher.dispatch, case.x, case.ids, case.weights)
         assert again_kind == "DistBackendError"
@@ -401,26 +404,22 @@ def test_a_dead_rank_is_an_error(how: str) -> None:
         run_ranks(3, _missing_rank, how)
 
 
-def _threads_run_on(rank: int, ranks: int, way: str) -> int:
-    ticks, stop = 0, threading.Event()
+def _threads_run_on(rank: int, ranks: int, way: str) -> None:
+    """Rank 1 comes once a thread of rank 0, which waits for it, has run 20 times."""
+    dispatcher, store = dispatcher_of(way, 2), store_of(dist.group.WORLD)
 
     def tick() -> None:
-        nonlocal ticks
-        while not stop.wait(0.005):
-            ticks += 1
+        for _ in range(20):
+            time.sleep(0.005)
+        store.set("has run", "")
 
-    dispatcher = dispatcher_of(way, 2)
-    thread = threading.Thread(target=tick)
-    thread.start()
-    if rank == 1:
-        time.sleep(0.5)
+    if rank == 0:
+        threading.Thread(target=tick).start()
+    else:
+        store.wait(["has run"])
     dispatcher.dispatch(torch.randn(2, 3), torch.zeros(2, 1, dtype=torch.int32), torch.ones(2, 1))
-    seen = ticks
-    stop.set()
-    thread.join()
-    return seen
 
 
 @pytest.mark.parametrize("way", WAYS[:2])
 def test_waiting_leaves_the_interpreter_free(way: str) -> None:
-    assert min(run_ranks(2, _threads_run_on, way)) > 20
+    run_ranks(2, _threads_run_on, way, timeout=20)

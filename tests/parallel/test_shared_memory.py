@@ -115,7 +115,7 @@ def test_what_arrived_lives_as_long_as_its_tensors() -> None:
 def _missing(rank: int, ranks: int, how: str, phase: str) -> tuple[str, ...]:
     """Rank 1 goes missing before ``phase``; the others say who, and do not recover."""
     dispatcher = dispatcher_of("shared_memory", 12, timeout=1.0)
-    pids = processes()
+    pids, store = processes(), store_of(dist.group.WORLD)
     case = small_case(rank)
     x = case.x.clone().requires_grad_()
     call = lambda: dispatcher.dispatch(x, case.ids, case.weights)  # noqa: E731
@@ -133,12 +133,13 @@ def _missing(rank: int, ranks: int, how: str, phase: str) -> tuple[str, ...]:
         if how == "stopped":
             os.kill(os.getpid(), signal.SIGSTOP)
         if how == "late":
-            time.sleep(2)
+            store.wait(["0 has given up", "2 has given up"])
         raised(call)  # what the others have sent before they gave up is there
         return raised(dispatcher.dispatch, *arguments(case))
     kind, message, seconds = timed(call)
+    store.set(f"{rank} has given up", "")
     if how == "stopped" and rank == 0:
-        time.sleep(0.5)  # until the others have looked
+        store.wait(["2 has given up"])
         os.kill(pids[1], signal.SIGCONT)
     assert kind == "DistBackendError", message
     assert f"rank 1 (process {pids[1]}) of group '0'" in message
@@ -178,10 +179,13 @@ def test_a_stuck_rank_is_an_error_at_the_timeout_that_names_it(how: str) -> None
 
 
 def _never_joins(rank: int, ranks: int) -> tuple[str, str, float]:
+    store = store_of(dist.group.WORLD)
     if rank == 1:
-        time.sleep(2)
+        store.wait(["0 has given up", "2 has given up"])
         return "", "", 0
-    return timed(lambda: dispatcher_of("shared_memory", 12, timeout=0.5))
+    result = timed(lambda: dispatcher_of("shared_memory", 12, timeout=0.5))
+    store.set(f"{rank} has given up", "")
+    return result
 
 
 def test_a_rank_that_never_joins_is_named() -> None:
