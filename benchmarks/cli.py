@@ -104,7 +104,12 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--seconds", type=float, help="of timing for each table; default 20 on CPU, 2 on CUDA"
     )
-    run.add_argument("--rounds", type=int, default=50, help="of timing at most; default 50")
+    run.add_argument(
+        "--rounds",
+        type=int,
+        default=50,
+        help="of timing at most; default 50; with 0 each call runs once, checked and not timed",
+    )
     run.add_argument("--seed", type=int, default=0, help="of inputs and weights; default 0")
     run.add_argument(
         "--out",
@@ -182,9 +187,9 @@ def _run(options: argparse.Namespace) -> int:
         large_pages=options.large_pages,
         threads=options.threads,
     )
-    if settings.seconds < 0 or settings.max_rounds < 1:
+    if settings.seconds < 0 or settings.max_rounds < 0:
         raise ValueError(
-            "--seconds must be at least 0 and --rounds at least 1; got "
+            "--seconds and --rounds must be at least 0; got "
             f"{settings.seconds} and {settings.max_rounds}"
         )
     if min(options.ranks) < 1:

@@ -310,7 +310,7 @@ def test_report_draws_how_times_scale(tmp_path: Path) -> None:
         (["run", "permute", "--shape", "Q=3"], "of T, H, E, K (T=16,H=2048); got 'Q=3'"),
         (["run", "permute", "--shape", "T=0"], "sizes of at least 1"),
         (["run", "topk_router", "permute", "--out", "x.json"], "--out must be a folder"),
-        (["run", "permute", "--rounds", "0"], "--rounds at least 1; got 20.0 and 0"),
+        (["run", "permute", "--rounds", "-1"], "must be at least 0; got 20.0 and -1"),
         (["report", "no_such_file.json"], "no_such_file.json"),
     ],
 )
