@@ -196,23 +196,29 @@ def test_a_rank_that_never_joins_is_named() -> None:
             assert seconds < 2
 
 
-def _no_memory(rank: int, ranks: int) -> tuple[str, str]:
+def _no_memory(rank: int, ranks: int, limited: str) -> tuple[str, str]:
     dispatcher = dispatcher_of("shared_memory", 12)
     round_trip(dispatcher, small_case(rank), rank)
-    if rank == 1:
-        limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limit[1]))
     case = make_case(1, rank, 2000, 1000, 2, 12)
+    if rank == 1 and limited == "files":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
+    elif rank == 1:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + (2 << 20)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
     kind, message, seconds = timed(dispatcher.dispatch, *arguments(case))
     assert seconds < 5
     return kind, message
 
 
-def test_memory_that_cannot_grow_is_an_error_on_every_rank() -> None:
-    results = run_ranks(3, _no_memory)
+@pytest.mark.parametrize(
+    ("limited", "cause"), [("files", "File too large"), ("addresses", "Cannot allocate memory")]
+)
+def test_memory_that_cannot_grow_is_an_error_on_every_rank(limited: str, cause: str) -> None:
+    results = run_ranks(3, _no_memory, limited)
     for rank, (kind, message) in enumerate(results):
         assert kind == "DistBackendError", message
-        assert "bytes: File too large" in message
+        assert f"bytes: {cause}" in message
         if rank != 1:
             assert "rank 1 (process" in message
             assert "has failed while rank" in message
