@@ -215,10 +215,10 @@ def test_weight_gradients_of_many_rows(columns: int, dtype: torch.dtype) -> None
 @pytest.mark.parametrize("columns", [37, 1100])
 def test_a_few_rows(columns: int, dtype: torch.dtype) -> None:
     """As many as matrices are multiplied with as they lie, and one more."""
-    counts = (8, 9, 24, 25, 0, 1)
+    counts = (8, 9, 24, 25, 0, 1, 2)
     offsets = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0).int()
-    a = torch.randn(67, 37).to(dtype)
-    b = torch.randn(6, 37, columns).to(dtype)
+    a = torch.randn(69, 37).to(dtype)
+    b = torch.randn(7, 37, columns).to(dtype)
     truth = reference.grouped_gemm(a.double(), b.double(), offsets)
     narrow = torch.cat([rows @ one for rows, one in zip(a.split(counts), b, strict=True)])
     for matrix in (b, b.mT.contiguous().mT):
@@ -227,6 +227,17 @@ def test_a_few_rows(columns: int, dtype: torch.dtype) -> None:
             torch.testing.assert_close(out, truth, rtol=1e-11, atol=1e-11)
         else:
             assert_accurate("out", out, truth, narrow)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_column_does_not_depend_on_the_others(dtype: torch.dtype) -> None:
+    """Whichever are read together: the columns alone have the same bits."""
+    counts = (1, 2, 3, 7, 17)
+    offsets = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0).int()
+    a, b = torch.randn(30, 101).to(dtype), torch.randn(5, 301, 101).to(dtype).mT
+    whole = moe_kernels.grouped_gemm(a, b, offsets)
+    for part in (slice(0, 64), slice(64, 163), slice(163, 301)):
+        assert torch.equal(moe_kernels.grouped_gemm(a, b[..., part], offsets), whole[:, part])
 
 
 def _among_nan(value: Tensor) -> Tensor:

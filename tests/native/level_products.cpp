@@ -100,9 +100,9 @@ void check_products_of() {
   WeightGradKernels<T> weight_grad;
   CPU_CAPABILITY::fill(gemm);
   CPU_CAPABILITY::fill(weight_grad);
-  for (int64_t m : {1, 8, 9, 16, 17, 25, 32, 33, 48, 97}) {
+  for (int64_t m : {1, 2, 8, 9, 16, 18, 25, 32, 33, 48, 97}) {
     for (int64_t k : {0, 1, 2, 31, 32, 33, 95, 257}) {
-      for (int64_t n : {1, 15, 16, 17, 32, 33, 65, 96}) {
+      for (int64_t n : {1, 15, 16, 17, 32, 33, 67, 96}) {
         if (m * k * n > 500'000) continue;
         for (bool k_contiguous : {false, true}) check_multiply(gemm, m, k, n, k_contiguous);
       }
