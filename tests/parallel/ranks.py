@@ -21,6 +21,7 @@ from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ import torch.distributed as dist
 
 GRACE = 3.0  # seconds that the other ranks have to report after one has failed
 IMPORTS = 300.0  # seconds for what the function's module imports, which are not the test's
+STDERR = 12_000  # characters of a failed rank's that are shown
 # What processes import later in any case: DTensor when first used, and what brings results back.
 _PRELOADED = ("moe_parallel.parallelizer", "torch._dynamo", "torch.utils.serialization.config")
 
@@ -48,7 +50,7 @@ def run_ranks(
 
     Raises:
         AssertionError: with the traceback of every rank that raised, and the ranks that died,
-            or were still running at the end.
+            or were still running at the end, with what they wrote to stderr: their stacks.
     """
     context = fork_context()
     with tempfile.TemporaryDirectory() as folder:
@@ -57,7 +59,7 @@ def run_ranks(
             ours, theirs = context.Pipe()
             process = context.Process(
                 target=_main,
-                args=(theirs, os.path.join(folder, "store"), rank, ranks, timeout, function, args),
+                args=(theirs, Path(folder), rank, ranks, timeout, function, args),
             )
             process.start()
             theirs.close()
@@ -65,12 +67,14 @@ def run_ranks(
             processes.append(process)
         try:
             _start_together(connections)
-            return _collect(connections, processes, timeout)
+            return _collect(connections, processes, timeout, Path(folder))
         finally:
             for process in processes:
                 process.kill()
             for process in processes:
                 process.join()
+            for rank in range(len(processes)):
+                sys.stderr.write(_stderr(Path(folder), rank))
 
 
 def fork_context() -> ForkServerContext:
@@ -97,7 +101,19 @@ def _start_together(connections: list[Connection]) -> None:
             connection.send(None)
 
 
-def _collect(connections: list[Connection], processes: list[Any], timeout: float) -> list[Any]:
+def _stderr_path(folder: Path, rank: int) -> Path:
+    return folder / f"stderr.{rank}"
+
+
+def _stderr(folder: Path, rank: int) -> str:
+    """What the rank has written to stderr so far."""
+    path = _stderr_path(folder, rank)
+    return path.read_text(errors="replace") if path.exists() else ""
+
+
+def _collect(
+    connections: list[Connection], processes: list[Any], timeout: float, folder: Path
+) -> list[Any]:
     results: dict[int, Any] = {}
     failures: dict[int, str] = {}
     deadline = time.monotonic() + timeout
@@ -109,38 +125,58 @@ def _collect(connections: list[Connection], processes: list[Any], timeout: float
                 succeeded, payload = connection.recv()  # type: ignore[union-attr]
             except EOFError:
                 processes[rank].join()
-                succeeded, payload = False, f"died with exit code {processes[rank].exitcode}"
+                payload = f"died with exit code {processes[rank].exitcode}"
+                succeeded, payload = False, _with_stderr(payload, folder, rank)
             if succeeded:
                 results[rank] = torch.load(io.BytesIO(payload), weights_only=False)
             else:
                 deadline = min(deadline, time.monotonic() + GRACE)
                 failures[rank] = payload
     for rank in waiting.values():
-        failures[rank] = "was still running and was killed; its stack is on stderr"
+        failures[rank] = _with_stderr("was still running and was killed", folder, rank)
     if failures:
         report = "\n".join(f"--- rank {rank}: {failures[rank]}" for rank in sorted(failures))
         raise AssertionError(f"{len(failures)} of {len(processes)} ranks failed\n{report}")
     return [results[rank] for rank in range(len(processes))]
 
 
+def _with_stderr(failure: str, folder: Path, rank: int) -> str:
+    text = _stderr(folder, rank)
+    if len(text) > STDERR:  # the first stack is that of the thread that fails
+        text = f"{text[: STDERR // 2]}\n[...]\n{text[-STDERR // 2 :]}"
+    return f"{failure}; its stderr:\n{text}" if text else failure
+
+
+def _tell_of_fatal_signals(path: Path) -> None:
+    """Send stderr to a file, and to it the stacks of the threads when a signal ends the process:
+    those of Python, by a handler that hardly needs anything, then by torch's those of C."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(file, 2)
+    os.close(file)
+    # Theirs is called by the one that is installed later.
+    torch._C._set_print_stack_traces_on_fatal_signal(True)
+    faulthandler.enable(2)
+
+
 def _main(
     connection: Connection,
-    store: str,
+    folder: Path,
     rank: int,
     ranks: int,
     timeout: float,
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
+    _tell_of_fatal_signals(_stderr_path(folder, rank))
     connection.send(None)
     connection.recv()
-    faulthandler.dump_traceback_later(timeout * 0.9)
+    faulthandler.dump_traceback_later(timeout * 0.9, file=2)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     try:
         dist.init_process_group(
             "gloo",
-            init_method=f"file://{store}",
+            init_method=f"file://{folder / 'store'}",
             rank=rank,
             world_size=ranks,
             timeout=timedelta(seconds=timeout),

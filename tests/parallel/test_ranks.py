@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import time
@@ -29,6 +30,11 @@ def _die_on_one(rank: int, ranks: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def _break_on_one(rank: int, ranks: int) -> None:
+    if rank == 1:
+        ctypes.memset(None, 0, 1)
+
+
 def _hang(rank: int, ranks: int) -> None:
     if rank == 0:
         time.sleep(30)
@@ -46,7 +52,18 @@ def test_results_come_in_the_order_of_ranks() -> None:
     [
         (_fail_on_one, "rank 1: Traceback[^$]*rank one is wrong", 60),
         (_die_on_one, "1 of 2 ranks failed\n--- rank 1: died with exit code -9", 60),
-        (_hang, "1 of 2 ranks failed\n--- rank 0: was still running", 5),
+        (
+            _break_on_one,
+            r"--- rank 1: died with exit code -11; its stderr:[^$]*"
+            r"Segmentation fault[^$]* in _break_on_one\n[^$]*frame #\d+: ffi_call",
+            60,
+        ),
+        (
+            _hang,
+            r"1 of 2 ranks failed\n--- rank 0: was still running and was killed; its stderr:[^$]*"
+            r" in _hang\n",
+            5,
+        ),
     ],
 )
 def test_failures_are_reported(function, message: str, timeout: float) -> None:
