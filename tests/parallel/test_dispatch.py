@@ -276,8 +276,9 @@ def _on_gpu(rank: int, ranks: int) -> None:
         for gpu_result, result in zip(gpu_results, results, strict=True):
             assert_close(gpu_result.cpu(), result)
         wrong = Case(there.x, there.ids.clone().fill_(9), there.weights)
-        kind, message = raised(dispatcher.dispatch, *vars(wrong if rank == 1 else there).values())
-        assert kind == ("IndexError" if rank == 1 else "RuntimeError"), message
+        last = rank == ranks - 1
+        kind, message = raised(dispatcher.dispatch, *vars(wrong if last else there).values())
+        assert kind == ("IndexError" if last else "RuntimeError"), message
 
 
 @pytest.mark.gpu
