@@ -168,41 +168,86 @@ def fake_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fake_triton_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    def routing(logits: Tensor, top_k: int, expt_indx: Tensor) -> tuple[Any, Tensor, Tensor, Any]:
-        assert expt_indx.dtype == torch.int32
-        weights = logits.gather(1, expt_indx.long()).softmax(1).flatten()
-        order = expt_indx.flatten().argsort(stable=True)
-        counts = counts_of(expt_indx, logits.shape[1])
-        data = types.SimpleNamespace(gate_scal=weights[order], counts=counts, top_k=top_k)
-        return data, order, order, expt_indx
+    @dataclasses.dataclass
+    class RoutingData:
+        gate_scal: Tensor
+        expt_hist: Tensor
+        n_expts_tot: int
+        n_expts_act: int
+        expt_data: Any = None
+
+    @dataclasses.dataclass
+    class Indices:  # both GatherIndx and ScatterIndx
+        src_indx: Tensor
+        dst_indx: Tensor
+
+    @dataclasses.dataclass
+    class FnSpecs:
+        name: str
+        fn: Any
+        fn_arg_names: tuple[str, ...]
+        fn_arg_do_not_specialize: tuple[str, ...] = ()
+        reduction_n: int = 1
+
+    @dataclasses.dataclass
+    class FusedActivation:
+        specs: FnSpecs
+        fn_args: tuple[float, ...] = ()
+
+    def topk(
+        x: Tensor, k: int, apply_softmax: bool = True, dim: int = 1, y_indx: Tensor | None = None
+    ) -> Any:
+        assert y_indx is not None
+        assert (y_indx.dtype, apply_softmax) == (torch.int32, True)
+        order = y_indx.flatten().argsort(stable=True)
+        metadata = types.SimpleNamespace(
+            col_sum=torch.tensor(counts_of(y_indx, x.shape[1]), dtype=torch.int32),
+            col_sorted_indx=order.int(), row_sorted_indx=order.argsort().int(),
+        )  # fmt: skip
+        vals = x.gather(1, y_indx.long()).softmax(1)
+        return types.SimpleNamespace(vals=vals, indx=y_indx, mask_metadata=metadata)
+
+    def make_ragged_tensor_metadata(slice_sizes: Tensor, n_total_rows: int) -> Any:
+        assert int(slice_sizes.sum()) == n_total_rows
+        return types.SimpleNamespace(slice_sizes=slice_sizes)
 
     def matmul_ogs(
-        x: Tensor, w: Tensor, bias: Tensor | None, data: Any, gather_indx: Tensor | None = None,
-        scatter_indx: Tensor | None = None, gammas: Tensor | None = None,
-        precision_config: Any = None, fused_activation: Any = None,
+        x: Tensor, w: Tensor, bias: Tensor | None, routing_data: RoutingData,
+        gather_indx: Indices | None = None, scatter_indx: Indices | None = None,
+        precision_config: Any = None, betas: None = None, gammas: Tensor | None = None,
+        fused_activation: FusedActivation | None = None,
     ) -> Tensor:  # fmt: skip
-        rows = x if gather_indx is None else x[gather_indx // data.top_k]
-        out = per_expert(rows, w, data.counts)
+        counts, top_k = routing_data.expt_hist.tolist(), routing_data.n_expts_act
+        assert routing_data.n_expts_tot == len(w)
+        rows = x if gather_indx is None else x[gather_indx.src_indx // top_k]
+        out = per_expert(rows, w, counts)
         if bias is not None:
             assert bias.dtype == torch.float32
-            out = out + bias.repeat_interleave(torch.tensor(data.counts), 0)
+            out = out + bias.repeat_interleave(torch.tensor(counts), 0)
         if fused_activation is not None:
-            assert fused_activation == (("swiglu", None, ("alpha", "limit")), (1.702, 7.0), 2)
-            out = reference.expert_activation(out, "swigluoai", None, True, 1.702, 7.0)
+            specs = fused_activation.specs
+            assert (specs.fn_arg_names, specs.reduction_n) == (("alpha", "limit"), 2)
+            alpha, limit = fused_activation.fn_args
+            out = reference.expert_activation(out, "swigluoai", None, True, alpha, limit)
         if gammas is not None:
             out = out * gammas[:, None]
         if scatter_indx is not None:
-            out = torch.zeros(len(x) // data.top_k, w.shape[2]).index_add(
-                0, scatter_indx // data.top_k, out.float()
-            )
+            slots = torch.empty(len(x), w.shape[2])
+            slots[scatter_indx.dst_indx.long()] = out.float()
+            assert torch.equal(slots[scatter_indx.dst_indx[scatter_indx.src_indx]], slots)
+            out = slots.view(-1, top_k, w.shape[2]).sum(1)
         return out.to(precision_config)
 
     module(
-        monkeypatch, "triton_kernels.matmul_ogs", matmul_ogs=matmul_ogs,
-        FnSpecs=lambda *args: args, FusedActivation=lambda *args: args,
-        PrecisionConfig=lambda out_dtype: out_dtype,
+        monkeypatch, "triton_kernels.matmul_ogs", matmul_ogs=matmul_ogs, FnSpecs=FnSpecs,
+        FusedActivation=FusedActivation, GatherIndx=Indices, ScatterIndx=Indices,
+        PrecisionConfig=lambda out_dtype: out_dtype, RoutingData=RoutingData,
     )  # fmt: skip
-    module(monkeypatch, "triton_kernels.routing", routing=routing)
+    module(monkeypatch, "triton_kernels.topk", topk=topk)
+    module(
+        monkeypatch, "triton_kernels.tensor",
+        make_ragged_tensor_metadata=make_ragged_tensor_metadata,
+    )  # fmt: skip
     module(monkeypatch, "triton_kernels.swiglu", swiglu_fn=None)
 
 

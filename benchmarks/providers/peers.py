@@ -220,12 +220,24 @@ def _no_backward(outputs: Output, inputs: Inputs) -> None:
 
 
 def _triton_kernels(case: Case) -> Implementation:
-    from triton_kernels.matmul_ogs import FnSpecs, FusedActivation, PrecisionConfig, matmul_ogs
-    from triton_kernels.routing import routing
+    """The package beside Triton 3.6; beside later ones its functions have other names."""
+    from triton_kernels.matmul_ogs import (
+        FnSpecs,
+        FusedActivation,
+        GatherIndx,
+        PrecisionConfig,
+        RoutingData,
+        ScatterIndx,
+        matmul_ogs,
+    )
     from triton_kernels.swiglu import swiglu_fn
+    from triton_kernels.tensor import make_ragged_tensor_metadata
+    from triton_kernels.topk import topk
 
-    top_k, gate_up_down = case.shape["K"], matrices(case)
-    gate_up, down = (weight.detach() for weight in gate_up_down)
+    experts, top_k = case.shape["E"], case.shape["K"]
+    if top_k & (top_k - 1):
+        raise Unsupported("computes only powers of two of experts a token")
+    gate_up, down = (weight.detach() for weight in matrices(case))
     biases = [
         case.weights[name].detach().float() if name in case.weights else None
         for name in ("gate_up_bias", "down_bias")
@@ -233,11 +245,12 @@ def _triton_kernels(case: Case) -> Implementation:
     precision = PrecisionConfig(out_dtype=case.dtype)
     fused = None
     if is_oai(case):
-        fused = FusedActivation(FnSpecs("swiglu", swiglu_fn, ("alpha", "limit")), (1.702, 7.0), 2)
+        specs = FnSpecs("swiglu", swiglu_fn, ("alpha", "limit"), reduction_n=2)
+        fused = FusedActivation(specs, (1.702, 7.0))
 
     def logits_of(inputs: Inputs) -> Tensor:
         """Its routing starts with logits, whose softmax over the chosen are the weights."""
-        logits = torch.zeros(case.shape["T"], case.shape["E"], device=case.device)
+        logits = torch.zeros(case.shape["T"], experts, device=case.device)
         return logits.scatter_(1, inputs["topk_ids"], inputs["topk_weights"].detach().float().log())
 
     # by the tensor, which lives as long as the case
@@ -245,18 +258,24 @@ def _triton_kernels(case: Case) -> Implementation:
 
     def run(inputs: Inputs) -> Output:
         logits, ids = prepared[id(inputs["x"])]
-        data, gather, scatter, *_ = routing(logits, top_k, expt_indx=ids.int())
-        options = {"precision_config": precision}
+        chosen = topk(logits, top_k, y_indx=ids.int())
+        chosen_by = chosen.mask_metadata
+        to_expert, to_slot = chosen_by.row_sorted_indx, chosen_by.col_sorted_indx
+        ragged = make_ragged_tensor_metadata(chosen_by.col_sum, to_slot.shape[0])
+        scales = chosen.vals.flatten()[to_slot]
+        data = RoutingData(scales, ragged.slice_sizes, experts, top_k, ragged)
         h = matmul_ogs(
-            inputs["x"].detach(), gate_up, biases[0], data, gather_indx=gather, **options,
-            **({"fused_activation": fused} if fused else {}),
+            inputs["x"].detach(), gate_up, biases[0], data,
+            gather_indx=GatherIndx(to_slot, to_expert), precision_config=precision,
+            fused_activation=fused,
         )  # fmt: skip
         if fused is None:
             gate, up = h.chunk(2, dim=-1)
             h = functional.silu(gate) * up
         y: Tensor = matmul_ogs(
-            h, down, biases[1], data, scatter_indx=scatter, gammas=data.gate_scal, **options
-        )
+            h, down, biases[1], data, scatter_indx=ScatterIndx(to_expert, to_slot),
+            gammas=scales, precision_config=precision,
+        )  # fmt: skip
         return y
 
     return Implementation(run, _no_backward)
