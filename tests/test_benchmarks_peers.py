@@ -11,18 +11,19 @@ import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks import results
+from benchmarks import results, runner
 from benchmarks.cli import main
 from benchmarks.limits import Limits
 from benchmarks.providers import PROVIDERS
 from benchmarks.providers.peers import PEERS
+from benchmarks.registry import Case, Implementation, Provider, Shape
 from moe_kernels import reference
 
 SHAPE = "T=6,H=32,I=16,E=4,K=2"
@@ -321,6 +322,29 @@ def test_a_library_with_other_functions_is_a_row_that_says_so(
     for row in (forward, backward):
         assert row["note"].startswith("does not run: ")
         assert row["ms"] is None
+
+
+def test_a_call_that_compiles_and_tunes_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the first call takes the time of its compiler and the memory of its tuner."""
+    laps, peaks = iter([[30000.0], [2.0]]), iter([300, 20])
+    clock = types.SimpleNamespace(mark=lambda: None, laps=lambda: next(laps))
+
+    class PeakMemory:
+        def __init__(self, device: torch.device) -> None:
+            self.bytes = next(peaks)
+
+        def __enter__(self) -> PeakMemory:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+    monkeypatch.setattr(runner, "PeakMemory", PeakMemory)
+    case = Case(Shape({"T": 1}), torch.float32, torch.device("cuda"), [{"x": torch.zeros(1)}])
+    library = Provider("library", {"op": lambda case: Implementation(lambda inputs: inputs["x"])})
+    op: Any = types.SimpleNamespace(name="op", outputs=("y",))
+    contender = runner._try(op, library, case, cast(Any, clock), {}, False)
+    assert (contender.note, contender.first, contender.peak_bytes) == ("", [2.0], 20)
 
 
 def test_rows_that_transformer_engine_permutes(
