@@ -452,6 +452,38 @@ def test_a_whole_run(
     assert out.read_text() == before
 
 
+def test_a_table_names_all_that_is_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of the kernel, of all buckets, and the default; nothing is compiled beforehand."""
+    tried: list[list[Config]] = []
+
+    def measure_in_turns(device: torch.device, seconds: float) -> Any:
+        def measure(calls: Any, guard: Any) -> dict[Config, float]:
+            tried.append(list(calls))
+            return {config: 1000.0 / config.block_n for config in calls}
+
+        return measure
+
+    among = tmp_path / "among.json"
+    cuts = [Config(64, n, 32, warps=4, stages=2) for n in (16, 64, 32)]
+    kernels = zip(("up", "up", "grouped_gemm"), (4, None, 4), cuts, strict=True)
+    entries = [
+        {
+            "kernel": kernel, "precision": "full", "rows": rows, "inner": "any",
+            "config": dataclasses.asdict(cut),
+        }
+        for kernel, rows, cut in kernels
+    ]  # fmt: skip
+    among.write_text(json.dumps({"format": 1, "device": "sm_90", "entries": entries}))
+    arguments = without_a_gpu(monkeypatch, tmp_path / "table.json", measure_in_turns)
+    with mended_interpreter():
+        assert main([*arguments, "--dtype", "fp32", "--among", str(among)]) == 0
+    assert {config for calls in tried[:2] for config in calls[1:]} == set(cuts[:2])
+    assert [len(calls) for calls in tried[2:]] == [1, 1, 1, 1]  # the default of wgrad
+    capsys.readouterr()
+
+
 def test_the_shape_sets_of_layers_can_be_tuned() -> None:
     for name, shapes in layer_sets().items():
         for shape in shapes:

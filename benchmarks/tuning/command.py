@@ -47,6 +47,13 @@ def add_parser(commands: Any) -> None:
     tune.add_argument("--dtype", choices=list(DTYPES), default="bf16")
     tune.add_argument("--routing", choices=ROUTINGS, default="uniform")
     tune.add_argument("--out", type=Path, help="a table; default: the device's in runs/tuning")
+    tune.add_argument(
+        "--among",
+        type=Path,
+        metavar="TABLE",
+        help="try only configurations of this table, whatever bucket has them: minutes for a GPU "
+        "that is like the table's",
+    )
     tune.add_argument("--again", action="store_true", help="also buckets that the table has")
     tune.add_argument("--seconds", type=float, default=4.0, help="of timing each time")
     tune.add_argument("--limit", type=float, help="seconds after which no bucket is started")
@@ -100,6 +107,20 @@ def _buckets(
                 bucket = bucket_of(kernel, part, shape, DTYPES[dtype])
                 found.setdefault(bucket, []).append((kernel, number, shape))
     yield from found.items()
+
+
+def _among(path: Path) -> dict[tuple[str, str], list[Any]]:
+    """A table's configurations by kernel and precision, without repetitions."""
+    from moe_kernels.triton._config_tables import parse_entry, read_table
+    from moe_kernels.triton._configs import CONFIGS
+
+    found: dict[tuple[str, str], list[Any]] = {}
+    for entry in read_table(path, CONFIGS)["entries"]:
+        bucket, config = parse_entry(entry, CONFIGS, str(path))
+        configs = found.setdefault((bucket.kernel, bucket.precision), [])
+        if config not in configs:
+            configs.append(config)
+    return found
 
 
 def _candidates(problems: Sequence[tuple[str, int, Shape]], dtype: str, arch: int) -> list[Any]:
@@ -197,6 +218,7 @@ def measure_in_turns(
 
 def _tune(wanted: Sequence[Any], options: argparse.Namespace) -> int:
     from benchmarks.tuning import table
+    from benchmarks.tuning.compiled import Compiled
     from benchmarks.tuning.problems import PROBLEMS, Layer, Problem
     from benchmarks.tuning.search import search
     from benchmarks.tuning.trials import Trials
@@ -209,6 +231,7 @@ def _tune(wanted: Sequence[Any], options: argparse.Namespace) -> int:
     path = options.out or RUNS / f"{name}.json"
     document = table.load(path, name, CONFIGS)
     known = table.buckets(document, CONFIGS)
+    among = _among(options.among) if options.among else None
     trials = Trials(path, lambda: check_device(device, "a configuration"))
     for hung in trials.hung:
         print(f"not tried, since it ended the process: {hung}", flush=True)
@@ -220,6 +243,16 @@ def _tune(wanted: Sequence[Any], options: argparse.Namespace) -> int:
         torch.cuda.empty_cache()
         sizes = next(s for _, ps in wanted for _, _, s in ps if str(s) == shape)
         return Layer(sizes, DTYPES[options.dtype], device, options.routing)
+
+    def wanted_of(bucket: Any, problems: Sequence[tuple[str, int, Shape]]) -> list[Any]:
+        if among is None:
+            return _candidates(problems, options.dtype, arch)
+        return among.get((bucket.kernel, bucket.precision), [])
+
+    def compiler(problem: tuple[str, int, Shape]) -> Callable[[Sequence[Any]], Mapping[Any, Any]]:
+        if among is None:
+            return _compile(problem, options, arch)
+        return lambda configs: {config: Compiled() for config in configs}  # by the first run
 
     def maker(kernel: str, part: int, shape: Shape) -> Callable[[], Problem]:
         return lambda: PROBLEMS[kernel][part].make(layer(str(shape)))
@@ -244,19 +277,16 @@ def _tune(wanted: Sequence[Any], options: argparse.Namespace) -> int:
             found = search(
                 bucket,
                 default,
+                [config for config in wanted_of(bucket, problems) if trials.ended(bucket, config)],
                 [
-                    config
-                    for config in _candidates(problems, options.dtype, arch)
-                    if trials.ended(bucket, config)
-                ],
-                [
-                    (f"{k} {part} {shape}", maker(k, part, shape), _compile(p, options, arch))
+                    (f"{k} {part} {shape}", maker(k, part, shape), compiler(p))
                     for p in problems
                     for k, part, shape in [p]
                 ],
                 measure,
                 arch,
                 functools.partial(trials.of, bucket),
+                refine=among is None,
             )
         except (RuntimeError, torch.OutOfMemoryError) as error:
             failed.append(f"{bucket}: {error}".split("\n")[0])

@@ -26,7 +26,6 @@ from moe_kernels.triton._config_tables import (
 )
 from moe_kernels.triton._fused_experts_backward import _through_down
 from moe_kernels.triton._launch import ceil_div, on_device_of
-from moe_kernels.triton._operands import Source
 from moe_kernels.triton._tiles import TileMap, build_tile_map
 from moe_kernels.triton._wgrad import weight_gradient
 from moe_kernels.triton.fused_experts import _project_up
@@ -263,25 +262,28 @@ def _down_backward(layer: Layer) -> Problem:
 def _weight_gradient(
     layer: Layer, part: str, a: Tensor, a_gathered: bool, grad: Tensor, grad_gathered: bool
 ) -> Problem:
-    source = Source(layer.order[0], layer.shape["K"])
     M, N = a.shape[1], grad.shape[1]
     out = layer.empty(layer.shape["E"], N, M).mT  # stored as the weight is
+    # as the layer does, which may gather rows beforehand
+    (left, left_source), (right, right_source) = (
+        gathered_rows(value, layer.order, layer.rows) if gathered else (value, None)
+        for value, gathered in ((a, a_gathered), (grad, grad_gathered))
+    )
 
     def run(cut: Config) -> None:
         weight_gradient(
-            a, source if a_gathered else None, grad, source if grad_gathered else None,
-            layer.order[2], layer.rows, out, cut=cut,
-        )  # fmt: skip
+            left, left_source, right, right_source, layer.order[2], layer.rows, out, cut=cut
+        )
 
     def truth() -> list[tuple[Tensor, Tensor]]:
         experts = layer.expert_of(layer.sample()).unique()[:2]
-        right = []
+        sums = []
         for expert in experts.tolist():
             first, end = layer.order[2][expert : expert + 2].tolist()
             rows = torch.arange(first, end, device=layer.device)
-            left = a[layer.token_of(rows) if a_gathered else rows].double()
-            right.append(left.T @ grad[layer.token_of(rows) if grad_gathered else rows].double())
-        return [(experts, torch.stack(right))]
+            x = a[layer.token_of(rows) if a_gathered else rows].double()
+            sums.append(x.T @ grad[layer.token_of(rows) if grad_gathered else rows].double())
+        return [(experts, torch.stack(sums))]
 
     flops = 2.0 * layer.rows * M * N
     # what is stored by columns is written as the transposed product

@@ -59,12 +59,15 @@ def search(
     measure: Measure,
     arch: int,
     guard: Guard = lambda config: nullcontext(),
+    *,
+    refine: bool = True,
 ) -> Found:
     """The configuration that is fastest on all ``problems`` of a bucket together.
 
     Args:
         problems: a name, what makes the problem (one at a time is in memory), and what compiles
             configurations of it.
+        refine: try further walking orders of the best tiles.
 
     Raises:
         RuntimeError: the default itself is wrong or fails.
@@ -81,7 +84,7 @@ def search(
     finalists = [config for config in _ranked(first) if config != default][:FINALISTS]
     wider = {
         other
-        for config in (default, *finalists)
+        for config in ((default, *finalists) if refine else ())
         for other in refinements(config, compiled[config].shared, compiled[config].registers, arch)
     }
     # in an order that does not depend on hashes
