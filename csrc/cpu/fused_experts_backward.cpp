@@ -274,7 +274,8 @@ fused_experts_backward(const at::Tensor& grad_TH, const at::Tensor& x_TH, const 
 // out[e] += a[rows of e]^T grad[rows of e]; of one of them, row r is that of the slot's token.
 void fused_experts_wgrad_(const at::Tensor& out_EMN, const at::Tensor& a_in,
                           const at::Tensor& grad_in, const at::Tensor& row_to_slot,
-                          const at::Tensor& offsets_E1, int64_t top_k, bool gather_a) {
+                          const at::Tensor& slot_to_row_TK, const at::Tensor& offsets_E1,
+                          bool gather_a) {
   const at::Tensor a = with_unit_stride(a_in), grad = with_unit_stride(grad_in.to(a.scalar_type()));
   const at::Tensor slots = row_to_slot.contiguous(), offsets = offsets_E1.contiguous();
   const at::Tensor &by_token = gather_a ? a : grad, &by_row = gather_a ? grad : a;
@@ -289,7 +290,7 @@ void fused_experts_wgrad_(const at::Tensor& out_EMN, const at::Tensor& a_in,
   dispatch_float(a.scalar_type(), "fused_experts_wgrad_", [&]<typename T>() {
     std::vector<const T*> tokens(used), rows(used);
     for (int64_t r = 0; r < used; ++r) {
-      const int64_t token = data<int32_t>(slots)[r] / top_k;
+      const int64_t token = data<int32_t>(slots)[r] / slot_to_row_TK.size(1);
       tokens[r] = data<T>(by_token) + token * by_token.stride(0);
       rows[r] = data<T>(by_row) + r * by_row.stride(0);
     }

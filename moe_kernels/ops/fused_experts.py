@@ -131,9 +131,9 @@ _backward_op = define(
 )
 _wgrad_op = define(
     "fused_experts_wgrad_(Tensor(a!) out, Tensor a, Tensor grad, Tensor row_to_slot,"
-    " Tensor offsets, int top_k, bool gather_a) -> ()",
+    " Tensor slot_to_row, Tensor offsets, bool gather_a) -> ()",
     reference=fused_experts_wgrad_reference_,
-    fake=lambda out, a, grad, row_to_slot, offsets, top_k, gather_a: None,
+    fake=lambda out, a, grad, row_to_slot, slot_to_row, offsets, gather_a: None,
 )
 
 
@@ -207,8 +207,7 @@ def backward_through(op: Any) -> Callable[..., tuple[Tensor | None, ...]]:
             *saved[10:],
         )
         ctx.kept = (grad, grad._version, kept) if later else None
-        x, _, _, topk_weights, _, row_to_slot, _, offsets = saved[:8]
-        order = (row_to_slot, offsets, topk_weights.shape[1])
+        x, order = saved[0], saved[5:8]
         if up_main is not None:
             _wgrad_op(up_main, x, kept if grad_h is None else grad_h, *order, True)
         if down_main is not None:

@@ -194,8 +194,8 @@ def fused_experts_wgrad_(
     a: Tensor,
     grad: Tensor,
     row_to_slot: Tensor,
+    slot_to_row: Tensor,
     offsets: Tensor,
-    top_k: int,
     gather_a: bool,
 ) -> None:
     """``out[e] += a[rows of e].T @ grad[rows of e]`` in place.
@@ -203,6 +203,6 @@ def fused_experts_wgrad_(
     Of a, if ``gather_a``, else of grad, row r is that of the slot's token.
     """
     count = int(offsets[-1])
-    token = row_to_slot[:count].long() // top_k
+    token = row_to_slot[:count].long() // slot_to_row.shape[1]
     a, grad = (a[token], grad[:count]) if gather_a else (a[:count], grad[token])
     grouped_gemm_wgrad_(out, a, grad, offsets)

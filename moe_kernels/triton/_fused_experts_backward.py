@@ -431,8 +431,8 @@ def fused_experts_wgrad_(
     a: Tensor,
     grad: Tensor,
     row_to_slot: Tensor,
+    slot_to_row: Tensor,
     offsets: Tensor,
-    top_k: int,
     gather_a: bool,
 ) -> None:
     refuse_float64("fused_experts_wgrad_", "a", a)
@@ -440,7 +440,7 @@ def fused_experts_wgrad_(
     rows = min((grad if gather_a else a).shape[0], row_to_slot.numel())
     if rows == 0 or out.shape[0] == 0:
         return
-    order = (row_to_slot, row_to_slot.view(-1, top_k), offsets)
+    order = (row_to_slot, slot_to_row, offsets)
     with on_device_of(a):
         tokens, source = gathered_rows(contiguous_rows(a if gather_a else grad), order, rows)
         if gather_a:

@@ -1,6 +1,7 @@
 """Token permutation: rows grouped by expert.
 
-T tokens, K experts a token, R = T * K slots, H hidden size, E experts.
+T tokens, K experts a token, R = T * K slots, H hidden size, E experts. A token is read once and
+written K times, which is fewer bytes than to read it for each of its rows.
 """
 
 from __future__ import annotations
@@ -19,28 +20,46 @@ from moe_kernels.triton._launch import (
 from moe_kernels.triton._operands import Source
 
 TILE = 4096  # elements a program copies
+UNROLLED = tl.constexpr(4)  # rows of a token that are addressed at a time
 
 
-@triton.jit(do_not_specialize=["num_rows", "R", "E", "top_k"])
+@triton.jit
+def load_rows_of(slot_to_row, token, k, used, T, top_k):
+    """The row of each token's k-th slot, and whether there is one."""
+    row = tl.load(slot_to_row + token * top_k + k, mask=(token < T) & (k < top_k), other=-1)
+    return row.to(tl.int64), (row >= 0) & (row < used)
+
+
+@triton.jit(do_not_specialize=["num_rows", "T", "E", "top_k"])
 def _permute_kernel(
-    x, row_to_slot, offsets, out, num_rows, R, H, E, top_k, stride_t, stride_h,
-    BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
+    x, slot_to_row, offsets, out, num_rows, T, H, E, top_k, stride_t, stride_h,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    """A program reads its tokens once and writes them to all their rows."""
+    token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     column = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    used = tl.minimum(tl.load(offsets + E), R)
-    slot = tl.load(row_to_slot + row, mask=row < used, other=-1)
-    valid = (slot >= 0) & (slot < R)
-    token = (slot // top_k).to(tl.int64)
+    used = tl.minimum(tl.load(offsets + E), num_rows)
     inside = (column < H)[None, :]
     tile = tl.load(
         x + token[:, None] * stride_t + column[None, :].to(tl.int64) * stride_h,
-        mask=valid[:, None] & inside,
+        mask=(token < T)[:, None] & inside,
         other=0.0,
     )
-    tl.store(
-        out + row[:, None] * H + column[None, :], tile, mask=(row < num_rows)[:, None] & inside
-    )
+    for k in range(0, top_k, UNROLLED):
+        for i in tl.static_range(UNROLLED):
+            row, valid = load_rows_of(slot_to_row, token, k + i, used, T, top_k)
+            cell = out + row[:, None] * H + column[None, :]
+            tl.store(cell, tile, mask=valid[:, None] & inside)
+    # rows of no slot
+    zeros = tl.zeros((BLOCK_T, BLOCK_H), out.dtype.element_ty)
+    first = used + tl.program_id(0) * BLOCK_T
+    for start in range(first, num_rows, tl.num_programs(0) * BLOCK_T):
+        row = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_T)
+        tl.store(
+            out + row[:, None] * H + column[None, :],
+            zeros,
+            mask=(row < num_rows)[:, None] & inside,
+        )
 
 
 def copy_tile(columns: int) -> tuple[int, int]:
@@ -71,11 +90,12 @@ def permute(
         return out
     if row_to_slot.numel() == 0:
         return out.zero_()
-    block_r, block_h = copy_tile(H)
+    T, K = slot_to_row.shape
+    block_t, block_h = copy_tile(H)
     with on_device_of(x):
-        _permute_kernel[(ceil_div(num_rows, block_r), ceil_div(H, block_h))](
-            raw(x), row_to_slot, offsets, raw(out), num_rows, row_to_slot.numel(), H,
-            offsets.numel() - 1, slot_to_row.shape[1], *x.stride(),
-            BLOCK_R=block_r, BLOCK_H=block_h, num_warps=8 if x.element_size() == 1 else 4,
+        _permute_kernel[(ceil_div(T, block_t), ceil_div(H, block_h))](
+            raw(x), slot_to_row, offsets, raw(out), num_rows, T, H, offsets.numel() - 1, K,
+            *x.stride(), BLOCK_T=block_t, BLOCK_H=block_h,
+            num_warps=8 if x.element_size() == 1 else 4,
         )  # fmt: skip
     return out

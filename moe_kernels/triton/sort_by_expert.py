@@ -4,7 +4,8 @@ R slots, E experts, B blocks of BLOCK slots, P parts of as many blocks each. Slo
 expert have bin E, and lanes past the last slot bin E + 1.
 
 A slot's row is the first row of its bin, plus the slots of that bin in earlier blocks, plus those
-earlier in its block: integers only, so the order is the same however programs are scheduled.
+earlier in its block, which sorting its pairs of bin and lane tells: integers only, so the order is
+the same however programs are scheduled.
 Several blocks take two launches: one counts, a part a program, the bins of earlier blocks of the
 part and of all; the other sums those over the parts and scatters, a block a program.
 
@@ -24,7 +25,6 @@ from moe_kernels.triton._tiles import TileMap, empty_tile_map
 
 ONE_BLOCK = 1024  # up to as many slots are sorted in one launch
 BLOCK = 256
-LANES = 16  # slots that every slot of a block is compared with at a time
 PARTS = 64  # the most
 SCAN = 4096  # counts that are summed at a time
 
@@ -37,14 +37,10 @@ def _load_bins(ids, slot, R, E):
 
 
 @triton.jit
-def _rank_in_block(ids, bins, lane, first, R, E, BLOCK: tl.constexpr, LANES: tl.constexpr):
-    """How many earlier lanes of the block have the same bin."""
-    rank = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, BLOCK, LANES):
-        other = start + tl.arange(0, LANES)
-        same = _load_bins(ids, first + other, R, E)[None, :] == bins[:, None]
-        rank += tl.sum((same & (other[None, :] < lane[:, None])).to(tl.int32), 1)
-    return rank
+def _sort_block(bins, BLOCK: tl.constexpr):
+    """The block's bins in order, and the lane that each is from: stable, by sorting pairs."""
+    pair = tl.sort(bins * BLOCK + tl.arange(0, BLOCK))
+    return pair // BLOCK, pair % BLOCK
 
 
 @triton.jit
@@ -70,20 +66,20 @@ def _write_tiles(
 @triton.jit(do_not_specialize=["R", "E", "rows", "bound"])
 def _sort_one_block_kernel(
     ids, row_to_slot, slot_to_row, offsets, tiles, R, E, rows, bound,
-    BINS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, BLOCK_M: tl.constexpr,
+    BINS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    slot = tl.arange(0, BLOCK)
-    bins = _load_bins(ids, slot, R, E)
+    row = tl.arange(0, BLOCK)
+    bins = _load_bins(ids, row, R, E)
     count = tl.histogram(bins, BINS)
     first_row = tl.cumsum(count, 0) - count
     expert = tl.arange(0, BINS)
     tl.store(offsets + expert, first_row, mask=expert <= E)
-    row = tl.gather(first_row, bins, 0) + _rank_in_block(ids, bins, slot, 0, R, E, BLOCK, LANES)
-    tl.store(row_to_slot + row, slot, mask=slot < R)
-    tl.store(slot_to_row + slot, row, mask=slot < R)
+    bins, slot = _sort_block(bins, BLOCK)
+    tl.store(row_to_slot + row, slot, mask=row < R)
+    tl.store(slot_to_row + slot, row, mask=row < R)
     if BLOCK_M > 0:
         number = _write_tiles(
-            tiles, bound, bins, row, slot < R, first_row, count, E, rows, BLOCK_M, BINS
+            tiles, bound, bins, row, row < R, first_row, count, E, rows, BLOCK_M, BINS
         )
         tl.store(tiles, number)
 
@@ -105,8 +101,7 @@ def _count_kernel(ids, earlier, totals, R, E, B, blocks, BINS: tl.constexpr, BLO
 def _scatter_kernel(
     ids, earlier, totals, row_to_slot, slot_to_row, offsets, tiles,
     R, E, P, blocks, rows, bound,
-    BINS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, BLOCK_M: tl.constexpr,
-    SCAN: tl.constexpr,
+    BINS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, BINS)
@@ -124,11 +119,13 @@ def _scatter_kernel(
         tl.store(offsets + expert, first_row, mask=expert <= E)
     before += first_row + tl.load(earlier + block * (E + 1) + expert, mask=expert <= E, other=0)
 
-    lane = tl.arange(0, BLOCK)
+    place = tl.arange(0, BLOCK)
+    bins = _load_bins(ids, block * BLOCK + place, R, E)
+    here = tl.histogram(bins, BINS)
+    before -= tl.cumsum(here, 0) - here
+    bins, lane = _sort_block(bins, BLOCK)
     slot = block * BLOCK + lane
-    bins = _load_bins(ids, slot, R, E)
-    rank = _rank_in_block(ids, bins, lane, block * BLOCK, R, E, BLOCK, LANES)
-    row = tl.gather(before, bins, 0) + rank
+    row = tl.gather(before, bins, 0) + place
     tl.store(row_to_slot + row, slot.to(tl.int32), mask=slot < R)
     tl.store(slot_to_row + slot, row, mask=slot < R)
     if BLOCK_M > 0:
@@ -188,7 +185,7 @@ def _sort(
             block = max(next_power_of_2(R), 32)
             _sort_one_block_kernel[(1,)](
                 ids, row_to_slot, slot_to_row, offsets, tiles, R, E, rows, bound,
-                BINS=bins, BLOCK=block, LANES=LANES, BLOCK_M=block_m,
+                BINS=bins, BLOCK=block, BLOCK_M=block_m,
                 num_warps=8 if block > 256 else 4,
             )  # fmt: skip
             return row_to_slot, slot_to_row, offsets
@@ -200,7 +197,7 @@ def _sort(
         _count_kernel[(parts,)](ids, earlier, totals, R, E, count, blocks, BINS=bins, BLOCK=BLOCK)
         _scatter_kernel[(count,)](
             ids, earlier, totals, row_to_slot, slot_to_row, offsets, tiles,
-            R, E, parts, blocks, rows, bound, BINS=bins, BLOCK=BLOCK, LANES=LANES,
-            BLOCK_M=block_m, SCAN=max(min(SCAN // bins, next_power_of_2(PARTS)), 1),
+            R, E, parts, blocks, rows, bound, BINS=bins, BLOCK=BLOCK, BLOCK_M=block_m,
+            SCAN=max(min(SCAN // bins, next_power_of_2(PARTS)), 1),
         )  # fmt: skip
     return row_to_slot, slot_to_row, offsets

@@ -10,7 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_kernels.triton._launch import ceil_div, float_type, next_power_of_2, on_device_of
-from moe_kernels.triton.permute import copy_tile
+from moe_kernels.triton.permute import UNROLLED, copy_tile, load_rows_of
+
+SPREAD = 128  # programs beside one another that sum a few tokens
 
 
 @triton.jit(do_not_specialize=["num_rows", "T", "E", "top_k"])
@@ -24,18 +26,19 @@ def _unpermute_kernel(
     used = tl.minimum(tl.load(offsets + E), num_rows)
     inside = (column < H)[None, :]
     total = tl.zeros((BLOCK_T, BLOCK_H), WIDE)
-    for k in range(top_k):
-        row = tl.load(slot_to_row + token * top_k + k, mask=token < T, other=-1).to(tl.int64)
-        valid = (row >= 0) & (row < used)
-        tile = tl.load(
-            rows + row[:, None] * stride_r + column[None, :] * stride_h,
-            mask=valid[:, None] & inside,
-            other=0.0,
-        ).to(WIDE)
-        if WEIGHTED:
-            weight = tl.load(weights + token * stride_wt + k * stride_wk, mask=valid, other=0.0)
-            tile *= weight.to(WIDE)[:, None]
-        total += tile
+    for first in range(0, top_k, UNROLLED):
+        for i in tl.static_range(UNROLLED):
+            k = first + i
+            row, valid = load_rows_of(slot_to_row, token, k, used, T, top_k)
+            tile = tl.load(
+                rows + row[:, None] * stride_r + column[None, :] * stride_h,
+                mask=valid[:, None] & inside,
+                other=0.0,
+            ).to(WIDE)
+            if WEIGHTED:
+                weight = tl.load(weights + token * stride_wt + k * stride_wk, mask=valid, other=0.0)
+                tile *= weight.to(WIDE)[:, None]
+            total += tile
     tl.store(
         out + token[:, None] * stride_o + column[None, :],
         total.to(out.dtype.element_ty),
@@ -98,6 +101,10 @@ def sum_slots(
     if out.numel() == 0:
         return
     block_t, block_h = copy_tile(H)
+    if rows.element_size() == 8:
+        block_t = max(1, block_t // 4)  # what is loaded ahead stays in registers
+    # a few tokens are summed by as many programs as there can be, since each waits for memory
+    block_t = min(block_t, max(1, next_power_of_2(T) // SPREAD))
     with on_device_of(rows):
         _unpermute_kernel[(ceil_div(T, block_t), ceil_div(H, block_h))](
             rows, slot_to_row, offsets, weights, out, num_rows, T, H, offsets.numel() - 1, K,

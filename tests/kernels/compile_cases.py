@@ -228,7 +228,7 @@ def _main_grads(tokens: int, dtype: torch.dtype) -> None:
 
     x, dh = torch.empty(tokens, H, dtype=dtype), torch.empty(tokens * K, 2 * INNER, dtype=dtype)
     slots = torch.empty(tokens * K, dtype=torch.int32)
-    order = (slots, torch.empty(E + 1, dtype=torch.int32), K)
+    order = (slots, slots.view(tokens, K), torch.empty(E + 1, dtype=torch.int32))
     fused_experts_wgrad_(torch.empty(E, H, 2 * INNER), x, dh, *order, True)
     fused_experts_wgrad_(torch.empty(E, 2 * INNER, H), dh, x, *order, False)
 
