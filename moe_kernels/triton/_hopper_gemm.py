@@ -126,14 +126,29 @@ def _await_turn(turn, turns, GROUP: gl.constexpr):
 
 
 @gluon.jit
+def _tile_of(tiles, bound, number, row_tiles, column_tiles, GROUP_M: gl.constexpr):
+    """The expert, first row and end of the tile of that number, or of the last one.
+
+    Who needs to know its tile before it multiplies asks for the next one before the products of one,
+    so as not to wait for memory.
+    """
+    number = gl.minimum(number, row_tiles * column_tiles - 1)
+    tile, _ = walk(number, row_tiles, column_tiles, GROUP_M)
+    return load_tile(tiles, bound, tile)
+
+
+@gluon.jit
 def _sum_tile(
-    ring, turn, turns, step, contracted,
+    ring, turn, turns, step, contracted, rows_left,
     GROUP: gl.constexpr, SHARED: gl.constexpr, TRANSPOSED: gl.constexpr, COPIED: gl.constexpr,
     BLOCK_M: gl.constexpr, WIDTH: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The sums of a group's tile, of number ``turns`` and from ``step`` on, or of its half of one.
 
     With them come both numbers of its next tile.
+
+    ``rows_left``: of the expert from the tile's first on. A half without rows is not multiplied, so
+    that the other has the tensor cores to itself; its slots are handed back all the same.
 
     COPIED: a slot's rows came by ``cp.async``. The tensor cores read through another proxy, to
     which the fence shows them.
@@ -144,7 +159,10 @@ def _sum_tile(
     if not SHARED:
         _await_turn(turn, turns, GROUP)
     total = gl.zeros([ROWS, WIDTH], gl.float32, SUMS)
-    for k in range(0, contracted, BLOCK_K):
+    used = contracted
+    if SHARED:
+        used = gl.where(rows_left > GROUP * ROWS, contracted, 0)
+    for k in range(0, used, BLOCK_K):
         slot, parity = _slot(step, STAGES)
         mbarrier.wait(full.index(slot), parity)
         if COPIED:
@@ -161,8 +179,15 @@ def _sum_tile(
         step += 1
     total = warpgroup_mma_wait(0, deps=(total,))
     meet()
-    _hand_back(empty, step - 1, True, STAGES)
-    if not SHARED:
+    _hand_back(empty, step - 1, used > 0, STAGES)
+    if SHARED:
+        for _ in range(used, contracted, BLOCK_K):
+            slot, parity = _slot(step, STAGES)
+            mbarrier.wait(full.index(slot), parity)
+            meet()
+            _hand_back(empty, step, True, STAGES)
+            step += 1
+    else:
         mbarrier.arrive(turn.index(1 - GROUP))
         step += gl.cdiv(contracted, BLOCK_K)  # those of the other group's tile
     return total, step, turns + 1
@@ -203,14 +228,19 @@ def _multiply(
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     row_tiles, column_tiles = tile_count(tiles), gl.cdiv(N, BLOCK_N)
     start, step = _begin(Kd, GROUP, SHARED, BLOCK_K)
-    turns = 0
-    for number in range(start, row_tiles * column_tiles, gl.num_programs(0) * OWNERS):
-        tile, column_tile = walk(number, row_tiles, column_tiles, GROUP_M)
-        expert, first, end = load_tile(tiles, bound, tile)
+    turns, stride = 0, gl.num_programs(0) * OWNERS
+    coming = _tile_of(tiles, bound, start, row_tiles, column_tiles, GROUP_M)
+    for number in range(start, row_tiles * column_tiles, stride):
+        _, column_tile = walk(number, row_tiles, column_tiles, GROUP_M)
+        if SHARED:
+            expert, first, end = coming
+            coming = _tile_of(tiles, bound, number + stride, row_tiles, column_tiles, GROUP_M)
+        else:
+            expert, first, end = _tile_of(tiles, bound, number, row_tiles, column_tiles, GROUP_M)
         n = column_tile * BLOCK_N
         total, step, turns = _sum_tile(
-            ring, turn, turns, step, Kd, GROUP, SHARED, TRANSPOSED, False, BLOCK_M, BLOCK_N,
-            BLOCK_K, STAGES,
+            ring, turn, turns, step, Kd, end - first, GROUP, SHARED, TRANSPOSED, False, BLOCK_M,
+            BLOCK_N, BLOCK_K, STAGES,
         )  # fmt: skip
 
         if BIASED:

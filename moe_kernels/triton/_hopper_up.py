@@ -32,6 +32,7 @@ from moe_kernels.triton._hopper_gemm import (
     _slot,
     _store,
     _sum_tile,
+    _tile_of,
     describe_weight,
 )
 from moe_kernels.triton._launch import ceil_div, processors
@@ -125,14 +126,19 @@ def _project(
     row_tiles, column_tiles = tile_count(tiles), gl.cdiv(I, BLOCK_N)
     H = units * UNIT
     start, step = _begin(H, GROUP, SHARED, BLOCK_K)
-    turns = 0
-    for number in range(start, row_tiles * column_tiles, gl.num_programs(0) * OWNERS):
-        tile, column_tile = walk(number, row_tiles, column_tiles, GROUP_M)
-        expert, first, end = load_tile(tiles, bound, tile)
+    turns, stride = 0, gl.num_programs(0) * OWNERS
+    coming = _tile_of(tiles, bound, start, row_tiles, column_tiles, GROUP_M)
+    for number in range(start, row_tiles * column_tiles, stride):
+        _, column_tile = walk(number, row_tiles, column_tiles, GROUP_M)
+        if SHARED:
+            expert, first, end = coming
+            coming = _tile_of(tiles, bound, number + stride, row_tiles, column_tiles, GROUP_M)
+        else:
+            expert, first, end = _tile_of(tiles, bound, number, row_tiles, column_tiles, GROUP_M)
         n = column_tile * BLOCK_N
         total, step, turns = _sum_tile(
-            ring, turn, turns, step, H, GROUP, SHARED, TRANSPOSED, True, BLOCK_M, WIDTH, BLOCK_K,
-            STAGES,
+            ring, turn, turns, step, H, end - first, GROUP, SHARED, TRANSPOSED, True, BLOCK_M,
+            WIDTH, BLOCK_K, STAGES,
         )  # fmt: skip
 
         if BIASED:

@@ -333,8 +333,10 @@ class Language:
                 raise RaceError("a product reads what was copied through another proxy")
             return Sums(before.values, (*before.pending, (a, b, _product(a, b))))
 
-        def complete(number: int, deps: tuple[Sums]) -> Any:
+        def complete(number: int, deps: tuple[Any]) -> Any:
             (acc,) = deps
+            if not isinstance(acc, Sums):  # of no product
+                return acc
             values, pending = acc.values, list(acc.pending)
             machine.pause()
             while len(pending) > number:

@@ -128,13 +128,14 @@ def _check_roles(reports: Reports, kernel: str, multiplying: int, loading: int) 
         assert min(report["role_registers"]) == loading, report
         assert report["registers"] * report["warps"] >= 4 * (2 * multiplying + loading), report
         # full and empty for each slot, and two turns. Once those that load wait and say how many
-        # bytes come; either group waits for full and for its turn, hands back in the loop and
-        # after it, and passes its turn on. Threads that gather arrive once each
+        # bytes come; either group waits for full and hands back in the loop and after it. With
+        # turns it waits for its own and passes it on; without, it waits and hands back where its
+        # half has no rows. Threads that gather arrive once each
         assert report["mbarriers"] == {
             "init": 2 * stages + 2,
             "expect": 1,
-            "wait": 5 if turns else 3,
-            "arrive": 6 if turns else 4,
+            "wait": 5,
+            "arrive": 6,
             "copied": int(report["cp_async"] > 0),
         }, report
     return found
