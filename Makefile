@@ -151,7 +151,7 @@ gpu-check: $(ENVIRONMENT)
 	timeout --kill-after=5 20 $(PY) -m benchmarks report $(OUT) --tables \
 		--out $(OUT)/report > /dev/null || status=1; \
 	if has pytest; then \
-		cores=$$(nproc); options=$$(has xdist && \
+		cores=$$(env -u OMP_NUM_THREADS nproc); options=$$(has xdist && \
 			echo --numprocesses=$$((cores < 12 ? cores : 12)) --dist=worksteal); \
 		options="$$options $$(has pytest_timeout && echo --timeout=75 --timeout-method=thread)"; \
 		timeout --signal=INT --kill-after=20 $$(left 510) env --default-signal=INT $(PYTEST) \
