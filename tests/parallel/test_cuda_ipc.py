@@ -126,7 +126,7 @@ def _equal(rank: int, ranks: int) -> None:
 @gpu
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_exchange_is_that_of_process_group(ranks: int) -> None:
-    run_ranks(ranks, _equal, timeout=200)
+    run_ranks(ranks, _equal)
 
 
 def _graph(rank: int, ranks: int) -> None:
@@ -159,7 +159,7 @@ def _graph(rank: int, ranks: int) -> None:
 
 @gpu
 def test_graphs_are_captured_and_replayed() -> None:
-    run_ranks(2, _graph, timeout=120)
+    run_ranks(2, _graph)
 
 
 def _without_waiting(rank: int, ranks: int) -> None:
@@ -183,7 +183,7 @@ def _without_waiting(rank: int, ranks: int) -> None:
 
 @gpu
 def test_the_host_waits_for_nothing() -> None:
-    run_ranks(2, _without_waiting, timeout=120)
+    run_ranks(2, _without_waiting)
 
 
 def _too_many(rank: int, ranks: int) -> tuple[str, str]:
@@ -197,7 +197,7 @@ def _too_many(rank: int, ranks: int) -> tuple[str, str]:
 
 @gpu
 def test_what_there_is_no_room_for_is_told() -> None:
-    for kind, message in run_ranks(2, _too_many, timeout=120):
+    for kind, message in run_ranks(2, _too_many):
         assert kind == "RuntimeError"
         assert "up to 20 rows and 40 slots" in message
 
@@ -222,7 +222,7 @@ def _killed(rank: int, ranks: int) -> None:
 @gpu
 def test_a_killed_rank_is_named() -> None:
     with pytest.raises(AssertionError, match="1 of 2 ranks failed\n--- rank 1: died"):
-        run_ranks(2, _killed, timeout=120)
+        run_ranks(2, _killed)
 
 
 def _on_the_cpu(rank: int, ranks: int) -> tuple[str, str]:
@@ -231,6 +231,6 @@ def _on_the_cpu(rank: int, ranks: int) -> tuple[str, str]:
 
 @gpu
 def test_tensors_of_the_cpu_are_refused() -> None:
-    for kind, message in run_ranks(2, _on_the_cpu, timeout=120):
+    for kind, message in run_ranks(2, _on_the_cpu):
         assert kind == "ValueError"
         assert "transport 'cuda_ipc' carries tensors of CUDA devices; got one on cpu" in message

@@ -285,7 +285,7 @@ def _on_gpu(rank: int, ranks: int) -> None:
 @pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_exchange_of_cuda_tensors(ranks: int) -> None:
-    run_ranks(ranks, _on_gpu, timeout=120)
+    run_ranks(ranks, _on_gpu)
 
 
 def _sub_groups_and_handles_in_flight(rank: int, ranks: int) -> None:
