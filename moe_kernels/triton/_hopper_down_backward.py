@@ -1,0 +1,386 @@
+"""Backward through the down-projection and the activation where warps have roles, for sm_90.
+
+R rows, E experts, H contracted size, I columns of the activation, W = 2 * I of h, or I. In Gluon;
+what is computed is what ``_fused_experts_backward.py`` says, of rows of dO that are contiguous.
+
+The protocol of the products is that of ``_hopper_gemm.py``, whose warp loads here, too. What comes
+after the sums is long: h is read, and dH and s * A, three times as much, are written. It goes by
+parts of SIDE rows and columns, so that registers suffice. For each group of warps that multiplies
+there is one more warp, which brings the parts of h by TMA, in the order in which the group wants
+them, to AHEAD slots of the group's own, while its tile is multiplied:
+
+* ``full[slot]``: phase u completes when all bytes of use u of the slot are there.
+* ``empty[slot]``: phase u completes when the group has use u in registers, by its one arrival.
+  Before use u + 1 is loaded that is waited for.
+
+One warp loads and one group reads, both in the same order, so neither barrier gets two phases ahead
+of who waits for it, and nothing waits in a circle: what a group's part waits for are its earlier
+parts alone, and no product waits for one, but for the group's own later tiles.
+
+The group's threads have read a part themselves, not by TMA, which writes the next one there. That
+is another proxy, so each puts a fence between, before the group meets and one arrives for all.
+"""
+
+from __future__ import annotations
+
+import triton.experimental.gluon.language as gl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+
+from moe_kernels.triton._activation import (
+    Activation,
+    activate_backward,
+    activate_gated_backward,
+)
+from moe_kernels.triton._config_tables import LARGEST_TILE, Config
+from moe_kernels.triton._hopper_gemm import (
+    GROUPS,
+    LOADING,
+    MULTIPLYING,
+    _begin,
+    _load,
+    _make_ring,
+    _sum_tile,
+    describe,
+    describe_weight,
+    meet,
+)
+from moe_kernels.triton._hopper_up import _halves
+from moe_kernels.triton._launch import ceil_div, processors
+from moe_kernels.triton._tiles import TileMap, load_tile, tile_count, walk
+
+SIDE = gl.constexpr(64)  # rows and columns of a part
+AHEAD = gl.constexpr(2)  # parts of h that a group has slots for
+
+
+@gluon.jit
+def _use(turns, part: gl.constexpr, PARTS: gl.constexpr):
+    """The slot of a part of the group's tile of number ``turns``, and the parity of that use of it.
+
+    As many parts of each tile are in each slot, so that a part's is known to the compiler.
+    """
+    SLOTS: gl.constexpr = min(AHEAD, PARTS)
+    return part % SLOTS, (turns * (PARTS // SLOTS) + part // SLOTS) & 1
+
+
+@gluon.jit
+def _bring_h(
+    h, problem, own,
+    GROUP: gl.constexpr, SHARED: gl.constexpr, PLANES: gl.constexpr, WIDE: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr,
+):  # fmt: skip
+    """The role of a warp that brings h: every part of every tile of the group.
+
+    A part is that of each of PLANES of h, gate and up if those are halves, WIDE columns.
+    """
+    tiles, bound, N, _ = problem
+    parts, full, empty = own
+    ROWS: gl.constexpr = BLOCK_M // GROUPS if SHARED else BLOCK_M
+    OWNERS: gl.constexpr = 1 if SHARED else GROUPS
+    ROW: gl.constexpr = GROUP * ROWS if SHARED else 0
+    ACROSS: gl.constexpr = BLOCK_N // SIDE
+    PARTS: gl.constexpr = ROWS // SIDE * ACROSS
+    row_tiles, column_tiles = tile_count(tiles), gl.cdiv(N, BLOCK_N)
+    start, _ = _begin(0, GROUP, SHARED, 1)
+    turns = 0
+    for number in range(start, row_tiles * column_tiles, gl.num_programs(0) * OWNERS):
+        tile, column_tile = walk(number, row_tiles, column_tiles, GROUP_M)
+        _, first, _ = load_tile(tiles, bound, tile)
+        for part in gl.static_range(PARTS):
+            slot, parity = _use(turns, part, PARTS)
+            ready = full.index(slot)
+            row = first + ROW + part // ACROSS * SIDE
+            column = column_tile * ACROSS + part % ACROSS
+            mbarrier.wait(empty.index(slot), parity ^ 1)
+            mbarrier.expect(ready, 2 * SIDE * WIDE * PLANES)
+            for plane in gl.static_range(PLANES):
+                memory = parts.index(slot * PLANES + plane)
+                tma.async_copy_global_to_shared(h, [plane, row, column * WIDE], ready, memory)
+        turns += 1
+
+
+@gluon.jit
+def _hand_back(empty):
+    """What was read of a slot is in registers."""
+    fence_async_shared()
+    meet()
+    mbarrier.arrive(empty)
+
+
+@gluon.jit
+def _write(tile, out, first, end, column, N, pitch):
+    """As ``_store``, of a part. Rows are addressed so that nothing is kept for the next tile."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    tile = gl.convert_layout(tile.to(out.dtype.element_ty), LAYOUT)
+    i = first + gl.arange(0, SIDE, gl.SliceLayout(1, LAYOUT))
+    j = column + gl.arange(0, SIDE, gl.SliceLayout(0, LAYOUT))
+    cells = out + ((i.to(gl.int64) * pitch)[:, None] + j[None, :])
+    gl.store(cells, tile, mask=(i < end)[:, None] & (j < N)[None, :])
+
+
+@gluon.jit
+def _half_of(tile, half: gl.constexpr):
+    """The left or the right half of a part."""
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SIDE // 2, 16])
+    return gl.convert_layout(_halves(tile, SIDE, SIDE)[half], LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
+def _take_pairs(pairs, half: gl.constexpr):
+    """Gate and up of half a part, of which they are every other column."""
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SIDE // 2, 16])
+    # a thread's elements, in pairs, are those that it has in LAYOUT
+    PAIRS: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [8, 0], [0, 16], [0, 32]],
+        [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]],
+        [[16, 0], [32, 0]],
+        [],
+        [64, 64],
+    )
+    tile = pairs.slice(half * SIDE, SIDE, dim=1).load(PAIRS)
+    gate, up = gl.split(tile.reshape([SIDE, SIDE // 2, 2]))
+    gate = gl.convert_layout(gate, LAYOUT, assert_trivial=True)
+    return gate, gl.convert_layout(up, LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
+def _whole(left, right, PART: gl.constexpr):
+    """The part of which these are the halves."""
+    tile = gl.join(left, right).permute(0, 2, 1).reshape([SIDE, SIDE])
+    return gl.convert_layout(tile, PART, assert_trivial=True)
+
+
+@gluon.jit
+def _differentiate(
+    grad, gate, up, scale, alpha, limit, KIND: gl.constexpr, GATED: gl.constexpr,
+    CLAMP: gl.constexpr,
+):  # fmt: skip
+    """dH, of gate and of up, and s * A, all rounded; and each row's <dA', A>."""
+    dtype: gl.constexpr = gate.dtype
+    scale = gl.convert_layout(scale, gl.SliceLayout(1, grad.type.layout), assert_trivial=True)
+    scaled, gate = grad * scale[:, None], gate.to(gl.float32)
+    if GATED:
+        a, grad_gate, grad_up = activate_gated_backward(
+            scaled, gate, up.to(gl.float32), alpha, limit, KIND, CLAMP, False
+        )
+    else:
+        a, grad_gate = activate_backward(scaled, gate, KIND, False)
+        grad_up = grad_gate
+    weighted = a * scale[:, None]
+    return grad_gate.to(dtype), grad_up.to(dtype), weighted.to(dtype), gl.sum(grad * a, 1)
+
+
+@gluon.jit
+def _through_part(
+    grad, own, slot: gl.constexpr, parity, scale, grad_h, weighted_a, first, end, column, columns,
+    I, W, alpha, limit,
+    KIND: gl.constexpr, GATED: gl.constexpr, INTERLEAVED: gl.constexpr, CLAMP: gl.constexpr,
+    NEEDS_H: gl.constexpr, NEEDS_A: gl.constexpr, PART: gl.constexpr,
+):  # fmt: skip
+    """Write dH and s * A of a part; returns each row's <dA', A> over its columns.
+
+    It goes by halves, since all at once would not fit in registers.
+    """
+    parts, full, empty = own
+    mbarrier.wait(full.index(slot), parity)
+    if INTERLEAVED:
+        gate, up = _take_pairs(parts.index(slot), 0)
+        left_gate, left_up, left_a, left_dot = _differentiate(
+            _half_of(grad, 0), gate, up, scale, alpha, limit, KIND, GATED, CLAMP
+        )
+        if NEEDS_H:
+            pairs = gl.join(left_gate, left_up).reshape([SIDE, SIDE])
+            _write(pairs, grad_h, first, end, 2 * column, 2 * columns, W)
+        gate, up = _take_pairs(parts.index(slot), 1)
+        _hand_back(empty.index(slot))
+        right_gate, right_up, right_a, right_dot = _differentiate(
+            _half_of(grad, 1), gate, up, scale, alpha, limit, KIND, GATED, CLAMP
+        )
+        if NEEDS_H:
+            pairs = gl.join(right_gate, right_up).reshape([SIDE, SIDE])
+            _write(pairs, grad_h, first, end, 2 * column + SIDE, 2 * columns, W)
+    else:
+        if GATED:
+            gate, up = parts.index(slot * 2).load(PART), parts.index(slot * 2 + 1).load(PART)
+        else:
+            gate = parts.index(slot).load(PART)
+            up = gate
+        _hand_back(empty.index(slot))
+        left_gate, left_up, left_a, left_dot = _differentiate(
+            _half_of(grad, 0), _half_of(gate, 0), _half_of(up, 0), scale, alpha, limit, KIND, GATED,
+            CLAMP,
+        )  # fmt: skip
+        right_gate, right_up, right_a, right_dot = _differentiate(
+            _half_of(grad, 1), _half_of(gate, 1), _half_of(up, 1), scale, alpha, limit, KIND, GATED,
+            CLAMP,
+        )  # fmt: skip
+        if NEEDS_H:
+            grad_gate = _whole(left_gate, right_gate, PART)
+            _write(grad_gate, grad_h, first, end, column, columns, W)
+            if GATED:
+                grad_up = _whole(left_up, right_up, PART)
+                _write(grad_up, grad_h + I, first, end, column, columns, W)
+    if NEEDS_A:
+        weighted = _whole(left_a, right_a, PART)
+        _write(weighted, weighted_a, first, end, column, columns, columns)
+    dot = left_dot + right_dot
+    return gl.convert_layout(dot, gl.SliceLayout(1, PART), assert_trivial=True)
+
+
+@gluon.jit
+def _columns_of(tile, part: gl.constexpr, COLUMNS: gl.constexpr):
+    """Of a tile of SIDE rows, SIDE columns."""
+    if COLUMNS == SIDE:
+        found = tile
+    else:
+        left, right = _halves(tile, SIDE, COLUMNS)
+        HALF: gl.constexpr = COLUMNS // SIDE // 2
+        found = _columns_of(left if part < HALF else right, part % HALF, COLUMNS // 2)
+    return found
+
+
+@gluon.jit
+def _pass_down(
+    row_weights, grad_h, weighted_a, partials, rows, I, W, alpha, limit, problem, ring, turn, own,
+    GROUP: gl.constexpr, SHARED: gl.constexpr, TRANSPOSED: gl.constexpr,
+    KIND: gl.constexpr, GATED: gl.constexpr, INTERLEAVED: gl.constexpr, CLAMP: gl.constexpr,
+    NEEDS_H: gl.constexpr, NEEDS_A: gl.constexpr, NEEDS_S: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+    GROUP_M: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The role of a group: half of each tile, or every other tile."""
+    tiles, bound, columns, H = problem
+    ROWS: gl.constexpr = BLOCK_M // GROUPS if SHARED else BLOCK_M
+    ROW: gl.constexpr = GROUP * ROWS if SHARED else 0  # of a tile, the first
+    OWNERS: gl.constexpr = 1 if SHARED else GROUPS  # of the tiles, by turns
+    PART: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SIDE, 16])
+    ACROSS: gl.constexpr = BLOCK_N // SIDE
+    PARTS: gl.constexpr = ROWS // SIDE * ACROSS
+    row_tiles, column_tiles = tile_count(tiles), gl.cdiv(columns, BLOCK_N)
+    start, step = _begin(H, GROUP, SHARED, BLOCK_K)
+    turns = 0
+    for number in range(start, row_tiles * column_tiles, gl.num_programs(0) * OWNERS):
+        tile, column_tile = walk(number, row_tiles, column_tiles, GROUP_M)
+        _, first, end = load_tile(tiles, bound, tile)
+        n = column_tile * BLOCK_N
+        total, step, next_turn = _sum_tile(
+            ring, turn, turns, step, H, GROUP, SHARED, TRANSPOSED, False, BLOCK_M, BLOCK_N, BLOCK_K,
+            STAGES,
+        )  # fmt: skip
+        if ROWS == SIDE:
+            bands = (total,)
+        else:
+            bands = gl.split(total.reshape([2, SIDE, BLOCK_N]).permute(1, 2, 0))
+        for band in gl.static_range(ROWS // SIDE):
+            begin = first + ROW + band * SIDE
+            row = begin + gl.arange(0, SIDE, gl.SliceLayout(1, PART))
+            scale = gl.load(row_weights + row, mask=row < end, other=0.0)
+            dot = gl.zeros([SIDE], gl.float32, gl.SliceLayout(1, PART))
+            for across in gl.static_range(ACROSS):
+                grad = _columns_of(bands[band], across, BLOCK_N)
+                grad = gl.convert_layout(grad, PART, assert_trivial=True)
+                slot, parity = _use(turns, band * ACROSS + across, PARTS)
+                dot += _through_part(
+                    grad, own, slot, parity, scale, grad_h, weighted_a, begin, end,
+                    n + across * SIDE, columns, I, W, alpha, limit, KIND, GATED, INTERLEAVED, CLAMP,
+                    NEEDS_H, NEEDS_A, PART,
+                )  # fmt: skip
+            if NEEDS_S:
+                gl.store(partials + column_tile.to(gl.int64) * rows + row, dot, mask=row < end)
+        turns = next_turn
+
+
+@gluon.jit
+def _make_slots(dtype: gl.constexpr, PLANES: gl.constexpr, WIDE: gl.constexpr):
+    """A group's slots for parts of h, and their barriers."""
+    PLANE: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    parts = gl.allocate_shared_memory(dtype, [AHEAD * PLANES, SIDE, WIDE], PLANE)
+    full = gl.allocate_shared_memory(gl.int64, [AHEAD, 1], BARRIER)
+    empty = gl.allocate_shared_memory(gl.int64, [AHEAD, 1], BARRIER)
+    for slot in gl.static_range(AHEAD):
+        mbarrier.init(full.index(slot), count=1)
+        mbarrier.init(empty.index(slot), count=1)
+    return parts, full, empty
+
+
+@gluon.jit(do_not_specialize=["bound", "rows"])
+def _hopper_down_backward_kernel(
+    grad, w, h, row_weights, grad_h, weighted_a, partials, tiles, bound, rows, H, columns, I, W,
+    alpha, limit,
+    SHARED: gl.constexpr, TRANSPOSED: gl.constexpr,
+    KIND: gl.constexpr, GATED: gl.constexpr, INTERLEAVED: gl.constexpr, CLAMP: gl.constexpr,
+    NEEDS_H: gl.constexpr, NEEDS_A: gl.constexpr, NEEDS_S: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+    GROUP_M: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    PLANES: gl.constexpr = 2 if GATED and not INTERLEAVED else 1
+    WIDE: gl.constexpr = 2 * SIDE if GATED and INTERLEAVED else SIDE
+    BYTES: gl.constexpr = 2 * BLOCK_K * (BLOCK_M + BLOCK_N)
+    first, second = _make_slots(h.dtype, PLANES, WIDE), _make_slots(h.dtype, PLANES, WIDE)
+    # last, since it shows the barriers to TMA
+    ring, turn = _make_ring(grad.dtype, SHARED, TRANSPOSED, 1, BLOCK_M, BLOCK_N, BLOCK_K, STAGES)
+    problem = (tiles, bound, columns, H)
+    gl.warp_specialize(
+        [
+            (_pass_down, (
+                row_weights, grad_h, weighted_a, partials, rows, I, W, alpha, limit, problem, ring,
+                turn, first, 0, SHARED, TRANSPOSED, KIND, GATED, INTERLEAVED, CLAMP, NEEDS_H,
+                NEEDS_A, NEEDS_S, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, STAGES,
+            )),
+            (_pass_down, (
+                row_weights, grad_h, weighted_a, partials, rows, I, W, alpha, limit, problem, ring,
+                turn, second, 1, SHARED, TRANSPOSED, KIND, GATED, INTERLEAVED, CLAMP, NEEDS_H,
+                NEEDS_A, NEEDS_S, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, STAGES,
+            )),
+            (_load, (grad, w, problem, ring, TRANSPOSED, BLOCK_N, BLOCK_K, GROUP_M, STAGES, BYTES)),
+            (_bring_h, (h, problem, first, 0, SHARED, PLANES, WIDE, BLOCK_M, BLOCK_N, GROUP_M)),
+            (_bring_h, (h, problem, second, 1, SHARED, PLANES, WIDE, BLOCK_M, BLOCK_N, GROUP_M)),
+        ],
+        [4, 1, 1, 1],
+        [MULTIPLYING, LOADING, LOADING, LOADING],
+    )  # fmt: skip
+
+
+def through_down(
+    grad: Tensor,
+    down: Tensor,
+    h: Tensor,
+    row_weights: Tensor,
+    activation: Activation,
+    columns: range,
+    grad_h: Tensor | None,
+    weighted_a: Tensor | None,
+    partials: Tensor | None,
+    tiles: TileMap,
+    cut: Config,
+    transposed: bool,
+) -> None:
+    """As :func:`moe_kernels.triton._fused_experts_backward._through_down`, of contiguous rows.
+
+    Args:
+        transposed: down.mT, [E, H, I], is stored [E, I, H].
+    """
+    (_, I, H), W = down.shape, h.shape[1]
+    w = down[:, columns.start : columns.stop].mT
+    # planes of which TMA sees these columns alone: gate and up, or both in pairs
+    planes = 2 if activation.gated and not activation.interleaved else 1
+    wide = 2 if activation.gated and activation.interleaved else 1
+    of_h = slice(wide * columns.start, wide * columns.stop)
+    seen = h.unflatten(1, (planes, W // planes)).movedim(1, 0)[..., of_h]
+    constants = {key: value for key, value in activation.constants(h).items() if key != "PRECISE"}
+    steps = tiles.bound * ceil_div(len(columns), cut.block_n)
+    parts = partials if partials is None else partials[columns.start // cut.block_n :]
+    _hopper_down_backward_kernel[(min(steps, processors(grad.device)),)](
+        describe(grad, [cut.block_m, cut.block_k]),
+        describe_weight(w, cut.block_k, cut.block_n, transposed=transposed),
+        describe(seen, [1, SIDE.value, SIDE.value * wide]), row_weights,
+        h if grad_h is None else grad_h[:, of_h], h if weighted_a is None else weighted_a,
+        row_weights if parts is None else parts, tiles.tiles, tiles.bound, row_weights.numel(), H,
+        len(columns), I, W, activation.alpha, activation.limit,
+        SHARED=cut.block_m * cut.block_n > LARGEST_TILE, TRANSPOSED=transposed, **constants,
+        NEEDS_H=grad_h is not None, NEEDS_A=weighted_a is not None, NEEDS_S=parts is not None,
+        BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, BLOCK_K=cut.block_k, GROUP_M=cut.group_m,
+        STAGES=cut.stages, num_warps=4,
+    )  # fmt: skip
