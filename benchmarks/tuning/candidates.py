@@ -14,6 +14,7 @@ REGISTERS = 65536
 LARGEST_SUM = 128  # float32 sums that a thread can hold besides all else
 SMALLEST_SUM = 4  # fewer leave most of a thread's time to addresses
 DEEPEST = 6
+BESIDE_RING = 81 * 1024  # bytes that backward in Gluon needs, for h and for what it writes
 GROUPS = (1, 4, 8, 16, 32)
 PROGRAMS = (1, 2, 3, 4)
 
@@ -78,15 +79,19 @@ def candidates(
         for stages in range(max(2, fit - 1), fit + 1):
             programs = 2 if 2 * stages * stage <= memory and sums <= LARGEST_SUM / 2 else 1
             found.append(Config(m, n, k, warps=warps, stages=stages, programs=programs))
-    return found + [other for config in found for other in _specialized(kernel, arch, config)]
+    others = [other for config in found for other in _specialized(kernel, arch, config, memory)]
+    return found + list(dict.fromkeys(others))
 
 
-def _specialized(kernel: str, arch: int, config: Config) -> Iterator[Config]:
+def _specialized(kernel: str, arch: int, config: Config, memory: int) -> Iterator[Config]:
     """The same tile where warps have roles; one program a multiprocessor then.
 
     On sm_90 Triton halves a tile between two groups of four warps beside the one that loads. The
     kernels in Gluon give each group tiles of its own, or halve those that are too large for one;
     tiles that leave half of a thread's sums unused are not tried.
+
+    Args:
+        memory: bytes of shared memory.
     """
     ways = WARP_SPECIALIZE.get(kernel, ())
     if "triton" in ways and 100 <= arch < 120:
@@ -96,7 +101,11 @@ def _specialized(kernel: str, arch: int, config: Config) -> Iterator[Config]:
     if kernel == "grouped_gemm" and config.warps == 8 and config.block_m >= 128:
         yield replace(config, warps=4, programs=1, warp_specialize="triton")
     sums = config.block_m * config.block_n * (2 if kernel == "up" else 1) / (32 * config.warps)
-    gluon = replace(config, warps=8, programs=1, warp_specialize="gluon")
+    stages = config.stages
+    if kernel == "down_backward":  # the ring shares memory with slots for h
+        stage = 2 * config.block_k * (config.block_m + config.block_n)
+        stages = min(stages, (memory - BESIDE_RING) // stage)
+    gluon = replace(config, warps=8, stages=stages, programs=1, warp_specialize="gluon")
     if "gluon" in ways and sums == LARGEST_SUM and suits_gluon(kernel, gluon):
         yield gluon
 

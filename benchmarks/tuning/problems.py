@@ -26,6 +26,7 @@ from moe_kernels.triton._config_tables import (
 )
 from moe_kernels.triton._fused_experts_backward import _through_down
 from moe_kernels.triton._launch import ceil_div, on_device_of
+from moe_kernels.triton._operands import has_hopper_down_backward
 from moe_kernels.triton._tiles import TileMap, build_tile_map
 from moe_kernels.triton._wgrad import weight_gradient
 from moe_kernels.triton.fused_experts import _project_up
@@ -228,14 +229,19 @@ def _up(layer: Layer) -> Problem:
 
 def _down_backward(layer: Layer) -> Problem:
     H, I = layer.shape["H"], layer.shape["I"]  # noqa: E741
+    down = layer.down.mT
     dh, weighted = layer.empty(layer.rows, 2 * I), layer.empty(layer.rows, I)
     parts = layer.empty(ceil_div(I, SMALLEST_BLOCK), layer.rows, dtype=torch.float32)
     ds = layer.empty(layer.rows, dtype=torch.float32)
-    rows, source = gathered_rows(layer.grad, layer.order, layer.rows)
+    before = gathered_rows(layer.grad, layer.order, layer.rows)
 
     def run(cut: Config) -> None:
+        rows, source = before
+        if source and has_hopper_down_backward(cut, rows, down, layer.h, layer.activation):
+            # the copy that this kernel needs, and others may do without, is a part of its time
+            rows, source = gathered_rows(layer.grad, layer.order, layer.rows, by_tma=True)
         _through_down(
-            rows, source, layer.down.mT, layer.h, layer.row_weights, layer.activation, range(I), dh,
+            rows, source, down, layer.h, layer.row_weights, layer.activation, range(I), dh,
             weighted, parts, layer.tiles(cut.block_m), cut,
         )  # fmt: skip
 

@@ -36,6 +36,7 @@ from moe_kernels.triton._launch import (
 from moe_kernels.triton._operands import (
     Source,
     contiguous_rows,
+    has_hopper_down_backward,
     is_aligned,
     load_rows,
     load_weight,
@@ -268,6 +269,15 @@ def _through_down(
     """Write some columns of A, of the values that are given: dH [rows, W], s * A [rows, columns]
     and the parts of dS [P, rows]."""
     _, I, H = down.shape
+    in_gluon = has_hopper_down_backward(cut, grad, down, h, activation)
+    if in_gluon and source is None and is_aligned(grad):
+        from moe_kernels.triton import _hopper_down_backward  # not every Triton has Gluon
+
+        _hopper_down_backward.through_down(
+            grad, down, h, row_weights, activation, columns, grad_h, weighted_a, partials, tiles,
+            cut, transposed=not is_aligned(down.mT),
+        )  # fmt: skip
+        return
     g = row_operand(grad, source, cut.block_m, cut.block_k)
     w = weight_operand(down.mT, cut.block_k, cut.block_n)
     steps = tiles.bound * ceil_div(len(columns), cut.block_n)
@@ -365,9 +375,11 @@ def fused_experts_backward(
         aligned = is_aligned(grad) and weight_is_aligned(down)
         cut = config("down_backward", x, rows, E, aligned=aligned, inner=min(H, I))
         row_weights, tiles = prepare(topk_weights, order, rows, cut.block_m)
-        grad_rows, grad_source = gathered_rows(grad, order, rows)
+        through_down = known_grad_h is None and (dh is not None or needs[3])
+        in_gluon = through_down and has_hopper_down_backward(cut, grad, down, h, act)
+        grad_rows, grad_source = gathered_rows(grad, order, rows, by_tma=in_gluon)
         widths = backward_widths(rows, I, H, h.element_size())
-        if known_grad_h is None and (dh is not None or needs[3]):
+        if through_down:
             parts = ceil_div(I, cut.block_n)
             all_parts = parts + (down_bias is not None)
             partials = row_weights.new_empty(all_parts, rows) if needs[3] else None

@@ -97,11 +97,11 @@ def _bring_h(
             for plane in gl.static_range(PLANES):
                 memory = parts.index(slot * PLANES + plane)
                 tma.async_copy_global_to_shared(h, [plane, row, column * WIDE], ready, memory)
-        turns += 1
+        turns += 1  # noqa: SIM113  there is no enumerate
 
 
 @gluon.jit
-def _hand_back(empty):
+def _give_back(empty):
     """What was read of a slot is in registers."""
     fence_async_shared()
     meet()
@@ -120,10 +120,18 @@ def _write(tile, out, first, end, column, N, pitch):
 
 
 @gluon.jit
-def _half_of(tile, half: gl.constexpr):
-    """The left or the right half of a part."""
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SIDE // 2, 16])
-    return gl.convert_layout(_halves(tile, SIDE, SIDE)[half], LAYOUT, assert_trivial=True)
+def _half_of(tile, half: gl.constexpr, COLUMNS: gl.constexpr):
+    """The left or the right half of SIDE rows."""
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS // 2, 16])
+    return gl.convert_layout(_halves(tile, SIDE, COLUMNS)[half], LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
+def _whole(left, right, COLUMNS: gl.constexpr):
+    """That of which these are the halves."""
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    tile = gl.join(left, right).permute(0, 2, 1).reshape([SIDE, COLUMNS])
+    return gl.convert_layout(tile, LAYOUT, assert_trivial=True)
 
 
 @gluon.jit
@@ -145,20 +153,14 @@ def _take_pairs(pairs, half: gl.constexpr):
 
 
 @gluon.jit
-def _whole(left, right, PART: gl.constexpr):
-    """The part of which these are the halves."""
-    tile = gl.join(left, right).permute(0, 2, 1).reshape([SIDE, SIDE])
-    return gl.convert_layout(tile, PART, assert_trivial=True)
-
-
-@gluon.jit
-def _differentiate(
+def _differentiate_columns(
     grad, gate, up, scale, alpha, limit, KIND: gl.constexpr, GATED: gl.constexpr,
-    CLAMP: gl.constexpr,
+    CLAMP: gl.constexpr, COLUMNS: gl.constexpr,
 ):  # fmt: skip
     """dH, of gate and of up, and s * A, all rounded; and each row's <dA', A>."""
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     dtype: gl.constexpr = gate.dtype
-    scale = gl.convert_layout(scale, gl.SliceLayout(1, grad.type.layout), assert_trivial=True)
+    scale = gl.convert_layout(scale, gl.SliceLayout(1, LAYOUT), assert_trivial=True)
     scaled, gate = grad * scale[:, None], gate.to(gl.float32)
     if GATED:
         a, grad_gate, grad_up = activate_gated_backward(
@@ -172,6 +174,25 @@ def _differentiate(
 
 
 @gluon.jit
+def _differentiate(
+    grad, gate, up, scale, alpha, limit, KIND: gl.constexpr, GATED: gl.constexpr,
+    CLAMP: gl.constexpr,
+):  # fmt: skip
+    """:func:`_differentiate_columns` of half a part, a half of it after the other."""
+    HALF: gl.constexpr = SIDE // 2
+    left_gate, left_up, left_a, left_dot = _differentiate_columns(
+        _half_of(grad, 0, HALF), _half_of(gate, 0, HALF), _half_of(up, 0, HALF), scale, alpha,
+        limit, KIND, GATED, CLAMP, HALF // 2,
+    )  # fmt: skip
+    right_gate, right_up, right_a, right_dot = _differentiate_columns(
+        _half_of(grad, 1, HALF), _half_of(gate, 1, HALF), _half_of(up, 1, HALF), scale, alpha,
+        limit, KIND, GATED, CLAMP, HALF // 2,
+    )  # fmt: skip
+    grad_gate, grad_up = _whole(left_gate, right_gate, HALF), _whole(left_up, right_up, HALF)
+    return grad_gate, grad_up, _whole(left_a, right_a, HALF), left_dot + right_dot
+
+
+@gluon.jit
 def _through_part(
     grad, own, slot: gl.constexpr, parity, scale, grad_h, weighted_a, first, end, column, columns,
     I, W, alpha, limit,
@@ -180,22 +201,22 @@ def _through_part(
 ):  # fmt: skip
     """Write dH and s * A of a part; returns each row's <dA', A> over its columns.
 
-    It goes by halves, since all at once would not fit in registers.
+    It goes by quarters, since more at once would not fit in registers.
     """
     parts, full, empty = own
     mbarrier.wait(full.index(slot), parity)
     if INTERLEAVED:
         gate, up = _take_pairs(parts.index(slot), 0)
         left_gate, left_up, left_a, left_dot = _differentiate(
-            _half_of(grad, 0), gate, up, scale, alpha, limit, KIND, GATED, CLAMP
+            _half_of(grad, 0, SIDE), gate, up, scale, alpha, limit, KIND, GATED, CLAMP
         )
         if NEEDS_H:
             pairs = gl.join(left_gate, left_up).reshape([SIDE, SIDE])
             _write(pairs, grad_h, first, end, 2 * column, 2 * columns, W)
         gate, up = _take_pairs(parts.index(slot), 1)
-        _hand_back(empty.index(slot))
+        _give_back(empty.index(slot))
         right_gate, right_up, right_a, right_dot = _differentiate(
-            _half_of(grad, 1), gate, up, scale, alpha, limit, KIND, GATED, CLAMP
+            _half_of(grad, 1, SIDE), gate, up, scale, alpha, limit, KIND, GATED, CLAMP
         )
         if NEEDS_H:
             pairs = gl.join(right_gate, right_up).reshape([SIDE, SIDE])
@@ -206,23 +227,23 @@ def _through_part(
         else:
             gate = parts.index(slot).load(PART)
             up = gate
-        _hand_back(empty.index(slot))
+        _give_back(empty.index(slot))
         left_gate, left_up, left_a, left_dot = _differentiate(
-            _half_of(grad, 0), _half_of(gate, 0), _half_of(up, 0), scale, alpha, limit, KIND, GATED,
-            CLAMP,
+            _half_of(grad, 0, SIDE), _half_of(gate, 0, SIDE), _half_of(up, 0, SIDE), scale, alpha,
+            limit, KIND, GATED, CLAMP,
         )  # fmt: skip
         right_gate, right_up, right_a, right_dot = _differentiate(
-            _half_of(grad, 1), _half_of(gate, 1), _half_of(up, 1), scale, alpha, limit, KIND, GATED,
-            CLAMP,
+            _half_of(grad, 1, SIDE), _half_of(gate, 1, SIDE), _half_of(up, 1, SIDE), scale, alpha,
+            limit, KIND, GATED, CLAMP,
         )  # fmt: skip
         if NEEDS_H:
-            grad_gate = _whole(left_gate, right_gate, PART)
+            grad_gate = _whole(left_gate, right_gate, SIDE)
             _write(grad_gate, grad_h, first, end, column, columns, W)
             if GATED:
-                grad_up = _whole(left_up, right_up, PART)
+                grad_up = _whole(left_up, right_up, SIDE)
                 _write(grad_up, grad_h + I, first, end, column, columns, W)
     if NEEDS_A:
-        weighted = _whole(left_a, right_a, PART)
+        weighted = _whole(left_a, right_a, SIDE)
         _write(weighted, weighted_a, first, end, column, columns, columns)
     dot = left_dot + right_dot
     return gl.convert_layout(dot, gl.SliceLayout(1, PART), assert_trivial=True)

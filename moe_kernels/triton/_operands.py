@@ -15,6 +15,7 @@ from torch import Tensor
 from triton.tools.ragged_tma import create_ragged_descriptor, load_ragged
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from moe_kernels.triton._activation import Activation
 from moe_kernels.triton._config_tables import Config, suits_gluon
 from moe_kernels.triton._launch import (
     INTERPRETED,
@@ -173,6 +174,21 @@ def has_hopper_up(cut: Config, weight: Tensor, x: Tensor, out: Tensor, kind: str
         return False
     aligned = is_aligned(x) and (is_aligned(weight) or is_aligned(weight.mT))
     return aligned and x.stride(0) < 2**31 and x.element_size() == out.element_size() == 2
+
+
+def has_hopper_down_backward(
+    cut: Config, grad: Tensor, down: Tensor, h: Tensor, activation: Activation
+) -> bool:
+    """Whether ``_hopper_down_backward.py`` is asked for, and computes this of contiguous rows.
+
+    Those of ``grad``, or copies of them. Not with gelu, nor of a number of columns that is no
+    multiple of 16, as ``_hopper_up.py``.
+    """
+    if not _has_gluon("down_backward", cut, h) or activation.kind == "gelu":
+        return False
+    if down.shape[1] % 16 or down.shape[2] % 8 or not h.dtype == down.dtype == grad.dtype:
+        return False
+    return h.element_size() == 2 and is_aligned(h) and (is_aligned(down) or is_aligned(down.mT))
 
 
 def weight_operand(b: Tensor, block_k: int, block_n: int, *, halves: bool = False) -> Operand:

@@ -69,14 +69,16 @@ def copy_tile(columns: int) -> tuple[int, int]:
 
 
 def gathered_rows(
-    x: Tensor, order: tuple[Tensor, Tensor, Tensor], rows: int
+    x: Tensor, order: tuple[Tensor, Tensor, Tensor], rows: int, *, by_tma: bool = False
 ) -> tuple[Tensor, Source | None]:
     """What a GEMM multiplies for ``rows`` rows gathered from ``x [T, H]``.
 
     ``x`` and the source of its rows; or the rows, gathered, where the GEMM cannot pipeline loads by
-    pointer (see :func:`pipelines_pointer_loads`) but can load the copy by TMA.
+    pointer (see :func:`pipelines_pointer_loads`), or has none (``by_tma``), but can load the copy
+    by TMA.
     """
-    if pipelines_pointer_loads(x.device) or x.shape[1] * x.element_size() % 16:
+    pipelined = pipelines_pointer_loads(x.device) and not by_tma
+    if pipelined or x.shape[1] * x.element_size() % 16:
         return x, Source(order[0], order[1].shape[1])
     return permute(x, *order, rows), None
 

@@ -9,10 +9,12 @@ for its language: tensors are torch's, layouts are ignored. What is modelled is 
   warp may look at a barrier late;
 * a barrier has a phase, arrivals and bytes that it waits for, and knows parities only; to TMA it is
   there when a fence has followed its making;
-* memory that TMA or ``cp.async`` is copying to holds NaN until the copy, at some later time, is
-  done; of rows that ``cp.async`` copies each warp has its own, and arrives when they are there;
+* memory that TMA or ``cp.async`` is copying to holds NaN, which no thread is to read, until the
+  copy, at some later time, is done; of rows that ``cp.async`` copies each warp has its own, and
+  arrives when they are there;
 * an asynchronous product reads its operands when it is issued, and once more when it is waited for;
-  what ``cp.async`` brought it reads only behind a fence of the same warp.
+  what ``cp.async`` brought it reads only behind a fence of the same warp;
+* TMA overwrites what a warp's threads have read themselves only behind a fence of that warp.
 
 When nothing can go on, that is a :class:`DeadlockError`; a product that reads what is not there, or
 no longer, is a :class:`RaceError`.
@@ -175,13 +177,38 @@ class Barriers:
 
 
 class Memory:
-    """Shared memory: a tensor and its views, and when ``cp.async`` wrote what is there, or 0."""
+    """Shared memory: a tensor and its views, and when ``cp.async`` wrote what is there, or 0.
 
-    def __init__(self, values: Tensor, written: Tensor) -> None:
-        self.values, self.written = values, written
+    ``read``, of the whole: by which warps' threads, when, and which addresses.
+    """
+
+    def __init__(self, values: Tensor, written: Tensor, machine: Machine, read: list[Any]) -> None:
+        self.values, self.written, self._machine, self.read = values, written, machine, read
 
     def _view(self, view: Callable[[Tensor], Tensor]) -> Memory:
-        return Memory(view(self.values), view(self.written))
+        return Memory(view(self.values), view(self.written), self._machine, self.read)
+
+    def _addresses(self) -> range:
+        extent = sum(
+            (n - 1) * s for n, s in zip(self.values.shape, self.values.stride(), strict=True)
+        )
+        start = self.values.storage_offset()
+        return range(start, start + extent + 1)
+
+    def load(self, layout: None) -> Tensor:
+        """By the warp's threads."""
+        self._machine.pause()
+        if self.values.isnan().any():
+            raise RaceError("threads read memory that is not loaded")
+        self.read.append((self._machine.warp, self._machine.tick(), self._addresses()))
+        return self.values.clone()
+
+    def check_overwritten(self) -> None:
+        """By TMA, after reads that are fenced."""
+        own = self._addresses()
+        for warp, time, addresses in self.read:
+            if own.start < addresses.stop and addresses.start < own.stop and warp.fenced < time:
+                raise RaceError("TMA overwrites what is read through another proxy")
 
     def index(self, number: Any) -> Memory:
         return self._view(lambda tensor: tensor[int(number)])
@@ -254,7 +281,7 @@ class Language:
             name: lambda *arguments: None
             for name in (
                 *("SliceLayout", "BlockedLayout", "NVMMADistributedLayout", "NVMMASharedLayout"),
-                *("MBarrierLayout", "AutoLayout"),
+                *("MBarrierLayout", "AutoLayout", "DistributedLinearLayout"),
             )
         }
 
@@ -266,6 +293,7 @@ class Language:
             if not barrier.shown:
                 raise RaceError("TMA may arrive at a barrier before it is made")
             values = source.read(coordinates, target.values.shape)
+            target.check_overwritten()
             target.values.fill_(torch.nan)
 
             def arrive() -> None:
@@ -362,7 +390,7 @@ class Language:
                 barriers.extend(made.all)
                 return made
             written = torch.zeros(shape, dtype=torch.int64)
-            return Memory(torch.full(shape, torch.nan, dtype=dtype), written)
+            return Memory(torch.full(shape, torch.nan, dtype=dtype), written, machine, [])
 
         language = types.SimpleNamespace(
             **layouts,
@@ -385,7 +413,9 @@ class Language:
             arange=lambda start, end, layout: torch.arange(start, end),
             static_range=range,
             split=lambda tile: (tile[..., 0], tile[..., 1]),
-            convert_layout=lambda tile, layout: tile,
+            join=lambda left, right: torch.stack((left, right), -1),
+            sum=lambda tile, axis: tile.sum(axis),
+            convert_layout=lambda tile, layout, assert_trivial=False: tile,
             load=load,
             store=store,
             allocate_shared_memory=allocate,

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe_kernels import reference
 from moe_kernels.triton import _operands
+from moe_kernels.triton._activation import Activation
 from tests.conftest import triton_under_cpu
 from tests.kernels import gluon_model
 from tests.kernels.accuracy import frobenius_error, worst_row_error
@@ -52,6 +54,37 @@ EPILOGUES = (
     Epilogue("silu", interleaved=False, biased=True, saves=True),
     Epilogue("silu", interleaved=False, biased=True, saves=False),
     Epilogue("swiglu", interleaved=True, biased=False, saves=False),
+)
+
+
+class BackwardEpilogue(NamedTuple):
+    """What backward through the down-projection does with its sums.
+
+    Attributes:
+        clamps: with a limit, of the activations that have one.
+        writes: dH, s * A and the parts of dS, or some of them.
+    """
+
+    kind: str
+    interleaved: bool
+    clamps: bool
+    writes: str = "has"
+
+
+# every activation, halves and pairs, with a clamp and without; and each output alone
+BACKWARD_EPILOGUES = (
+    BackwardEpilogue("swiglu", interleaved=False, clamps=False),
+    BackwardEpilogue("swiglu", interleaved=False, clamps=True),
+    BackwardEpilogue("swiglu", interleaved=True, clamps=True),
+    BackwardEpilogue("swigluoai", interleaved=False, clamps=True),
+    BackwardEpilogue("swigluoai", interleaved=True, clamps=False),
+    BackwardEpilogue("geglu", interleaved=False, clamps=False),
+    BackwardEpilogue("geglu", interleaved=True, clamps=False),
+    BackwardEpilogue("reglu", interleaved=True, clamps=False, writes="h"),
+    BackwardEpilogue("reglu", interleaved=False, clamps=False, writes="hs"),
+    BackwardEpilogue("relu2", interleaved=False, clamps=False),
+    BackwardEpilogue("silu", interleaved=False, clamps=False, writes="a"),
+    BackwardEpilogue("silu", interleaved=False, clamps=False, writes="s"),
 )
 
 
@@ -100,6 +133,35 @@ def products(rows: Tensor, w: Tensor, bias: Tensor | None, counts: list[int]) ->
         right[start:end] = rows[start:end].double() @ w[e].double() + shift
         start = end
     return right
+
+
+def backward(
+    grad: Tensor,
+    down: Tensor,
+    h: Tensor,
+    scale: Tensor,
+    activation: Activation,
+    counts: list[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dH, s * A and dS in float64, of rows of dO; those of rows of no expert are NaN.
+
+    Args:
+        down: [E, I, H].
+        scale: s, of rows.
+    """
+    upstream = products(grad, down.mT, None, counts)
+    wide, s = h.double().requires_grad_(), scale.double()[:, None]
+    options = (activation.kind, None, activation.interleaved, activation.alpha, activation.limit)
+    with torch.enable_grad():
+        a = reference.expert_activation(wide, *options)
+        (dh,) = torch.autograd.grad(a, wide, upstream.nan_to_num(0.0) * s)
+    a, unused = a.detach(), upstream.isnan().any(1)[:, None]
+    nothing = torch.full((), torch.nan, dtype=torch.float64, device=h.device)
+    return (
+        torch.where(unused, nothing, dh),
+        torch.where(unused, nothing, a * s),
+        (upstream * a).sum(1, keepdim=True),
+    )
 
 
 def check(out: Tensor, right: Tensor) -> None:

@@ -10,8 +10,9 @@ E experts, Kd contracted size, N columns.
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,14 +22,24 @@ from moe_kernels import reference
 from moe_kernels.triton import _operands
 from moe_kernels.triton._activation import GATED, Activation
 from moe_kernels.triton._config_tables import Config
-from moe_kernels.triton._launch import processors
-from moe_kernels.triton._tiles import build_tile_map
+from moe_kernels.triton._fused_experts_backward import _through_down
+from moe_kernels.triton._launch import ceil_div, processors
+from moe_kernels.triton._tiles import TileMap, build_tile_map
 from moe_kernels.triton.fused_experts import _project_up
 from moe_kernels.triton.grouped_gemm import multiply_rows, zero_tail
-from tests.kernels.hopper_checks import EPILOGUES, Epilogue, check, products
+from tests.kernels.hopper_checks import (
+    BACKWARD_EPILOGUES,
+    EPILOGUES,
+    BackwardEpilogue,
+    Epilogue,
+    backward,
+    check,
+    products,
+)
 
 BF16 = torch.bfloat16
 KD, INNER, TOP_K = 200, 144, 3  # neither is a multiple of a tile's side
+CHUNKS = (range(256), range(256, 272))  # of the columns of backward through the down-projection
 ALPHA, LIMIT = 1.702, 0.5
 # rows, columns and slots; of a group of warps, which take turns, or halved
 UP_TILES = {"turns": (128, 64, 4), "turns_64": (64, 128, 5), "shared": (128, 128, 4)}
@@ -38,6 +49,7 @@ GEMM_TILES = {
     "shared": (128, 256, 4),
     "shared_256": (256, 128, 3),
 }
+DOWN_TILES = {tile: (*GEMM_TILES[tile][:2], 3) for tile in GEMM_TILES} | {"turns": (128, 128, 4)}
 
 
 @dataclass(frozen=True)
@@ -45,29 +57,36 @@ class Case:
     """A kernel, and what it is compiled for.
 
     Attributes:
-        epilogue: of the up-projection; else the grouped GEMM, ``biased`` or not.
+        epilogue: of the up-projection, or of backward through the down-projection; else the grouped
+            GEMM, ``biased`` or not.
         transposed: weights are stored [E, N, Kd].
     """
 
     tile: str
     transposed: bool
-    epilogue: Epilogue | None = None
+    epilogue: Epilogue | BackwardEpilogue | None = None
     biased: bool = False
 
     def cut(self) -> Config:
-        tiles = GEMM_TILES if self.epilogue is None else UP_TILES
+        tiles = UP_TILES if isinstance(self.epilogue, Epilogue) else GEMM_TILES
+        if isinstance(self.epilogue, BackwardEpilogue):
+            tiles = DOWN_TILES
         block_m, block_n, stages = tiles[self.tile]
         return Config(block_m, block_n, 64, warps=8, stages=stages, warp_specialize="gluon")
 
 
-def _up_cases(tile: str) -> list[Case]:
+def _cases(
+    tiles: Iterable[str], tile: str, epilogues: Sequence[Epilogue | BackwardEpilogue]
+) -> list[Case]:
     """Every epilogue is in one tile's list, and of each list weights are stored both ways."""
-    number = list(UP_TILES).index(tile)
-    chosen = list(EPILOGUES)[number :: len(UP_TILES)]
+    tiles = list(tiles)
+    chosen = epilogues[tiles.index(tile) :: len(tiles)]
     return [Case(tile, i % 2 == 0, epilogue) for i, epilogue in enumerate(chosen)]
 
 
-GROUPS: dict[str, list[Case]] = {f"up_{tile}": _up_cases(tile) for tile in UP_TILES} | {
+GROUPS: dict[str, list[Case]] = {
+    **{f"up_{tile}": _cases(UP_TILES, tile, EPILOGUES) for tile in UP_TILES},
+    **{f"down_{tile}": _cases(DOWN_TILES, tile, BACKWARD_EPILOGUES) for tile in DOWN_TILES},
     "gemm_turns": [Case("turns", True, biased=True), Case("turns_64", False)],
     "gemm_shared": [Case("shared", False, biased=True), Case("shared_256", True)],
 }
@@ -143,6 +162,9 @@ def call(case: Case, counts: list[int], device: torch.device) -> Call:
 
         return Call(is_gluon, multiply, [(out, products(a, b, bias, counts).nan_to_num(0.0))])
 
+    if isinstance(case.epilogue, BackwardEpilogue):
+        return _backward_call(case, case.epilogue, counts, offsets, tiles, device)
+
     kind, interleaved, biased, saves = case.epilogue
     columns = INNER * (2 if kind in GATED else 1)
     activation = Activation(kind, interleaved, ALPHA, LIMIT)
@@ -165,6 +187,52 @@ def call(case: Case, counts: list[int], device: torch.device) -> Call:
         lambda: _operands.has_hopper_up(cut, w, x, activated, kind),
         project,
         [(activated, right)] + ([(h, sums.nan_to_num(0.0))] if saves else []),
+    )
+
+
+def _backward_call(
+    case: Case,
+    epilogue: BackwardEpilogue,
+    counts: list[int],
+    offsets: Tensor,
+    tiles: TileMap,
+    device: torch.device,
+) -> Call:
+    """All columns in two launches, as where buffers would be large."""
+    kind, interleaved, clamps, writes = epilogue
+    used, columns, cut = sum(counts), CHUNKS[-1].stop, case.cut()
+    rows = used + 3
+    activation = Activation(kind, interleaved, ALPHA, LIMIT if clamps else math.inf)
+    grad = _padded(rows, KD, device=device)
+    down = _weight(len(counts), columns, case, device).mT
+    h = torch.randn(rows, columns * (2 if kind in GATED else 1), device=device).to(BF16)
+    scale = torch.rand(rows, device=device)
+    dh = torch.empty_like(h)
+    a = [torch.empty(rows, len(chunk), dtype=BF16, device=device) for chunk in CHUNKS]
+    partials = torch.empty(ceil_div(columns, cut.block_n), rows, device=device)
+    ds = torch.empty(1, used, device=device)
+
+    def through_down() -> None:
+        partials.fill_(torch.nan)
+        for chunk, part in zip(CHUNKS, a, strict=True):
+            _through_down(
+                grad, None, down, h, scale, activation, chunk, dh if "h" in writes else None,
+                part if "a" in writes else None, partials if "s" in writes else None, tiles, cut,
+            )  # fmt: skip
+        assert partials[:, used:].isnan().all(), "written for rows of no expert"
+        torch.sum(partials[:, :used], 0, keepdim=True, out=ds)
+
+    right_h, right_a, right_s = backward(grad, down, h, scale, activation, counts)
+    outputs = {
+        "h": [(dh, right_h)],
+        "a": list(zip(a, right_a.split([len(chunk) for chunk in CHUNKS], 1), strict=True)),
+        # compared as one row, since some of them are the difference of large numbers
+        "s": [(ds, right_s[:used].T)],
+    }
+    return Call(
+        lambda: _operands.has_hopper_down_backward(cut, grad, down, h, activation),
+        through_down,
+        [pair for name in writes for pair in outputs[name]],
     )
 
 

@@ -16,6 +16,7 @@ from tests.conftest import HAS_GPU, triton_under_cpu
 from tests.kernels import gluon_model, hopper_runs
 from tests.kernels.gluon_model import DeadlockError, Pointer, RaceError
 from tests.kernels.hopper_checks import (
+    BACKWARD_EPILOGUES,
     BLOCK_N,
     EPILOGUES,
     Epilogue,
@@ -142,10 +143,13 @@ def test_cases_for_a_gpu_are_those_of_the_kernels_in_gluon(monkeypatch: pytest.M
     cases = hopper_runs.GROUPS["up_turns"] + hopper_runs.GROUPS["up_turns_64"]
     cases += hopper_runs.GROUPS["up_shared"]
     assert {case.epilogue for case in cases} == set(EPILOGUES)
+    down = [hopper_runs.GROUPS[f"down_{tile}"] for tile in hopper_runs.DOWN_TILES]
+    assert {case.epilogue for case in chain(*down)} == set(BACKWARD_EPILOGUES)
 
 
 @pytest.mark.parametrize(
-    ("group", "routing"), [("up_shared", "all to one"), ("gemm_turns", "ragged")]
+    ("group", "routing"),
+    [("up_shared", "all to one"), ("gemm_turns", "ragged"), ("down_turns", "ragged")],
 )
 def test_cases_for_a_gpu_are_right_of_the_plain_kernels(group: str, routing: str) -> None:
     device, case = torch.device("cpu"), hopper_runs.GROUPS[group][0]
