@@ -109,12 +109,13 @@ def _give_back(empty):
 
 
 @gluon.jit
-def _write(tile, out, first, end, column, N, pitch):
-    """As ``_store``, of a part. Rows are addressed so that nothing is kept for the next tile."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+def _write(tile, out, first, end, column, N, pitch, COLUMNS: gl.constexpr):
+    """As ``_store``, of SIDE rows, addressed so that nothing is kept for the next tile."""
+    ACROSS: gl.constexpr = min(COLUMNS // 8, 8)  # threads
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // ACROSS, ACROSS], [4, 1], [1, 0])
     tile = gl.convert_layout(tile.to(out.dtype.element_ty), LAYOUT)
     i = first + gl.arange(0, SIDE, gl.SliceLayout(1, LAYOUT))
-    j = column + gl.arange(0, SIDE, gl.SliceLayout(0, LAYOUT))
+    j = column + gl.arange(0, COLUMNS, gl.SliceLayout(0, LAYOUT))
     cells = out + ((i.to(gl.int64) * pitch)[:, None] + j[None, :])
     gl.store(cells, tile, mask=(i < end)[:, None] & (j < N)[None, :])
 
@@ -203,6 +204,7 @@ def _through_part(
 
     It goes by quarters, since more at once would not fit in registers.
     """
+    HALF: gl.constexpr = SIDE // 2
     parts, full, empty = own
     mbarrier.wait(full.index(slot), parity)
     if INTERLEAVED:
@@ -212,7 +214,9 @@ def _through_part(
         )
         if NEEDS_H:
             pairs = gl.join(left_gate, left_up).reshape([SIDE, SIDE])
-            _write(pairs, grad_h, first, end, 2 * column, 2 * columns, W)
+            _write(pairs, grad_h, first, end, 2 * column, 2 * columns, W, SIDE)
+        if NEEDS_A:
+            _write(left_a, weighted_a, first, end, column, columns, columns, HALF)
         gate, up = _take_pairs(parts.index(slot), 1)
         _give_back(empty.index(slot))
         right_gate, right_up, right_a, right_dot = _differentiate(
@@ -220,7 +224,9 @@ def _through_part(
         )
         if NEEDS_H:
             pairs = gl.join(right_gate, right_up).reshape([SIDE, SIDE])
-            _write(pairs, grad_h, first, end, 2 * column + SIDE, 2 * columns, W)
+            _write(pairs, grad_h, first, end, 2 * column + SIDE, 2 * columns, W, SIDE)
+        if NEEDS_A:
+            _write(right_a, weighted_a, first, end, column + HALF, columns, columns, HALF)
     else:
         if GATED:
             gate, up = parts.index(slot * 2).load(PART), parts.index(slot * 2 + 1).load(PART)
@@ -238,13 +244,13 @@ def _through_part(
         )  # fmt: skip
         if NEEDS_H:
             grad_gate = _whole(left_gate, right_gate, SIDE)
-            _write(grad_gate, grad_h, first, end, column, columns, W)
+            _write(grad_gate, grad_h, first, end, column, columns, W, SIDE)
             if GATED:
                 grad_up = _whole(left_up, right_up, SIDE)
-                _write(grad_up, grad_h + I, first, end, column, columns, W)
-    if NEEDS_A:
-        weighted = _whole(left_a, right_a, SIDE)
-        _write(weighted, weighted_a, first, end, column, columns, columns)
+                _write(grad_up, grad_h + I, first, end, column, columns, W, SIDE)
+        if NEEDS_A:
+            weighted = _whole(left_a, right_a, SIDE)
+            _write(weighted, weighted_a, first, end, column, columns, columns, SIDE)
     dot = left_dot + right_dot
     return gl.convert_layout(dot, gl.SliceLayout(1, PART), assert_trivial=True)
 

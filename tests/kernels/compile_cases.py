@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -284,6 +285,35 @@ def _gluon_up(
     _project_up(torch.empty(T, hidden, dtype=BF16), w, bias, order, h, a, act, tiles, cut)
 
 
+def _gluon_down(
+    block_n: int,
+    activation: str = "swiglu",
+    transposed: bool = False,
+    interleaved: bool = False,
+    limit: float = math.inf,
+    **changes: int,
+) -> None:
+    """Backward through the down-projection in Gluon, of rows that are contiguous."""
+    from moe_kernels.triton._activation import Activation
+    from moe_kernels.triton._config_tables import Config
+    from moe_kernels.triton._fused_experts_backward import _through_down
+    from moe_kernels.triton._launch import architecture
+    from moe_kernels.triton._tiles import build_tile_map
+
+    if architecture(torch.device("cpu")) not in HOPPER:
+        return
+    act = Activation(activation, interleaved, 1.702, limit)
+    h = torch.empty(T, INNER * (2 if act.gated else 1), dtype=BF16)
+    down = torch.empty(E, INNER, H, dtype=BF16) if transposed else None
+    down = torch.empty(E, H, INNER, dtype=BF16).mT if down is None else down
+    cut = Config(**GLUON | changes, block_n=block_n)
+    _through_down(
+        torch.empty(T, H, dtype=BF16), None, down, h, torch.empty(T), act, range(INNER),
+        torch.empty_like(h), torch.empty(T, INNER, dtype=BF16), torch.empty(INNER // 64, T),
+        build_tile_map(torch.empty(E + 1, dtype=torch.int32), T, cut.block_m), cut,
+    )  # fmt: skip
+
+
 def _gluon_biased(block_n: int) -> None:
     """The product in Gluon, with a bias."""
     from moe_kernels.triton._config_tables import Config
@@ -337,6 +367,7 @@ CASES: dict[str, Callable[[], None]] = {
     "gluon_turns_roles": partial(_roles, {"grouped_gemm": 0}, HOPPER, **GLUON, block_n=128),
     "gluon_shared_roles": partial(_roles, {"grouped_gemm": 1}, HOPPER, **GLUON, block_n=256),
     "gluon_up_turns_roles": partial(_roles, {"up": 0}, HOPPER, **GLUON, block_n=64),
+    "gluon_down_turns_roles": partial(_gluon_down, 128),
     "quantize": partial(_quantize, BF16),
     "scaled_many": partial(_scaled_gemm, T * K),
     "experts": partial(_fused_experts, "swiglu"),
@@ -414,6 +445,15 @@ MORE_CASES: dict[str, Callable[[], None]] = {
         _gluon_up, 128, "swigluoai", transposed=False, interleaved=True, biased=True
     ),
     "gluon_up_turns_ungated_roles": partial(_gluon_up, 128, "silu", H - 8, biased=True),
+    "gluon_down_turns_64_3_roles": partial(_gluon_down, 256, block_m=64, stages=3, limit=7.0),
+    "gluon_down_shared_128_3_roles": partial(_gluon_down, 256, stages=3, limit=7.0),
+    "gluon_down_shared_256_3_roles": partial(_gluon_down, 128, block_m=256, stages=3),
+    "gluon_down_turns_columns_roles": partial(_gluon_down, 128, transposed=True, limit=7.0),
+    "gluon_down_turns_oai_roles": partial(
+        _gluon_down, 128, "swigluoai", interleaved=True, limit=7.0
+    ),
+    "gluon_down_turns_geglu_roles": partial(_gluon_down, 128, "geglu"),
+    "gluon_down_turns_ungated_roles": partial(_gluon_down, 128, "silu"),
     "experts_roles": partial(
         _roles, {"up": 0, "down_backward": 0}, range(100, 110), **ROLES, block_n=64
     ),

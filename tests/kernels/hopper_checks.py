@@ -75,9 +75,9 @@ class BackwardEpilogue(NamedTuple):
 BACKWARD_EPILOGUES = (
     BackwardEpilogue("swiglu", interleaved=False, clamps=False),
     BackwardEpilogue("swiglu", interleaved=False, clamps=True),
-    BackwardEpilogue("swiglu", interleaved=True, clamps=True),
+    BackwardEpilogue("swiglu", interleaved=True, clamps=False),
     BackwardEpilogue("swigluoai", interleaved=False, clamps=True),
-    BackwardEpilogue("swigluoai", interleaved=True, clamps=False),
+    BackwardEpilogue("swigluoai", interleaved=True, clamps=True),
     BackwardEpilogue("geglu", interleaved=False, clamps=False),
     BackwardEpilogue("geglu", interleaved=True, clamps=False),
     BackwardEpilogue("reglu", interleaved=True, clamps=False, writes="h"),

@@ -186,8 +186,8 @@ def test_a_table_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ([entry(config=dataclasses.asdict(OTHER) | {"stages": True})], "stages must be an integer"),
         ([entry(config=dataclasses.asdict(OTHER) | {"warps": 64})], "warps must be at most 32"),
         (
-            [entry(kernel="down_backward", config=_specialized("gluon"))],
-            "warp_specialize of down_backward must be one of no, triton; got 'gluon'",
+            [entry(kernel="wgrad", config=_specialized("gluon"))],
+            "warp_specialize of wgrad must be one of no; got 'gluon'",
         ),
         ([entry(config=_specialized("gluon"))], "tile of up with warp_specialize gluon must have"),
         *(

@@ -113,8 +113,14 @@ def test_warps_have_roles_where_that_is_asked_for(reports: Reports) -> None:
             assert report["specialized"] == report["case"].endswith("_roles"), report
 
 
-def _check_roles(reports: Reports, kernel: str, multiplying: int, loading: int) -> Reports:
-    """Two groups multiply, by turns or half a tile each, with so many registers a thread."""
+def _check_roles(
+    reports: Reports, kernel: str, multiplying: int, loading: int, parts: int = 0
+) -> Reports:
+    """Two groups multiply, by turns or half a tile each, with so many registers a thread.
+
+    Args:
+        parts: that are brought to a group of its tile, to two slots, besides what is multiplied.
+    """
     found = [report for report in reports if report["kernel"] == kernel]
     assert bool(found) == (reports[0]["arch"] == 90)
     for report in found:
@@ -130,12 +136,13 @@ def _check_roles(reports: Reports, kernel: str, multiplying: int, loading: int) 
         # full and empty for each slot, and two turns. Once those that load wait and say how many
         # bytes come; either group waits for full and hands back in the loop and after it. With
         # turns it waits for its own and passes it on; without, it waits and hands back where its
-        # half has no rows. Threads that gather arrive once each
+        # half has no rows. Threads that gather arrive once each. A part's warp waits and says how
+        # many bytes come, its group waits and hands back
         assert report["mbarriers"] == {
-            "init": 2 * stages + 2,
-            "expect": 1,
-            "wait": 5,
-            "arrive": 6,
+            "init": 2 * stages + 2 + (8 if parts else 0),
+            "expect": 1 + 2 * parts,
+            "wait": 5 + 4 * parts,
+            "arrive": 6 + 2 * parts,
             "copied": int(report["cp_async"] > 0),
         }, report
     return found
@@ -160,6 +167,16 @@ def test_the_up_projection_of_hopper_is_what_it_was_written_to_be(reports: Repor
         # each of 128 threads brings 16 bytes at a time of 64 contracted elements
         assert report["cp_async"] == _cut(report)[1] // 16, report
         assert (report["tma_load"] >= 1, report["fenced"]) == (True, True), report
+
+
+def test_backward_of_hopper_is_what_it_was_written_to_be(reports: Reports) -> None:
+    """One warp loads what is multiplied, one for each group the parts of h, all by TMA."""
+    found = _check_roles(reports, "_hopper_down_backward_kernel", 240, 24, parts=4)
+    for report in found:
+        # gate and up come apart where they are halves, for either group
+        planes = 1 if report["case"].endswith(("oai_roles", "ungated_roles")) else 2
+        assert report["tma_load"] >= 2 + 2 * 4 * planes, report
+        assert report["cp_async"] == 0, report
 
 
 def test_copies_fill_their_memory(reports: Reports) -> None:
