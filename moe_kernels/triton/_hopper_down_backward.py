@@ -101,17 +101,9 @@ def _bring_h(
 
 
 @gluon.jit
-def _give_back(empty):
-    """What was read of a slot is in registers."""
-    fence_async_shared()
-    meet()
-    mbarrier.arrive(empty)
-
-
-@gluon.jit
 def _write(tile, out, first, end, column, N, pitch, COLUMNS: gl.constexpr):
     """As ``_store``, of SIDE rows, addressed so that nothing is kept for the next tile."""
-    ACROSS: gl.constexpr = min(COLUMNS // 8, 8)  # threads
+    ACROSS: gl.constexpr = 8 * COLUMNS // SIDE  # threads, of 8 columns each
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // ACROSS, ACROSS], [4, 1], [1, 0])
     tile = gl.convert_layout(tile.to(out.dtype.element_ty), LAYOUT)
     i = first + gl.arange(0, SIDE, gl.SliceLayout(1, LAYOUT))
@@ -151,6 +143,40 @@ def _take_pairs(pairs, half: gl.constexpr):
     gate, up = gl.split(tile.reshape([SIDE, SIDE // 2, 2]))
     gate = gl.convert_layout(gate, LAYOUT, assert_trivial=True)
     return gate, gl.convert_layout(up, LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
+def _give_back(empty):
+    """All of a part is in registers, or has been."""
+    fence_async_shared()
+    meet()
+    mbarrier.arrive(empty)
+
+
+@gluon.jit
+def _take_h(
+    own, slot: gl.constexpr, parity, half: gl.constexpr, GATED: gl.constexpr,
+    INTERLEAVED: gl.constexpr,
+):  # fmt: skip
+    """Gate and up of half a part, both the same if there is no gate.
+
+    The other half would not fit in registers. That is left to no compiler: each half is waited for,
+    and what is loaded of the other one is not used.
+    """
+    PART: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SIDE, 16])
+    parts, full, empty = own
+    mbarrier.wait(full.index(slot), parity)
+    if INTERLEAVED:
+        gate, up = _take_pairs(parts.index(slot), half)
+    elif GATED:
+        gate = _half_of(parts.index(slot * 2).load(PART), half, SIDE)
+        up = _half_of(parts.index(slot * 2 + 1).load(PART), half, SIDE)
+    else:
+        gate = _half_of(parts.index(slot).load(PART), half, SIDE)
+        up = gate
+    if half == 1:
+        _give_back(empty.index(slot))
+    return gate, up
 
 
 @gluon.jit
@@ -205,54 +231,25 @@ def _through_part(
     It goes by quarters, since more at once would not fit in registers.
     """
     HALF: gl.constexpr = SIDE // 2
-    parts, full, empty = own
-    mbarrier.wait(full.index(slot), parity)
-    if INTERLEAVED:
-        gate, up = _take_pairs(parts.index(slot), 0)
-        left_gate, left_up, left_a, left_dot = _differentiate(
-            _half_of(grad, 0, SIDE), gate, up, scale, alpha, limit, KIND, GATED, CLAMP
+    dot = gl.zeros([SIDE], gl.float32, gl.SliceLayout(1, PART))
+    for half in gl.static_range(2):
+        gate, up = _take_h(own, slot, parity, half, GATED, INTERLEAVED)
+        grad_gate, grad_up, weighted, part_dot = _differentiate(
+            _half_of(grad, half, SIDE), gate, up, scale, alpha, limit, KIND, GATED, CLAMP
         )
+        own_column = column + half * HALF
         if NEEDS_H:
-            pairs = gl.join(left_gate, left_up).reshape([SIDE, SIDE])
-            _write(pairs, grad_h, first, end, 2 * column, 2 * columns, W, SIDE)
+            if INTERLEAVED:
+                pairs = gl.join(grad_gate, grad_up).reshape([SIDE, SIDE])
+                _write(pairs, grad_h, first, end, 2 * own_column, 2 * columns, W, SIDE)
+            else:
+                _write(grad_gate, grad_h, first, end, own_column, columns, W, HALF)
+                if GATED:
+                    _write(grad_up, grad_h + I, first, end, own_column, columns, W, HALF)
         if NEEDS_A:
-            _write(left_a, weighted_a, first, end, column, columns, columns, HALF)
-        gate, up = _take_pairs(parts.index(slot), 1)
-        _give_back(empty.index(slot))
-        right_gate, right_up, right_a, right_dot = _differentiate(
-            _half_of(grad, 1, SIDE), gate, up, scale, alpha, limit, KIND, GATED, CLAMP
-        )
-        if NEEDS_H:
-            pairs = gl.join(right_gate, right_up).reshape([SIDE, SIDE])
-            _write(pairs, grad_h, first, end, 2 * column + SIDE, 2 * columns, W, SIDE)
-        if NEEDS_A:
-            _write(right_a, weighted_a, first, end, column + HALF, columns, columns, HALF)
-    else:
-        if GATED:
-            gate, up = parts.index(slot * 2).load(PART), parts.index(slot * 2 + 1).load(PART)
-        else:
-            gate = parts.index(slot).load(PART)
-            up = gate
-        _give_back(empty.index(slot))
-        left_gate, left_up, left_a, left_dot = _differentiate(
-            _half_of(grad, 0, SIDE), _half_of(gate, 0, SIDE), _half_of(up, 0, SIDE), scale, alpha,
-            limit, KIND, GATED, CLAMP,
-        )  # fmt: skip
-        right_gate, right_up, right_a, right_dot = _differentiate(
-            _half_of(grad, 1, SIDE), _half_of(gate, 1, SIDE), _half_of(up, 1, SIDE), scale, alpha,
-            limit, KIND, GATED, CLAMP,
-        )  # fmt: skip
-        if NEEDS_H:
-            grad_gate = _whole(left_gate, right_gate, SIDE)
-            _write(grad_gate, grad_h, first, end, column, columns, W, SIDE)
-            if GATED:
-                grad_up = _whole(left_up, right_up, SIDE)
-                _write(grad_up, grad_h + I, first, end, column, columns, W, SIDE)
-        if NEEDS_A:
-            weighted = _whole(left_a, right_a, SIDE)
-            _write(weighted, weighted_a, first, end, column, columns, columns, SIDE)
-    dot = left_dot + right_dot
-    return gl.convert_layout(dot, gl.SliceLayout(1, PART), assert_trivial=True)
+            _write(weighted, weighted_a, first, end, own_column, columns, columns, HALF)
+        dot += gl.convert_layout(part_dot, gl.SliceLayout(1, PART), assert_trivial=True)
+    return dot
 
 
 @gluon.jit

@@ -7,7 +7,6 @@ bytes. A ragged descriptor also fills past the end of one expert's rows.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import triton
@@ -182,12 +181,10 @@ def has_hopper_down_backward(
 ) -> bool:
     """Whether ``_hopper_down_backward.py`` is asked for, and computes this of contiguous rows.
 
-    Those of ``grad``, or copies of them. Not with gelu, nor with a clamp of swiglu's interleaved
-    columns, which spill; nor of columns whose number is no multiple of 16, as ``_hopper_up.py``.
+    Those of ``grad``, or copies of them. Not with gelu, nor of columns whose number is no multiple
+    of 16, as ``_hopper_up.py``.
     """
     if not _has_gluon("down_backward", cut, h) or activation.kind == "gelu":
-        return False
-    if activation.kind == "swiglu" and activation.interleaved and activation.limit < math.inf:
         return False
     if down.shape[1] % 16 or down.shape[2] % 8 or not h.dtype == down.dtype == grad.dtype:
         return False

@@ -75,7 +75,7 @@ class BackwardEpilogue(NamedTuple):
 BACKWARD_EPILOGUES = (
     BackwardEpilogue("swiglu", interleaved=False, clamps=False),
     BackwardEpilogue("swiglu", interleaved=False, clamps=True),
-    BackwardEpilogue("swiglu", interleaved=True, clamps=False),
+    BackwardEpilogue("swiglu", interleaved=True, clamps=True),
     BackwardEpilogue("swigluoai", interleaved=False, clamps=True),
     BackwardEpilogue("swigluoai", interleaved=True, clamps=True),
     BackwardEpilogue("geglu", interleaved=False, clamps=False),

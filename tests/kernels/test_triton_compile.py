@@ -137,11 +137,11 @@ def _check_roles(
         # bytes come; either group waits for full and hands back in the loop and after it. With
         # turns it waits for its own and passes it on; without, it waits and hands back where its
         # half has no rows. Threads that gather arrive once each. A part's warp waits and says how
-        # many bytes come, its group waits and hands back
+        # many bytes come, its group waits for each half and hands back
         assert report["mbarriers"] == {
             "init": 2 * stages + 2 + (8 if parts else 0),
             "expect": 1 + 2 * parts,
-            "wait": 5 + 4 * parts,
+            "wait": 5 + 6 * parts,
             "arrive": 6 + 2 * parts,
             "copied": int(report["cp_async"] > 0),
         }, report
