@@ -55,7 +55,7 @@ def test_candidates_can_work(kernel: str, rows: int | None, arch: int) -> None:
     on_hopper = arch == 90 and many
     by_triton = kernel in ("up", "down_backward") and arch == 100
     by_triton |= kernel == "grouped_gemm" and (arch == 100 or on_hopper)
-    in_gluon = on_hopper and kernel in ("grouped_gemm", "up", "down_backward")
+    in_gluon = on_hopper and kernel in ("grouped_gemm", "up", "down_backward", "wgrad")
     ways = {"no"} | ({"triton"} if by_triton else set()) | ({"gluon"} if in_gluon else set())
     assert {cut.warp_specialize for cut in found} == ways
     for cut in found:

@@ -145,7 +145,8 @@ def _answer(job: Mapping[str, Any], arch: int, kernels: list[Any]) -> dict[str, 
     kernels.clear()
     cut = Config(**job["config"])
     problem.run(cut)
-    names = ["_hopper_gemm_kernel", "_hopper_up_kernel", "_hopper_down_backward_kernel"]
+    roles = ("gemm", "up", "down_backward", "wgrad")
+    names = [f"_hopper_{role}_kernel" for role in roles]
     names += ["_scaled_up_kernel", f"_{job['kernel']}_kernel"]
     (kernel,) = (kernel for kernel in kernels if kernel.metadata.name in names)
     report = dataclasses.asdict(read(job["kernel"], kernel, family(arch)))

@@ -28,7 +28,7 @@ from moe_kernels.triton._fused_experts_backward import _through_down
 from moe_kernels.triton._launch import ceil_div, on_device_of
 from moe_kernels.triton._operands import has_hopper_down_backward
 from moe_kernels.triton._tiles import TileMap, build_tile_map
-from moe_kernels.triton._wgrad import weight_gradient
+from moe_kernels.triton._wgrad import gathered_weight_gradient, weight_gradient
 from moe_kernels.triton.fused_experts import _project_up
 from moe_kernels.triton.grouped_gemm import multiply_rows
 from moe_kernels.triton.permute import gathered_rows
@@ -265,21 +265,23 @@ def _down_backward(layer: Layer) -> Problem:
     return layer.problem("down_backward", "down", H, I, run, outputs, truth, flops, finish)
 
 
-def _weight_gradient(
-    layer: Layer, part: str, a: Tensor, a_gathered: bool, grad: Tensor, grad_gathered: bool
-) -> Problem:
+def _weight_gradient(layer: Layer, part: str, a: Tensor, grad: Tensor, gather_a: bool) -> Problem:
+    """Of gathered rows of ``a``, or of ``grad``, as the layer has them.
+
+    Those of the layer's gradient it gathers before the backward through the down-projection, if it
+    does; those of x it leaves to this kernel, or gathers for it, which counts.
+    """
     M, N = a.shape[1], grad.shape[1]
     out = layer.empty(layer.shape["E"], N, M).mT  # stored as the weight is
-    # as the layer does, which may gather rows beforehand
-    (left, left_source), (right, right_source) = (
-        gathered_rows(value, layer.order, layer.rows) if gathered else (value, None)
-        for value, gathered in ((a, a_gathered), (grad, grad_gathered))
-    )
+    right, source = grad, None
+    if not gather_a:
+        right, source = gathered_rows(grad, layer.order, layer.rows)
 
     def run(cut: Config) -> None:
-        weight_gradient(
-            left, left_source, right, right_source, layer.order[2], layer.rows, out, cut=cut
-        )
+        if gather_a:
+            gathered_weight_gradient(a, grad, layer.order, layer.rows, out, cut=cut)
+        else:
+            weight_gradient(a, None, right, source, layer.order[2], layer.rows, out, cut=cut)
 
     def truth() -> list[tuple[Tensor, Tensor]]:
         experts = layer.expert_of(layer.sample()).unique()[:2]
@@ -287,8 +289,8 @@ def _weight_gradient(
         for expert in experts.tolist():
             first, end = layer.order[2][expert : expert + 2].tolist()
             rows = torch.arange(first, end, device=layer.device)
-            x = a[layer.token_of(rows) if a_gathered else rows].double()
-            sums.append(x.T @ grad[layer.token_of(rows) if grad_gathered else rows].double())
+            x = a[layer.token_of(rows) if gather_a else rows].double()
+            sums.append(x.T @ grad[rows if gather_a else layer.token_of(rows)].double())
         return [(experts, torch.stack(sums))]
 
     flops = 2.0 * layer.rows * M * N
@@ -384,11 +386,11 @@ PROBLEMS: Mapping[str, tuple[Part, ...]] = {
     "wgrad": (
         Part(
             lambda s: (2 * s["I"], s["H"]),
-            lambda layer: _weight_gradient(layer, "gate_up", layer.x, True, layer.h, False),
+            lambda layer: _weight_gradient(layer, "gate_up", layer.x, layer.h, True),
         ),
         Part(
             lambda s: (s["H"], s["I"]),
-            lambda layer: _weight_gradient(layer, "down", layer.a, False, layer.grad, True),
+            lambda layer: _weight_gradient(layer, "down", layer.a, layer.grad, False),
         ),
     ),
     "scaled_grouped_gemm": (

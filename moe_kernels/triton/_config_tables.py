@@ -39,6 +39,7 @@ WARP_SPECIALIZE = {
     "grouped_gemm": ("no", "triton", "gluon"),
     "up": ("no", "triton", "gluon"),
     "down_backward": ("no", "triton", "gluon"),
+    "wgrad": ("no", "gluon"),
 }
 LARGEST_TILE = 128 * 128  # of a group of four warps: 128 sums a thread
 # columns and contracted elements of a tile, where they share a scale
@@ -61,8 +62,7 @@ class Config:
         programs: programs a multiprocessor holds; each walks many tiles.
         warp_specialize: whether warps have roles, to load or to multiply: "no", or given by
             "triton", its compiler, see ``_operands.specializes``, or "gluon", a kernel written so
-            (``_hopper_gemm.py``, ``_hopper_up.py``, ``_hopper_down_backward.py``), whose ``warps``
-            are those that multiply. Never a default.
+            (``_hopper_*.py``), whose ``warps`` are those that multiply. Never a default.
     """
 
     block_m: int
@@ -81,12 +81,14 @@ def suits_gluon(kernel: str, cut: Config) -> bool:
     Two groups of four warps multiply 64 rows or more each, 64 contracted elements a step, whose
     rows are swizzled by 128 bytes. A tile that one group can hold is its own, a larger one is
     halved. A slot of the ring is handed back after the next step was multiplied, so there are two
-    at least. Threads that gather hold an address for every eighth of 128 rows, and can no more.
-    Backward through the activation goes by parts of a group's 64 or 128 rows.
+    at least. Threads that gather hold an address for every eighth of 128 rows, and can no more. A
+    group's columns of a weight gradient go through buffers of 128 rows, and backward through the
+    activation goes by parts of a group's 64 or 128 rows.
     """
     width = 2 * cut.block_n if kernel == "up" else cut.block_n
     halved = cut.block_m * width > LARGEST_TILE
-    tallest = 128 if kernel == "up" or (kernel == "down_backward" and not halved) else 256
+    own = kernel in ("down_backward", "wgrad") and not halved  # tiles of one group
+    tallest = 128 if kernel == "up" or own else 256
     return (
         (128 if halved else 64) <= cut.block_m <= tallest
         and cut.block_n >= 64

@@ -58,7 +58,12 @@ from moe_kernels.triton._tiles import (
     walk,
     write_tile_map,
 )
-from moe_kernels.triton._wgrad import empty_like_weight, sum_rows, weight_gradient
+from moe_kernels.triton._wgrad import (
+    empty_like_weight,
+    gathered_weight_gradient,
+    sum_rows,
+    weight_gradient,
+)
 from moe_kernels.triton.expert_activation import expert_activation
 from moe_kernels.triton.permute import gathered_rows
 
@@ -421,9 +426,7 @@ def fused_experts_backward(
         del grad_rows, grad_source  # perhaps a copy
         if dh is not None:
             if needs[1]:
-                x_rows, x_source = gathered_rows(x, order, rows)
-                weight_gradient(x_rows, x_source, dh, None, offsets, rows, dgate_up)
-                del x_rows, x_source
+                gathered_weight_gradient(x, dh, order, rows, dgate_up)
             if needs[4]:
                 sum_rows(dh, None, None, offsets, rows, dbias)
             if needs[0]:
@@ -454,11 +457,9 @@ def fused_experts_wgrad_(
         return
     order = (row_to_slot, slot_to_row, offsets)
     with on_device_of(a):
-        tokens, source = gathered_rows(contiguous_rows(a if gather_a else grad), order, rows)
-        if gather_a:
-            weight_gradient(tokens, source, grad, None, offsets, rows, out, accumulate=True)
-        else:
-            weight_gradient(a, None, tokens, source, offsets, rows, out, accumulate=True)
+        if not gather_a:
+            a, grad, out = grad, a, out.mT
+        gathered_weight_gradient(contiguous_rows(a), grad, order, rows, out, accumulate=True)
 
 
 def _empty_like(value: Tensor) -> Tensor:

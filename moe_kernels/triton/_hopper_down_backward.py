@@ -289,8 +289,8 @@ def _pass_down(
         _, first, end = load_tile(tiles, bound, tile)
         n = column_tile * BLOCK_N
         total, step, next_turn = _sum_tile(
-            ring, turn, turns, step, H, GROUP, SHARED, TRANSPOSED, False, BLOCK_M, BLOCK_N, BLOCK_K,
-            STAGES,
+            ring, turn, turns, step, H, end - first, GROUP, SHARED, TRANSPOSED, False, BLOCK_M,
+            BLOCK_N, BLOCK_K, STAGES,
         )  # fmt: skip
         if ROWS == SIDE:
             bands = (total,)

@@ -129,7 +129,7 @@ def _await_turn(turn, turns, GROUP: gl.constexpr):
 def _tile_of(tiles, bound, number, row_tiles, column_tiles, GROUP_M: gl.constexpr):
     """The expert, first row and end of the tile of that number, or of the last one.
 
-    Who needs to know its tile before it multiplies asks for the next one before the products of one,
+    Who needs to know a tile before it multiplies asks for it before the products of the one before,
     so as not to wait for memory.
     """
     number = gl.minimum(number, row_tiles * column_tiles - 1)
@@ -255,19 +255,12 @@ def _multiply(
 
 
 @gluon.jit
-def _make_ring(
-    dtype: gl.constexpr, SHARED: gl.constexpr, TRANSPOSED: gl.constexpr, ARRIVALS: gl.constexpr,
-    BLOCK_M: gl.constexpr, WIDTH: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """The ring, and the barriers of turns.
+def _make_barriers(SHARED: gl.constexpr, ARRIVALS: gl.constexpr, STAGES: gl.constexpr):
+    """Those of the ring's slots, and of turns.
 
     ARRIVALS: at ``full``, of the warps that load.
     """
-    W_SHAPE: gl.constexpr = [WIDTH, BLOCK_K] if TRANSPOSED else [BLOCK_K, WIDTH]
-    TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    x = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_K], TILE)
-    w = gl.allocate_shared_memory(dtype, [STAGES, W_SHAPE[0], W_SHAPE[1]], TILE)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     turn = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], BARRIER)
@@ -277,6 +270,20 @@ def _make_ring(
     for group in gl.static_range(GROUPS):
         mbarrier.init(turn.index(group), count=1)
     fence_async_shared()  # TMA arrives through another proxy than these writes
+    return full, empty, turn
+
+
+@gluon.jit
+def _make_ring(
+    dtype: gl.constexpr, SHARED: gl.constexpr, TRANSPOSED: gl.constexpr, ARRIVALS: gl.constexpr,
+    BLOCK_M: gl.constexpr, WIDTH: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The ring, and the barriers of turns: see :func:`_make_barriers`."""
+    W_SHAPE: gl.constexpr = [WIDTH, BLOCK_K] if TRANSPOSED else [BLOCK_K, WIDTH]
+    TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    x = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_K], TILE)
+    w = gl.allocate_shared_memory(dtype, [STAGES, W_SHAPE[0], W_SHAPE[1]], TILE)
+    full, empty, turn = _make_barriers(SHARED, ARRIVALS, STAGES)
     return (x, w, full, empty), turn
 
 

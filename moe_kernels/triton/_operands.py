@@ -191,6 +191,31 @@ def has_hopper_down_backward(
     return h.element_size() == 2 and is_aligned(h) and (is_aligned(down) or is_aligned(down.mT))
 
 
+def has_hopper_wgrad(
+    cut: Config, a: Tensor, a_source: Source | None, grad: Tensor, grad_source: Source | None,
+    out: Tensor, *, accumulate: bool,
+) -> bool:  # fmt: skip
+    """Whether ``_hopper_wgrad.py`` is asked for, and computes this gradient.
+
+    Rows of one operand may be gathered, as in :func:`has_hopper_up`; the others must be such as a
+    ragged descriptor brings. Results of 16 bits are stored by TMA; others, and those that are added
+    to what is there, by threads, two at a time, whose addresses spill unless Triton knows rows and
+    their number to be multiples of 16.
+    """
+    if not _has_gluon("wgrad", cut, out) or (a_source is not None and grad_source is not None):
+        return False
+    if not is_aligned(a, grad, out) or not a.element_size() == grad.element_size() == 2:
+        return False
+    for tensor, source in ((a, a_source), (grad, grad_source)):
+        if source is None:
+            if ragged_operand(tensor, None, cut.block_k, 64).mode != TMA.value:
+                return False
+        elif tensor.shape[1] % 8 or tensor.stride(0) % 8 or tensor.stride(0) >= 2**31:
+            return False
+    by_tma = out.element_size() == 2 and not accumulate
+    return by_tma or not (out.stride(0) % 16 or out.stride(1) % 16 or out.shape[2] % 16)
+
+
 def weight_operand(b: Tensor, block_k: int, block_n: int, *, halves: bool = False) -> Operand:
     """``b [E, Kd, N]``, stored with either of the last two dimensions contiguous.
 

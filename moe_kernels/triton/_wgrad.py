@@ -24,12 +24,14 @@ from moe_kernels.triton._launch import (
 from moe_kernels.triton._operands import (
     LARGEST_STRIDE,
     Source,
+    has_hopper_wgrad,
     is_aligned,
     load_ragged_rows,
     pipeline_stages,
     ragged_operand,
 )
 from moe_kernels.triton._tiles import column_halves, row_range
+from moe_kernels.triton.permute import gathered_rows
 
 
 @triton.jit
@@ -129,6 +131,15 @@ def _sum_rows_kernel(
     )
 
 
+def _is_transposed(out: Tensor) -> bool:
+    return out.stride(1) == 1 and out.stride(2) != 1
+
+
+def _config(a: Tensor, grad: Tensor, rows: int, out: Tensor) -> Config:
+    E, M, N = out.shape
+    return config("wgrad", a, rows, E, aligned=is_aligned(out, a, grad), inner=min(M, N))
+
+
 def weight_gradient(
     a: Tensor,
     a_source: Source | None,
@@ -155,7 +166,7 @@ def weight_gradient(
         weight_gradient(a, a_source, grad, grad_source, offsets, rows, dense, cut=cut)
         (out.add_ if accumulate else out.copy_)(dense)
         return
-    if out.stride(1) == 1 and out.stride(2) != 1:  # write rows of the transposed product
+    if _is_transposed(out):  # write rows of the transposed product
         a, a_source, grad, grad_source = grad, grad_source, a, a_source
         out = out.mT
     E, M, N = out.shape
@@ -165,8 +176,14 @@ def weight_gradient(
         if not accumulate:
             out.zero_()
         return
-    if cut is None:
-        cut = config("wgrad", a, rows, E, aligned=is_aligned(out, a, grad), inner=min(M, N))
+    cut = cut or _config(a, grad, rows, out)
+    if has_hopper_wgrad(cut, a, a_source, grad, grad_source, out, accumulate=accumulate):
+        from moe_kernels.triton import _hopper_wgrad  # only where it is asked for
+
+        _hopper_wgrad.sum_products(
+            a, a_source, grad, grad_source, offsets, rows, out, cut, accumulate=accumulate
+        )
+        return
     x = ragged_operand(a, a_source, cut.block_k, cut.block_m)
     g = ragged_operand(grad, grad_source, cut.block_k, cut.block_n)
     source = a_source or grad_source
@@ -181,6 +198,39 @@ def weight_gradient(
         BLOCK_N=cut.block_n, BLOCK_R=cut.block_k, STAGES=pipeline_stages(cut.stages, x, g),
         num_warps=cut.warps,
     )  # fmt: skip
+
+
+def gathered_weight_gradient(
+    x: Tensor,
+    grad: Tensor,
+    order: tuple[Tensor, Tensor, Tensor],
+    rows: int,
+    out: Tensor,
+    *,
+    accumulate: bool = False,
+    cut: Config | None = None,
+) -> None:
+    """:func:`weight_gradient` of rows that are gathered from ``x [T, M]``.
+
+    By the kernel that adds them up, where it is one in Gluon; else see :func:`gathered_rows`.
+    """
+    source: Source | None = Source(order[0], order[1].shape[1])
+    if not _gathers(x, source, grad, rows, out, accumulate, cut):
+        x, source = gathered_rows(x, order, rows)
+    weight_gradient(x, source, grad, None, order[2], rows, out, accumulate=accumulate, cut=cut)
+
+
+def _gathers(
+    x: Tensor, source: Source | None, grad: Tensor, rows: int, out: Tensor, accumulate: bool,
+    cut: Config | None,
+) -> bool:  # fmt: skip
+    if rows == 0 or out.numel() == 0:
+        return True
+    if _is_transposed(out):
+        cut = cut or _config(grad, x, rows, out.mT)
+        return has_hopper_wgrad(cut, grad, None, x, source, out.mT, accumulate=accumulate)
+    cut = cut or _config(x, grad, rows, out)
+    return has_hopper_wgrad(cut, x, source, grad, None, out, accumulate=accumulate)
 
 
 def sum_rows(

@@ -40,7 +40,7 @@ from moe_kernels.triton._launch import ceil_div, on_device_of, refuse_float64
 from moe_kernels.triton._operands import Source, contiguous_rows
 from moe_kernels.triton._scaled_up import activates_in_product, project_up
 from moe_kernels.triton._tiles import TileMap, build_tile_map, column_halves
-from moe_kernels.triton._wgrad import sum_rows, weight_gradient
+from moe_kernels.triton._wgrad import gathered_weight_gradient, sum_rows, weight_gradient
 from moe_kernels.triton.expert_activation import expert_activation
 from moe_kernels.triton.fused_experts import check_bound, forward_outputs
 from moe_kernels.triton.grouped_gemm import zero_tail
@@ -409,9 +409,7 @@ def fused_experts_fp8_backward(
             del grad_rows, grad_source  # perhaps a copy
         del weighted_a
         if needs[1] and dh is not None:
-            x_rows, x_source = gathered_rows(x, order, rows)
-            weight_gradient(x_rows, x_source, dh, None, offsets, rows, dgate_up)
-            del x_rows, x_source
+            gathered_weight_gradient(x, dh, order, rows, dgate_up)
         if needs[4] and dh is not None:
             sum_rows(dh, None, None, offsets, rows, dbias)
         if needs[0]:

@@ -329,6 +329,27 @@ def _gluon_biased(block_n: int) -> None:
     multiply_rows(a, b, bias, out, tiles, Config(**GLUON, block_n=block_n))
 
 
+def _gluon_wgrad(
+    block_n: int, gathered: bool = False, accumulate: bool = False, **changes: int
+) -> None:
+    """The weight gradient in Gluon, of other operands and results than :func:`_roles` has."""
+    from moe_kernels.triton._config_tables import Config
+    from moe_kernels.triton._launch import architecture
+    from moe_kernels.triton._wgrad import gathered_weight_gradient, weight_gradient
+
+    if architecture(torch.device("cpu")) not in HOPPER:
+        return
+    order, cut = _order(), Config(**GLUON | changes, block_n=block_n)
+    dh = torch.empty(T * K, 2 * INNER, dtype=BF16)
+    dtype = torch.float32 if accumulate else BF16
+    out, x = torch.empty(E, H, 2 * INNER, dtype=dtype), torch.empty(T * K, H, dtype=BF16)
+    if gathered:
+        x, options = x[:T], {"accumulate": accumulate, "cut": cut}
+        gathered_weight_gradient(x, dh, order, T * K, out, **options)
+    else:
+        weight_gradient(x, None, dh, None, order[2], T * K, out, accumulate=accumulate, cut=cut)
+
+
 def _with_tf32(call: Callable[[], None]) -> None:
     matmul = torch.backends.cuda.matmul
     before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
@@ -368,6 +389,8 @@ CASES: dict[str, Callable[[], None]] = {
     "gluon_shared_roles": partial(_roles, {"grouped_gemm": 1}, HOPPER, **GLUON, block_n=256),
     "gluon_up_turns_roles": partial(_roles, {"up": 0}, HOPPER, **GLUON, block_n=64),
     "gluon_down_turns_roles": partial(_gluon_down, 128),
+    "gluon_wgrad_shared_roles": partial(_roles, {"wgrad": 0}, HOPPER, **GLUON, block_n=256),
+    "gluon_wgrad_copied_roles": partial(_gluon_wgrad, 256),
     "quantize": partial(_quantize, BF16),
     "scaled_many": partial(_scaled_gemm, T * K),
     "experts": partial(_fused_experts, "swiglu"),
@@ -454,6 +477,17 @@ MORE_CASES: dict[str, Callable[[], None]] = {
     ),
     "gluon_down_turns_geglu_roles": partial(_gluon_down, 128, "geglu"),
     "gluon_down_turns_ungated_roles": partial(_gluon_down, 128, "silu"),
+    "gluon_wgrad_turns_128_6_roles": partial(
+        _roles, {"wgrad": 1}, HOPPER, **GLUON | {"stages": 6}, block_n=128
+    ),
+    "gluon_wgrad_turns_gathered_roles": partial(_gluon_wgrad, 128, True),
+    "gluon_wgrad_turns_64_4_roles": partial(_gluon_wgrad, 256, True, block_m=64),
+    "gluon_wgrad_shared_256_4_roles": partial(_gluon_wgrad, 128, True, block_m=256),
+    "gluon_wgrad_shared_sums_roles": partial(_gluon_wgrad, 256, True, True),
+    "gluon_wgrad_shared_256_3_sums_roles": partial(
+        _gluon_wgrad, 128, False, True, block_m=256, stages=3
+    ),
+    "gluon_wgrad_turns_sums_roles": partial(_gluon_wgrad, 128, True, True),
     "experts_roles": partial(
         _roles, {"up": 0, "down_backward": 0}, range(100, 110), **ROLES, block_n=64
     ),

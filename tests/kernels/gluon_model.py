@@ -15,6 +15,8 @@ for its language: tensors are torch's, layouts are ignored. What is modelled is 
 * an asynchronous product reads its operands when it is issued, and once more when it is waited for;
   what ``cp.async`` brought it reads only behind a fence of the same warp;
 * TMA overwrites what a warp's threads have read themselves only behind a fence of that warp.
+* TMA stores what each warp has written of its rows, behind a fence of each, at some later time,
+  for which the first warp can wait.
 
 When nothing can go on, that is a :class:`DeadlockError`; a product that reads what is not there, or
 no longer, is a :class:`RaceError`.
@@ -52,6 +54,8 @@ class _Warp:
     done: bool = False
     fenced: int = 0  # when, last
     copying: list[Any] = field(default_factory=list)  # its copies by cp.async that are not done
+    storing: list[Any] = field(default_factory=list)  # what it has TMA store, and is not read yet
+    wrote: bool = False  # to shared memory, since its last fence
 
 
 class Machine:
@@ -60,7 +64,7 @@ class Machine:
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
         self._paused = threading.Event()
-        self._warps: list[_Warp] = []
+        self.warps: list[_Warp] = []
         self._local = threading.local()
         self._error: BaseException | None = None
         self.real: list[int] = []  # warps of each role, and as many as stand for them
@@ -98,7 +102,7 @@ class Machine:
         for role, (function, arguments) in enumerate(roles):
             for number in range(self.sizes[role]):
                 warp = _Warp(role, number)
-                self._warps.append(warp)
+                self.warps.append(warp)
                 thread = threading.Thread(
                     target=self._main, args=(warp, function, arguments), daemon=True
                 )
@@ -108,7 +112,7 @@ class Machine:
             self._schedule()
         except BaseException as error:
             self._error = error
-        for warp in self._warps:
+        for warp in self.warps:
             warp.go.set()
         for thread in threads:
             thread.join()
@@ -131,10 +135,10 @@ class Machine:
 
     def _schedule(self) -> None:
         while self._error is None:
-            able = [w for w in self._warps if not w.done and w.until is not None and w.until()]
+            able = [w for w in self.warps if not w.done and w.until is not None and w.until()]
             choices: list[Any] = [*able, *(copy for copy in self.copies if copy[0]())]
             if not choices:
-                stuck = [(w.role, w.number) for w in self._warps if not w.done]
+                stuck = [(w.role, w.number) for w in self.warps if not w.done]
                 if stuck:
                     raise DeadlockError(f"roles and warps that wait: {stuck}")
                 return
@@ -182,11 +186,11 @@ class Memory:
     ``read``, of the whole: by which warps' threads, when, and which addresses.
     """
 
-    def __init__(self, values: Tensor, written: Tensor, machine: Machine, read: list[Any]) -> None:
-        self.values, self.written, self._machine, self.read = values, written, machine, read
+    def __init__(self, machine: Machine, values: Tensor, written: Tensor, read: list[Any]) -> None:
+        self.machine, self.values, self.written, self.read = machine, values, written, read
 
     def _view(self, view: Callable[[Tensor], Tensor]) -> Memory:
-        return Memory(view(self.values), view(self.written), self._machine, self.read)
+        return Memory(self.machine, view(self.values), view(self.written), self.read)
 
     def _addresses(self) -> range:
         extent = sum(
@@ -197,10 +201,10 @@ class Memory:
 
     def load(self, layout: None) -> Tensor:
         """By the warp's threads."""
-        self._machine.pause()
+        self.machine.pause()
         if self.values.isnan().any():
             raise RaceError("threads read memory that is not loaded")
-        self.read.append((self._machine.warp, self._machine.tick(), self._addresses()))
+        self.read.append((self.machine.warp, self.machine.tick(), self._addresses()))
         return self.values.clone()
 
     def check_overwritten(self) -> None:
@@ -209,6 +213,13 @@ class Memory:
         for warp, time, addresses in self.read:
             if own.start < addresses.stop and addresses.start < own.stop and warp.fenced < time:
                 raise RaceError("TMA overwrites what is read through another proxy")
+
+    def store(self, values: Tensor) -> None:
+        warp = self.machine.warp
+        own = slice(warp.number, None, self.machine.sizes[warp.role])
+        self.machine.pause()
+        self.values[own] = values[own]
+        warp.wrote = True
 
     def index(self, number: Any) -> Memory:
         return self._view(lambda tensor: tensor[int(number)])
@@ -242,6 +253,23 @@ class Descriptor:
             target.append(slice(0, length))
         out[tuple(target)] = self.values[tuple(source)]
         return out.reshape(shape)
+
+    def write(self, coordinates: Sequence[Any], values: Tensor) -> None:
+        values = values.reshape(self.block)
+        places = zip(map(int, coordinates), self.block, self.values.shape, strict=True)
+        lengths = [(start, max(min(size, extent - start), 0)) for start, size, extent in places]
+        target = tuple(slice(start, start + length) for start, length in lengths)
+        self.values[target] = values[tuple(slice(0, length) for _, length in lengths)]
+
+
+@dataclass(frozen=True)
+class RaggedDescriptor(Descriptor):
+    """Of rows, of which a copy names the last, and how far before the first it begins."""
+
+    def read(self, coordinates: Sequence[Any], shape: torch.Size) -> Tensor:
+        billion, end, row, column = map(int, coordinates)
+        assert billion == 2**30
+        return Descriptor(self.values[:end], self.block).read((end + row - billion, column), shape)
 
 
 @dataclass(frozen=True)
@@ -336,10 +364,32 @@ class Language:
             machine.copies.append((done, lambda: barrier.change(threads, 0)))
             machine.pause()
 
+        def store_copy(target: Descriptor, coordinates: list[Any], source: Memory) -> None:
+            warp = machine.warp
+            if warp.number:
+                return
+            if any(other.wrote for other in machine.warps if other.role == warp.role):
+                raise RaceError("TMA stores what was written through another proxy")
+            values = source.values.clone()
+
+            def read() -> None:
+                if not torch.equal(source.values, values):
+                    raise RaceError("what TMA stores was overwritten")
+                target.write(coordinates, values)
+                warp.storing.remove(read)
+
+            warp.storing.append(read)
+            machine.copies.append((lambda: True, read))
+            machine.pause()
+
+        def store_wait(pending: int) -> None:
+            machine.pause(lambda warp=machine.warp: len(warp.storing) <= pending)
+
         def fence() -> None:
             time = machine.tick()
             if machine.sizes:
                 machine.warp.fenced = time
+                machine.warp.wrote = False
             for barrier in barriers:
                 barrier.shown = True
 
@@ -378,11 +428,14 @@ class Language:
             offset = torch.as_tensor(pointer.offset)
             if mask is None:
                 return pointer.values[offset]
+            mask = torch.as_tensor(mask)
             inside = torch.where(mask, offset, 0)
             return torch.where(mask, pointer.values[inside], other).to(pointer.values.dtype)
 
         def store(pointer: Pointer, values: Tensor, mask: Tensor) -> None:
-            pointer.values[pointer.offset[mask]] = values[mask]
+            own = slice(machine.warp.number, None, machine.sizes[machine.warp.role])
+            mask = mask[own]
+            pointer.values[pointer.offset[own][mask]] = values[own][mask]
 
         def allocate(dtype: torch.dtype, shape: list[int], layout: None) -> Any:
             if dtype == torch.int64:
@@ -390,7 +443,7 @@ class Language:
                 barriers.extend(made.all)
                 return made
             written = torch.zeros(shape, dtype=torch.int64)
-            return Memory(torch.full(shape, torch.nan, dtype=dtype), written, machine, [])
+            return Memory(machine, torch.full(shape, torch.nan, dtype=dtype), written, [])
 
         language = types.SimpleNamespace(
             **layouts,
@@ -402,7 +455,8 @@ class Language:
             minimum=lambda a, b, **_: torch.minimum(torch.as_tensor(a), torch.as_tensor(b)),
             maximum=lambda a, b, **_: torch.maximum(torch.as_tensor(a), torch.as_tensor(b)),
             clamp=lambda tile, low, high, **_: tile.clamp(low, high),
-            where=torch.where,
+            where=lambda condition, a, b: torch.where(torch.as_tensor(condition), a, b),
+            cast=lambda value, dtype: value,
             exp2=torch.exp2,
             rsqrt=torch.rsqrt,
             erf=torch.erf,
@@ -415,7 +469,7 @@ class Language:
             split=lambda tile: (tile[..., 0], tile[..., 1]),
             join=lambda left, right: torch.stack((left, right), -1),
             sum=lambda tile, axis: tile.sum(axis),
-            convert_layout=lambda tile, layout, assert_trivial=False: tile,
+            convert_layout=lambda tile, layout, **_: tile,
             load=load,
             store=store,
             allocate_shared_memory=allocate,
@@ -425,12 +479,16 @@ class Language:
         self.names: dict[str, Any] = {
             "gl": language,
             "tl": language,
-            "tma": types.SimpleNamespace(async_copy_global_to_shared=copy),
+            "tma": types.SimpleNamespace(
+                async_copy_global_to_shared=copy,
+                async_copy_shared_to_global=store_copy,
+                store_wait=store_wait,
+            ),
             "mbarrier": types.SimpleNamespace(
                 MBarrierLayout=lambda: None,
                 init=lambda barrier, count: barrier.init(count),
-                wait=lambda barrier, parity: machine.pause(
-                    lambda: barrier.phase % 2 != int(parity)
+                wait=lambda barrier, parity, pred=True: machine.pause(
+                    lambda: not pred or barrier.phase % 2 != int(parity)
                 ),
                 expect=lambda barrier, size: change(barrier, 1, size, True),
                 arrive=lambda barrier, pred=True: change(barrier, 1, 0, pred),

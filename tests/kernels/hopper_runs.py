@@ -5,7 +5,7 @@
 runs a group of cases and names each before it does. It is a process of its own, since a kernel that
 does not end takes its process along. Without a GPU the plain kernels compute the same.
 
-E experts, Kd contracted size, N columns.
+E experts, Kd contracted size, N columns; a weight's gradient is [M, N].
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from moe_kernels.triton._activation import GATED, Activation
 from moe_kernels.triton._config_tables import Config
 from moe_kernels.triton._fused_experts_backward import _through_down
 from moe_kernels.triton._launch import ceil_div, processors
+from moe_kernels.triton._operands import Source
 from moe_kernels.triton._tiles import TileMap, build_tile_map
+from moe_kernels.triton._wgrad import weight_gradient
 from moe_kernels.triton.fused_experts import _project_up
 from moe_kernels.triton.grouped_gemm import multiply_rows, zero_tail
 from tests.kernels.hopper_checks import (
@@ -52,6 +54,14 @@ GEMM_TILES = {
 DOWN_TILES = {tile: (*GEMM_TILES[tile][:2], 3) for tile in GEMM_TILES} | {"turns": (128, 128, 4)}
 
 
+GRADIENT_TILES = {
+    "turns": (128, 128, 6),
+    "turns_64": (64, 256, 4),
+    "shared": (128, 256, 4),
+    "shared_256": (256, 128, 3),
+}
+
+
 @dataclass(frozen=True)
 class Case:
     """A kernel, and what it is compiled for.
@@ -75,6 +85,26 @@ class Case:
         return Config(block_m, block_n, 64, warps=8, stages=stages, warp_specialize="gluon")
 
 
+@dataclass(frozen=True)
+class Gradient:
+    """The weight gradient, and what it is compiled for.
+
+    Attributes:
+        gathered: "a", "grad" or "", the operand whose rows are.
+        transposed: it is stored [E, N, M].
+    """
+
+    tile: str
+    gathered: str = ""
+    accumulate: bool = False
+    dtype: torch.dtype = BF16
+    transposed: bool = False
+
+    def cut(self) -> Config:
+        block_m, block_n, stages = GRADIENT_TILES[self.tile]
+        return Config(block_m, block_n, 64, warps=8, stages=stages, warp_specialize="gluon")
+
+
 def _cases(
     tiles: Iterable[str], tile: str, epilogues: Sequence[Epilogue | BackwardEpilogue]
 ) -> list[Case]:
@@ -84,16 +114,39 @@ def _cases(
     return [Case(tile, i % 2 == 0, epilogue) for i, epilogue in enumerate(chosen)]
 
 
-GROUPS: dict[str, list[Case]] = {
-    **{f"up_{tile}": _cases(UP_TILES, tile, EPILOGUES) for tile in UP_TILES},
-    **{f"down_{tile}": _cases(DOWN_TILES, tile, BACKWARD_EPILOGUES) for tile in DOWN_TILES},
+GROUPS: dict[str, list[Case | Gradient]] = {
+    **{f"up_{tile}": list(_cases(UP_TILES, tile, EPILOGUES)) for tile in UP_TILES},
+    **{f"down_{tile}": list(_cases(DOWN_TILES, tile, BACKWARD_EPILOGUES)) for tile in DOWN_TILES},
     "gemm_turns": [Case("turns", True, biased=True), Case("turns_64", False)],
     "gemm_shared": [Case("shared", False, biased=True), Case("shared_256", True)],
+    "wgrad_shared": [
+        Gradient("shared", "grad", transposed=True),
+        Gradient("shared", "grad"),
+        Gradient("shared"),
+        Gradient("shared_256", "a"),
+    ],
+    "wgrad_turns": [
+        Gradient("turns", "grad"),
+        Gradient("turns", transposed=True),
+        Gradient("turns_64", "a"),
+    ],
+    "wgrad_sums": [
+        Gradient("shared", "a", True, torch.float32, transposed=True),
+        Gradient("shared", "", True),
+        Gradient("shared_256", "grad", False, torch.float32),
+        Gradient("turns", "grad", True, torch.float32),
+    ],
 }
 
 
-def routings(case: Case, device: torch.device) -> dict[str, list[int]]:
+def routings(case: Case | Gradient, device: torch.device) -> dict[str, list[int]]:
     """Rows of each expert."""
+    if isinstance(case, Gradient):
+        return {
+            "ragged": [65, 0, 512, 37, 1],
+            "all to one": [0, 0, 720, 0],
+            "many": [i * 37 % 500 for i in range(2 * processors(device) + 3)],
+        }
     block_m = case.cut().block_m
     return {
         "ragged": [block_m + 1, 0, 2 * block_m, 37, 1],
@@ -138,7 +191,51 @@ def _weight(experts: int, columns: int, case: Case, device: torch.device) -> Ten
     return _padded(experts, KD, columns, device=device)
 
 
-def call(case: Case, counts: list[int], device: torch.device) -> Call:
+def _gradient(case: Gradient, counts: list[int], device: torch.device) -> Call:
+    experts, used, columns = len(counts), sum(counts), (208, 144)
+    rows = used + 3  # the last are of no expert
+    offsets = torch.tensor([0, *counts], device=device).cumsum(0).int()
+    slots = torch.randperm(rows, device=device).int()
+    slots[used:] = 2**30  # never read
+    operands: list[Tensor] = []
+    sources: list[Source | None] = []
+    found: list[Tensor] = []
+    for name, width in zip(("a", "grad"), columns, strict=True):
+        gathered = name == case.gathered
+        operand = _padded(rows // TOP_K + 1 if gathered else rows, width, device=device)
+        if not gathered:
+            operand[used:] = torch.nan
+        operands.append(operand)
+        sources.append(Source(slots, TOP_K) if gathered else None)
+        found.append(operand[slots[:used].long() // TOP_K] if gathered else operand[:used])
+    sides = columns[::-1] if case.transposed else columns
+    out = torch.empty(experts, *sides, dtype=case.dtype, device=device)
+    before = torch.randn(experts, *columns, device=device).to(case.dtype)
+    parts = (value.double().split(counts) for value in found)
+    right = torch.stack([a.T @ grad for a, grad in zip(*parts, strict=True)])
+    if case.accumulate:
+        right += before.double()
+    out = out.mT if case.transposed else out
+    a, grad = zip(operands, sources, strict=True)
+
+    def add() -> None:
+        if case.accumulate:
+            out.copy_(before)
+        weight_gradient(
+            *a, *grad, offsets, used, out, accumulate=case.accumulate, cut=case.cut()
+        )  # fmt: skip
+
+    def selected() -> bool:
+        # what is stored by columns is written as the transposed product
+        pairs = (*grad, *a, out.mT) if case.transposed else (*a, *grad, out)
+        return _operands.has_hopper_wgrad(case.cut(), *pairs, accumulate=case.accumulate)
+
+    return Call(selected, add, list(zip(out, right, strict=True)))
+
+
+def call(case: Case | Gradient, counts: list[int], device: torch.device) -> Call:
+    if isinstance(case, Gradient):
+        return _gradient(case, counts, device)
     experts, used = len(counts), sum(counts)
     rows = used + 3  # the last are of no expert
     cut = case.cut()
@@ -236,7 +333,7 @@ def _backward_call(
     )
 
 
-def run(case: Case, counts: list[int], device: torch.device) -> None:
+def run(case: Case | Gradient, counts: list[int], device: torch.device) -> None:
     """Run it twice: results are right, and the same bits."""
     made = call(case, counts, device)
     kept: list[Tensor] = []
@@ -244,12 +341,15 @@ def run(case: Case, counts: list[int], device: torch.device) -> None:
         made.poison()
         made.run()
         made.check()
-        bits = [out.view(torch.int16).clone() for out, _ in made.outputs]
+        bits = [
+            out.clone(memory_format=torch.contiguous_format).view(torch.int16)
+            for out, _ in made.outputs
+        ]
         assert all(torch.equal(one, other) for one, other in zip(kept, bits, strict=False))
         kept = bits
 
 
-def _calls(group: str, device: torch.device) -> Iterator[tuple[str, Case, list[int]]]:
+def _calls(group: str, device: torch.device) -> Iterator[tuple[str, Case | Gradient, list[int]]]:
     for case in GROUPS[group]:
         for name, counts in routings(case, device).items():
             yield f"{case}, {name}", case, counts

@@ -109,17 +109,24 @@ def test_the_router_reads_rows_wide_and_within_a_warp(reports: Reports) -> None:
 
 def test_warps_have_roles_where_that_is_asked_for(reports: Reports) -> None:
     for report in reports:
-        if report["kernel"] not in ("_tile_map_kernel", "_zero_tail_kernel"):
+        if report["kernel"] not in ("_tile_map_kernel", "_zero_tail_kernel", "_permute_kernel"):
             assert report["specialized"] == report["case"].endswith("_roles"), report
 
 
 def _check_roles(
-    reports: Reports, kernel: str, multiplying: int, loading: int, parts: int = 0
+    reports: Reports,
+    kernel: str,
+    multiplying: int,
+    loading: int,
+    parts: int = 0,
+    leads: bool | None = None,
 ) -> Reports:
     """Two groups multiply, by turns or half a tile each, with so many registers a thread.
 
     Args:
         parts: that are brought to a group of its tile, to two slots, besides what is multiplied.
+        leads: None where a half without rows is passed over; else whether, of halves, one is begun
+            before the other, which waits for it once.
     """
     found = [report for report in reports if report["kernel"] == kernel]
     assert bool(found) == (reports[0]["arch"] == 90)
@@ -141,8 +148,8 @@ def _check_roles(
         assert report["mbarriers"] == {
             "init": 2 * stages + 2 + (8 if parts else 0),
             "expect": 1 + 2 * parts,
-            "wait": 5 + 6 * parts,
-            "arrive": 6 + 2 * parts,
+            "wait": 5 + 6 * parts if turns or leads is None else 3 + leads,
+            "arrive": 6 + 2 * parts if turns or leads is None else 4 + leads,
             "copied": int(report["cp_async"] > 0),
         }, report
     return found
@@ -177,6 +184,21 @@ def test_backward_of_hopper_is_what_it_was_written_to_be(reports: Reports) -> No
         planes = 1 if report["case"].endswith(("oai_roles", "ungated_roles")) else 2
         assert report["tma_load"] >= 2 + 2 * 4 * planes, report
         assert report["cp_async"] == 0, report
+
+
+def test_the_weight_gradient_of_hopper_is_what_it_was_written_to_be(reports: Reports) -> None:
+    """One warp loads both operands, or four gather rows of one; what is not added to TMA stores."""
+    gathers = [report for report in reports if report["cp_async"]]
+    for report in _check_roles(gathers, "_hopper_wgrad_kernel", 232, 40, leads=True):
+        # each of 128 threads brings 16 bytes at a time, of 64 rows of 64 columns or more
+        assert report["cp_async"] >= 4, report
+        assert (report["tma_load"] >= 1, report["fenced"]) == (True, True), report
+    copies = [report for report in reports if not report["cp_async"]]
+    for report in _check_roles(copies, "_hopper_wgrad_kernel", 240, 24, leads=True):
+        assert report["tma_load"] >= 2, report
+    for report in reports:
+        if report["kernel"] == "_hopper_wgrad_kernel":
+            assert (report["tma_store"] > 0) == ("sums" not in report["case"]), report
 
 
 def test_copies_fill_their_memory(reports: Reports) -> None:
