@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -64,6 +64,36 @@ class CompileOnlyDriver(DriverBase):
 
     def get_benchmarker(self) -> Any:
         raise NotImplementedError("nothing can be timed without a GPU")
+
+
+class SilentDriver(CompileOnlyDriver):
+    """Takes kernels and launches as a GPU's driver does, and runs nothing.
+
+    ``launched``: is called with a kernel's name, the types of its arguments, its grid and the
+    arguments of each launch.
+    """
+
+    def __init__(self, arch: int, launched: Callable[..., None]) -> None:
+        super().__init__(arch)
+        self.launched = launched
+        self.utils = self
+        self.launcher_cls = SilentLauncher
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": SHARED_MEMORY[self.target.arch]}
+
+    def load_binary(self, *args: Any) -> tuple[Any, int, int, int, int]:
+        return None, 0, 0, 0, 1024  # module, function, registers, spills, the most threads
+
+
+class SilentLauncher:
+    def __init__(self, source: Any, metadata: Any) -> None:
+        self.name = source.fn.fn.__name__
+        self.types = list(source.signature.values())
+
+    def __call__(self, *args: Any) -> None:
+        # of the driver now, as kernels keep their launchers
+        triton.runtime.driver.active.launched(self.name, self.types, args[:3], args[9:])
 
 
 @contextmanager

@@ -1,9 +1,10 @@
 """``python -m benchmarks launches``: what a layer asks of the host, without a GPU.
 
 The Triton launchers run on CPU tensors under a driver that compiles and launches nothing. Counted
-are the kernels that would be launched, Triton's and PyTorch's, and the time in Python, which holds
-neither the driver's part nor the allocator's on CUDA. A read of a device value by the host, which
-would wait for the GPU, is an error.
+are the kernels that would be launched, Triton's and PyTorch's, and the time in Python of calls that
+are repeated (``moe_kernels/triton/_replay.py``), which holds neither the driver's part nor the
+allocator's on CUDA. A read of a device value by the host, which would wait for the GPU, is an
+error.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -87,11 +89,12 @@ def watched(arch: int, *, watch: bool = True) -> Iterator[list[str]]:
     """While open, the package's ops on CPU tensors go to the Triton launchers, and nothing runs.
 
     Yields the names of all kernels that would have been launched; without ``watch``, which takes
-    time, of Triton's only, and reads by the host pass.
+    time, of Triton's only, and reads by the host pass. Only then are calls repeated, as on a GPU.
     """
     import moe_kernels  # noqa: F401  registers the ops
-    from benchmarks.compile_only import compile_only
+    from benchmarks.compile_only import SilentDriver, compile_only
     from moe_kernels.ops._library import NAMESPACE, _lazy_triton
+    from moe_kernels.triton import _replay
 
     launches: list[str] = []
 
@@ -113,8 +116,12 @@ def watched(arch: int, *, watch: bool = True) -> Iterator[list[str]]:
             library.impl(op, launcher(op), "CPU", allow_override=True)
     try:
         with ExitStack() as stack:
-            stack.enter_context(compile_only(arch, launches))
-            if watch:
+            if not watch:
+                driver = SilentDriver(arch, lambda name, *rest: launches.append(name))
+                triton.runtime.driver.set_active(driver)
+                stack.enter_context(mock.patch.object(_replay, "is_repeated", return_value=True))
+            else:
+                stack.enter_context(compile_only(arch, launches))
                 for name in READ_METHODS:
                     stack.enter_context(mock.patch.object(Tensor, name, _refuse(name)))
                 stack.enter_context(_Watch(launches))
@@ -201,7 +208,7 @@ def layer_steps(
 
     with watched(arch, watch=False) as launches:
         for call in range(calls + 3):
-            if call == 3:  # all is compiled and cached
+            if call == 3:  # all is compiled and noted
                 times = {name: [] for name in steps}
             once(launches)
     for name, step in steps.items():

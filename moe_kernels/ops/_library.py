@@ -17,9 +17,11 @@ import importlib
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch._library.autograd import Info, make_autograd_impl
 
 NAMESPACE = "moe_kernels"
 BACKENDS = ("native", "reference", "triton")
@@ -96,7 +98,8 @@ def _lazy_triton(name: str) -> Callable[..., Any]:
                     "Install the release your torch names (pip show torch), or set "
                     "MOE_KERNELS_BACKEND=reference."
                 ) from error
-            launcher.append(getattr(loaded, name))
+            replayed = importlib.import_module(f"{NAMESPACE}.triton._replay").replayed
+            launcher.append(replayed(getattr(loaded, name)))
         return launcher[0](*args)
 
     return call
@@ -154,13 +157,45 @@ def direct_call(name: str) -> Callable[..., Any]:
     return call
 
 
+def call_op(op: torch._ops.OpOverload, *args: Any) -> Any:
+    """``op(*args)``, past its autograd formula where gradients are off: that formula, which is in
+    Python, would do nothing but call the op again."""
+    plain = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if plain and torch._C._functorch.peek_interpreter_stack() is None:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+    return op(*args)
+
+
 def register_autograd(
     name: str, backward: Callable[..., Any], setup_context: Callable[..., Any]
 ) -> None:
-    """Register the backward of ``moe_kernels::<name>``."""
-    torch.library.register_autograd(
-        f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_lib
-    )
+    """Register the backward of ``moe_kernels::<name>``.
+
+    As ``torch.library.register_autograd`` does, but with the arguments of the op's schema at hand:
+    to fill in defaults torch asks for all of them once for each, which takes longer than a launch.
+    """
+    overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+    op: Any = _WithArguments(overload)
+    kernel = make_autograd_impl(op, Info(backward, setup_context))
+    _lib.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+class _WithArguments:
+    """An op and its schema, whose arguments are in Python."""
+
+    def __init__(self, op: Any) -> None:
+        self._op = op
+        self.redispatch = op.redispatch
+        schema, keys = op._schema, ("name", "type", "kwarg_only", "default_value", "alias_info")
+        arguments = [
+            SimpleNamespace(**{key: getattr(argument, key) for key in keys})
+            for argument in schema.arguments
+        ]
+        self._schema: Any = SimpleNamespace(arguments=arguments, returns=schema.returns)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._op, name)
 
 
 def refuse_backward(reason: str, *names: str) -> None:

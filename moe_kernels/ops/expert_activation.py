@@ -21,6 +21,7 @@ from moe_kernels.ops._checks import (
     shape,
 )
 from moe_kernels.ops._library import (
+    call_op,
     define,
     refuse_double_backward,
     register_autograd,
@@ -173,5 +174,5 @@ def expert_activation(
                 f"{op}: row_weights must be [R] with R = {h.shape[0]} (h.shape[0]); "
                 f"got {shape(row_weights)}"
             )
-    out: Tensor = _op(h, kind, row_weights, interleaved, alpha_value, limit_value)
+    out: Tensor = call_op(_op, h, kind, row_weights, interleaved, alpha_value, limit_value)
     return out

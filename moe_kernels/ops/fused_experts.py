@@ -17,6 +17,7 @@ from moe_kernels.ops._autocast import autocast
 from moe_kernels.ops._checks import check_count, check_rows, check_tensor, describe
 from moe_kernels.ops._fused_experts_checks import check_layer, check_main_grad, check_precision
 from moe_kernels.ops._library import (
+    call_op,
     define,
     direct_call,
     owed_gradients,
@@ -196,7 +197,8 @@ def backward_through(op: Any) -> Callable[..., tuple[Tensor | None, ...]]:
         later = grad_h is None and needs[0] and _is_followed_by_weights(ctx, owed)
         keep_h = grad_h is None and (later or up_main is not None)
         saved = ctx.saved_tensors  # once: activation checkpointing gives them once
-        *results, kept, weighted_a = op(
+        *results, kept, weighted_a = call_op(
+            op,
             grad,
             *saved[:10],
             *ctx.options,
@@ -407,10 +409,11 @@ def fused_experts(
         main_down if save else None,
     )
     if precision is None:
-        y: Tensor = _op(*arguments)[0]
+        y: Tensor = call_op(_op, *arguments)[0]
     else:
         scales = (None, None) if weight_scales is None else weight_scales
-        y = torch.ops.moe_kernels.fused_experts_fp8.default(*arguments, *scales)[0]
+        op8 = torch.ops.moe_kernels.fused_experts_fp8.default
+        y = call_op(op8, *arguments, *scales)[0]
     return y
 
 

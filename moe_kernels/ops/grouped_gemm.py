@@ -23,6 +23,7 @@ from moe_kernels.ops._checks import (
     shape,
 )
 from moe_kernels.ops._library import (
+    call_op,
     define,
     owed_gradients,
     refuse_double_backward,
@@ -207,7 +208,7 @@ def grouped_gemm(
     a, b, bias = autocast(a, b, bias)
     check_operands(op, a, b, offsets, bias, out_dtype)
     check_same(op, "a", a, "bias", bias)
-    out: Tensor = _op(a, b, offsets, bias, out_dtype)
+    out: Tensor = call_op(_op, a, b, offsets, bias, out_dtype)
     return out
 
 

@@ -17,7 +17,7 @@ from moe_kernels.ops._checks import (
     check_dtype,
     check_tensor,
 )
-from moe_kernels.ops._library import define, register_autograd
+from moe_kernels.ops._library import call_op, define, register_autograd
 from moe_kernels.ops.sort_by_expert import ExpertOrder
 from moe_kernels.reference.permute import (
     permute as permute_reference,
@@ -139,5 +139,5 @@ def permute(
                 f"permute: scales must be [T, ceil(H / block)] with T = {x.shape[0]} "
                 f"(x.shape[0]); got {list(scales.shape)}"
             )
-    out: Tensor = _op(x, *order, rows)
+    out: Tensor = call_op(_op, x, *order, rows)
     return out if scales is None else (out, _op(scales, *order, rows))

@@ -24,6 +24,7 @@ from moe_kernels.ops._checks import (
     shape,
 )
 from moe_kernels.ops._library import (
+    call_op,
     define,
     direct_call,
     refuse_double_backward,
@@ -127,7 +128,7 @@ def _backward(
     grad_scores = grad_scores if ctx.return_scores else None
     if grad_weights is None and grad_scores is None:
         return (None,) * 15
-    grad = _backward_op(grad_weights, grad_scores, logits, topk_ids, *ctx.options)
+    grad = call_op(_backward_op, grad_weights, grad_scores, logits, topk_ids, *ctx.options)
     return grad, *(None,) * 14
 
 
@@ -316,5 +317,5 @@ def topk_router(
             ("return_scores", return_scores),
         ):
             check_flag("topk_router", name, flag)
-        found = _op(*arguments)
+        found = call_op(_op, *arguments)
     return RouterOutput(*found)

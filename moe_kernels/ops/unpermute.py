@@ -18,6 +18,7 @@ from moe_kernels.ops._checks import (
     shape,
 )
 from moe_kernels.ops._library import (
+    call_op,
     define,
     owed_gradients,
     refuse_double_backward,
@@ -133,5 +134,5 @@ def unpermute(rows: Tensor, order: ExpertOrder, weights: Tensor | None = None) -
                 f"unpermute: weights must be {shape(order.slot_to_row)} as order.slot_to_row; "
                 f"got {shape(weights)}"
             )
-    out: Tensor = _op(rows, *order, weights)
+    out: Tensor = call_op(_op, rows, *order, weights)
     return out

@@ -46,6 +46,7 @@ from moe_kernels.triton._operands import (
     weight_is_aligned,
     weight_operand,
 )
+from moe_kernels.triton._replay import launch
 from moe_kernels.triton._tiles import (
     BLOCK_T,
     TileMap,
@@ -250,7 +251,8 @@ def prepare(topk_weights: Tensor, order: Order, rows: int, block_m: int) -> tupl
     E = order[2].numel() - 1
     row_weights = torch.empty(rows, dtype=torch.float32, device=topk_weights.device)
     tiles, bound = empty_tile_map(topk_weights.device, rows, E, block_m)
-    _prepare_kernel[(ceil_div(rows, 1024) + ceil_div(bound, BLOCK_T),)](
+    launch(
+        _prepare_kernel, (ceil_div(rows, 1024) + ceil_div(bound, BLOCK_T),),
         topk_weights, order[0], order[2], row_weights, tiles, rows, E, topk_weights.shape[1],
         bound, *topk_weights.stride(), BLOCK=1024, **tile_map_cut(E, block_m),
     )  # fmt: skip
@@ -286,7 +288,8 @@ def _through_down(
     g = row_operand(grad, source, cut.block_m, cut.block_k)
     w = weight_operand(down.mT, cut.block_k, cut.block_n)
     steps = tiles.bound * ceil_div(len(columns), cut.block_n)
-    _down_backward_kernel[(min(steps, processors(grad.device) * cut.programs),)](
+    launch(
+        _down_backward_kernel, (min(steps, processors(grad.device) * cut.programs),),
         g.value, None if source is None else source.row_to_slot, w.value, h, row_weights,
         grad_h, weighted_a, partials, tiles.tiles, tiles.bound, row_weights.numel(), H, I,
         h.shape[1], columns.start, len(columns), 1 if source is None else source.top_k,
@@ -305,7 +308,8 @@ def bias_dots(
     grad: Tensor, source: Source, bias: Tensor, dots: Tensor, tiles: TileMap, block_m: int
 ) -> None:
     """``dots[r] = <dO of the row's token, down_bias[e]>``."""
-    _bias_dot_kernel[(tiles.bound,)](
+    launch(
+        _bias_dot_kernel, (tiles.bound,),
         grad, source.row_to_slot, bias, dots, tiles.tiles, tiles.bound, grad.shape[1],
         source.top_k, *grad.stride(), *bias.stride(), BLOCK_M=block_m, BLOCK_H=32,
     )  # fmt: skip
@@ -316,7 +320,8 @@ def sum_partials(
 ) -> None:
     """Write every slot's gradient: the sum of its row's ``partials [P, rows]``."""
     (parts, rows), R = partials.shape, row_to_slot.numel()
-    _sum_partials_kernel[(ceil_div(R, 1024),)](
+    launch(
+        _sum_partials_kernel, (ceil_div(R, 1024),),
         partials, row_to_slot, offsets, grad_weights, parts, rows, R, offsets.numel() - 1,
         BLOCK=1024,
     )  # fmt: skip

@@ -48,6 +48,7 @@ from moe_kernels.triton._hopper_gemm import (
 )
 from moe_kernels.triton._hopper_up import _halves
 from moe_kernels.triton._launch import ceil_div, processors
+from moe_kernels.triton._replay import launch
 from moe_kernels.triton._tiles import TileMap, load_tile, tile_count, walk
 
 SIDE = gl.constexpr(64)  # rows and columns of a part
@@ -396,7 +397,8 @@ def through_down(
     constants = {key: value for key, value in activation.constants(h).items() if key != "PRECISE"}
     steps = tiles.bound * ceil_div(len(columns), cut.block_n)
     parts = partials if partials is None else partials[columns.start // cut.block_n :]
-    _hopper_down_backward_kernel[(min(steps, processors(grad.device)),)](
+    launch(
+        _hopper_down_backward_kernel, (min(steps, processors(grad.device)),),
         describe(grad, [cut.block_m, cut.block_k]),
         describe_weight(w, cut.block_k, cut.block_n, transposed=transposed),
         describe(seen, [1, SIDE.value, SIDE.value * wide]), row_weights,

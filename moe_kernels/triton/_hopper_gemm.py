@@ -54,6 +54,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from moe_kernels.triton._config_tables import LARGEST_TILE, Config
 from moe_kernels.triton._launch import ceil_div, processors
 from moe_kernels.triton._operands import bias_operand, tma_strides
+from moe_kernels.triton._replay import launch
 from moe_kernels.triton._tiles import TileMap, load_tile, tile_count, walk
 
 GROUPS = gl.constexpr(2)  # of four warps that multiply
@@ -344,7 +345,8 @@ def multiply_rows(
     steps = tiles.bound * ceil_div(N, cut.block_n)
     w = describe_weight(b, cut.block_k, cut.block_n, transposed=transposed)
     shift, strides = bias_operand(bias)
-    _hopper_gemm_kernel[(min(steps, processors(a.device)),)](
+    launch(
+        _hopper_gemm_kernel, (min(steps, processors(a.device)),),
         describe(a, [cut.block_m, cut.block_k]), w, shift, out, tiles.tiles, tiles.bound, N, Kd,
         *strides,
         SHARED=cut.block_m * cut.block_n > LARGEST_TILE, TRANSPOSED=transposed,

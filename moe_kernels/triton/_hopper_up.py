@@ -37,6 +37,7 @@ from moe_kernels.triton._hopper_gemm import (
 )
 from moe_kernels.triton._launch import ceil_div, processors
 from moe_kernels.triton._operands import bias_operand
+from moe_kernels.triton._replay import launch
 from moe_kernels.triton._tiles import TileMap, load_tile, tile_count, walk
 
 LOADERS = gl.constexpr(4)  # warps that gather
@@ -246,7 +247,8 @@ def project_up(
     constants = {key: value for key, value in activation.constants(x).items() if key != "PRECISE"}
     steps = tiles.bound * ceil_div(I, cut.block_n)
     shift, strides = bias_operand(bias)
-    _hopper_up_kernel[(min(steps, processors(x.device)),)](
+    launch(
+        _hopper_up_kernel, (min(steps, processors(x.device)),),
         x, row_to_slot, w, shift, h, a, tiles.tiles, tiles.bound, H // UNIT.value, I, W, top_k,
         x.stride(0) // UNIT.value, activation.alpha, activation.limit, *strides,
         TRANSPOSED=transposed, BIASED=bias is not None, **constants, SAVE_H=h.shape[0] > 0,

@@ -50,6 +50,7 @@ from moe_kernels.triton._hopper_gemm import (
 from moe_kernels.triton._hopper_up import LOADERS, UNIT, _halves
 from moe_kernels.triton._launch import ceil_div, processors
 from moe_kernels.triton._operands import Source
+from moe_kernels.triton._replay import launch
 
 PART = gl.constexpr(64)  # columns that are stored at once
 STAGED = gl.constexpr(128)  # rows of them that a group's buffers hold
@@ -400,7 +401,8 @@ def sum_products(
     box = [1, cut.block_m // (GROUPS.value if shared else 1), PART.value]
     width = cut.block_m if a_source else cut.block_n
     steps = E * ceil_div(M, cut.block_m) * ceil_div(N, cut.block_n)
-    _hopper_wgrad_kernel[(min(steps, processors(a.device)),)](
+    launch(
+        _hopper_wgrad_kernel, (min(steps, processors(a.device)),),
         a if a_source else _describe_rows(a, cut.block_k, cut.block_m),
         grad if grad_source else _describe_rows(grad, cut.block_k, cut.block_n),
         None if source is None else source.row_to_slot, describe(out, box) if by_tma else out,

@@ -18,6 +18,7 @@ TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 INTERPRETED: bool = triton.knobs.runtime.interpret
 # few, so that a persistent kernel's loop takes several turns where it is tested
 INTERPRETED_PROCESSORS = 3
+UNCHANGED = contextlib.nullcontext()
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -31,7 +32,9 @@ def next_power_of_2(n: int) -> int:
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Make the tensor's GPU the current one: Triton launches on the current device."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return UNCHANGED
+    return torch.cuda.device(tensor.device)
 
 
 @functools.cache
@@ -81,8 +84,9 @@ def pipelines_pointer_loads(device: torch.device) -> bool:
 
 def dot_precision(tensor: Tensor) -> str:
     """Products of float32 are exact unless the user allowed TF32 in torch."""
-    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if allowed and tensor.dtype == torch.float32 else "ieee"
+    if tensor.dtype != torch.float32:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def checks_values() -> bool:

@@ -25,6 +25,7 @@ from moe_kernels.triton._operands import (
     row_operand,
     weight_operand,
 )
+from moe_kernels.triton._replay import launch
 from moe_kernels.triton._tiles import TileMap, load_tile, tile_count, walk
 from moe_kernels.triton.grouped_gemm import store_tile, zero_rows
 from moe_kernels.triton.quantize import Scaled, block_scales, magnitude
@@ -162,7 +163,8 @@ def project_up(
     b = weight_operand(w[0], cut.block_k, cut.block_n)
     steps = tiles.bound * ceil_div(inner, BLOCK.value)
     shift, strides = bias_operand(bias)
-    _scaled_up_kernel[(min(steps, processors(h.device) * cut.programs),)](
+    launch(
+        _scaled_up_kernel, (min(steps, processors(h.device) * cut.programs),),
         r.value, b.value, x[1], w[1], shift, offsets, h, a[0], a[1], tiles.tiles, tiles.bound,
         rows, h.shape[0], H, inner, W, E, activation.alpha, activation.limit,
         *r.strides, *b.strides, *x[1].stride(), *w[1].stride(), *strides,

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_kernels.triton._launch import ceil_div, next_power_of_2
+from moe_kernels.triton._replay import launch
 
 BLOCK_T = 128
 EXPERTS = 32
@@ -130,7 +131,8 @@ def build_tile_map(offsets: Tensor, rows: int, block_m: int) -> TileMap:
     """The tiles of the first ``rows`` rows; needs at least one row and one expert."""
     experts = offsets.numel() - 1
     tiles, bound = empty_tile_map(offsets.device, rows, experts, block_m)
-    _tile_map_kernel[(ceil_div(bound, BLOCK_T),)](
-        offsets, tiles, rows, experts, bound, **tile_map_cut(experts, block_m)
-    )
+    launch(
+        _tile_map_kernel, (ceil_div(bound, BLOCK_T),), offsets, tiles, rows, experts, bound,
+        **tile_map_cut(experts, block_m),
+    )  # fmt: skip
     return TileMap(tiles, bound)

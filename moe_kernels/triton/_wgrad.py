@@ -30,6 +30,7 @@ from moe_kernels.triton._operands import (
     pipeline_stages,
     ragged_operand,
 )
+from moe_kernels.triton._replay import launch
 from moe_kernels.triton._tiles import column_halves, row_range
 from moe_kernels.triton.permute import gathered_rows
 
@@ -188,7 +189,8 @@ def weight_gradient(
     g = ragged_operand(grad, grad_source, cut.block_k, cut.block_n)
     source = a_source or grad_source
     steps = E * ceil_div(M, cut.block_m) * ceil_div(N, cut.block_n)
-    _wgrad_kernel[(min(steps, processors(a.device) * cut.programs),)](
+    launch(
+        _wgrad_kernel, (min(steps, processors(a.device) * cut.programs),),
         x.value, g.value, None if source is None else source.row_to_slot, out, offsets,
         rows, E, M, N, 1 if source is None else source.top_k,
         *x.strides, *g.strides, *out.stride(),
@@ -253,7 +255,8 @@ def sum_rows(
     if out.numel() == 0:
         return
     block_n = min(next_power_of_2(N), 64)
-    _sum_rows_kernel[(E, ceil_div(N, block_n))](
+    launch(
+        _sum_rows_kernel, (E, ceil_div(N, block_n)),
         grad, None if source is None else source.row_to_slot, scale, out, offsets, rows, N,
         1 if source is None else source.top_k, *grad.stride(),
         GATHERED=source is not None, SCALED=scale is not None, WIDE=float_type(grad),

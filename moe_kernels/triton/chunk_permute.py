@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_kernels.triton._launch import ceil_div, checks_values, next_power_of_2, on_device_of
+from moe_kernels.triton._replay import launch
 from moe_kernels.triton.permute import copy_tile
 
 BLOCK_C = 128
@@ -87,10 +88,12 @@ def chunk_permute(rows: Tensor, sizes: Tensor, order: Tensor) -> Tensor:
     block_c = min(next_power_of_2(C), BLOCK_C)
     with on_device_of(rows):
         if C:
-            _chunk_bounds_kernel[(1,)](
-                sizes.contiguous(), order.contiguous(), first, end, shift, C, BLOCK_C=block_c
-            )
-        _chunk_permute_kernel[(ceil_div(R, block_r), ceil_div(H, block_h))](
+            launch(
+                _chunk_bounds_kernel, (1,),
+                sizes.contiguous(), order.contiguous(), first, end, shift, C, BLOCK_C=block_c,
+            )  # fmt: skip
+        launch(
+            _chunk_permute_kernel, (ceil_div(R, block_r), ceil_div(H, block_h)),
             rows, end, shift, out, R, H, C, *rows.stride(),
             BLOCK_C=block_c, BLOCK_R=block_r, BLOCK_H=block_h,
         )  # fmt: skip

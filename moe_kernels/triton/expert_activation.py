@@ -22,6 +22,7 @@ from moe_kernels.triton._launch import (
     next_power_of_2,
     on_device_of,
 )
+from moe_kernels.triton._replay import launch
 
 TILE = 2048  # results of a program at a time
 
@@ -132,7 +133,8 @@ def expert_activation(
     block_i = min(next_power_of_2(I), 512)
     block_r = TILE // max(block_i, 32)
     with on_device_of(h):
-        _expert_activation_kernel[(ceil_div(R, block_r), ceil_div(I, block_i))](
+        launch(
+            _expert_activation_kernel, (ceil_div(R, block_r), ceil_div(I, block_i)),
             h, row_weights, out, R, I, alpha, limit, *h.stride(),
             0 if row_weights is None else row_weights.stride(0),
             **act.constants(h), WEIGHTED=row_weights is not None, WIDE=float_type(h),
@@ -159,7 +161,8 @@ def expert_activation_backward(
     block_i = min(next_power_of_2(I), 512)
     block_r = TILE // max(block_i, 32)
     with on_device_of(h):
-        _expert_activation_backward_kernel[(ceil_div(R, block_r),)](
+        launch(
+            _expert_activation_backward_kernel, (ceil_div(R, block_r),),
             grad, h, row_weights, grad_h, grad_weights, R, I, alpha, limit,
             *grad.stride(), *h.stride(), 0 if row_weights is None else row_weights.stride(0),
             **act.constants(h), WEIGHTED=row_weights is not None, WIDE=float_type(h),

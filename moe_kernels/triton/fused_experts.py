@@ -43,6 +43,7 @@ from moe_kernels.triton._operands import (
     weight_is_aligned,
     weight_operand,
 )
+from moe_kernels.triton._replay import launch
 from moe_kernels.triton._tiles import (
     TileMap,
     build_tile_map,
@@ -184,7 +185,8 @@ def _project_up(
     )
     steps = tiles.bound * ceil_div(I, cut.block_n)
     shift, strides = bias_operand(bias)
-    _up_kernel[(min(steps, processors(x.device) * cut.programs),)](
+    launch(
+        _up_kernel, (min(steps, processors(x.device) * cut.programs),),
         r.value, order[0], order[2], w.value, shift, h, a, tiles.tiles, tiles.bound, h.shape[0],
         H, I, W, gate_up.shape[0], order[1].shape[1], activation.alpha, activation.limit,
         *r.strides, *w.strides, *strides,

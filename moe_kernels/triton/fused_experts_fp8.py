@@ -38,6 +38,7 @@ from moe_kernels.triton._fused_experts_backward import (
 )
 from moe_kernels.triton._launch import ceil_div, on_device_of, refuse_float64
 from moe_kernels.triton._operands import Source, contiguous_rows
+from moe_kernels.triton._replay import launch
 from moe_kernels.triton._scaled_up import activates_in_product, project_up
 from moe_kernels.triton._tiles import TileMap, build_tile_map, column_halves
 from moe_kernels.triton._wgrad import gathered_weight_gradient, sum_rows, weight_gradient
@@ -195,7 +196,8 @@ def _activate(h: Tensor, offsets: Tensor, a: Scaled, act: Activation) -> None:
     (values, scales), block_r = a, TILE // BLOCK.value
     rows, inner = values.shape
     if values.numel():
-        _activate_quantize_kernel[(ceil_div(rows, block_r), scales.shape[1])](
+        launch(
+            _activate_quantize_kernel, (ceil_div(rows, block_r), scales.shape[1]),
             h, offsets, raw(values), scales, rows, inner, h.shape[1], offsets.numel() - 1,
             act.alpha, act.limit, **act.constants(h), BYTES=not has_float8(h.device),
             BLOCK_R=block_r, BLOCK=BLOCK.value,
@@ -242,7 +244,8 @@ def _activate_backward(
         return
     block_r = TILE // BLOCK.value
     values, scales = (None, None) if quantized is None else (raw(quantized[0]), quantized[1])
-    _activate_quantize_backward_kernel[(ceil_div(rows, block_r), ceil_div(inner, BLOCK.value))](
+    launch(
+        _activate_quantize_backward_kernel, (ceil_div(rows, block_r), ceil_div(inner, BLOCK.value)),
         grad, h, row_weights, offsets, grad_h, values, scales, weighted_a, partials,
         rows, inner, h.shape[1], offsets.numel() - 1, act.alpha, act.limit, **act.constants(h),
         NEEDS_H=grad_h is not None, NEEDS_Q=quantized is not None,

@@ -38,6 +38,7 @@ from moe_kernels.triton._operands import (
     weight_is_aligned,
     weight_operand,
 )
+from moe_kernels.triton._replay import launch
 from moe_kernels.triton._tiles import (
     TileMap,
     build_tile_map,
@@ -136,9 +137,10 @@ def zero_tail(out: Tensor, offsets: Tensor) -> None:
     """Zero the rows of ``out [R, N]`` from ``offsets[E]`` on."""
     R, N = out.shape
     if out.numel():
-        _zero_tail_kernel[(min(ceil_div(R, 16), 64), ceil_div(N, 256))](
-            out, offsets, R, N, offsets.numel() - 1, BLOCK_R=16, BLOCK_N=256
-        )
+        launch(
+            _zero_tail_kernel, (min(ceil_div(R, 16), 64), ceil_div(N, 256)),
+            out, offsets, R, N, offsets.numel() - 1, BLOCK_R=16, BLOCK_N=256,
+        )  # fmt: skip
 
 
 def multiply_rows(
@@ -160,8 +162,9 @@ def multiply_rows(
     steps = tiles.bound * ceil_div(N, cut.block_n)
     shift, strides = bias_operand(bias)
 
-    def launch() -> None:
-        _grouped_gemm_kernel[(min(steps, processors(a.device) * cut.programs),)](
+    def multiply() -> None:
+        launch(
+            _grouped_gemm_kernel, (min(steps, processors(a.device) * cut.programs),),
             x.value, w.value, shift, out, tiles.tiles, tiles.bound, a.shape[0], N, Kd, *x.strides,
             *w.strides, *strides,
             A_MODE=x.mode, B_MODE=w.mode, BIASED=bias is not None, EVEN_K=Kd % cut.block_k == 0,
@@ -171,9 +174,9 @@ def multiply_rows(
         )  # fmt: skip
 
     if specialize:
-        with_scratch(a.device, launch)
+        with_scratch(a.device, multiply)
     else:
-        launch()
+        multiply()
 
 
 def check_offsets(offsets: Tensor, rows: int) -> None:

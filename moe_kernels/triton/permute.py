@@ -18,6 +18,7 @@ from moe_kernels.triton._launch import (
     pipelines_pointer_loads,
 )
 from moe_kernels.triton._operands import Source
+from moe_kernels.triton._replay import launch
 
 TILE = 4096  # elements a program copies
 UNROLLED = tl.constexpr(4)  # rows of a token that are addressed at a time
@@ -95,7 +96,8 @@ def permute(
     T, K = slot_to_row.shape
     block_t, block_h = copy_tile(H)
     with on_device_of(x):
-        _permute_kernel[(ceil_div(T, block_t), ceil_div(H, block_h))](
+        launch(
+            _permute_kernel, (ceil_div(T, block_t), ceil_div(H, block_h)),
             raw(x), slot_to_row, offsets, raw(out), num_rows, T, H, offsets.numel() - 1, K,
             *x.stride(), BLOCK_T=block_t, BLOCK_H=block_h,
             num_warps=8 if x.element_size() == 1 else 4,

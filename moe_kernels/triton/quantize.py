@@ -17,6 +17,7 @@ from torch import Tensor
 from moe_kernels.triton._fp8 import LARGEST, decode, encode, has_float8, raw
 from moe_kernels.triton._launch import ceil_div, on_device_of, refuse_float64
 from moe_kernels.triton._math import divide
+from moe_kernels.triton._replay import launch
 from moe_kernels.triton._wgrad import empty_like_weight
 
 TILE = 4096  # elements a program quantises
@@ -134,7 +135,8 @@ def quantize_rows(
     values, scales, grid = _empty_rows(x, x.shape[0], dtype, block)
     if values.numel():
         with on_device_of(x):
-            _quantize_rows_kernel[grid](
+            launch(
+                _quantize_rows_kernel, grid,
                 x, None, None, raw(values), scales, *x.shape[:1], 0, x.shape[1], 0, 1, *x.stride(),
                 GATHERED=False, POWER_OF_TWO=power_of_two, BYTES=not has_float8(x.device),
                 BLOCK_R=TILE // block, BLOCK_K=block,
@@ -158,7 +160,8 @@ def permute_quantize(
         return raw(values).zero_().view(dtype), scales.zero_()
     if values.numel():
         with on_device_of(x):
-            _quantize_rows_kernel[grid](
+            launch(
+                _quantize_rows_kernel, grid,
                 x, row_to_slot, offsets, raw(values), scales, num_rows, row_to_slot.numel(),
                 x.shape[1], offsets.numel() - 1, slot_to_row.shape[1], *x.stride(),
                 GATHERED=True, POWER_OF_TWO=power_of_two, BYTES=not has_float8(x.device),
@@ -176,7 +179,8 @@ def quantize_weights(
     scales = w.new_empty(E, ceil_div(Kd, block), ceil_div(N, block), dtype=torch.float32)
     if values.numel():
         with on_device_of(w):
-            _quantize_weights_kernel[(scales.numel(),)](
+            launch(
+                _quantize_weights_kernel, (scales.numel(),),
                 w, raw(values), scales, Kd, N, *w.stride(), *values.stride()[1:],
                 POWER_OF_TWO=power_of_two, BYTES=not has_float8(w.device), BLOCK=block,
                 num_warps=8 if block == 128 else 4,
@@ -189,7 +193,8 @@ def dequantize_rows(values: Tensor, scales: Tensor, dtype: torch.dtype, block: i
     R, Kd = values.shape
     if out.numel():
         with on_device_of(values):
-            _dequantize_rows_kernel[(ceil_div(R, TILE // block), ceil_div(Kd, block))](
+            launch(
+                _dequantize_rows_kernel, (ceil_div(R, TILE // block), ceil_div(Kd, block)),
                 raw(values), scales, out, R, Kd, *values.stride(), *scales.stride(),
                 BYTES=not has_float8(values.device), BLOCK=block, BLOCK_R=TILE // block,
             )  # fmt: skip

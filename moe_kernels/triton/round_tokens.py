@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moe_kernels.triton._launch import checks_values, float_type, on_device_of
 from moe_kernels.triton._math import sort_key
+from moe_kernels.triton._replay import launch
 from moe_kernels.triton._tiles import row_range
 from moe_kernels.triton.sort_by_expert import check_ids, sort_by_expert
 
@@ -156,7 +157,8 @@ def round_tokens(
     row_to_slot, _, offsets = sort_by_expert(topk_ids, E)
     wide = float_type(topk_weights)
     with on_device_of(topk_ids):
-        _round_tokens_kernel[(E,)](
+        launch(
+            _round_tokens_kernel, (E,),
             topk_weights, row_to_slot, offsets, token_mask, out_weights, out_ids, load,
             R, E, topk_ids.shape[1], top_k, tile, *topk_weights.stride(),
             0 if token_mask is None else token_mask.stride(0),

@@ -32,6 +32,7 @@ from moe_kernels.triton._operands import (
     weight_is_aligned,
     weight_operand,
 )
+from moe_kernels.triton._replay import launch
 from moe_kernels.triton._tiles import TileMap, build_tile_map, load_tile, tile_count, walk
 from moe_kernels.triton.grouped_gemm import check_offsets, store_tile, zero_tail
 from moe_kernels.triton.quantize import Scaled, quantize_rows, quantize_weights
@@ -117,7 +118,8 @@ def multiply_scaled_rows(
     w = weight_operand(raw(weights), cut.block_k, cut.block_n)
     steps = tiles.bound * ceil_div(N, cut.block_n)
     shift, strides = bias_operand(bias)
-    _scaled_grouped_gemm_kernel[(min(steps, processors(rows.device) * cut.programs),)](
+    launch(
+        _scaled_grouped_gemm_kernel, (min(steps, processors(rows.device) * cut.programs),),
         x.value, w.value, scales_a, scales_b, shift, out, tiles.tiles, tiles.bound, N, Kd,
         *x.strides, *w.strides, *scales_a.stride(), *scales_b.stride(), *strides,
         A_MODE=x.mode, B_MODE=w.mode, BIASED=bias is not None, EVEN_K=Kd % cut.block_k == 0,

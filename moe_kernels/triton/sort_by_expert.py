@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_kernels.triton._launch import ceil_div, checks_values, next_power_of_2, on_device_of
+from moe_kernels.triton._replay import launch
 from moe_kernels.triton._tiles import TileMap, empty_tile_map
 
 ONE_BLOCK = 1024  # up to as many slots are sorted in one launch
@@ -183,7 +184,8 @@ def _sort(
     with on_device_of(ids):
         if R <= ONE_BLOCK:
             block = max(next_power_of_2(R), 32)
-            _sort_one_block_kernel[(1,)](
+            launch(
+                _sort_one_block_kernel, (1,),
                 ids, row_to_slot, slot_to_row, offsets, tiles, R, E, rows, bound,
                 BINS=bins, BLOCK=block, BLOCK_M=block_m,
                 num_warps=8 if block > 256 else 4,
@@ -194,8 +196,12 @@ def _sort(
         parts = ceil_div(count, blocks)
         earlier = ids.new_empty((count, E + 1), dtype=torch.int32)
         totals = ids.new_empty((parts, E + 1), dtype=torch.int32)
-        _count_kernel[(parts,)](ids, earlier, totals, R, E, count, blocks, BINS=bins, BLOCK=BLOCK)
-        _scatter_kernel[(count,)](
+        launch(
+            _count_kernel, (parts,),
+            ids, earlier, totals, R, E, count, blocks, BINS=bins, BLOCK=BLOCK,
+        )  # fmt: skip
+        launch(
+            _scatter_kernel, (count,),
             ids, earlier, totals, row_to_slot, slot_to_row, offsets, tiles,
             R, E, parts, blocks, rows, bound, BINS=bins, BLOCK=BLOCK, BLOCK_M=block_m,
             SCAN=max(min(SCAN // bins, next_power_of_2(PARTS)), 1),

@@ -27,6 +27,7 @@ from moe_kernels.triton._math import (
     sort_value,
     square_root,
 )
+from moe_kernels.triton._replay import launch
 from moe_kernels.triton.sort_by_expert import check_ids
 
 ALONE = 1024  # up to as many lanes are one program's
@@ -301,7 +302,8 @@ def topk_router(
     if T == 0:
         return topk_weights, topk_ids, scores, load
     with on_device_of(logits):
-        _topk_router_kernel[(ceil_div(T, block_t),)](
+        launch(
+            _topk_router_kernel, (ceil_div(T, block_t),),
             logits, correction_bias, token_mask,
             None if given_ids is None else given_ids.contiguous(),
             topk_weights, topk_ids, scores, load,
@@ -338,7 +340,8 @@ def topk_router_backward(
     # in float64 a lane takes twice the registers
     block_t = max(TILE * 4 // (max(logits.element_size(), 4) * ep), 1)
     with on_device_of(logits):
-        _topk_router_backward_kernel[(ceil_div(T, block_t),)](
+        launch(
+            _topk_router_backward_kernel, (ceil_div(T, block_t),),
             grad_weights, grad_scores, logits, topk_ids.contiguous(), grad_logits,
             T, E, K, candidates, route_scale, *logits.stride(),
             *((0, 0) if grad_weights is None else grad_weights.stride()),

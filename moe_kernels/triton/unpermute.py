@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_kernels.triton._launch import ceil_div, float_type, next_power_of_2, on_device_of
+from moe_kernels.triton._replay import launch
 from moe_kernels.triton.permute import UNROLLED, copy_tile, load_rows_of
 
 SPREAD = 128  # programs beside one another that sum a few tokens
@@ -106,7 +107,8 @@ def sum_slots(
     # a few tokens are summed by as many programs as there can be, since each waits for memory
     block_t = min(block_t, max(1, next_power_of_2(T) // SPREAD))
     with on_device_of(rows):
-        _unpermute_kernel[(ceil_div(T, block_t), ceil_div(H, block_h))](
+        launch(
+            _unpermute_kernel, (ceil_div(T, block_t), ceil_div(H, block_h)),
             rows, slot_to_row, offsets, weights, out, num_rows, T, H, offsets.numel() - 1, K,
             *rows.stride(), *(weights.stride() if weights is not None else (0, 0)), out.stride(0),
             WEIGHTED=weights is not None, WIDE=float_type(rows), BLOCK_T=block_t, BLOCK_H=block_h,
@@ -145,7 +147,8 @@ def unpermute_backward(
         block_h = min(next_power_of_2(H), 512)
         block_r = 2048 // max(block_h, 64)
         with on_device_of(rows):
-            _unpermute_backward_kernel[(ceil_div(launched, block_r),)](
+            launch(
+                _unpermute_backward_kernel, (ceil_div(launched, block_r),),
                 grad, rows, row_to_slot, offsets, weights.contiguous(), grad_rows, grad_weights,
                 num_rows, R, H, offsets.numel() - 1, K, *grad.stride(), *rows.stride(),
                 NEEDS_ROWS=needs[0], NEEDS_WEIGHTS=needs[1], WIDE=float_type(rows),

@@ -18,6 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.launches import HostReadError, launcher_ops, layer_steps, watched
+from tests.kernels.replay_check import check, scenarios
 
 LAYERS: dict[str, tuple[tuple[int, ...], bool]] = {
     "one token": ((1, 256, 128, 16, 4), False),
@@ -140,5 +141,11 @@ if __name__ == "__main__":
     for name, (sizes, biased) in LAYERS.items():
         steps = layer_steps(*sizes, biased=biased, calls=1)
         found[name] = {step.name: step.launches for step in steps}
+    repeated = {
+        "every op": check(every_op, apart=True),
+        "together": check(every_op, apart=False),
+        **scenarios(),
+    }
     result = {"launches": found, "caught": caught(), "reads": list(READS), "left out": left_out}
+    result["repeated"] = repeated
     print(json.dumps(result))

@@ -3,6 +3,7 @@
 That a GPU is never waited for is measured in test_gpu.py; here, that nothing is called that would.
 """
 
+import ast
 import json
 import os
 import subprocess
@@ -89,3 +90,31 @@ def test_pytorch_adds_nothing_to_the_experts(found: dict[str, Any]) -> None:
     for name, steps in found["launches"].items():
         if name != "every op":
             assert not [launch for launch in steps["experts"] if launch.startswith("aten::")], name
+
+
+def test_repeated_calls_launch_what_decided_ones_do(found: dict[str, Any]) -> None:
+    for name in ("every op", "together"):
+        calls = found["repeated"][name]
+        assert calls["different"] is None
+        assert calls["launches"] > 80
+        assert calls["repeated"] > 8 * calls["decided"]
+
+
+def test_only_calls_that_can_be_told_apart_are_repeated(found: dict[str, Any]) -> None:
+    repeated = {name: calls["repeated"] for name, calls in found["repeated"].items()}
+    assert repeated["experts"] == repeated["adjacent"] == 1
+    assert repeated["unaligned"] == 2
+    for name in ("overlapping", "zeroed", "copied", "hooked", "checked", "tf32"):
+        assert repeated[name] == 0, name
+    for name in ("experts", "overlapping", "adjacent", "copied", "hooked", "unaligned"):
+        assert found["repeated"][name]["different"] is None, name
+
+
+def test_all_launches_can_be_noted() -> None:
+    """A launch that goes past ``launch`` would be missing from a plan."""
+    for path in (ROOT / "moe_kernels" / "triton").glob("*.py"):
+        tree = ast.parse(path.read_text())
+        calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        launched = [func.value for func in calls if isinstance(func, ast.Subscript)]
+        names = [ast.unparse(value) for value in launched]
+        assert names == (["kernel"] if path.name == "_replay.py" else []), path
