@@ -237,7 +237,7 @@ def _down_backward(layer: Layer) -> Problem:
 
     def run(cut: Config) -> None:
         rows, source = before
-        if source and has_hopper_down_backward(cut, rows, down, layer.h, layer.activation):
+        if source and has_hopper_down_backward(cut, rows, down, layer.h):
             # the copy that this kernel needs, and others may do without, is a part of its time
             rows, source = gathered_rows(layer.grad, layer.order, layer.rows, by_tma=True)
         _through_down(

@@ -276,7 +276,7 @@ def _through_down(
     """Write some columns of A, of the values that are given: dH [rows, W], s * A [rows, columns]
     and the parts of dS [P, rows]."""
     _, I, H = down.shape
-    in_gluon = has_hopper_down_backward(cut, grad, down, h, activation)
+    in_gluon = has_hopper_down_backward(cut, grad, down, h)
     if in_gluon and source is None and is_aligned(grad):
         from moe_kernels.triton import _hopper_down_backward  # not every Triton has Gluon
 
@@ -386,7 +386,7 @@ def fused_experts_backward(
         cut = config("down_backward", x, rows, E, aligned=aligned, inner=min(H, I))
         row_weights, tiles = prepare(topk_weights, order, rows, cut.block_m)
         through_down = known_grad_h is None and (dh is not None or needs[3])
-        in_gluon = through_down and has_hopper_down_backward(cut, grad, down, h, act)
+        in_gluon = through_down and has_hopper_down_backward(cut, grad, down, h)
         grad_rows, grad_source = gathered_rows(grad, order, rows, by_tma=in_gluon)
         widths = backward_widths(rows, I, H, h.element_size())
         if through_down:

@@ -15,7 +15,6 @@ from torch import Tensor
 from triton.tools.ragged_tma import create_ragged_descriptor, load_ragged
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moe_kernels.triton._activation import Activation
 from moe_kernels.triton._config_tables import Config, suits_gluon
 from moe_kernels.triton._launch import (
     INTERPRETED,
@@ -176,15 +175,13 @@ def has_hopper_up(cut: Config, weight: Tensor, x: Tensor, out: Tensor, kind: str
     return aligned and x.stride(0) < 2**31 and x.element_size() == out.element_size() == 2
 
 
-def has_hopper_down_backward(
-    cut: Config, grad: Tensor, down: Tensor, h: Tensor, activation: Activation
-) -> bool:
+def has_hopper_down_backward(cut: Config, grad: Tensor, down: Tensor, h: Tensor) -> bool:
     """Whether ``_hopper_down_backward.py`` is asked for, and computes this of contiguous rows.
 
-    Those of ``grad``, or copies of them. Not with gelu, nor of columns whose number is no multiple
-    of 16, as ``_hopper_up.py``.
+    Those of ``grad``, or copies of them. Not of columns whose number is no multiple of 16, as
+    ``_hopper_up.py``.
     """
-    if not _has_gluon("down_backward", cut, h) or activation.kind == "gelu":
+    if not _has_gluon("down_backward", cut, h):
         return False
     if down.shape[1] % 16 or down.shape[2] % 8 or not h.dtype == down.dtype == grad.dtype:
         return False

@@ -476,7 +476,7 @@ MORE_CASES: dict[str, Callable[[], None]] = {
         _gluon_down, 128, "swigluoai", interleaved=True, limit=7.0
     ),
     "gluon_down_turns_geglu_roles": partial(_gluon_down, 128, "geglu"),
-    "gluon_down_turns_ungated_roles": partial(_gluon_down, 128, "silu"),
+    "gluon_down_turns_ungated_roles": partial(_gluon_down, 128, "gelu"),
     "gluon_wgrad_turns_128_6_roles": partial(
         _roles, {"wgrad": 1}, HOPPER, **GLUON | {"stages": 6}, block_n=128
     ),

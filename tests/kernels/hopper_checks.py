@@ -83,6 +83,7 @@ BACKWARD_EPILOGUES = (
     BackwardEpilogue("reglu", interleaved=True, clamps=False, writes="h"),
     BackwardEpilogue("reglu", interleaved=False, clamps=False, writes="hs"),
     BackwardEpilogue("relu2", interleaved=False, clamps=False),
+    BackwardEpilogue("gelu", interleaved=False, clamps=False),
     BackwardEpilogue("silu", interleaved=False, clamps=False, writes="a"),
     BackwardEpilogue("silu", interleaved=False, clamps=False, writes="s"),
 )

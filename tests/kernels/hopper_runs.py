@@ -327,7 +327,7 @@ def _backward_call(
         "s": [(ds, right_s[:used].T)],
     }
     return Call(
-        lambda: _operands.has_hopper_down_backward(cut, grad, down, h, activation),
+        lambda: _operands.has_hopper_down_backward(cut, grad, down, h),
         through_down,
         [pair for name in writes for pair in outputs[name]],
     )

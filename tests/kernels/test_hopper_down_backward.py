@@ -120,7 +120,7 @@ def test_every_schedule_gives_the_gradients(
             check(out, right)
 
 
-@pytest.mark.parametrize("epilogue", [*BACKWARD_EPILOGUES, BackwardEpilogue("gelu", False, False)])
+@pytest.mark.parametrize("epilogue", BACKWARD_EPILOGUES)
 def test_every_epilogue_is_computed(epilogue: BackwardEpilogue) -> None:
     """Of parts that are many or one of a tile."""
     for side in (SIDE, BLOCK_N):
@@ -171,14 +171,10 @@ def test_it_is_used_where_it_was_asked_for_and_can_be(monkeypatch: pytest.Monkey
             "down": torch.empty(2, 256, 128, dtype=dtype).mT,
             "h": torch.empty(64, 256, dtype=dtype),
             "cut": {},
-            "kind": "swiglu",
         } | changes
         cut = {"block_m": 128, "block_n": 128, "block_k": 64, "warps": 8, "stages": 4}
         config = Config(**cut | made["cut"], warp_specialize=by)
-        activation = Activation(made["kind"], False, 1.0, math.inf)
-        return _operands.has_hopper_down_backward(
-            config, made["grad"], made["down"], made["h"], activation
-        )
+        return _operands.has_hopper_down_backward(config, made["grad"], made["down"], made["h"])
 
     def cases() -> None:
         assert not used(grad=torch.empty(64, 256))
@@ -187,8 +183,6 @@ def test_it_is_used_where_it_was_asked_for_and_can_be(monkeypatch: pytest.Monkey
         assert not used(down=torch.empty(2, 256, 136, dtype=torch.bfloat16).mT)
         assert not used(down=torch.empty(2, 252, 128, dtype=torch.bfloat16).mT)
         assert not used(h=torch.empty(64 * 256 + 1, dtype=torch.bfloat16)[1:].view(64, 256))
-        assert used(kind="relu2")
-        assert not used(kind="gelu")
         tiles = {(64, 256): True, (128, 256): True, (256, 128): True, (256, 64): False}
         tiles |= {(32, 128): False, (64, 32): False, (256, 256): False}
         for (m, n), known in tiles.items():
