@@ -298,7 +298,7 @@ def _backward_call(
     """All columns in two launches, as where buffers would be large."""
     kind, interleaved, clamps, writes = epilogue
     used, columns, cut = sum(counts), CHUNKS[-1].stop, case.cut()
-    rows = used + 3
+    rows = 4 * ceil_div(used + 3, 4)  # so that both launches are of one kernel, of aligned parts
     activation = Activation(kind, interleaved, ALPHA, LIMIT if clamps else math.inf)
     grad = _padded(rows, KD, device=device)
     down = _weight(len(counts), columns, case, device).mT
