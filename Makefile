@@ -126,18 +126,19 @@ format: $(ENVIRONMENT)
 bench: build
 	$(PY) -m benchmarks run fused_experts $(ARGS)
 
-# On a machine with an NVIDIA GPU: PYTHON=python3 make gpu-check. Ends within nine minutes whatever
-# happens, with what it has found by then: the build, without CUDA sources if they do not build, and
-# Triton's kernels alone if nothing does; the main tables, each in a process of its own, until second
-# 330; the GPU's tests, until second 510. Time that is not taken goes to what comes after. What fails
+# On a machine with an NVIDIA GPU: PYTHON=python3 make gpu-check. Ends within BUDGET seconds, nine
+# minutes, whatever happens, with what it has found by then: the build, without CUDA sources if they
+# do not build, and Triton's kernels alone if nothing does; the main tables, each in a process of its
+# own, until 210 seconds before the end; the GPU's tests, until 30 seconds before it. Time that is not taken goes to what comes after. What fails
 # is said and counted, and the rest goes on. Most of the time goes into compiling kernels: that is
 # done side by side before the tables, and the tests run so where pytest-xdist is installed.
 # looking for GPUs without starting the driver leaves processes free to fork
 gpu-check gpu-bench gpu-tune: export PYTORCH_NVML_BASED_CUDA_CHECK ?= 1
+BUDGET ?= 540
 gpu-check: export MOE_KERNELS_CUDA ?= on
 gpu-check: $(ENVIRONMENT)
 	@mkdir -p $(OUT); status=0; began=$$(date +%s); \
-	left() { echo $$((began + $$1 - $$(date +%s))); }; \
+	left() { echo $$((began + $(BUDGET) - $$1 - $$(date +%s))); }; \
 	has() { $(PY) -c "import $$1" 2> /dev/null; }; \
 	timeout --kill-after=5 120 $(BUILD) > $(OUT)/build.log 2>&1 || { status=1; \
 		echo "gpu-check: the build with MOE_KERNELS_CUDA=$$MOE_KERNELS_CUDA failed or took too" \
@@ -146,15 +147,15 @@ gpu-check: $(ENVIRONMENT)
 			echo "gpu-check: that failed too, see $(OUT)/build-off.log; going on with Triton's" \
 				"kernels, without the extension" >&2; \
 			export MOE_KERNELS_BACKEND=triton; }; }; \
-	timeout --signal=INT --kill-after=5 $$(left 340) $(PY) -m benchmarks sweep main --device cuda \
-		--out $(OUT) --compile 45 --limit $$(left 330) || status=1; \
+	timeout --signal=INT --kill-after=5 $$(left 200) $(PY) -m benchmarks sweep main --device cuda \
+		--out $(OUT) --compile 45 --limit $$(left 210) || status=1; \
 	timeout --kill-after=5 20 $(PY) -m benchmarks report $(OUT) --tables \
 		--out $(OUT)/report > /dev/null || status=1; \
 	if has pytest; then \
 		cores=$$(env -u OMP_NUM_THREADS nproc); options=$$(has xdist && \
-			echo --numprocesses=$$((cores < 12 ? cores : 12)) --dist=worksteal); \
+			echo --numprocesses=$$((cores < 16 ? cores : 16)) --dist=worksteal); \
 		options="$$options $$(has pytest_timeout && echo --timeout=75 --timeout-method=thread)"; \
-		timeout --signal=INT --kill-after=20 $$(left 510) env --default-signal=INT $(PYTEST) \
+		timeout --signal=INT --kill-after=20 $$(left 30) env --default-signal=INT $(PYTEST) \
 			-m "gpu and not slow" $$options -p tests.progress --progress $(OUT)/tests.jsonl \
 			--first tests/kernels/test_gpu.py \
 			--continue-on-collection-errors --junitxml=$(OUT)/tests.xml $(ARGS) || status=1; \

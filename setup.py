@@ -93,6 +93,14 @@ def why_no_cuda(nvcc: str | None, torch_cuda: str | None) -> str:
     )
 
 
+def standard_library() -> str:
+    """The file of the C++ standard library that torch has loaded, or "" off Linux."""
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text().splitlines() if maps.exists() else []
+    found = [line.split()[-1] for line in lines if "/libstdc++.so" in line]
+    return next((path for path in found if Path(path).exists()), "")
+
+
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         import torch
@@ -129,6 +137,7 @@ class CMakeBuild(build_ext):
             "TORCH_VERSION": torch.__version__,
             "TORCH_INCLUDE_DIRS": ";".join(cpp_extension.include_paths()),
             "TORCH_LIBRARY_DIR": cpp_extension.TORCH_LIB_PATH,
+            "TORCH_STANDARD_LIBRARY": standard_library(),
             "TORCH_CXX11_ABI": int(torch.compiled_with_cxx11_abi()),
             "PYBIND11_DIR": os.path.dirname(pybind11.origin or "") if pybind11 else "",
         }

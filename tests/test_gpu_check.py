@@ -65,7 +65,7 @@ def test_all_is_done_in_order(tmp_path: Path) -> None:
     assert all(call.startswith("on native ") for call in run.calls)
     words = run.call("sweep").split()
     assert 300 < int(words[words.index("--limit") + 1]) <= 330
-    assert f"--numprocesses={min(len(os.sched_getaffinity(0)), 12)}" in run.call("pytest -m")
+    assert f"--numprocesses={min(len(os.sched_getaffinity(0)), 16)}" in run.call("pytest -m")
     assert "--timeout=75" in run.call("pytest -m")
     first = run.call("pytest -m").split("--first ")[1].split(" ")[0]
     assert (ROOT / first).exists()

@@ -35,6 +35,25 @@ def worst_row_error(actual: Tensor, truth: Tensor) -> float:
     return _finite((actual - truth).norm(dim=1).max() / scale.clamp_min(1e-300))
 
 
+def float8_limit(device: torch.device) -> float:
+    """The largest relative error of a product of float8 operands in float32.
+
+    Hopper's tensor cores align the products that an instruction adds to the largest and keep about
+    14 bits of them (DeepSeek-V3, arXiv:2412.19437, section 3.3.2), so 2**-14 = 6e-5 of a sum, which
+    leaves a row's values a little farther.
+    """
+    return 2e-4 if device.type == "cuda" else 1e-6
+
+
+def requantized_limit(device: torch.device) -> float:
+    """The same of a product whose operands are products that were rounded to float8 again.
+
+    Values e away move to the next float8, d = 0.09 away, with a chance of about e / d, which is an
+    error of sqrt(e * d): 3e-3 with the 8e-5 of a tensor core. Backward has two such roundings.
+    """
+    return 8e-3 if device.type == "cuda" else 2e-3
+
+
 def assert_accurate(name: str, actual: Tensor, truth: Tensor, yardstick: Tensor) -> None:
     """Our error is at most 1.5 times the yardstick's, and no single row stands out.
 
