@@ -129,12 +129,14 @@ bench: build
 # On a machine with an NVIDIA GPU: PYTHON=python3 make gpu-check. Ends within BUDGET seconds, nine
 # minutes, whatever happens, with what it has found by then: the build, without CUDA sources if they
 # do not build, and Triton's kernels alone if nothing does; the main tables, each in a process of its
-# own, until 210 seconds before the end; the GPU's tests, until 30 seconds before it. Time that is not taken goes to what comes after. What fails
-# is said and counted, and the rest goes on. Most of the time goes into compiling kernels: that is
-# done side by side before the tables, and the tests run so where pytest-xdist is installed.
+# own; the GPU's tests, to which TESTS seconds are left at least, until 30 seconds before the end. Time
+# that is not taken goes to what comes after. What fails is said and counted, and the rest goes on.
+# Most of the time goes into compiling kernels: that is done side by side before the tables, and the
+# tests run so where pytest-xdist is installed.
 # looking for GPUs without starting the driver leaves processes free to fork
 gpu-check gpu-bench gpu-tune: export PYTORCH_NVML_BASED_CUDA_CHECK ?= 1
 BUDGET ?= 540
+TESTS ?= 180
 gpu-check: export MOE_KERNELS_CUDA ?= on
 gpu-check: $(ENVIRONMENT)
 	@mkdir -p $(OUT); status=0; began=$$(date +%s); \
@@ -147,8 +149,8 @@ gpu-check: $(ENVIRONMENT)
 			echo "gpu-check: that failed too, see $(OUT)/build-off.log; going on with Triton's" \
 				"kernels, without the extension" >&2; \
 			export MOE_KERNELS_BACKEND=triton; }; }; \
-	timeout --signal=INT --kill-after=5 $$(left 200) $(PY) -m benchmarks sweep main --device cuda \
-		--out $(OUT) --compile 45 --limit $$(left 210) || status=1; \
+	timeout --signal=INT --kill-after=5 $$(left $$(($(TESTS) + 20))) $(PY) -m benchmarks sweep main \
+		--device cuda --out $(OUT) --compile 45 --limit $$(left $$(($(TESTS) + 30))) || status=1; \
 	timeout --kill-after=5 20 $(PY) -m benchmarks report $(OUT) --tables \
 		--out $(OUT)/report > /dev/null || status=1; \
 	if has pytest; then \

@@ -1,8 +1,9 @@
 """The implementations that the kernel tests run on.
 
 Every test that takes ``impl`` runs on the C++ kernels and on the Triton ones: on the GPU where
-there is one, else in Triton's interpreter, put under the CPU key of the dispatcher so that public
-functions, autograd and checks are the same code. Fresh memory holds NaN meanwhile.
+there is one, where each call is also repeated as it was noted, else in Triton's interpreter, put
+under the CPU key of the dispatcher so that public functions, autograd and checks are the same code.
+Fresh memory holds NaN meanwhile.
 """
 
 from __future__ import annotations
@@ -17,8 +18,13 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from tests.kernels.repeats import Repeats
+
 HAS_GPU = torch.cuda.is_available()
-if not HAS_GPU:
+REPEATS = Repeats()
+if HAS_GPU:
+    REPEATS.install()
+else:
     os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are decorated, so before their import
 
 OPS = (
@@ -102,7 +108,8 @@ def impl(request: pytest.FixtureRequest) -> Iterator[Implementation]:
             with triton_under_cpu():
                 yield Implementation("interpreter", torch.device("cpu"))
         else:
-            yield Implementation(request.param, torch.device(request.param))
+            with REPEATS.checked():
+                yield Implementation(request.param, torch.device(request.param))
 
 
 TRITON = [GPU if HAS_GPU else "interpreter"]

@@ -21,9 +21,9 @@ from moe_kernels.reference.fused_experts_fp8 import (
 from tests.conftest import HAS_GPU, Implementation
 from tests.kernels.accuracy import (
     assert_accurate,
-    requantized_limit,
     frobenius_error,
     gradients,
+    requantized_limit,
     torch_activation,
 )
 from tests.kernels.interpreter import mended_interpreter
