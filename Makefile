@@ -155,7 +155,7 @@ gpu-check: $(ENVIRONMENT)
 		--out $(OUT)/report > /dev/null || status=1; \
 	if has pytest; then \
 		cores=$$(env -u OMP_NUM_THREADS nproc); options=$$(has xdist && \
-			echo --numprocesses=$$((cores < 16 ? cores : 16)) --dist=worksteal); \
+			echo --numprocesses=$$((cores < 16 ? cores : 16)) --dist=load --maxschedchunk=1); \
 		options="$$options $$(has pytest_timeout && echo --timeout=75 --timeout-method=thread)"; \
 		timeout --signal=INT --kill-after=20 $$(left 30) env --default-signal=INT $(PYTEST) \
 			-m "gpu and not slow" $$options -p tests.progress --progress $(OUT)/tests.jsonl \
