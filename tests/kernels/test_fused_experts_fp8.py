@@ -208,6 +208,14 @@ def test_bytes_kept_are_those_without_float8(impl: Implementation) -> None:
         assert kept(precision="fp8_block") == 0
 
 
+def _check_close(name: str, found: Tensor, expected: Tensor) -> None:
+    """Of weights in other layouts, which a GPU's tensor cores sum in another order."""
+    if found.is_cuda:
+        assert frobenius_error(found, expected.double()) < requantized_limit(found.device), name
+    else:
+        torch.testing.assert_close(found, expected, msg=name)
+
+
 def test_strides_and_a_bound_of_rows_change_nothing(impl: Implementation) -> None:
     inputs, upstream = make_case("dropped", torch.float32, hidden=136, inner=72)
     valid = int(((inputs["topk_ids"] >= 0) & (inputs["topk_ids"] < 8)).sum())
@@ -221,7 +229,7 @@ def test_strides_and_a_bound_of_rows_change_nothing(impl: Implementation) -> Non
     strided = upstream.to(impl.device)[:1].expand(upstream.shape)
     found = gradients(viewed, on(impl, inputs), upstream.to(impl.device))
     for name, value in right.items():
-        torch.testing.assert_close(found[name], value, msg=name)
+        _check_close(name, found[name], value)
     expanded = gradients(fp8, on(impl, inputs), strided)
     copied = gradients(fp8, on(impl, inputs), strided.contiguous())
     for name, value in copied.items():
@@ -289,8 +297,8 @@ def test_weights_that_are_float8_already(impl: Implementation) -> None:
     y = fp8(**given, weight_scales=(pairs[0][1], pairs[1][1]))
     assert torch.equal(y, right)
     grads = torch.autograd.grad(y, [leaves["x"], leaves["topk_weights"]], upstream.to(impl.device))
-    for found, expected in zip(grads, right_grads, strict=True):
-        torch.testing.assert_close(found, expected)
+    for name, found, expected in zip(("x", "topk_weights"), grads, right_grads, strict=True):
+        _check_close(name, found, expected)
 
 
 def test_main_grads_and_a_split_backward(impl: Implementation) -> None:
