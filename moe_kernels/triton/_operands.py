@@ -123,19 +123,19 @@ def described_in_kernel(a: Tensor) -> Operand:
 def specializes(kernel: str, cut: Config, weight: Operand, rows: Operand | None = None) -> bool:
     """Whether Triton is to give warps roles of their own in the kernel's loop over tiles.
 
-    That is asked for by the configuration. Triton can where TMA brings 16-bit weights, and on sm_90
-    only if it brings all, in the loop of "grouped_gemm", to two groups of four warps with at least
-    64 rows each; from sm_100 on only since Triton 3.7. Elsewhere the same tiles are computed by
-    warps that are all alike.
+    That is asked for by the configuration. Triton can since 3.7 where TMA brings 16-bit weights, and
+    on sm_90 only if it brings all, in the loop of "grouped_gemm", to two groups of four warps with
+    at least 64 rows each. Triton 3.6 gave NaN on an H100, and compiles none for sm_100. Elsewhere
+    the same tiles are computed by warps that are all alike.
     """
-    if cut.warp_specialize != "triton" or weight.mode == POINTER.value:
+    if cut.warp_specialize != "triton" or weight.mode == POINTER.value or TRITON_VERSION < (3, 7):
         return False
     base = weight.value.base
     if base.element_size() != 2:
         return False
     arch = architecture(base.device)
     if arch >= 100:
-        return arch < 120 and TRITON_VERSION >= (3, 7)
+        return arch < 120
     by_tma = rows is not None and rows.mode == TMA.value
     return kernel == "grouped_gemm" and by_tma and cut.block_m >= 128 and cut.warps == 4
 
