@@ -123,10 +123,10 @@ def described_in_kernel(a: Tensor) -> Operand:
 def specializes(kernel: str, cut: Config, weight: Operand, rows: Operand | None = None) -> bool:
     """Whether Triton is to give warps roles of their own in the kernel's loop over tiles.
 
-    That is asked for by the configuration. Triton can since 3.7 where TMA brings 16-bit weights, and
-    on sm_90 only if it brings all, in the loop of "grouped_gemm", to two groups of four warps with
-    at least 64 rows each. Triton 3.6 gave NaN on an H100, and compiles none for sm_100. Elsewhere
-    the same tiles are computed by warps that are all alike.
+    That is asked for by the configuration. Triton can since 3.7 where TMA brings 16-bit weights,
+    and on sm_90 only if it brings all, in the loop of "grouped_gemm", to two groups of four warps
+    with at least 64 rows each. Triton 3.6 gave NaN on an H100, and compiles none for sm_100.
+    Elsewhere the same tiles are computed by warps that are all alike.
     """
     if cut.warp_specialize != "triton" or weight.mode == POINTER.value or TRITON_VERSION < (3, 7):
         return False
