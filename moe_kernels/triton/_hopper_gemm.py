@@ -131,8 +131,9 @@ def _tile_of(tiles, bound, number, row_tiles, column_tiles, GROUP_M: gl.constexp
     """The expert, first row and end of the tile of that number, or of the last one.
 
     Who needs to know a tile before it multiplies asks for it before the products of the one before,
-    so as not to wait for memory.
+    so as not to wait for memory. If there are no tiles, what is found means nothing.
     """
+    row_tiles = gl.maximum(row_tiles, 1)  # the map has room for one
     number = gl.minimum(number, row_tiles * column_tiles - 1)
     tile, _ = walk(number, row_tiles, column_tiles, GROUP_M)
     return load_tile(tiles, bound, tile)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_kernels import reference
-from moe_kernels.triton import _operands
+from moe_kernels.triton import _operands, _tiles
 from moe_kernels.triton._activation import Activation
 from tests.conftest import triton_under_cpu
 from tests.kernels import gluon_model
@@ -113,12 +113,24 @@ def described(w: Tensor, block_k: int, block_n: int, transposed: bool) -> Descri
     return Descriptor(w, (1, block_k, block_n))
 
 
+def _walk_among_tiles(names: Names) -> Callable[..., Any]:
+    """``walk``, of a tile that there is: a GPU divides by how many there are, towards zero."""
+    walk = gluon_model.as_python(_tiles.walk, names)
+
+    def checked(number: Any, row_tiles: Any, column_tiles: Any, group_m: int) -> Any:
+        assert 0 <= number < row_tiles * column_tiles, "a tile that there is not"
+        return walk(number, row_tiles, column_tiles, group_m)
+
+    return checked
+
+
 def launch(
     kernel: Any, arguments: Sequence[Any], seed: int, mistake: Mistake, **constants: Any
 ) -> None:
     """Run every program, on a model of its own."""
     for program in range(PROGRAMS):
         names = Language(program, PROGRAMS, seed).names
+        names["walk"] = _walk_among_tiles(names)
         names |= mistake(names)
         function = gluon_model.as_python(kernel, names)
         function(*arguments, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, GROUP_M=2, **constants)

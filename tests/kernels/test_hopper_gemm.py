@@ -89,6 +89,12 @@ def test_every_schedule_gives_the_product(
         check(*found)
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_no_tiles_are_nothing_to_do(shared: bool) -> None:
+    out, _ = multiply([0, 0], 8, 16, shared=shared)
+    assert out.isnan().all()
+
+
 def test_it_is_used_where_it_was_asked_for_and_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
     def used(by: str = "gluon", dtype: torch.dtype = torch.bfloat16, **changes: Any) -> bool:
         made = {
