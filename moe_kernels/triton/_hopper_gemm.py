@@ -257,20 +257,27 @@ def _multiply(
 
 
 @gluon.jit
-def _make_barriers(SHARED: gl.constexpr, ARRIVALS: gl.constexpr, STAGES: gl.constexpr):
-    """Those of the ring's slots, and of turns.
+def _make_barriers(
+    SHARED: gl.constexpr, TURNS: gl.constexpr, ARRIVALS: gl.constexpr, STAGES: gl.constexpr
+):
+    """Those of the ring's slots, and of turns, if there are any.
+
+    Where no role waits for turns their memory would be given to others, which must not write where
+    barriers were made.
 
     ARRIVALS: at ``full``, of the warps that load.
     """
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    turn = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], BARRIER)
+    turn = empty  # roles take only what there is
+    if TURNS:
+        turn = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], BARRIER)
+        for group in gl.static_range(GROUPS):
+            mbarrier.init(turn.index(group), count=1)
     for slot in gl.static_range(STAGES):
         mbarrier.init(full.index(slot), count=ARRIVALS)
         mbarrier.init(empty.index(slot), count=GROUPS if SHARED else 1)
-    for group in gl.static_range(GROUPS):
-        mbarrier.init(turn.index(group), count=1)
     fence_async_shared()  # TMA arrives through another proxy than these writes
     return full, empty, turn
 
@@ -285,7 +292,7 @@ def _make_ring(
     TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     x = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_K], TILE)
     w = gl.allocate_shared_memory(dtype, [STAGES, W_SHAPE[0], W_SHAPE[1]], TILE)
-    full, empty, turn = _make_barriers(SHARED, ARRIVALS, STAGES)
+    full, empty, turn = _make_barriers(SHARED, not SHARED, ARRIVALS, STAGES)
     return (x, w, full, empty), turn
 
 

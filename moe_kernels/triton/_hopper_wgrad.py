@@ -346,7 +346,7 @@ def _hopper_wgrad_kernel(
         BUFFERS: gl.constexpr = GROUPS * STAGED // ROWS
         staging = gl.allocate_shared_memory(out.dtype, [BUFFERS, ROWS, PART], TILE)
     ARRIVALS: gl.constexpr = 32 * LOADERS + 1 if COPIED else 1
-    full, empty, turn = _make_barriers(SHARED, ARRIVALS, STAGES)
+    full, empty, turn = _make_barriers(SHARED, True, ARRIVALS, STAGES)
     if not STAGING:
         staging = turn  # none: roles take only what there is
     ring, problem = (x, w, full, empty), (offsets, R, E, M, N)

@@ -140,13 +140,13 @@ def _check_roles(
         assert report["role_registers"].count(multiplying) == 2, report
         assert min(report["role_registers"]) == loading, report
         assert report["registers"] * report["warps"] >= 4 * (2 * multiplying + loading), report
-        # full and empty for each slot, and two turns. Once those that load wait and say how many
-        # bytes come; either group waits for full and hands back in the loop and after it. With
-        # turns it waits for its own and passes it on; without, it waits and hands back where its
-        # half has no rows. Threads that gather arrive once each. A part's warp waits and says how
-        # many bytes come, its group waits for each half and hands back
+        # full and empty for each slot, and two turns, if any are taken. Once those that load wait
+        # and say how many bytes come; either group waits for full and hands back in the loop and
+        # after it. With turns it waits for its own and passes it on; without, it waits and hands
+        # back where its half has no rows. Threads that gather arrive once each. A part's warp
+        # waits and says how many bytes come, its group waits for each half and hands back
         assert report["mbarriers"] == {
-            "init": 2 * stages + 2 + (8 if parts else 0),
+            "init": 2 * stages + 2 * (turns or leads is not None) + (8 if parts else 0),
             "expect": 1 + 2 * parts,
             "wait": 5 + 6 * parts if turns or leads is None else 3 + leads,
             "arrive": 6 + 2 * parts if turns or leads is None else 4 + leads,
