@@ -1,6 +1,6 @@
 """The kernels of a layer, each alone and many times: do they always give the same bits?
 
-    python -m tests.kernels.stress_hopper [--runs 1000] [--others 4] [--kernel up dx]
+    python -m tests.kernels.stress_hopper [--kernel up dx] [--even] [--wait-twice]
 
 runs each under four conditions: alone; beside a stream that keeps the memory busy; beside processes
 with long kernels, for which this one's are interrupted; and both. It tells how many runs differ
@@ -20,6 +20,7 @@ import math
 import subprocess
 import sys
 import time
+import types
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -292,6 +293,32 @@ def kernels(
     return found, offsets
 
 
+def wait_twice() -> None:
+    """Let kernels in Gluon that are not compiled yet wait at each barrier again when they have.
+
+    If that changes anything, a wait has ended before its phase.
+    """
+    from triton.experimental import gluon
+    from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+    from moe_kernels.triton import (
+        _hopper_down_backward,
+        _hopper_gemm,
+        _hopper_up,
+        _hopper_wgrad,
+    )
+
+    @gluon.jit
+    def wait(barrier, phase, pred=True):  # type: ignore[no-untyped-def]
+        mbarrier.wait(barrier, phase, pred)
+        mbarrier.wait(barrier, phase, pred)
+
+    changed = types.ModuleType("mbarrier")
+    vars(changed).update({**vars(mbarrier), "wait": wait})
+    for module in (_hopper_down_backward, _hopper_gemm, _hopper_up, _hopper_wgrad):
+        module.mbarrier = changed  # type: ignore[assignment]
+
+
 def _bits(value: Tensor) -> Tensor:
     return value.view(torch.int16) if value.element_size() == 2 else value.view(torch.int32)
 
@@ -364,10 +391,13 @@ def main() -> int:
     parser.add_argument("--kernel", nargs="*", help="only those; else all")
     parser.add_argument("--condition", nargs="*", choices=CONDITIONS, default=CONDITIONS)
     parser.add_argument("--even", action="store_true", help="no tile is ragged")
+    parser.add_argument("--wait-twice", action="store_true", help="at each barrier")
     parser.add_argument("--be-busy", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.be_busy:
         _be_busy()
+    if options.wait_twice:
+        wait_twice()
     torch.manual_seed(0)
     sizes = Sizes(tokens=1024, even=True) if options.even else Sizes()
     found, offsets = kernels(sizes, torch.device("cuda"))
