@@ -13,7 +13,8 @@ from moe_kernels.triton import _hopper_down_backward, _operands
 from moe_kernels.triton._activation import Activation
 from moe_kernels.triton._config_tables import Config
 from tests.conftest import HAS_GPU
-from tests.kernels.gluon_model import DeadlockError, Descriptor, Pointer, RaceError
+from tests.kernels.gluon_machine import DeadlockError, RaceError
+from tests.kernels.gluon_model import Descriptor, Pointer
 from tests.kernels.hopper_checks import (
     BACKWARD_EPILOGUES,
     BLOCK_M,

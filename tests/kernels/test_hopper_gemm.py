@@ -11,7 +11,8 @@ from torch import Tensor
 from moe_kernels.triton import _hopper_gemm, _operands
 from moe_kernels.triton._config_tables import Config
 from tests.conftest import HAS_GPU
-from tests.kernels.gluon_model import DeadlockError, Descriptor, Pointer, RaceError
+from tests.kernels.gluon_machine import DeadlockError, RaceError
+from tests.kernels.gluon_model import Descriptor, Pointer
 from tests.kernels.hopper_checks import (
     BLOCK_M,
     BLOCK_N,

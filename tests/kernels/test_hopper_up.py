@@ -13,8 +13,9 @@ from moe_kernels import reference
 from moe_kernels.triton import _activation, _hopper_up, _operands
 from moe_kernels.triton._config_tables import Config
 from tests.conftest import HAS_GPU, triton_under_cpu
-from tests.kernels import gluon_model, hopper_runs
-from tests.kernels.gluon_model import DeadlockError, Pointer, RaceError
+from tests.kernels import gluon_machine, hopper_runs
+from tests.kernels.gluon_machine import DeadlockError, RaceError
+from tests.kernels.gluon_model import Pointer
 from tests.kernels.hopper_checks import (
     BACKWARD_EPILOGUES,
     BLOCK_N,
@@ -182,7 +183,7 @@ def _arrives_at_once(names: Names) -> Names:
     """The threads that gather, before their copies are there."""
 
     def arrive_now(barrier: Any, *, increment_count: bool) -> None:
-        barrier.change(32 * 4 // gluon_model.WARPS, 0)
+        barrier.change(32 * 4 // gluon_machine.WARPS, 0)
 
     changed = {**vars(names["async_copy"]), "mbarrier_arrive": arrive_now}
     return {"async_copy": type(names["async_copy"])(**changed)}

@@ -13,14 +13,8 @@ from moe_kernels.triton._config_tables import Config, suits_gluon
 from moe_kernels.triton._operands import Source
 from tests.conftest import HAS_GPU, triton_under_cpu
 from tests.kernels import gluon_model
-from tests.kernels.gluon_model import (
-    DeadlockError,
-    Descriptor,
-    Language,
-    Pointer,
-    RaceError,
-    RaggedDescriptor,
-)
+from tests.kernels.gluon_machine import DeadlockError, RaceError
+from tests.kernels.gluon_model import Descriptor, Language, Pointer, RaggedDescriptor
 from tests.kernels.hopper_checks import (
     PROGRAMS,
     Mistake,
