@@ -140,6 +140,20 @@ def _tile_of(tiles, bound, number, row_tiles, column_tiles, GROUP_M: gl.constexp
 
 
 @gluon.jit
+def _take_tile(
+    tiles, bound, number, stride, coming, row_tiles, column_tiles,
+    SHARED: gl.constexpr, GROUP_M: gl.constexpr,
+):  # fmt: skip
+    """The expert, first row and end of a group's tile; and those that come next, if SHARED."""
+    if SHARED:
+        found = coming
+        coming = _tile_of(tiles, bound, number + stride, row_tiles, column_tiles, GROUP_M)
+    else:
+        found = _tile_of(tiles, bound, number, row_tiles, column_tiles, GROUP_M)
+    return found, coming
+
+
+@gluon.jit
 def _sum_tile(
     ring, turn, turns, step, contracted, rows_left,
     GROUP: gl.constexpr, SHARED: gl.constexpr, TRANSPOSED: gl.constexpr, COPIED: gl.constexpr,
@@ -234,11 +248,10 @@ def _multiply(
     coming = _tile_of(tiles, bound, start, row_tiles, column_tiles, GROUP_M)
     for number in range(start, row_tiles * column_tiles, stride):
         _, column_tile = walk(number, row_tiles, column_tiles, GROUP_M)
-        if SHARED:
-            expert, first, end = coming
-            coming = _tile_of(tiles, bound, number + stride, row_tiles, column_tiles, GROUP_M)
-        else:
-            expert, first, end = _tile_of(tiles, bound, number, row_tiles, column_tiles, GROUP_M)
+        found, coming = _take_tile(
+            tiles, bound, number, stride, coming, row_tiles, column_tiles, SHARED, GROUP_M
+        )
+        expert, first, end = found
         n = column_tile * BLOCK_N
         total, step, turns = _sum_tile(
             ring, turn, turns, step, Kd, end - first, GROUP, SHARED, TRANSPOSED, False, BLOCK_M,

@@ -32,6 +32,7 @@ from moe_kernels.triton._hopper_gemm import (
     _slot,
     _store,
     _sum_tile,
+    _take_tile,
     _tile_of,
     describe_weight,
 )
@@ -131,11 +132,10 @@ def _project(
     coming = _tile_of(tiles, bound, start, row_tiles, column_tiles, GROUP_M)
     for number in range(start, row_tiles * column_tiles, stride):
         _, column_tile = walk(number, row_tiles, column_tiles, GROUP_M)
-        if SHARED:
-            expert, first, end = coming
-            coming = _tile_of(tiles, bound, number + stride, row_tiles, column_tiles, GROUP_M)
-        else:
-            expert, first, end = _tile_of(tiles, bound, number, row_tiles, column_tiles, GROUP_M)
+        found, coming = _take_tile(
+            tiles, bound, number, stride, coming, row_tiles, column_tiles, SHARED, GROUP_M
+        )
+        expert, first, end = found
         n = column_tile * BLOCK_N
         total, step, turns = _sum_tile(
             ring, turn, turns, step, H, end - first, GROUP, SHARED, TRANSPOSED, True, BLOCK_M,

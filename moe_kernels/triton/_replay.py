@@ -206,16 +206,10 @@ class _Recorder(TorchDispatchMode):
             return found[0] if len(found) == 1 else None
         return found[-1] if found else None  # memory may have been freed and given out again
 
-    def launched(
-        self,
-        kernel: Any,
-        compiled: Any,
-        grid: tuple[int, ...],
-        args: tuple[Any, ...],
-        constants: dict[str, Any],
-    ) -> None:
+    def launched(self, *call: Any) -> None:
+        """See :meth:`_step`."""
         if self.steps is not None:
-            step = self._step(kernel, compiled, grid, args, constants)
+            step = self._step(*call)
             self.steps = None if step is None else [*self.steps, step]
 
     def _step(
