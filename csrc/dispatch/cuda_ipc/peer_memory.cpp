@@ -111,10 +111,14 @@ std::vector<char*> PeerMemory::open_all(Call& call, Stage stage, const Device::H
                                         char* own) {
   const Message message = message_of(handle, true);
   for (int p = 0; p < communicator_->size(); ++p) call.send(p, stage, message);
+  // A rank that made no memory says why, before others look for what a third has freed since.
+  std::vector<Device::Handle> handles;
+  for (int p = 0; p < communicator_->size(); ++p) {
+    handles.push_back(handle_of(call.receive(p, stage)));
+  }
   std::vector<char*> peers;
   for (int p = 0; p < communicator_->size(); ++p) {
-    const Message& theirs = call.receive(p, stage);
-    peers.push_back(p == communicator_->rank() ? own : device_->open(handle_of(theirs)));
+    peers.push_back(p == communicator_->rank() ? own : device_->open(handles[p]));
   }
   return peers;
 }
