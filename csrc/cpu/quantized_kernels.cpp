@@ -215,27 +215,38 @@ void pack_group(RowGroup<wide>& group, const float* row, int64_t n, int32_t offs
 // ---------------------------------------------------------------------------------------- tiles
 constexpr int kMaxRows = kRegisters == 32 ? 8 : 4;
 
-// One vector of a tile's columns.
+// Tiles that few rows meet together, from parts of the matrix that lie far apart: memory gives a
+// few long streams faster than one.
+constexpr int kMaxStreamRows = 2;
+constexpr int streams_for(int64_t rows) {
+  return kTileVectors == 1 && rows <= kMaxStreamRows ? 4 : 1;
+}
+
+// One vector of the columns of a tile, or of several at equal distances.
 struct Tile {
   const void* const* rows;
   const uint8_t* codes;
-  const uint8_t* ahead;  // as many bytes as codes has, read next
+  const uint8_t* ahead;  // as many bytes as codes has, read next; of one tile alone
   const void* scales;
   int64_t groups;
   float* out;
   int64_t out_stride;
+  int64_t codes_apart, scales_apart, out_apart;  // from a tile to the next, in their elements
 };
 
 template <int rows>
-MOE_INLINE void store_sums(const Tile& tile, const Vec<float> (&sums)[rows], float factor,
-                           bool column_scales) {
+MOE_INLINE void store_sums(const Tile& tile, int stream, const Vec<float> (&sums)[rows],
+                           float factor, bool column_scales) {
   Vec<float> scale = broadcast(factor);
-  if (column_scales) scale *= load(static_cast<const float*>(tile.scales));
+  if (column_scales) {
+    scale *= load(static_cast<const float*>(tile.scales) + stream * tile.scales_apart);
+  }
+  float* const out = tile.out + stream * tile.out_apart;
   MOE_UNROLL
-  for (int r = 0; r < rows; ++r) store(tile.out + r * tile.out_stride, sums[r] * scale);
+  for (int r = 0; r < rows; ++r) store(out + r * tile.out_stride, sums[r] * scale);
 }
 
-template <Format format, bool wide, int rows>
+template <Format format, bool wide, int rows, int streams>
 void integer_tile(const Tile& tile) {
   using Code = Codes<format>;
   constexpr int planes = kPlanes<wide>, steps = kGroupSize / 4 / Code::kPerByte;
@@ -245,45 +256,52 @@ void integer_tile(const Tile& tile) {
   for (int r = 0; r < rows; ++r) row[r] = static_cast<const RowGroup<wide>*>(tile.rows[r]);
   const uint8_t *codes = tile.codes, *ahead = tile.ahead;
   const bf16* scales = static_cast<const bf16*>(tile.scales);
-  Vec<float> sums[rows] = {};
+  Vec<float> sums[streams][rows] = {};
   for (int64_t g = 0; g < tile.groups; ++g) {
-    VecI32 products[rows][planes];
     MOE_UNROLL
-    for (int r = 0; r < rows; ++r) {
+    for (int t = 0; t < streams; ++t) {
+      VecI32 products[rows][planes];
       MOE_UNROLL
-      for (int p = 0; p < planes; ++p) products[r][p] = VecI32{} + row[r][g].starts[p];
-    }
-    MOE_UNROLL
-    for (int s = 0; s < steps; ++s) {
-      prefetch_line(ahead);
-      VecU8 values[Code::kPerByte];
-      Code::unpack(load_raw<VecU8>(codes), values);
-      codes += kStepBytes;
-      ahead += kStepBytes;
-      MOE_UNROLL
-      for (int i = 0; i < Code::kPerByte; ++i) {
+      for (int r = 0; r < rows; ++r) {
         MOE_UNROLL
-        for (int r = 0; r < rows; ++r) {
+        for (int p = 0; p < planes; ++p) products[r][p] = VecI32{} + row[r][g].starts[p];
+      }
+      MOE_UNROLL
+      for (int s = 0; s < steps; ++s) {
+        if (streams == 1) prefetch_line(ahead + s * kStepBytes);
+        VecU8 values[Code::kPerByte];
+        Code::unpack(load_raw<VecU8>(codes + t * tile.codes_apart + s * kStepBytes), values);
+        MOE_UNROLL
+        for (int i = 0; i < Code::kPerByte; ++i) {
           MOE_UNROLL
-          for (int p = 0; p < planes; ++p) {
-            const PlaneElement* four = row[r][g].planes[p] + 4 * (s * Code::kPerByte + i);
-            products[r][p] = multiply_add(products[r][p], values[i], four);
+          for (int r = 0; r < rows; ++r) {
+            MOE_UNROLL
+            for (int p = 0; p < planes; ++p) {
+              const PlaneElement* four = row[r][g].planes[p] + 4 * (s * Code::kPerByte + i);
+              products[r][p] = multiply_add(products[r][p], values[i], four);
+            }
           }
         }
       }
+      Vec<float> scale = broadcast(1.0f);
+      if (grouped) {
+        const bf16* some = scales + t * tile.scales_apart + g * kTileColumns;
+        if (streams == 1) prefetch_line(some + tile.groups * kTileColumns);  // of the next tile
+        scale = load(some);
+      }
+      MOE_UNROLL
+      for (int r = 0; r < rows; ++r) {
+        const Vec<float> factor = grouped ? scale * row[r][g].scale : broadcast(row[r][g].scale);
+        sums[t][r] = fma(join<wide>(products[r]), factor, sums[t][r]);
+      }
     }
-    Vec<float> scale = broadcast(1.0f);
-    if (grouped) {
-      prefetch_line(scales + (g + tile.groups) * kTileColumns);  // of the next tile
-      scale = load(scales + g * kTileColumns);
-    }
-    MOE_UNROLL
-    for (int r = 0; r < rows; ++r) {
-      const Vec<float> factor = grouped ? scale * row[r][g].scale : broadcast(row[r][g].scale);
-      sums[r] = fma(join<wide>(products[r]), factor, sums[r]);
-    }
+    codes += steps * kStepBytes;
+    ahead += steps * kStepBytes;
   }
-  store_sums<rows>(tile, sums, format == Format::kMxfp4 ? 0.5f : 1.0f, !grouped);
+  MOE_UNROLL
+  for (int t = 0; t < streams; ++t) {
+    store_sums<rows>(tile, t, sums[t], format == Format::kMxfp4 ? 0.5f : 1.0f, !grouped);
+  }
 }
 
 // -------------------------------------------------------------------------------------- e4m3
@@ -306,57 +324,60 @@ MOE_INLINE Vec<float> fp8_value(VecU32 lanes, int k) {
   return bit_cast<Vec<float>>((top & 0x80000000u) | ((top & 0x7f000000u) >> 4));
 }
 
-template <bool pairs, int rows>
+template <bool pairs, int rows, int streams>
 void fp8_tile(const Tile& tile) {
-  constexpr int kRowBytes = 4 * (pairs ? sizeof(bf16) : sizeof(float));
+  constexpr int kRowBytes = 4 * (pairs ? sizeof(bf16) : sizeof(float)), steps = kGroupSize / 4;
   const char* row[rows];
   MOE_UNROLL
   for (int r = 0; r < rows; ++r) row[r] = static_cast<const char*>(tile.rows[r]);
   const uint8_t *codes = tile.codes, *ahead = tile.ahead;
-  Vec<float> sums[rows] = {};
+  Vec<float> sums[streams][rows] = {};
   for (int64_t g = 0; g < tile.groups; ++g) {
-    Vec<float> products[rows] = {};
     MOE_UNROLL
-    for (int s = 0; s < kGroupSize / 4; ++s) {
-      prefetch_line(ahead);
-      const VecU32 lanes = load_raw<VecU32>(codes);
-      codes += kStepBytes;
-      ahead += kStepBytes;
-#if defined(CPU_CAPABILITY_AVX512_BF16)
-      if constexpr (pairs) {
-        const __m512i bits = bit_cast<__m512i>(lanes), mask = _mm512_set1_epi32(0x87f087f0);
-        const __m512i even =
-            _mm512_and_si512(_mm512_srai_epi16(_mm512_slli_epi16(bits, 8), 4), mask);
-        const __m512i odd = _mm512_and_si512(_mm512_srai_epi16(bits, 4), mask);
-        MOE_UNROLL
-        for (int r = 0; r < rows; ++r) {
-          const bf16* four = reinterpret_cast<const bf16*>(row[r] + s * kRowBytes);
-          products[r] = Groups<bf16>::multiply_add(bit_cast<Vec<float>>(even),
-                                                   Groups<bf16>::spread(four), products[r]);
-          products[r] = Groups<bf16>::multiply_add(bit_cast<Vec<float>>(odd),
-                                                   Groups<bf16>::spread(four + 2), products[r]);
-        }
-        continue;
-      }
-#endif
+    for (int t = 0; t < streams; ++t) {
+      Vec<float> products[rows] = {};
       MOE_UNROLL
-      for (int k = 0; k < 4; ++k) {
-        const Vec<float> value = fp8_value(lanes, k);
+      for (int s = 0; s < steps; ++s) {
+        if (streams == 1) prefetch_line(ahead + s * kStepBytes);
+        const VecU32 lanes = load_raw<VecU32>(codes + t * tile.codes_apart + s * kStepBytes);
+#if defined(CPU_CAPABILITY_AVX512_BF16)
+        if constexpr (pairs) {
+          const __m512i bits = bit_cast<__m512i>(lanes), mask = _mm512_set1_epi32(0x87f087f0);
+          const __m512i even =
+              _mm512_and_si512(_mm512_srai_epi16(_mm512_slli_epi16(bits, 8), 4), mask);
+          const __m512i odd = _mm512_and_si512(_mm512_srai_epi16(bits, 4), mask);
+          MOE_UNROLL
+          for (int r = 0; r < rows; ++r) {
+            const bf16* four = reinterpret_cast<const bf16*>(row[r] + s * kRowBytes);
+            products[r] = Groups<bf16>::multiply_add(bit_cast<Vec<float>>(even),
+                                                     Groups<bf16>::spread(four), products[r]);
+            products[r] = Groups<bf16>::multiply_add(bit_cast<Vec<float>>(odd),
+                                                     Groups<bf16>::spread(four + 2), products[r]);
+          }
+          continue;
+        }
+#endif
         MOE_UNROLL
-        for (int r = 0; r < rows; ++r) {
-          float x;
-          std::memcpy(&x, row[r] + s * kRowBytes + k * sizeof(float), sizeof(x));
-          products[r] = fma(value, broadcast(x), products[r]);
+        for (int k = 0; k < 4; ++k) {
+          const Vec<float> value = fp8_value(lanes, k);
+          MOE_UNROLL
+          for (int r = 0; r < rows; ++r) {
+            float x;
+            std::memcpy(&x, row[r] + s * kRowBytes + k * sizeof(float), sizeof(x));
+            products[r] = fma(value, broadcast(x), products[r]);
+          }
         }
       }
+      MOE_UNROLL
+      for (int r = 0; r < rows; ++r) sums[t][r] += products[r];
     }
+    codes += steps * kStepBytes;
+    ahead += steps * kStepBytes;
     MOE_UNROLL
-    for (int r = 0; r < rows; ++r) {
-      sums[r] += products[r];
-      row[r] += kGroupSize / 4 * kRowBytes;
-    }
+    for (int r = 0; r < rows; ++r) row[r] += steps * kRowBytes;
   }
-  store_sums<rows>(tile, sums, kLower, true);
+  MOE_UNROLL
+  for (int t = 0; t < streams; ++t) store_sums<rows>(tile, t, sums[t], kLower, true);
 }
 
 // ------------------------------------------------------------------------------------- functions
@@ -397,42 +418,59 @@ void pack(Format format, void* packed, const float* row, int64_t first_group, in
 
 using TileFunction = void (*)(const Tile&);
 
-template <typename T, size_t... i>
+template <typename T, int streams, size_t... i>
 MOE_INLINE TileFunction tile_function(Format format, int64_t rows, std::index_sequence<i...>) {
   constexpr bool wide = kWide<T>;
-  static constexpr TileFunction table[4][kMaxRows] = {
-      {integer_tile<Format::kInt8, wide, i + 1>...},
-      {fp8_tile<kPairs<T>, i + 1>...},
-      {integer_tile<Format::kInt4, wide, i + 1>...},
-      {integer_tile<Format::kMxfp4, wide, i + 1>...}};
+  static constexpr TileFunction table[4][sizeof...(i)] = {
+      {integer_tile<Format::kInt8, wide, i + 1, streams>...},
+      {fp8_tile<kPairs<T>, i + 1, streams>...},
+      {integer_tile<Format::kInt4, wide, i + 1, streams>...},
+      {integer_tile<Format::kMxfp4, wide, i + 1, streams>...}};
   return table[static_cast<int>(format)][rows - 1];
 }
 
-Tile tile_of(const QuantizedMatrix& b, int64_t number, int vector) {
+// Vector v of a tile's columns, and of the tiles `apart` further on.
+Tile tile_of(const QuantizedMatrix& b, int64_t number, int v, int64_t apart) {
   const bool grouped = has_group_scales(b.format);
-  const int64_t scale = grouped ? sizeof(bf16) : sizeof(float);
-  const int64_t first = number * kTileColumns * (grouped ? b.groups : 1) + vector * L;
+  const int64_t element = grouped ? sizeof(bf16) : sizeof(float);
+  const int64_t scales = kTileColumns * (grouped ? b.groups : 1);
   Tile tile;
-  tile.codes = b.tile(number) + vector * kVectorBytes;
-  tile.scales = static_cast<const char*>(b.scales) + first * scale;
+  tile.codes = tile.ahead = b.tile(number) + v * kVectorBytes;
+  tile.scales = static_cast<const char*>(b.scales) + (number * scales + v * L) * element;
   tile.groups = b.groups;
+  tile.codes_apart = b.tile(apart) - b.codes;
+  tile.scales_apart = apart * scales;
+  tile.out_apart = apart * kTileColumns;
   return tile;
 }
 
+// Results do not depend on which tiles are read together: each sum has the same terms in order.
 template <typename T>
 void multiply(const QuantizedMatrix& b, const void* const* rows, int64_t m, Range tiles,
               const uint8_t* next, float* out, int64_t out_stride) {
-  for (int64_t t = tiles.begin; t < tiles.end; ++t) {
+  constexpr int kStreams = streams_for(1);
+  const int64_t length = streams_for(m) > 1 ? tiles.size() / kStreams : 0;
+  const auto begin = [&](int64_t t, int v, int64_t apart) {
+    Tile tile = tile_of(b, t, v, apart);
+    tile.rows = rows;
+    tile.out = out + (t - tiles.begin) * kTileColumns + v * L;
+    tile.out_stride = out_stride;
+    return tile;
+  };
+  for (int64_t t = tiles.begin; t < tiles.begin + length; ++t) {
+    tile_function<T, kStreams>(b.format, m,
+                               std::make_index_sequence<kMaxStreamRows>())(begin(t, 0, length));
+  }
+  for (int64_t t = tiles.begin + kStreams * length; t < tiles.end; ++t) {
     for (int v = 0; v < kTileVectors; ++v) {
-      Tile tile = tile_of(b, t, v);
+      Tile tile = begin(t, v, 0);
       tile.ahead = t + 1 < tiles.end ? b.tile(t + 1) : next;
-      tile.out_stride = out_stride;
       for (int64_t r = 0; r < m;) {
         const int64_t left = ceil_div(m - r, kMaxRows), count = ceil_div(m - r, left);
-        tile.rows = rows + r;
-        tile.out = out + r * out_stride + (t - tiles.begin) * kTileColumns + v * L;
-        tile_function<T>(b.format, count, std::make_index_sequence<kMaxRows>())(tile);
+        tile_function<T, 1>(b.format, count, std::make_index_sequence<kMaxRows>())(tile);
         tile.ahead = tile.codes;
+        tile.rows += count;
+        tile.out += count * out_stride;
         r += count;
       }
     }

@@ -335,6 +335,24 @@ def test_values_that_are_not_finite_stay_so(tokens: int, format: str, value: flo
     assert torch.equal(y[others], expected[others])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("columns", [40, 208, 330])
+def test_few_tokens_read_matrices_in_other_ways_and_give_the_same_bits(
+    columns: int, format: str, dtype: torch.dtype
+) -> None:
+    """One or two rows meet several tiles at once, where there are as many."""
+    inputs, _ = make_case("plain", dtype, hidden=columns, inner=columns - 4, bias=True)
+    inputs["topk_ids"] = torch.full((9, 1), 1)
+    inputs["topk_weights"] = torch.rand(9, 1)
+    inputs["x"] = torch.randn(9, columns).to(dtype)
+    together = check(inputs, format)
+    case = quantized(inputs, format, format)
+    for tokens in (slice(0, 1), slice(3, 5), slice(5, 8)):
+        few = {**case, **{n: case[n][tokens] for n in ("x", "topk_ids", "topk_weights")}}
+        assert torch.equal(moe_kernels.fused_experts_quantized(**few), together[tokens])
+
+
 def test_same_bits_every_time() -> None:
     inputs, _ = make_case("plain", torch.bfloat16, hidden=200, inner=300)
     case = quantized(inputs, "int4", "int4")

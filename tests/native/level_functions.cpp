@@ -386,7 +386,7 @@ template <typename T>
 void check_quantized() {
   for (Format format : kFormats) {
     for (int64_t k : {1, 31, 32, 33, 96, 131}) {
-      for (int64_t n : {1, 15, 16, 17, 67}) {
+      for (int64_t n : {1, 15, 16, 17, 67, 131}) {
         for (bool transposed : {false, true}) {
           const Codes b = check_quantizing<T>(format, k, n, transposed);
           if constexpr (!std::is_same_v<T, double>) {
