@@ -19,6 +19,7 @@ from benchmarks.providers import LIMITS, OURS, OWN, PROVIDERS
 from benchmarks.registry import Case, Implementation, Inputs, Output, Shape, Truth, Unsupported
 from benchmarks.routing import ROUTINGS, make_topk_ids
 from benchmarks.runner import available
+from moe_kernels.triton._launch import TRITON_VERSION
 from tests.conftest import GPU, HAS_GPU
 from tests.kernels.accuracy import frobenius_error
 from tests.kernels.interpreter import mended_interpreter
@@ -386,11 +387,15 @@ def test_warps_with_roles_compute_the_product() -> None:
     case = op.make_case(
         Shape({"R": 150, "D": 64, "N": 40, "E": 3}), torch.bfloat16, device, "uniform", 0
     )
-    build = PROVIDERS["moe_kernels_roles_triton"].builders["grouped_gemm"]
-    with mended_interpreter():
-        found = build(case).run(case.inputs[0])
-    truth = op.truth(case, 0, False)["c"]
-    assert frobenius_error(found[truth.rows], truth.values) < 4e-3
-    for name in ("moe_kernels_roles_gluon_turns", "moe_kernels_roles_gluon_shared"):
+    names = ["moe_kernels_roles_gluon_turns", "moe_kernels_roles_gluon_shared"]
+    if TRITON_VERSION >= (3, 7):
+        build = PROVIDERS["moe_kernels_roles_triton"].builders["grouped_gemm"]
+        with mended_interpreter():
+            found = build(case).run(case.inputs[0])
+        truth = op.truth(case, 0, False)["c"]
+        assert frobenius_error(found[truth.rows], truth.values) < 4e-3
+    else:
+        names.append("moe_kernels_roles_triton")
+    for name in names:
         with pytest.raises(Unsupported, match="cannot give warps roles on this device"):
             PROVIDERS[name].builders["grouped_gemm"](case)

@@ -31,6 +31,7 @@ from moe_kernels.triton._config_tables import (
     suits_gluon,
 )
 from moe_kernels.triton._configs import CONFIGS, default_config
+from moe_kernels.triton._launch import TRITON_VERSION
 from tests.conftest import HAS_GPU
 from tests.kernels.interpreter import mended_interpreter
 
@@ -151,7 +152,8 @@ def test_the_compiler_gives_warps_roles() -> None:
     plain = dataclasses.replace(roles, block_m=64, block_n=128)  # too few rows to halve
     configs = [roles, gluon, plain]
     found = compile_all("grouped_gemm", 0, shape, "bf16", configs, 90, processes=1, seconds=240)
-    assert (found[roles].problem, found[gluon].problem) == ("", "")
+    assert found[gluon].problem == ""
+    assert (found[roles].problem == "") == (TRITON_VERSION >= (3, 7))
     assert found[plain].problem == "has no warps with roles, although it is asked for"
     up = Config(128, 64, 64, warps=8, stages=4, warp_specialize="gluon")
     assert compile_all("up", 0, shape, "bf16", [up], 90, processes=1, seconds=240)[up].problem == ""

@@ -248,7 +248,8 @@ def _roles(parts: dict[str, int], archs: range, **cut: Any) -> None:
     from moe_kernels.triton._launch import TRITON_VERSION, architecture
 
     arch = architecture(torch.device("cpu"))
-    if arch not in archs or (arch >= 100 and TRITON_VERSION < (3, 7)):
+    by_triton = cut["warp_specialize"] == "triton"
+    if arch not in archs or (by_triton and TRITON_VERSION < (3, 7)):
         return
     shape = Shape({"T": 512, "H": H, "I": INNER, "E": 2, "K": 1})
     layer = Layer(shape, BF16, torch.device("cpu"), filled=False)

@@ -270,7 +270,9 @@ def call(case: Case | Gradient, counts: list[int], device: torch.device) -> Call
     shift = torch.randn(experts, columns, device=device).to(BF16) if biased else None
     slots = torch.randperm(rows, device=device).int()
     slots[used:] = 2**30  # never read
-    order = slots, torch.empty(tokens, TOP_K, dtype=torch.int32, device=device), offsets
+    rows_of = torch.full((tokens * TOP_K,), rows, dtype=torch.int32, device=device)
+    rows_of[slots[:used].long()] = torch.arange(used, dtype=torch.int32, device=device)
+    order = slots, rows_of.view(tokens, TOP_K), offsets
     h = torch.empty(rows if saves else 0, columns, dtype=BF16, device=device)
     activated = torch.empty(rows, INNER, dtype=BF16, device=device)
 

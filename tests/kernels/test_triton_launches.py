@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 
+from moe_kernels.triton._launch import TRITON_VERSION
 from moe_kernels.triton.fused_experts import fused_experts, fused_experts_backward
 from moe_kernels.triton.fused_experts_fp8 import (
     fused_experts_fp8,
@@ -21,7 +22,9 @@ pytestmark = pytest.mark.skipif(HAS_GPU, reason="counts launches of interpreted 
 E, K, H, INNER = 128, 8, 2048, 768
 SORT_ONCE = ["_sort_one_block_kernel"]
 SORT = ["_count_kernel", "_scatter_kernel"]
-EXPERTS = ["_up_kernel", "_grouped_gemm_kernel", "_unpermute_kernel"]
+# of rows, where a product of gathered rows cannot be pipelined
+GATHER = [] if TRITON_VERSION >= (3, 7) else ["_permute_kernel"]
+EXPERTS = [*GATHER, "_up_kernel", "_grouped_gemm_kernel", "_unpermute_kernel"]
 
 
 def launches(function: Any, *args: Any) -> tuple[list[str], Any]:
@@ -68,9 +71,11 @@ def test_backward() -> None:
     )
     assert names == [
         "_prepare_kernel",
+        *GATHER,
         "_down_backward_kernel",
         "_wgrad_kernel",
         "_sum_partials_kernel",
+        *GATHER,
         "_wgrad_kernel",
         "_grouped_gemm_kernel",
         "_unpermute_kernel",
@@ -102,7 +107,9 @@ def test_float8() -> None:
         "_scaled_grouped_gemm_kernel",
         "_activate_quantize_backward_kernel",
         "_sum_partials_kernel",
+        *GATHER,
         "_wgrad_kernel",
+        *GATHER,
         "_wgrad_kernel",
         "_quantize_weights_kernel",
         "_scaled_grouped_gemm_kernel",
@@ -117,7 +124,7 @@ def test_large_layers_launch_a_product_and_a_sum_a_chunk() -> None:
     wide[0] = torch.empty(2**17, 2 * H, dtype=torch.bfloat16, device="meta")
     wide[1] = torch.empty(E, 2 * H, 2 * INNER, dtype=torch.bfloat16, device="meta")
     wide[2] = torch.empty(E, INNER, 2 * H, dtype=torch.bfloat16, device="meta")
-    assert launches(fused_experts, *wide)[0] == [*SORT, *EXPERTS, *EXPERTS[1:]]
+    assert launches(fused_experts, *wide)[0] == [*SORT, *EXPERTS, *EXPERTS[-2:]]
 
 
 def test_router_adds_to_the_counters_of_chosen_experts_alone() -> None:
