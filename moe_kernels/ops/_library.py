@@ -159,12 +159,26 @@ def direct_call(name: str) -> Callable[..., Any]:
 
 def call_op(op: torch._ops.OpOverload, *args: Any) -> Any:
     """``op(*args)``, past its autograd formula where gradients are off: that formula, which is in
-    Python, would do nothing but call the op again."""
+    Python, would do nothing but call the op again.
+
+    Raises:
+        NotImplementedError: it would be differentiated by a transform of torch.func.
+    """
     plain = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
     if plain and torch._C._functorch.peek_interpreter_stack() is None:
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
-    return op(*args)
+    try:
+        return op(*args)
+    except RuntimeError as error:
+        # PyTorch's words are for who wrote the op, not for who calls it.
+        if torch._C._are_functorch_transforms_active() and "setup_context" in str(error):
+            raise NotImplementedError(
+                f"{op._opname}: torch.func.grad and the like (vjp, jacrev) are not supported. "
+                "Differentiate by backward or torch.autograd.grad, or call the function of that "
+                "name in moe_kernels.reference."
+            ) from error
+        raise
 
 
 def register_autograd(

@@ -18,7 +18,7 @@ from moe_kernels.ops._checks import (
     check_tensor,
     shape,
 )
-from moe_kernels.ops._library import define, register_autograd
+from moe_kernels.ops._library import call_op, define, register_autograd
 from moe_kernels.reference.chunk_permute import (
     chunk_permute as chunk_permute_reference,
 )
@@ -79,5 +79,5 @@ def chunk_permute(rows: Tensor, sizes: Tensor, order: Tensor) -> Tensor:
         raise ValueError(
             f"chunk_permute: order must be {shape(sizes)} as sizes; got {shape(order)}"
         )
-    out: Tensor = _op(rows, sizes, order)
+    out: Tensor = call_op(_op, rows, sizes, order)
     return out

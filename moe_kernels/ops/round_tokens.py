@@ -22,7 +22,7 @@ from moe_kernels.ops._checks import (
     check_tensor,
     shape,
 )
-from moe_kernels.ops._library import define, register_autograd
+from moe_kernels.ops._library import call_op, define, register_autograd
 from moe_kernels.reference.round_tokens import MODES
 from moe_kernels.reference.round_tokens import round_tokens as round_tokens_reference
 
@@ -195,4 +195,5 @@ def round_tokens(
             raise ValueError(
                 f"{op}: token_mask must be [T] = [{topk_ids.shape[0]}]; got {shape(token_mask)}"
             )
-    return RoundedTokens(*_op(topk_weights, topk_ids, token_mask, num_experts, top_k, tile, mode))
+    arguments = (topk_weights, topk_ids, token_mask, num_experts, top_k, tile, mode)
+    return RoundedTokens(*call_op(_op, *arguments))

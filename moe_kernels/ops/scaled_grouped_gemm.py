@@ -22,6 +22,7 @@ from moe_kernels.ops._checks import (
     shape,
 )
 from moe_kernels.ops._library import (
+    call_op,
     define,
     owed_gradients,
     refuse_backward,
@@ -233,5 +234,6 @@ def fp8_grouped_gemm(
     check_same(op, "a", a, "bias", bias)
     check_flag(op, "power_of_two", power_of_two)
     check_flag(op, "save_float8", save_float8)
-    out: Tensor = _fp8_op(a, b, offsets, bias, out_dtype, power_of_two, save_float8)[0]
+    arguments = (a, b, offsets, bias, out_dtype, power_of_two, save_float8)
+    out: Tensor = call_op(_fp8_op, *arguments)[0]
     return out

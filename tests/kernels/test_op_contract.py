@@ -343,8 +343,8 @@ def test_double_backward_is_refused(impl: Implementation) -> None:
         grad.sum().backward()
 
 
-def test_forward_mode_is_refused(impl: Implementation) -> None:
-    """torch.library's ops would drop the tangent and return derivatives of zero."""
+def test_forward_mode_and_transforms_are_refused(impl: Implementation) -> None:
+    """torch.library's ops would drop the tangent, and know nothing of torch.func's gradients."""
     inputs, _ = make_case("plain", torch.float32, bias=True)
     case = {name: value.to(impl.device) for name, value in inputs.items()}
     order = moe_kernels.sort_by_expert(case["topk_ids"], case["down"].shape[0])
@@ -385,8 +385,12 @@ def test_forward_mode_is_refused(impl: Implementation) -> None:
             function(forward_ad.make_dual(value, tangent))
         with forward_ad.dual_level():
             function(value)  # without a tangent there is nothing to drop
-    # what the message advises
+        if "quantize" not in name:  # which cannot be differentiated at all
+            with pytest.raises(NotImplementedError, match=r"torch\.func\.grad and the like"):
+                torch.func.grad(lambda v, f=function: f(v).sum())(value)
+    # what the messages advise
     x, others = case.pop("x"), case
+    torch.func.grad(lambda v: reference.fused_experts(v, **others).sum())(x)
     upstream = torch.randn_like(x)
     advised = torch.func.jvp(lambda v: reference.fused_experts(v, **others), (x,), (upstream,))[1]
     y = moe_kernels.fused_experts(x.requires_grad_(), **others)
