@@ -35,14 +35,19 @@ def replicate_correction_bias(gate: Any, mesh: Any) -> None:
     )
 
 
-def check_expert_widths(moe_layers: Iterable[Any], mesh: Any) -> None:
+def check_expert_widths(moe_layers: Iterable[Any], mesh: Any, fsdp_mesh: Any) -> None:
     """Every width of the layers' experts, in dimension 1, must divide evenly over ``mesh``.
 
     Dimension 0 would not do: there may be more shards than experts. Some layers may be None.
 
     Raises:
-        MeshError: one does not; before any communication.
+        MeshError: one does not, or there is no mesh beside ``fsdp_mesh``; before any communication.
     """
+    if mesh is None and is_mesh(fsdp_mesh):  # fully_shard would take all ranks
+        raise MeshError(
+            "apply_fsdp: ep_shard_enabled needs ep_shard_mesh, such as moe_mesh['ep_shard']; got "
+            "None. Pass the mesh, or ep_shard_enabled=False."
+        )
     for moe in moe_layers:
         experts = getattr(moe, "experts", None)
         if not is_mesh(mesh) or not is_module(experts):

@@ -82,10 +82,10 @@ def _refused(rank: int, ranks: int) -> list[str]:
     refuse(cp, KeyError, TinyLM(), activation_checkpointing="selective", **head)
 
     whole = TinyLM()
-    before = state(whole)
+    before_sharding = state(whole)
     with pytest.raises(KeyError, match="apply_fsdp: lm_head_precision: dtype must be one of"):
         apply_fsdp(whole, build_meshes()[0]["dp_shard"], False, False, **head)
-    assert state(whole) == before
+    assert state(whole) == before_sharding
 
     narrow = TinyLM(ModelOptions(moe={"moe_inter_dim": 7}))
     world_mesh, moe_mesh = build_meshes(ep=2)
@@ -94,10 +94,14 @@ def _refused(rank: int, ranks: int) -> list[str]:
     with pytest.raises(MeshError, match="down_projs must be a multiple of the ep_shard size 2"):
         apply_fsdp(narrow, world_mesh["dp_shard"], False, True, moe_mesh["ep_shard"])
     assert state(narrow) == before
+    for ep_enabled in (False, True):
+        with pytest.raises(MeshError, match=r"needs ep_shard_mesh, .*; got None\. Pass"):
+            apply_fsdp(whole, world_mesh["dp_shard"], ep_enabled, True)
+    assert state(whole) == before_sharding
     foreign = nn.Module()
     foreign.bias = nn.Parameter(torch.zeros(4, 3))
     with pytest.raises(MeshError, match=r"bias must be a multiple of .* 2; got \[4, 3\]"):
-        check_expert_widths([None, SimpleNamespace(experts=foreign)], moe_mesh["ep_shard"])
+        check_expert_widths([None, SimpleNamespace(experts=foreign)], moe_mesh["ep_shard"], None)
     return found
 
 
