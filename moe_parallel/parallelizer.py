@@ -434,7 +434,8 @@ def parallelize_model(
         dp_axis_names: the axes of FSDP: one, or two to replicate over the first; None for no FSDP.
         cp_axis_name, tp_axis_name: axes of ``world_mesh``. Tensor parallelism is not applied here.
         ep_axis_name, ep_shard_axis_names: axes of ``moe_mesh``.
-        activation_checkpointing: True, or "selective"; see :func:`apply_ac`.
+        activation_checkpointing: "selective"; or any other true value, a misspelt one too, for what
+            ``ignore_router_for_ac`` says. See :func:`apply_ac`.
         ignore_router_for_ac: see ``ignore_router`` of :func:`apply_ac`.
         reshard_after_forward, lm_head_precision, wrap_outer_model, mp_policy: see
             :func:`apply_fsdp`.
