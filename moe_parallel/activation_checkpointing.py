@@ -192,7 +192,9 @@ def count_load_once(context_fn: ContextFn | None, moe: Any) -> ContextFn | None:
         return context_fn
 
     def with_load() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        inner = (nullcontext(), nullcontext()) if context_fn is None else context_fn()
+        inner: Any = (nullcontext(), nullcontext()) if context_fn is None else context_fn()
+        if not isinstance(inner, (tuple, list)):  # of what was put in the place of PyTorch's own
+            return inner
         forward, recompute = inner
         return forward, _WithLoadUnchanged(recompute, gate)
 

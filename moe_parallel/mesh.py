@@ -183,7 +183,7 @@ def get_submesh(mesh: Any, names: str | Sequence[str]) -> Any:
     if mesh is None:
         raise TypeError(f"get_submesh: mesh must be a DeviceMesh, to have {names!r}; got None")
     if not is_mesh(mesh):
-        return mesh[names if isinstance(names, str) else tuple(names)]
+        return _indexed(mesh, names if isinstance(names, str) else tuple(names))
     names = (names,) if isinstance(names, str) else tuple(names)
     native = mesh.mesh_dim_names or ()
     if all(name in native for name in names):
@@ -206,6 +206,16 @@ def get_submesh(mesh: Any, names: str | Sequence[str]) -> Any:
         f"get_submesh: no flattened axis of the mesh covers {names} in this order; flattened axes "
         f"are {', '.join(flattened)}"
     )
+
+
+def _indexed(mesh: Any, names: str | tuple[str, ...]) -> Any:
+    """A part of another framework's mesh, which may know one axis by its plain name alone."""
+    try:
+        return mesh[names]
+    except Exception:
+        if isinstance(names, str) or len(names) != 1:
+            raise
+    return mesh[names[0]]
 
 
 def ranks_of_ep_shard(moe_mesh: Any, ep_axis_name: str) -> int:

@@ -54,7 +54,7 @@ def fsdp_param_groups(state: Any) -> list[Any]:
 def fully_sharded_modules(module: Any) -> Iterator[Any]:
     """``module`` and what is in it, as far as ``fully_shard`` was applied to it."""
     if is_module(module):
-        yield from (child for child in module.modules() if isinstance(child, FSDPModule))
+        yield from (child for child in module.modules() if issubclass(type(child), FSDPModule))
 
 
 def reshards_after_forward(module: Any) -> bool:

@@ -145,8 +145,10 @@ def test_apply_ac_takes_the_contexts_it_is_given(
     monkeypatch.setattr(
         parallelizer, "create_selective_checkpoint_contexts", lambda policy: contexts
     )
-    parallelizer.apply_ac(make_model(), hidden_size=4)
-    assert wrapped[0]["context_fn"]() is contexts
+    model = make_model()
+    model.model.layers.blocks["b"].mlp.gate = SimpleNamespace(_cumulative_expert_load=None)
+    parallelizer.apply_ac(model, hidden_size=4)
+    assert [options["context_fn"]() for options in wrapped] == [contexts] * 2
 
 
 @pytest.mark.parametrize("selective", [False, True])

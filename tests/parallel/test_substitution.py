@@ -120,6 +120,36 @@ def test_nothing_is_asked_of_a_model_that_other_steps_parallelize(
             call.reset_mock()
 
 
+class OneAxis:
+    """A mesh that knows its axes by their plain names, and says in its own way what it lacks."""
+
+    def __init__(self, error: type[Exception], **sizes: int) -> None:
+        self.error = error
+        self.axes = {name: SimpleNamespace(size=lambda n=n: n) for name, n in sizes.items()}
+
+    def __getitem__(self, name: Any) -> Any:
+        if name not in self.axes:
+            raise self.error(name)
+        return self.axes[name]
+
+
+@pytest.mark.parametrize("error", [KeyError, AssertionError, NotImplementedError])
+def test_a_mesh_may_lack_what_is_not_asked_of_it(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    calls = {name: Mock() for name in STEPS}
+    for name, call in calls.items():
+        monkeypatch.setattr(parallelizer, name, call)
+    world, experts = OneAxis(error, dp=2), OneAxis(error, ep=2)
+    options: dict[str, Any] = {"dp_axis_names": ["dp"], "ep_axis_name": "ep"}
+    parallelizer.parallelize_model(make_model(), world, experts, **options)
+    assert calls["apply_ep"].call_args.args[1] is experts["ep"]
+    assert calls["apply_fsdp"].call_args.args[1] is world["dp"]
+    assert calls["apply_fsdp"].call_args.kwargs["ep_shard_enabled"] is False
+    with pytest.raises(error, match="cp"):
+        parallelizer.parallelize_model(make_model(), world, experts, **options, cp_axis_name="cp")
+
+
 def test_names_of_the_parallelizer_are_looked_up_when_it_runs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -260,6 +290,28 @@ def test_a_stage_may_be_a_stand_in(backwards: dict[str, Any], mock: Any, kind: A
     assert stage.submod.reducer.prepare_for_backward.call_count == (
         3 if kind is DistributedDataParallel else 0
     )
+
+
+def test_units_of_another_kind_are_told_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What only says it is a unit has no state of one."""
+
+    class Unit(nn.Module):
+        set_is_last_backward = set_reshard_after_backward = Mock()
+        set_requires_gradient_sync = Mock()
+
+    class Model(nn.Module, fsdp_mixin.MoEFSDPSyncMixin):
+        backend = SimpleNamespace(enable_fsdp_optimizations=True)
+
+    model, own = Model(), builtins.isinstance
+    model.lm_head = Unit()
+    monkeypatch.setattr(
+        builtins, "isinstance", lambda value, cls: own(value, Unit if cls is FSDPModule else cls)
+    )
+    model.prepare_for_grad_accumulation()
+    model.prepare_for_final_backward()
+    monkeypatch.undo()
+    told = Unit.set_requires_gradient_sync.call_args_list
+    assert [call.args for call in told] == [(False,), (True,)]
 
 
 def test_checkpointed_blocks_are_asked_of_single_classes(
