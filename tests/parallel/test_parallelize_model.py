@@ -288,6 +288,11 @@ def test_full_matrix(sizes: dict[str, int]) -> None:
     check(sizes, COVERING + FULL)
 
 
+def test_replicas_that_share_sequences() -> None:
+    """Every axis but the pipeline's has two ranks or more, which takes 8."""
+    check({"dp_replicate": 2, "cp": 2, "ep": 4}, SHARED[1:2], ranks=8)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [{"ep": 4}, {"dp_replicate": 2, "ep": 4}], ids=str)
 def test_8_ranks(sizes: dict[str, int]) -> None:

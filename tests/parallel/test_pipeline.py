@@ -282,6 +282,11 @@ def test_an_outer_root_reduces_in_every_schedule_step() -> None:
     )
 
 
+def test_replicas_of_a_pipeline() -> None:
+    case = Case("ScheduleInterleavedZeroBubble", steps=2, micro_batches=2, moe=AUX)
+    check({"dp_replicate": 2, "ep": 2}, [case], ranks=8)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ep", [1, 2, 4])
 @pytest.mark.parametrize("ac", [False, "router", "full", "selective"], ids=lambda ac: f"ac={ac}")
