@@ -35,19 +35,38 @@ def replicate_correction_bias(gate: Any, mesh: Any) -> None:
     )
 
 
-def check_expert_widths(moe_layers: Iterable[Any], mesh: Any, fsdp_mesh: Any) -> None:
+def check_shards(
+    moe_layers: Iterable[Any], fsdp_mesh: Any, ep_shard_enabled: bool, ep_shard_mesh: Any
+) -> None:
+    """The meshes must be such that FSDP can shard a model with these MoE layers over them.
+
+    Raises:
+        MeshError: they are not; before any communication.
+    """
+    if is_mesh(fsdp_mesh) and fsdp_mesh.ndim > 2:
+        raise MeshError(
+            "apply_fsdp: fsdp_mesh must be 1-D, or 2-D to replicate over the first axis; got "
+            f"{fsdp_mesh.ndim}-D, of {fsdp_mesh.mesh_dim_names}. Use the axes of "
+            "parallel_axis_names, which joins several into one."
+        )
+    if not ep_shard_enabled:
+        return
+    if ep_shard_mesh is None and is_mesh(fsdp_mesh):  # fully_shard would take all ranks
+        raise MeshError(
+            "apply_fsdp: ep_shard_enabled needs ep_shard_mesh, such as moe_mesh['ep_shard']; got "
+            "None. Pass the mesh, or ep_shard_enabled=False."
+        )
+    check_expert_widths(moe_layers, ep_shard_mesh)
+
+
+def check_expert_widths(moe_layers: Iterable[Any], mesh: Any) -> None:
     """Every width of the layers' experts, in dimension 1, must divide evenly over ``mesh``.
 
     Dimension 0 would not do: there may be more shards than experts. Some layers may be None.
 
     Raises:
-        MeshError: one does not, or there is no mesh beside ``fsdp_mesh``; before any communication.
+        MeshError: one does not; before any communication.
     """
-    if mesh is None and is_mesh(fsdp_mesh):  # fully_shard would take all ranks
-        raise MeshError(
-            "apply_fsdp: ep_shard_enabled needs ep_shard_mesh, such as moe_mesh['ep_shard']; got "
-            "None. Pass the mesh, or ep_shard_enabled=False."
-        )
     for moe in moe_layers:
         experts = getattr(moe, "experts", None)
         if not is_mesh(mesh) or not is_module(experts):

@@ -39,7 +39,7 @@ from moe_parallel.fsdp_preparation import (
     check_ep_mesh,
     check_equal_experts,
     check_expert_counts,
-    check_expert_widths,
+    check_shards,
     fp32_param_holders,
     keep_in_fp32_names,
     replicate_correction_bias,
@@ -298,16 +298,15 @@ def apply_fsdp(
 
     Raises:
         KeyError: ``lm_head_precision`` is a name of no dtype.
-        MeshError: the experts' widths do not divide over ``ep_shard_mesh``, or it is missing; or
-            the head outside of the inner model is tied to the embedding inside, with
-            ``wrap_outer_model=False``. The model is as it was.
+        MeshError: ``fsdp_mesh`` has more axes; the experts' widths do not divide over
+            ``ep_shard_mesh``, or it is missing; or the head outside of the inner model is tied to
+            the embedding inside, with ``wrap_outer_model=False``. The model is as it was.
     """
     with refused_together(fsdp_mesh):
         head_precision = head_dtype(lm_head_precision, dtype_from_str)
         backbone = get_text_module(inner_model(model))
         blocks = list(_iter_moe_blocks(model, backbone))
-        if ep_shard_enabled:
-            check_expert_widths(map(_get_moe_module, blocks), ep_shard_mesh, fsdp_mesh)
+        check_shards(map(_get_moe_module, blocks), fsdp_mesh, ep_shard_enabled, ep_shard_mesh)
         check_ends(model, backbone, wrap_outer_model)
     if mp_policy is None:
         narrow = dict.fromkeys(("param_dtype", "output_dtype"), torch.bfloat16)
@@ -466,13 +465,13 @@ def parallelize_model(
         if ep_mesh is not None and own_ep:
             layers = _moe_layers(model)
             check_expert_counts(layers, ep_mesh.size())
-        if own_fsdp and ep_shard_enabled:
-            check_expert_widths((moe for _, moe in _moe_layers(model)), ep_shard_mesh, fsdp_mesh)
+        if own_fsdp and fsdp_mesh is not None:
+            moes = (moe for _, moe in _moe_layers(model))
+            check_shards(moes, fsdp_mesh, ep_shard_enabled, ep_shard_mesh)
+            check_ends(model, get_text_module(inner_model(model)), wrap_outer_model)
         saves_router = activation_checkpointing and ignore_router_for_ac and not selective
         if saves_router and _is_own(apply_ac):
             router_sizes(model, None, None)
-        if own_fsdp and fsdp_mesh is not None:
-            check_ends(model, get_text_module(inner_model(model)), wrap_outer_model)
         check_transports(layers, ep_mesh, moe_mesh)
     if ep_mesh is not None and own_ep:
         check_equal_experts(layers, ep_mesh, moe_mesh)

@@ -65,6 +65,7 @@ def _refused(rank: int, ranks: int) -> list[str]:
     refuse(cp, MeshError, apart, wrap_outer_model=False)
     refuse(cp, MeshError, TinyLM(), ep_shard_axis_names=None)
     refuse(cp, MeshError, TinyLM(), ep_axis_name=None)
+    refuse(cp, MeshError, TinyLM(), dp_axis_names=("dp_replicate", "dp_shard", "cp"))
     for name, value in {"window": 3, "dropout_p": 0.5}.items():
         unfit = TinyLM(ModelOptions(shared_attention=True))
         setattr(unfit.model.layers["2"].self_attn.attn_module, name, value)
@@ -97,11 +98,14 @@ def _refused(rank: int, ranks: int) -> list[str]:
     for ep_enabled in (False, True):
         with pytest.raises(MeshError, match=r"needs ep_shard_mesh, .*; got None\. Pass"):
             apply_fsdp(whole, world_mesh["dp_shard"], ep_enabled, True)
+    with pytest.raises(MeshError, match="fsdp_mesh must be 1-D, or 2-D"):
+        apply_fsdp(whole, world_mesh["dp_replicate", "dp_shard", "cp"], False, False)
     assert state(whole) == before_sharding
+    apply_fsdp(whole, world_mesh["dp_shard"], False, False)  # nothing is left of the tries
     foreign = nn.Module()
     foreign.bias = nn.Parameter(torch.zeros(4, 3))
     with pytest.raises(MeshError, match=r"bias must be a multiple of .* 2; got \[4, 3\]"):
-        check_expert_widths([None, SimpleNamespace(experts=foreign)], moe_mesh["ep_shard"], None)
+        check_expert_widths([None, SimpleNamespace(experts=foreign)], moe_mesh["ep_shard"])
     return found
 
 
@@ -117,6 +121,8 @@ def test_a_refused_model_is_untouched_and_nothing_was_communicated() -> None:
             "Use wrap_outer_model=True, or untie them",
             "Pass ep_shard_axis_names=('ep_shard',)",
             "have 2 ranks, but 4 share the experts, {'ep_shard': 2, 'ep': 2}; the others would",
+            "fsdp_mesh must be 1-D, or 2-D to replicate over the first axis; got 3-D, of "
+            "('dp_replicate', 'dp_shard', 'cp')",
             "'p2p' does not support a window; got 3",
             "dropout_p must be 0 with a context parallel group; got 0.5",
             "multiple of the EP size 4; block 2 has 6",
