@@ -342,7 +342,7 @@ def fused_experts(
         TypeError: dtypes that do not fit. Under autocast x, weights and biases are converted first,
             as for linear.
         RuntimeError: on differentiating twice; a NotImplementedError, which is one, on
-            differentiating forwards (torch.func.jvp).
+            differentiating forwards (torch.func.jvp) or by a transform (torch.func.grad).
     """
     op = "fused_experts"
     alpha_value, limit_value = resolve_activation(op, activation, interleaved, alpha, limit)
