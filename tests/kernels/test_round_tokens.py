@@ -24,7 +24,7 @@ SHAPES = {
     "no_tokens": (0, 2, 1, 4, 8),
     "tile_of_one": (30, 2, 2, 8, 1),
     "large_tile": (30, 2, 2, 8, 64),
-    "long": (1300, 1, 1, 2, 16),  # an expert's slots fill more than one block
+    "long": (640, 1, 1, 2, 16),  # an expert's slots fill more than one block
 }
 
 

@@ -20,7 +20,7 @@ def test_equals_definition(impl: Implementation, name: str, dtype: torch.dtype) 
 
 
 def test_is_stable_and_repeatable_for_many_tokens(impl: Implementation) -> None:
-    ids = torch.randint(-1, 8, (1400, 3))
+    ids = torch.randint(-1, 8, (800, 3))
     first = moe_kernels.sort_by_expert(ids.to(impl.device), 7)
     second = moe_kernels.sort_by_expert(ids.to(impl.device), 7)
     expected = reference.sort_by_expert(ids, 7)

@@ -93,8 +93,11 @@ def nbytes(*tensors: Tensor) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize(
+    ("transposed", "dtype"),
+    [(False, torch.bfloat16), (True, torch.float32)],
+    ids=["rows", "columns"],
+)
 def test_chunks_change_no_bits(
     impl: Implementation,
     transposed: bool,
