@@ -4,8 +4,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdio>
 #include <cstring>
+#include <thread>
 
 #include "cuda/regions.h"
 
@@ -21,6 +23,8 @@ using shm::Stage;
 using Call = shm::Communicator::Call;
 
 constexpr int64_t kPage = int64_t{1} << 21;
+// For a process that has closed its files to be seen to have exited.
+constexpr auto kDying = std::chrono::milliseconds(500);
 constexpr int kHandleWords = sizeof(Device::Handle) / sizeof(int64_t);
 
 uint64_t read(const uint64_t& word) {
@@ -118,9 +122,25 @@ std::vector<char*> PeerMemory::open_all(Call& call, Stage stage, const Device::H
   }
   std::vector<char*> peers;
   for (int p = 0; p < communicator_->size(); ++p) {
-    peers.push_back(p == communicator_->rank() ? own : device_->open(handles[p]));
+    peers.push_back(p == communicator_->rank() ? own : open(p, handles[p]));
   }
   return peers;
+}
+
+// What a rank has made goes with it: why it went comes first, and not that it cannot be found.
+char* PeerMemory::open(int peer, const Device::Handle& handle) {
+  try {
+    return device_->open(handle);
+  } catch (const shm::Error&) {
+    const auto deadline = shm::Clock::now() + kDying;
+    std::string trouble;
+    while ((trouble = communicator_->trouble_with(peer)).empty()) {
+      if (shm::Clock::now() >= deadline) throw;
+      std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    }
+    throw shm::Error("cuda_ipc: " + trouble + " before rank " + std::to_string(rank()) +
+                     " could open its memory");
+  }
 }
 
 void PeerMemory::close_all(const std::vector<char*>& peers) {
@@ -209,7 +229,8 @@ void PeerMemory::grow(Phase phase, int64_t parity_bytes, double timeout) {
       device_->free(before.own);
     }
     captured_ = false;
-  } catch (const c10::Error&) {
+  } catch (const c10::Error& error) {
+    call.abandon(error.what_without_backtrace());  // unless the ranks have agreed on it
     throw;
   } catch (const Unmatched&) {
     call.finish();
@@ -255,7 +276,7 @@ void PeerMemory::check(const char* phase, bool peers) {
     const std::string trouble = communicator_->trouble_with(p);
     if (trouble.empty()) continue;
     const std::string text = std::string(phase) + ": " + trouble;
-    communicator_->fail(text);
+    communicator_->fail(text, communicator_->failure_of(p));
     throw shm::Error(text);
   }
   const uint64_t overflows = read(report_->overflows);
@@ -326,7 +347,7 @@ void PeerMemory::raise_fault(Fault fault) {
       text = error.what_without_backtrace();
     }
   }
-  communicator_->fail(text);
+  communicator_->fail(text, fault == Fault::kPeerFailed ? communicator_->failure_of(culprit) : "");
   TORCH_CHECK_VALUE(fault != Fault::kMismatch && fault != Fault::kHandle, text);
   TORCH_CHECK_INDEX(fault != Fault::kInvalidSlot, text);
   TORCH_CHECK(fault != Fault::kRefused, text);

@@ -103,6 +103,7 @@ class PeerMemory {
 
   std::vector<char*> open_all(shm::Communicator::Call& call, shm::Stage stage,
                               const Device::Handle& handle, char* own);
+  char* open(int peer, const Device::Handle& handle);
   void close_all(const std::vector<char*>& peers);
   void grow(Phase phase, int64_t parity_bytes, double timeout);
   void check_unmatched();

@@ -34,6 +34,13 @@ std::string random_name() {
   return name;
 }
 
+// That made such a name.
+pid_t process_of(const std::string& name) {
+  int process = -1;
+  std::sscanf(name.c_str(), "moe_kernels.%d.", &process);
+  return process;
+}
+
 std::string seconds_text(double seconds) {
   char text[32];
   std::snprintf(text, sizeof(text), "%g", seconds);
@@ -59,9 +66,11 @@ const char* name_of(Stage stage) {
   return "message";
 }
 
-// Of a rank that has closed.
-const char* what_of(State state) {
-  return state == State::kExits ? " is about to exit" : " has destroyed the group";
+// Of a rank that has gone, what it did first; empty if it is there.
+const char* what_of(State state, bool exited) {
+  if (state == State::kClosed) return " has destroyed the group";
+  if (exited) return " has exited";
+  return state == State::kExits ? " is about to exit" : "";
 }
 
 inline void pause() {
@@ -133,14 +142,21 @@ std::string Communicator::reason_of(const PeerLink& link) const {
   return reason;
 }
 
+std::string Communicator::failure_of(int peer) const {
+  const PeerLink& link = peers_[peer];
+  if (peer == rank_) return "";
+  const auto state = static_cast<State>(link.control->state.load(std::memory_order_acquire));
+  return state == State::kFailed ? reason_of(link) : "";
+}
+
 std::string Communicator::trouble_with(int peer) const {
   const PeerLink& link = peers_[peer];
   if (peer == rank_) return "";
   const bool exited = has_exited(link.watch);
   const auto state = static_cast<State>(link.control->state.load(std::memory_order_acquire));
   if (state == State::kFailed) return name_of(peer) + " has failed: " + reason_of(link);
-  if (exited) return name_of(peer) + " has exited";
-  return state == State::kOpen ? "" : name_of(peer) + what_of(state);
+  const std::string what = what_of(state, exited);
+  return what.empty() ? "" : name_of(peer) + what;
 }
 
 void Communicator::announce_going(uint64_t calls) { own_control().goes_after.store(calls + 1); }
@@ -208,16 +224,32 @@ void Communicator::connect(const std::vector<std::string>& addresses, double tim
                 " ranks; got " + std::to_string(addresses.size()));
   }
   const Deadline deadline = deadline_in(timeout);
+  const auto check_there = [&](int peer) {
+    const pid_t process = process_of(addresses[peer]);
+    if (peer == rank_ || !is_gone(process)) return;
+    throw Error("shared_memory: rank " + std::to_string(peer) + " (process " +
+                std::to_string(process) + ") of group '" + group_ + "' has exited while rank " +
+                std::to_string(rank_) + " joined the others");
+  };
   for (int peer = 0; peer < rank_; ++peer) {
     try {
       greet(connect_to(addresses[peer]), peer, deadline);
     } catch (const Error& error) {
+      // A rank that others have missed may be why this one closed its door.
+      for (int other = 0; other < size_; ++other) check_there(other);
       throw Error("shared_memory: rank " + std::to_string(rank_) + " could not join " +
                   name_of(peer) + ", which may have exited: " + error.what());
     }
   }
   for (int missing = size_ - 1 - rank_; missing > 0; --missing) {
-    Fd socket = accept_from(listener_, deadline);
+    Fd socket;
+    do {
+      socket = accept_from(listener_, std::min(deadline, Clock::now() + kSlice));
+      for (int peer = rank_ + 1; !socket.valid() && peer < size_; ++peer) {
+        if (!peers_[peer].socket.valid()) check_there(peer);
+      }
+      if (interrupt_) interrupt_();
+    } while (!socket.valid() && Clock::now() < deadline);
     if (!socket.valid()) {
       std::string names;
       for (int peer = rank_ + 1; peer < size_; ++peer) {
@@ -238,7 +270,7 @@ std::string Communicator::failure() const {
   return failure_;
 }
 
-void Communicator::fail(const std::string& reason) {
+void Communicator::fail(const std::string& reason, const std::string& cause) {
   if (!is_owner()) return;
   {
     const std::lock_guard lock(failure_mutex_);
@@ -246,7 +278,7 @@ void Communicator::fail(const std::string& reason) {
     failure_ = reason;
   }
   Control& control = own_control();
-  std::snprintf(control.reason, kReasonBytes, "%s", reason.c_str());
+  std::snprintf(control.reason, kReasonBytes, "%s", (cause.empty() ? reason : cause).c_str());
   control.state.store(static_cast<uint32_t>(State::kFailed), std::memory_order_release);
   for (int peer = 0; peer < size_; ++peer) ring(peer);
 }
@@ -317,16 +349,17 @@ void Communicator::check_peers(Stage stage, uint64_t call, const char* phase, De
   for (int peer = 0; peer < size_; ++peer) {
     PeerLink& link = peers_[peer];
     if (peer == rank_ || arrived(peer, stage, call)) continue;
-    const auto state = static_cast<State>(link.control->state.load(std::memory_order_acquire));
+    // In the reverse of the order in which these come about.
     const bool exited = has_exited(link.watch);
+    const auto state = static_cast<State>(link.control->state.load(std::memory_order_acquire));
     if (arrived(peer, stage, call)) continue;  // the last thing it did
     const std::string where = " while rank " + std::to_string(rank_) + " waited for its " +
                               shm::name_of(stage) + " in " + op;
     if (state == State::kFailed) {
       fail_and_throw(op + ": " + name_of(peer) + " has failed" + where + ": " + reason_of(link));
     }
-    if (exited) fail_and_throw(op + ": " + name_of(peer) + " has exited" + where);
-    if (state != State::kOpen) fail_and_throw(op + ": " + name_of(peer) + what_of(state) + where);
+    const std::string what = what_of(state, exited);
+    if (!what.empty()) fail_and_throw(op + ": " + name_of(peer) + what + where);
     if (!late) continue;
     const uint64_t entered = link.control->call.load(std::memory_order_acquire);
     missing += (missing.empty() ? "" : "; ") + name_of(peer) + " " +

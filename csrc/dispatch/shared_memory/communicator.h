@@ -45,13 +45,16 @@ class Communicator {
   // Raises if a call cannot begin, or end: the reason, or that this process is a fork of the rank.
   void check_usable(const char* phase) const;
   // Ends the use of the communicator, by all ranks; the first reason stays. A fork of the rank ends
-  // nothing.
-  void fail(const std::string& reason);
+  // nothing. `cause`: what the others are told instead, of a reason that is another rank's failure:
+  // else each would add a link to a chain, whose end does not fit.
+  void fail(const std::string& reason, const std::string& cause = {});
   // What is said of a rank, and whether its process "is running", "is stopped" or "has exited".
   std::string name_of(int peer) const;
   std::string describe(int peer) const;
   // That a rank has gone, failed or left, in words; empty if it is there. From any thread.
   std::string trouble_with(int peer) const;
+  // What a rank has told the others when it failed; empty if it has not.
+  std::string failure_of(int peer) const;
 
   // A goodbye between ranks that read each other's memory without a call of the host, as GPUs do;
   // at most 64. A rank that goes says so, having closed, and waits until the others let go of it.

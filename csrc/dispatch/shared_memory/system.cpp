@@ -140,6 +140,10 @@ bool receive_message(const Fd& socket, void* data, size_t bytes, Fd* fd, Deadlin
     std::memcpy(&received_fd, CMSG_DATA(header), sizeof(int));
     fd->reset(received_fd);
   }
+  // The kernel drops a descriptor for which there is no room here.
+  if (message.msg_flags & MSG_CTRUNC) {
+    throw Error("this process has as many files open as it may have; see ulimit -n");
+  }
   if (received == 0) throw Error("the other end is closed");
   if (static_cast<size_t>(received) != bytes) throw Error("a message of another size");
   return true;
@@ -163,6 +167,11 @@ Fd watch_process(pid_t pid) {
 bool has_exited(const Fd& watch) {
   pollfd entry{watch.get(), POLLIN, 0};
   return ::poll(&entry, 1, 0) > 0;
+}
+
+bool is_gone(pid_t pid) {
+  const Fd watch(static_cast<int>(::syscall(SYS_pidfd_open, pid, 0)));
+  return watch.valid() ? has_exited(watch) : errno == ESRCH;
 }
 
 std::string describe_process(pid_t pid, const Fd& watch) {

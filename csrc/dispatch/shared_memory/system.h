@@ -90,6 +90,8 @@ Peer peer_of(const Fd& socket);
 
 Fd watch_process(pid_t pid);
 bool has_exited(const Fd& watch);
+// The same of a process that nobody watches, as far as can be told.
+bool is_gone(pid_t pid);
 // "is stopped", "has exited" or "is running", as far as the system tells.
 std::string describe_process(pid_t pid, const Fd& watch);
 
