@@ -73,6 +73,16 @@ void Notices::refuse(c10d::ProcessGroup& group) {
   }
 }
 
+void Notices::break_off(c10d::ProcessGroup& group, const std::string& text) {
+  failure_.set(text);
+  const std::lock_guard lock(mutex_);
+  try {
+    if (const auto store = group.getStore()) say(*store, key(kBroken), text);
+  } catch (const std::exception&) {
+    // As above.
+  }
+}
+
 bool Notices::all_refused(c10d::ProcessGroup& group) const {
   const std::lock_guard lock(mutex_);
   const int64_t times = refused_.at(begun_ + 1);

@@ -35,13 +35,15 @@ class Notices {
 
   // This rank does not take part in the next exchange, for an error in its arguments.
   void refuse(c10d::ProcessGroup& group);
+  // This rank cannot begin an exchange that the others have agreed on with it.
+  void break_off(c10d::ProcessGroup& group, const std::string& text);
   // Before an exchange: waits until all ranks have refused what this one has, or raises, since what
   // it began would meet what the others have begun in that place. `limit` of 0: for long.
   void settle(c10d::ProcessGroup& group, const char* phase, std::chrono::milliseconds limit);
   // Whether another rank may have said something of what this one waits for.
   bool may_concern() const;
-  // Raises if another rank has refused an exchange that this one has begun, or has found such a
-  // rank: after that all dispatchers of the group are of no use.
+  // Raises if another rank has refused an exchange that this one has begun, has found such a rank,
+  // or has broken one off: after that all dispatchers of the group are of no use.
   void look(c10d::ProcessGroup& group, const char* phase);
 
   // Why there can be no further exchanges; empty while there can.

@@ -35,6 +35,17 @@ std::string reason(const std::exception& error) {
   return known ? known->what_without_backtrace() : error.what();
 }
 
+// What f raises, or null.
+template <typename F>
+std::exception_ptr caught(const F& f) {
+  try {
+    f();
+  } catch (...) {
+    return std::current_exception();
+  }
+  return nullptr;
+}
+
 c10::Stream current_stream(const Tensor& tensor) {
   return c10::impl::VirtualGuardImpl(tensor.device().type()).getStream(tensor.device());
 }
@@ -110,7 +121,7 @@ class Exchange {
       using Clock = std::chrono::steady_clock;
       Notices& notices = *exchange->notices_;
       const milliseconds limit = exchange->timeout_;
-      if (!exchange->waits_on_host(output) || !notices.may_concern()) return limit;
+      if (!exchange->waits_on_host(output)) return limit;
       for (const auto begin = Clock::now();;) {
         const auto since = std::chrono::duration_cast<milliseconds>(Clock::now() - begin);
         const milliseconds left = std::max(limit - since, milliseconds(1));
@@ -198,6 +209,22 @@ class Exchange {
     return tally;
   }
 
+  // Begins with f() all that the ranks have agreed on. Where this one cannot, as when its memory is
+  // full, the others are told: what it began after that would meet what they have begun.
+  template <typename F>
+  auto start_all(const F& f) const {
+    try {
+      return f();
+    } catch (const std::exception& error) {
+      if (!dispatcher_.failure.get().empty() || !notices_->failure().empty()) throw;
+      std::ostringstream text;
+      text << "rank " << dispatcher_.rank << " of group '" << dispatcher_.group
+           << "' could not begin what the ranks had agreed on: " << reason(error);
+      notices_->break_off(*group_, text.str());
+      throw;
+    }
+  }
+
   // Headers of the phases whose sizes the dispatch has settled: ranks that name the same dispatch
   // of their group have its plan. `check` reads the plan and raises for wrong arguments. On CUDA
   // there are no headers: reading them would make the host wait for the device. There the others
@@ -214,12 +241,7 @@ class Exchange {
       place_ = notices_->begin();
       return;
     }
-    std::exception_ptr refusal;
-    try {
-      check();
-    } catch (...) {
-      refusal = std::current_exception();
-    }
+    const auto refusal = caught(check);
     terms.dispatch = plan.dispatch;
     const Tensor refused = at::tensor(static_cast<int64_t>(refusal != nullptr), at::kLong);
     auto headers = send_headers(terms, at::zeros({dispatcher_.ranks, 2}, at::kLong), refused);
@@ -258,6 +280,7 @@ class Exchange {
   }
 
   [[noreturn]] void fail(const char* what, const std::string& reason) const {
+    notices_->look(*group_, to_string(phase_));  // a rank that has gone may have said why
     std::ostringstream text;
     text << to_string(phase_) << ": the exchange of " << what << " failed on rank "
          << dispatcher_.rank << " of " << dispatcher_.ranks << " in group '" << dispatcher_.group
@@ -309,29 +332,34 @@ Ending<Arrived> dispatch(const DispatcherRef& owner, const Tokens& brought) {
   };
   // On the CPU while the headers travel. On CUDA the sizes come with them: reading them is the one
   // time that the host waits for the device.
+  std::exception_ptr full;
   if (is_native(x)) {
     const Tensor counts = layout.counts.select(1, 0).contiguous();
-    pack({counts.const_data_ptr<int64_t>(), counts.const_data_ptr<int64_t>() + ranks});
+    const auto* const data = counts.const_data_ptr<int64_t>();
+    full = caught([&] { pack({data, data + ranks}); });
   }
   const auto tally = exchange.read_headers(std::move(headers));
   TORCH_CHECK_INDEX(!tally.refused,
                     "dispatch: topk_ids must be in [-1, E] with E = ", dispatcher.experts());
-  if (!is_native(x)) pack(tally.sent);
 
   const Plan plan{tally.sent, tally.received, tally.dispatch};
   const int64_t num_received = sum(tally.received);
-  const Tensor out = at::empty({num_received, x.size(1)}, x.options());
-  const Tensor out_routing = empty_routing(topk_weights, num_received);
-  const auto tokens = exchange.start("tokens", out, rows, tally.received, tally.sent);
-  const auto routed =
-      exchange.start("routing weights", out_routing, routing, tally.received, tally.sent);
-  Tensor out_extra = at::empty({0}, x.options());
+  Tensor out, out_routing, out_extra;
+  Exchange::Pending tokens, routed;
   std::optional<Exchange::Pending> extras;
-  if (extra) {
+  exchange.start_all([&] {
+    if (full) std::rethrow_exception(full);
+    if (!is_native(x)) pack(tally.sent);
+    out = at::empty({num_received, x.size(1)}, x.options());
+    out_routing = empty_routing(topk_weights, num_received);
+    tokens = exchange.start("tokens", out, rows, tally.received, tally.sent);
+    routed = exchange.start("routing weights", out_routing, routing, tally.received, tally.sent);
+    out_extra = at::empty({0}, x.options());
+    if (!extra) return;
     const Tensor bytes = at::empty({num_received, extra_rows.size(1)}, extra_rows.options());
     extras = exchange.start("extra rows", bytes, extra_rows, tally.received, tally.sent);
     out_extra = from_bytes(bytes, *extra);
-  }
+  });
   const Tensor slots = at::empty({tally.slots_received, 0}, x.options().dtype(at::kByte));
   return [=, slot_rows = layout.slot_rows, plan_numbers = plan.write(dispatcher),
           top_k = topk_ids.size(1), dtype = topk_weights.scalar_type()]() -> Arrived {
@@ -378,7 +406,8 @@ Ending<Tensor> combine(const DispatcherRef& owner, const Tensor& y, const Tensor
     check_rows(Phase::kCombine, "y", y, sum(plan.received));
     check_floating(Phase::kCombine, "y", y);
   });
-  const Returning returning(exchange, plan, "results", y);
+  const auto returning =
+      exchange.start_all([&] { return Returning(exchange, plan, "results", y); });
   return [shared, returning, slot_rows, first = first_rows(plan.sent)] {
     returning.pending.wait();
     use_on_current_stream(slot_rows);
@@ -395,9 +424,13 @@ Tensor combine_backward(const DispatcherRef& owner, const Tensor& grad, const Te
   terms.hidden = grad.size(1), terms.x_dtype = dtype_number(grad);
   exchange.agree_on(terms, is_native(grad), plan,
                     [&] { plan = Plan::read(Phase::kCombineBackward, dispatcher, plan_numbers); });
-  const Tensor rows = pack_rows(grad, slot_rows, first_rows(plan.sent));
-  const Tensor out = at::empty({num_received, grad.size(1)}, grad.options());
-  exchange.start("result gradients", out, rows, plan.received, plan.sent).wait();
+  Tensor out;
+  const auto pending = exchange.start_all([&] {
+    const Tensor rows = pack_rows(grad, slot_rows, first_rows(plan.sent));
+    out = at::empty({num_received, grad.size(1)}, grad.options());
+    return exchange.start("result gradients", out, rows, plan.received, plan.sent);
+  });
+  pending.wait();
   return out;
 }
 
@@ -415,8 +448,10 @@ std::tuple<Tensor, Tensor> dispatch_backward(const DispatcherRef& owner,
   exchange.agree_on(terms, is_native(slot_rows), plan,
                     [&] { plan = Plan::read(Phase::kDispatchBackward, dispatcher, plan_numbers); });
   std::optional<Returning> rows, slots;
-  if (grad_x) rows.emplace(exchange, plan, "token gradients", *grad_x);
-  if (grad_weights) slots.emplace(exchange, plan, "routing weight gradients", *grad_weights);
+  exchange.start_all([&] {
+    if (grad_x) rows.emplace(exchange, plan, "token gradients", *grad_x);
+    if (grad_weights) slots.emplace(exchange, plan, "routing weight gradients", *grad_weights);
+  });
   Tensor out_weights = at::empty({0}, slot_rows.options()), out_x = at::empty_like(out_weights);
   const auto first = first_rows(plan.sent);
   if (slots) {

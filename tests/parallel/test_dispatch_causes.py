@@ -13,6 +13,7 @@ import select
 import signal
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from moe_kernels import _C
-from moe_parallel.dispatch import AllToAllDispatcher, joining
+from moe_parallel.dispatch import AllToAllDispatcher, joining, ops
 from moe_parallel.dispatch.joining import EMULATE_GPUS
 from moe_parallel.torch_internals import store_of
 from tests.parallel.emulated_gpus import cuda_ipc
@@ -192,3 +193,50 @@ def _dies_joining(rank: int, ranks: int) -> None:
 def test_a_rank_that_dies_while_the_ranks_join_is_named_at_once() -> None:
     with pytest.raises(AssertionError, match="1 of 3 ranks failed\n--- rank 2: died"):
         run_ranks(3, _dies_joining, timeout=30)
+
+
+def _out_of_memory(rank: int, ranks: int, phase: str) -> list[tuple[str, str]]:
+    """Rank 1 cannot pack what the ranks have agreed to exchange; rank 0 has little to do."""
+    dispatcher = dispatcher_of("process_group", 2, timeout=60)
+    number = 8000 if rank == 1 else 1
+    rows = torch.zeros(1, 2000).expand(number, 2000)
+    ids, weights = torch.ones(number, 1, dtype=torch.int64), torch.ones(number, 1)
+    small = (torch.zeros(number, 1), ids, weights)
+    tokens = dispatcher.dispatch(*small)
+    wide = rows[:1].expand(len(tokens.x), 2000)
+    handle, name = tokens.handle, dispatcher._name
+    calls: dict[str, Callable[[], Any]] = {
+        "dispatch": lambda: dispatcher.dispatch(rows, ids, weights),
+        "dispatch_async": lambda: dispatcher.dispatch_async(rows, ids, weights).wait(),
+        "combine": lambda: dispatcher.combine(wide, handle),
+        "combine_backward": lambda: ops._combine_backward_op(rows, *handle, len(tokens.x), name),
+        "dispatch_backward": lambda: ops._dispatch_backward_op(wide, None, *handle, name),
+    }
+    limit = resource.getrlimit(resource.RLIMIT_AS)
+    if rank == 1:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limited = pages * resource.getpagesize() + (16 << 20)
+        resource.setrlimit(resource.RLIMIT_AS, (limited, limit[1]))
+    result = raised(calls[phase])
+    resource.setrlimit(resource.RLIMIT_AS, limit)
+    again = dispatcher_of("process_group", 2)
+    return [result, raised(dispatcher.dispatch, *small), raised(again.dispatch, *small)]
+
+
+@pytest.mark.parametrize(
+    "phase", ["dispatch", "dispatch_async", "combine", "combine_backward", "dispatch_backward"]
+)
+def test_a_rank_that_runs_out_of_memory_exchanges_nothing_more(phase: str) -> None:
+    """What it sent after that would meet what the other has begun, of another size."""
+    told = "rank 1 of group '0' could not begin what the ranks had agreed on"
+    for rank, ((kind, message), *later) in enumerate(
+        run_ranks(2, _out_of_memory, phase, timeout=30)
+    ):
+        assert kind == "RuntimeError", message
+        assert "can't allocate memory" in message
+        assert rank == 1 or told in message
+        for again, cause in later:
+            assert again == "DistBackendError"
+            assert "is of no use after an error" in cause
+            assert told in cause
+            assert "can't allocate memory" in cause
