@@ -396,7 +396,8 @@ def test_a_stuck_rank_is_an_error_after_the_timeout() -> None:
     for rank in (0, 2):
         _, message, seconds = results[rank]
         assert f"combine: the exchange of token counts failed on rank {rank} of 3" in message
-        assert 0.9 < seconds < 2.5
+        assert seconds < 2.5
+    assert max(results[0][2], results[2][2]) > 0.9  # gloo ends the waiting of who comes later
 
 
 @pytest.mark.parametrize("how", ["killed", "exited"])
