@@ -19,7 +19,7 @@ from moe_parallel.dispatch import AllToAllDispatcher
 from tests.parallel.emulated_gpus import cuda_ipc
 from tests.parallel.ranks import run_ranks
 from tests.parallel.test_dispatch import make_case, raised, round_trip
-from tests.parallel.test_shared_memory import arguments
+from tests.parallel.test_shared_memory import arguments, open_things
 
 OWNERS = ([1, 0, 0, 1], [0, 1, 0, 1], [1, 1, 0, 0])
 
@@ -118,6 +118,26 @@ def _across(rank: int, ranks: int, begins_inside: bool) -> list[tuple[str, str]]
         with Capture(memory):
             found = raised(pending.wait)
     return [found, raised(dispatcher.dispatch, *arguments(case))]
+
+
+def _grown(rank: int, ranks: int, captures: bool) -> None:
+    """A graph of one rank reads the memory of all, so all keep it when they take more."""
+    dispatcher = cuda_ipc(4)
+    small, large = (make_case(1, rank, 9, hidden, 2, 4) for hidden in (6, 30000))
+    layer(dispatcher, *arguments(small))
+    if captures and rank == 0:
+        with Capture(_C.recall_peer_memory("0")[0]):
+            layer(dispatcher, *arguments(small))
+    else:
+        layer(dispatcher, *arguments(small))
+    before = open_things()[1]
+    layer(dispatcher, *arguments(large))
+    assert open_things()[1] == before + (ranks if captures else 0)
+
+
+@pytest.mark.parametrize("captures", [True, False])
+def test_memory_that_a_graph_reads_is_kept(captures: bool) -> None:
+    run_ranks(2, _grown, captures)
 
 
 @pytest.mark.parametrize("begins_inside", [True, False])

@@ -83,6 +83,7 @@ def _missing(rank: int, ranks: int, how: str, phase: str) -> tuple[str, ...]:
         assert again_kind == "DistBackendError"
         assert "are of no use after an error" in again
         assert f"rank 1 (process {pids[1]})" in again
+        assert again.count("are of no use") == 1
     return kind, message
 
 

@@ -92,6 +92,32 @@ def test_a_rank_that_goes_does_not_wait_for_ever(how: str) -> None:
     assert "rank 1 (process" in message
 
 
+def _begun_alone(rank: int, ranks: int) -> tuple[str, str]:
+    """Rank 0 has begun a call that rank 1, which goes, does not make; its end writes there yet."""
+    dispatcher, case = cuda_ipc(4, timeout=0.5), small_case_of(rank)
+    store = store_of(dist.group.WORLD)
+    dispatcher.dispatch(*arguments(case))
+    if rank == 1:
+        store.wait(["begun"])
+        EXITS["program"]()
+        store.set("has gone", "")
+        store.wait(["over"])
+        return "", ""
+    pending = dispatcher.dispatch_async(*arguments(case))
+    store.set("begun", "")
+    store.wait(["has gone"])
+    pending.wait()
+    store.set("over", "")
+    return raised(dispatcher.check)
+
+
+def test_a_call_that_was_begun_keeps_the_memory_of_a_rank_that_goes() -> None:
+    kind, message = run_ranks(2, _begun_alone)[0]
+    assert kind == "DistBackendError"
+    assert "rank 1 (process" in message
+    assert "is about to exit" in message
+
+
 def _program(rank: int, ranks: int, status: int) -> None:
     """Rank 1 ends as programs do, while rank 0 has a call open that reads what it left."""
     multiprocessing.parent_process = lambda: None  # type: ignore[assignment]

@@ -44,6 +44,9 @@ def _mismatch(rank: int, ranks: int, what: str, way: str) -> tuple[tuple[str, st
     arguments = (case.x, case.ids, case.weights)
     if what == "dispatcher" and odd:
         result = raised(other.dispatch, *arguments)
+    elif what in EXTRAS:
+        extra = EXTRAS[what][odd]
+        result = raised(partial(dispatcher.dispatch, *arguments, extra=extra))
     elif what in ("phase", "rows"):
         first = dispatcher.dispatch(*arguments)
         if what == "rows":
@@ -60,7 +63,16 @@ def _mismatch(rank: int, ranks: int, what: str, way: str) -> tuple[tuple[str, st
     return result, torch.allclose(y, case.x * ((case.ids + 1) * case.weights).sum(1, keepdim=True))
 
 
+# Of an even rank and of an odd one.
+EXTRAS: dict[str, tuple[Tensor, Tensor | None]] = {
+    "extra_dtype": (torch.zeros(9, 2), torch.zeros(9, 2, dtype=torch.int32)),
+    "extra_bytes": (torch.zeros(9, 2), torch.zeros(9, 3)),
+    "no_extra": (torch.zeros(9, 2), None),
+}
 MISMATCHES = [
+    ("extra_dtype", "extra's dtype", ("Float", "Int")),
+    ("extra_bytes", "the bytes of extra for a token", ("8", "12")),
+    ("no_extra", "extra's dtype", ("Float", "none")),
     ("hidden", "H (the columns of x)", ("6", "7")),
     ("top_k", "K (the columns of topk_ids)", ("2", "3")),
     ("dtype", "x's dtype", ("Float", "BFloat16")),

@@ -127,6 +127,31 @@ def test_what_nobody_waits_for_is_not_kept() -> None:
     run_ranks(2, _not_waited_for)
 
 
+def _reads_late(rank: int, ranks: int) -> None:
+    """Rank 1 has ended its combine and begun the next before rank 0 reads what it left."""
+    dispatcher, store = dispatcher_of("shared_memory", EXPERTS), store_of(dist.group.WORLD)
+    case = make_case(1, rank, 9, 6, 2, EXPERTS)
+    tokens = dispatcher.dispatch(case.x, case.ids, case.weights)
+    expected = [dispatcher.combine(y, tokens.handle) for y in (tokens.x, -tokens.x)]
+    if rank == 0:
+        first = dispatcher.combine_async(tokens.x, tokens.handle)
+        store.set("begun", "")
+        store.wait(["next"])
+        y = first.wait()
+        second = dispatcher.combine_async(-tokens.x, tokens.handle)
+    else:
+        store.wait(["begun"])
+        y = dispatcher.combine(tokens.x, tokens.handle)
+        second = dispatcher.combine_async(-tokens.x, tokens.handle)
+        store.set("next", "")
+    assert torch.equal(y, expected[0])
+    assert torch.equal(second.wait(), expected[1])
+
+
+def test_what_a_rank_leaves_stays_until_it_was_read() -> None:
+    run_ranks(2, _reads_late, timeout=20)
+
+
 def _threads(rank: int, ranks: int) -> None:
     """A thread waits for its turn while another leaves a call open, and then waits for it."""
     dispatcher = dispatcher_of("shared_memory", EXPERTS)

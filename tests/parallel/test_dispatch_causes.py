@@ -12,6 +12,7 @@ import resource
 import select
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -240,3 +241,15 @@ def test_a_rank_that_runs_out_of_memory_exchanges_nothing_more(phase: str) -> No
             assert "is of no use after an error" in cause
             assert told in cause
             assert "can't allocate memory" in cause
+
+
+def _late(rank: int, ranks: int) -> None:
+    dispatcher = dispatcher_of("process_group", 12)
+    if rank == 1:
+        time.sleep(0.35)
+    round_trip(dispatcher, small_case(rank), rank)
+
+
+def test_who_looks_for_causes_waits_on() -> None:
+    """Longer than between two looks."""
+    run_ranks(2, _late)

@@ -131,7 +131,7 @@ def _forked_in_flight(rank: int, ranks: int, way: str) -> list[str]:
     dispatcher = dispatcher_of(way, 12, timeout=20)
     case = small_case(rank)
     messages = []
-    for what in ("wait", "dispatch", "drop", "trim")[: 3 if way == "process_group" else 4]:
+    for what in ("wait", "dispatch", "drop", "trim", "close")[: 3 if way == "process_group" else 5]:
         pending = dispatcher.dispatch_async(*arguments(case))
         if rank == 0:
             read, write = os.pipe()
@@ -140,6 +140,7 @@ def _forked_in_flight(rank: int, ranks: int, way: str) -> list[str]:
                     "wait": pending.wait,
                     "dispatch": lambda: dispatcher.dispatch(*arguments(case)),
                     "trim": dispatcher.trim,
+                    "close": lambda: _C.recall_joined("0")[0].close(),
                 }
                 text = "/".join(raised(calls.get(what, lambda: None)))
                 del pending, dispatcher, calls
@@ -156,9 +157,11 @@ def _forked_in_flight(rank: int, ranks: int, way: str) -> list[str]:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_fork_cannot_end_what_the_rank_has_begun(way: str) -> None:
-    wait, dispatch, drop, *trim = run_ranks(2, _forked_in_flight, way)[0]
+    wait, dispatch, drop, *more = run_ranks(2, _forked_in_flight, way)[0]
     assert drop == "nothing/"
+    trim, close = more[:1], more[1:]
     assert len(trim) == (way == "shared_memory")
+    assert close == ["nothing/"] * len(trim)
     for op, message in (("dispatch", wait), ("dispatch", dispatch), *(("trim", t) for t in trim)):
         assert message.startswith(f"DistBackendError/{op}: this process is a fork of rank 0 of")
 

@@ -86,6 +86,25 @@ def test_one_rank_that_refuses_leaves_nobody_waiting() -> None:
         assert re.fullmatch(f"dispatch: {TOLD}", cause), cause
 
 
+def _ends_after_a_dispatch(rank: int, ranks: int) -> tuple[str, str]:
+    """What began before a dispatch and ends after it says nothing of what begins after it."""
+    dispatcher = dispatcher_of("aten", 6, timeout=20)
+    case = make_case(1, rank, 9, 6, 2, 6)
+    tokens = dispatcher.dispatch(case.x, case.ids, case.weights)
+    pending = [dispatcher.combine_async(tokens.x, tokens.handle) for _ in range(2)]
+    later = dispatcher.dispatch(case.x, case.ids, case.weights)
+    for call in pending:
+        call.wait()
+    return raised(_refusing(dispatcher, later, case.x, "rows", rank == 1))
+
+
+def test_a_call_that_ends_after_a_dispatch_hides_no_refusal() -> None:
+    (kind, message), own = run_ranks(2, _ends_after_a_dispatch)
+    assert own[0] == "ValueError"
+    assert kind == "RuntimeError"
+    assert re.fullmatch(f"combine: {TOLD}", message), message
+
+
 def _all_refuse(rank: int, ranks: int) -> None:
     """Alike, and as often: no rank has begun what another has not."""
     dispatcher = dispatcher_of("aten", 4, timeout=20)

@@ -93,6 +93,29 @@ def test_memory_grows_as_needed_and_is_used_again() -> None:
     run_ranks(2, _large_rows)
 
 
+def _parts(rank: int, ranks: int) -> None:
+    """What was cut up for small tensors is whole again for a large one, in whatever order they
+    went."""
+    dispatcher = dispatcher_of("shared_memory", 12)
+    large, small = (make_case(1, rank, number, 64, 2, 12) for number in (3000, 200))
+    dispatcher.dispatch(*arguments(large))
+    before = _C.recall_joined("0")[0].reserved_bytes
+    kept = [dispatcher.dispatch(*arguments(small)) for _ in range(8)]
+    del kept[::2]
+    kept.clear()
+    dispatcher.dispatch(*arguments(large))
+    assert _C.recall_joined("0")[0].reserved_bytes == before
+    sizes = set()
+    for _ in range(12):
+        kept.append(dispatcher.dispatch(*arguments(large)))
+        sizes.add(_C.recall_joined("0")[0].reserved_bytes)
+    assert len(sizes) <= 5, "it doubles"
+
+
+def test_memory_is_cut_up_and_whole_again() -> None:
+    run_ranks(2, _parts)
+
+
 def _kept(rank: int, ranks: int) -> None:
     """What arrived stays, whatever comes after, as long as a tensor of it lives; with its views."""
     dispatcher = dispatcher_of("shared_memory", 12)
