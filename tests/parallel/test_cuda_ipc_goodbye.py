@@ -93,8 +93,8 @@ def test_a_rank_that_goes_does_not_wait_for_ever(how: str) -> None:
 
 
 def _begun_alone(rank: int, ranks: int) -> tuple[str, str]:
-    """Rank 0 has begun a call that rank 1, which goes, does not make; its end writes there yet."""
-    dispatcher, case = cuda_ipc(4, timeout=0.5), small_case_of(rank)
+    """Rank 0 has begun a call that rank 1, which goes, does not make: its end writes there yet."""
+    dispatcher, case = cuda_ipc(4, timeout=50), small_case_of(rank)
     store = store_of(dist.group.WORLD)
     dispatcher.dispatch(*arguments(case))
     if rank == 1:
@@ -105,13 +105,15 @@ def _begun_alone(rank: int, ranks: int) -> tuple[str, str]:
         return "", ""
     pending = dispatcher.dispatch_async(*arguments(case))
     store.set("begun", "")
-    store.wait(["has gone"])
+    time.sleep(1.3)
+    assert not store.check(["has gone"])
     pending.wait()
+    store.wait(["has gone"])
     store.set("over", "")
     return raised(dispatcher.check)
 
 
-def test_a_call_that_was_begun_keeps_the_memory_of_a_rank_that_goes() -> None:
+def test_a_rank_that_goes_waits_for_a_call_that_it_does_not_make() -> None:
     kind, message = run_ranks(2, _begun_alone)[0]
     assert kind == "DistBackendError"
     assert "rank 1 (process" in message

@@ -100,7 +100,7 @@ def _parts(rank: int, ranks: int) -> None:
     large, small = (make_case(1, rank, number, 64, 2, 12) for number in (3000, 200))
     dispatcher.dispatch(*arguments(large))
     before = _C.recall_joined("0")[0].reserved_bytes
-    kept = [dispatcher.dispatch(*arguments(small)) for _ in range(8)]
+    kept = [dispatcher.dispatch(*arguments(small)) for _ in range(20)]  # more than was left
     del kept[::2]
     kept.clear()
     dispatcher.dispatch(*arguments(large))
