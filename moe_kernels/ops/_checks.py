@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def shape(tensor: Tensor) -> list[Any]:
@@ -28,12 +29,16 @@ def describe(value: Any) -> str:
 
 def check_tensor(op: str, name: str, value: Any, ndim: int, layout: str) -> None:
     """Raise unless ``value`` is a tensor with ``ndim`` dimensions, described as ``layout``, that
-    has strides and carries no forward-mode tangent."""
+    has strides, is not spread over ranks and carries no forward-mode tangent."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor {layout}; got {type(value).__name__}")
-    if value.layout != torch.strided:
+    if value.layout != torch.strided or value.is_nested:
+        found = "a nested tensor" if value.is_nested else f"one of layout {value.layout}"
+        raise TypeError(f"{op}: {name} must be a dense tensor {layout}; got {found}")
+    if type(value) not in _PLAIN and hasattr(value, "device_mesh"):
         raise TypeError(
-            f"{op}: {name} must be a dense tensor {layout}; got one of layout {value.layout}"
+            f"{op}: {name} must be a plain tensor {layout}; got a {type(value).__name__}. Give what "
+            "it is on this rank, to_local(), or all of it, full_tensor()."
         )
     if value.dim() != ndim:
         raise ValueError(f"{op}: {name} must be {layout}; got {shape(value)}")

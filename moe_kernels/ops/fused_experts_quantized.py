@@ -23,7 +23,7 @@ from moe_kernels.ops._checks import (
 )
 from moe_kernels.ops._library import define, direct_call, register_autograd
 from moe_kernels.ops.expert_activation import resolve_activation
-from moe_kernels.ops.quantized_experts import QuantizedExperts, check_quantized
+from moe_kernels.ops.quantized_experts import QuantizedExperts, check_quantized, has_sizes
 from moe_kernels.reference.expert_activation import is_gated
 from moe_kernels.reference.fused_experts_quantized import (
     fused_experts_quantized as fused_experts_quantized_reference,
@@ -170,8 +170,7 @@ def fused_experts_quantized(
     """
     op = "fused_experts_quantized"
     alpha_value, limit_value = resolve_activation(op, activation, interleaved, alpha, limit)
-    are_quantized = isinstance(gate_up, QuantizedExperts) and isinstance(down, QuantizedExperts)
-    if are_quantized and not torch.compiler.is_compiling():
+    if has_sizes(gate_up) and has_sizes(down) and not torch.compiler.is_compiling():
         found: Tensor | None = _direct(
             x,
             gate_up.codes,

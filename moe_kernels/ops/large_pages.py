@@ -8,6 +8,12 @@ import torch
 from torch import Tensor, nn
 
 
+def _on_this_rank(tensor: Tensor) -> Tensor:
+    """What this rank has of a DTensor; a plain tensor as it is."""
+    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
+    return local
+
+
 def use_large_pages(weights: nn.Module | Tensor) -> int:
     """Move weights in CPU memory to pages of 2 MiB, at the same addresses.
 
@@ -18,7 +24,8 @@ def use_large_pages(weights: nn.Module | Tensor) -> int:
     on the CPU.
 
     Args:
-        weights: a tensor, or a module, which means its parameters and buffers.
+        weights: a tensor, or a module, which means its parameters and buffers; of a DTensor what
+            this rank has of it.
 
     Returns:
         Bytes that are on large pages now: about the size of the weights, or 0 where the system
@@ -35,9 +42,10 @@ def use_large_pages(weights: nn.Module | Tensor) -> int:
     tensors = (
         [weights] if isinstance(weights, Tensor) else [*weights.parameters(), *weights.buffers()]
     )
+    tensors = [_on_this_rank(tensor.detach()) for tensor in tensors]
     storages = {
         tensor.untyped_storage().data_ptr(): tensor
         for tensor in tensors
         if tensor.device.type == "cpu" and tensor.layout == torch.strided and not tensor.is_shared()
     }
-    return sum(native.use_large_pages(tensor.detach()) for tensor in storages.values())
+    return sum(native.use_large_pages(tensor) for tensor in storages.values())

@@ -14,6 +14,7 @@ from torch import Tensor
 from moe_kernels.ops._checks import (
     FLOAT_DTYPES,
     check_choice,
+    check_count,
     check_device,
     check_dtype,
     check_tensor,
@@ -93,6 +94,12 @@ class QuantizedExperts:
         return dequantize(self.codes, self.scales, self.format, inner, columns, dtype)
 
 
+def has_sizes(value: object) -> bool:
+    """Whether ``value`` is quantised weights with a number of sizes that can be told apart."""
+    sizes = value.shape if isinstance(value, QuantizedExperts) else None
+    return isinstance(sizes, tuple | list) and len(sizes) == 3
+
+
 def check_quantized(op: str, name: str, value: object, layout: str) -> None:
     """Raise unless ``value`` is quantised weights whose parts fit each other."""
     if not isinstance(value, QuantizedExperts):
@@ -101,8 +108,17 @@ def check_quantized(op: str, name: str, value: object, layout: str) -> None:
             f"{type(value).__name__}"
         )
     check_choice(op, f"{name}.format", value.format, FORMATS)
+    if not has_sizes(value):
+        raise TypeError(f"{op}: {name}.shape must be (E, Kd, N); got {value.shape!r}")
+    for size in value.shape:
+        check_count(op, f"{name}.shape", size)
     codes, scales = code_shapes(value.format, *value.shape)
-    for part, tensor, expected in (("codes", value.codes, codes), ("scales", value.scales, scales)):
+    for part, tensor, expected, dtype in (
+        ("codes", value.codes, codes, torch.uint8),
+        ("scales", value.scales, scales, scales_dtype(value.format)),
+    ):
+        check_tensor(op, f"{name}.{part}", tensor, len(expected), f"{list(expected)}")
+        check_dtype(op, f"{name}.{part}", tensor, (dtype,))
         if tensor.shape != expected:
             raise ValueError(
                 f"{op}: {name}.{part} must be {list(expected)} for {value.format} of "

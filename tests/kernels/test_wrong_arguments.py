@@ -1,15 +1,19 @@
 """Every function of moe_kernels, called with one argument of another kind than it takes."""
 
+import dataclasses
 import inspect
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 import moe_kernels
-from moe_kernels import ExpertOrder
+from moe_kernels import ExpertOrder, QuantizedExperts
 
 T, K, E, H, W = 6, 2, 4, 64, 64
 
@@ -132,6 +136,7 @@ def wrong_values(value: Any) -> Iterator[Any]:
         yield from (3, "abc", value.tolist() if value.dtype != torch.float8_e4m3fn else [1.0])
         yield value.float().numpy()
         yield value.float().to_sparse()
+        yield torch.nested.nested_tensor([value.float()])
     elif isinstance(value, bool):
         yield from (None, 2, 1.0, "yes", [True])
     elif isinstance(value, int):
@@ -149,10 +154,20 @@ def wrong_values(value: Any) -> Iterator[Any]:
                 if name == "offsets" and isinstance(wrong, Tensor) and wrong.shape != part.shape:
                     continue  # as of fewer experts
                 yield value._replace(**{name: wrong})
+    elif isinstance(value, QuantizedExperts):
+        yield from (None, 3, value.dequantize())
+        for name, wrongs in {
+            "codes": (None, 3, value.codes.int(), value.codes[:1], value.codes.to("meta")),
+            "scales": (None, 3, value.scales.half(), value.scales[..., :1]),
+            "format": (None, 3, "int8", "bogus"),
+            "shape": (None, 3, "abc", value.shape[:2], (4, 64, float("nan")), (-4, 64, 64)),
+        }.items():
+            yield from (dataclasses.replace(value, **{name: wrong}) for wrong in wrongs)
     else:
         yield from (None, 3, torch.ones(2))
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_refused_by_name(function: str) -> None:
     call = getattr(moe_kernels, function)
@@ -178,6 +193,25 @@ def test_refused_by_name(function: str) -> None:
         for key, value in before.items():
             assert torch.equal(arguments[key].float(), value.float()), key
     assert tried >= 2 * len(arguments)
+
+
+def test_tensors_that_are_spread_over_ranks_are_refused() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for function in FUNCTIONS:
+            call, arguments = getattr(moe_kernels, function), calls()[function]
+            for name, right in arguments.items():
+                if not isinstance(right, Tensor):
+                    continue
+                wrong = DTensor.from_local(right, mesh)
+                if function == "use_large_pages":
+                    assert call(wrong) == call(right)
+                    continue
+                with pytest.raises(TypeError, match=rf"{name} must be .*; got a DTensor.*to_local"):
+                    call(**{**arguments, name: wrong})
+    finally:
+        dist.destroy_process_group()
 
 
 def test_every_function_is_tried() -> None:
