@@ -235,11 +235,11 @@ def experts_forward(
     Returns:
         [T, H] in hidden_states.dtype.
     """
+    options = fused_options(experts)
     first, second, first_bias, second_bias = _weights(experts)
     # Asking costs less than a conversion that does nothing, here and below.
     same = hidden_states.dtype == first.dtype
     x = hidden_states if same else hidden_states.to(first.dtype)
-    options = fused_options(experts)
     if options is not None:
         y = fused_experts(
             x,

@@ -37,8 +37,8 @@ def check_tensor(op: str, name: str, value: Any, ndim: int, layout: str) -> None
         raise TypeError(f"{op}: {name} must be a dense tensor {layout}; got {found}")
     if type(value) not in _PLAIN and hasattr(value, "device_mesh"):
         raise TypeError(
-            f"{op}: {name} must be a plain tensor {layout}; got a {type(value).__name__}. Give what "
-            "it is on this rank, to_local(), or all of it, full_tensor()."
+            f"{op}: {name} must be a plain tensor {layout}; got a {type(value).__name__}. Give "
+            "this rank's part, to_local(), or all of it, full_tensor()."
         )
     if value.dim() != ndim:
         raise ValueError(f"{op}: {name} must be {layout}; got {shape(value)}")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 def _on_this_rank(tensor: Tensor) -> Tensor:
     """What this rank has of a DTensor; a plain tensor as it is."""
-    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
+    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return local
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
+import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from moe_kernels.ops._checks import check_flag
 from moe_parallel.checkpoint.agreement import (
     CheckpointError,
     is_coordinator,
@@ -21,11 +24,47 @@ from moe_parallel.checkpoint.agreement import (
     on_no_rank,
 )
 from moe_parallel.checkpoint.pieces import StoredTensor, piece_bytes
-from moe_parallel.checkpoint.saving import as_list
 from moe_parallel.checkpoint.state import check_names
+from moe_parallel.config import check_positive
 from moe_parallel.integrations._names import FORMATS, Part, parts
 from moe_parallel.integrations._safetensors import Entry, stored_tensors, write_files
 from moe_parallel.module_names import plain_name
+from moe_parallel.tensors import local_tensor
+
+LOAD_FIRST = "Give them memory and values first."
+MAKE_FIRST = (
+    "Give them memory first, with model.to_empty(device=...), and then buffers that no checkpoint "
+    "has their values, with model.init_weights()."
+)
+OneOrMore = nn.Module | Iterable[nn.Module]
+
+
+def check_module(caller: str, model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{caller}: model must be a module; got {type(model).__name__}")
+
+
+def _stages(caller: str, model: Any) -> list[nn.Module]:
+    """A model, or the stages of one, as a list; a TypeError for anything else."""
+    if isinstance(model, nn.Module):
+        return [model]
+    found = list(model) if isinstance(model, Iterable) else []
+    wrong = [part for part in found if not isinstance(part, nn.Module)]
+    if wrong or not isinstance(model, Iterable):
+        inside = f" with {type(wrong[0]).__name__} in it" if wrong else ""
+        raise TypeError(
+            f"{caller}: model must be a module, or a list of this rank's stages of one; got "
+            f"{type(model).__name__}{inside}"
+        )
+    return found
+
+
+def _folder(caller: str, directory: Any) -> Path:
+    if not isinstance(directory, str | os.PathLike):
+        raise TypeError(
+            f"{caller}: directory must be the path of a folder; got {type(directory).__name__}"
+        )
+    return Path(directory)
 
 
 def state_of(models: Sequence[nn.Module]) -> dict[str, Tensor]:
@@ -39,6 +78,15 @@ def state_of(models: Sequence[nn.Module]) -> dict[str, Tensor]:
                     f"one rank have {plain_name(name)}"
                 )
     return state
+
+
+def check_memory(caller: str, state: Mapping[str, Tensor], remedy: str) -> None:
+    """A ValueError if any of ``state`` is on the meta device, where nothing can be read or kept."""
+    for name, tensor in state.items():
+        if local_tensor(tensor).is_meta:
+            raise ValueError(
+                f"{caller}: weights must not be on the meta device; {name} is. {remedy}"
+            )
 
 
 def layers_of(models: Sequence[nn.Module]) -> dict[str, Any]:
@@ -80,7 +128,9 @@ def to_hf_state_dict(model: nn.Module, names: str = "checkpoint") -> Iterator[tu
 
     Raises:
         ValueError: other ``names``.
+        TypeError: model is not a module.
     """
+    check_module("to_hf_state_dict", model)
     if names not in FORMATS:
         raise ValueError(f"to_hf_state_dict: names must be one of {FORMATS}; got {names!r}")
     state = state_of([model])
@@ -145,23 +195,47 @@ def load_hf_state_dict(
         KeyError: an unknown name, as soon as it comes.
         ValueError: a tensor of another shape, as soon as it comes; with ``strict``, at the end,
             weights that were not given.
+        TypeError: arguments of another kind; a value that is not a dense tensor with data, as soon
+            as it comes.
     """
-    given = tensors.items() if isinstance(tensors, Mapping) else tensors
-    targets = _Targets([model], "load_hf_state_dict")
-    written: Counter[str] = Counter()
-    for name, value in given:
+    caller = "load_hf_state_dict"
+    check_module(caller, model)
+    check_flag(caller, "strict", strict)
+    targets = _Targets([model], caller)
+    given: set[str] = set()
+    for name, value in _pairs(caller, tensors):
         if name in targets.by_name:
-            written[targets.check(name, value)] += value.numel()
+            targets.check(name, value)
             targets.write(name, value)
+            given.add(name)
         elif strict:
             raise KeyError(targets.no_place_for([name]))
     if strict:
-        targets.check_complete(written)
+        targets.check_complete(given)
 
 
-def load_hf_checkpoint(
-    model: nn.Module | Iterable[nn.Module], directory: str | Path, *, strict: bool = True
-) -> None:
+def _pairs(caller: str, tensors: Any) -> Iterator[tuple[str, Tensor]]:
+    """``(name, tensor)``, or a TypeError where something else comes."""
+    requirement = (
+        f"{caller}: tensors must be a mapping of names to tensors, or (name, tensor) pairs"
+    )
+    if not isinstance(tensors, Iterable):
+        raise TypeError(f"{requirement}; got {type(tensors).__name__}")
+    for pair in tensors.items() if isinstance(tensors, Mapping) else tensors:
+        if not isinstance(pair, tuple | list) or len(pair) != 2 or not isinstance(pair[0], str):
+            raise TypeError(
+                f"{requirement}; got {type(tensors).__name__} with {_brief(pair)} in it"
+            )
+        yield pair[0], pair[1]
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, tuple | list):
+        return f"({', '.join(type(part).__name__ for part in value)})"
+    return type(value).__name__
+
+
+def load_hf_checkpoint(model: OneOrMore, directory: str | Path, *, strict: bool = True) -> None:
     """Fill a model with replaced layers from the files of a checkpoint of transformers, in place.
 
     Each rank reads of each tensor what it has a part of, a piece at a time, and on a sharded model
@@ -174,21 +248,27 @@ def load_hf_checkpoint(
         strict: insist that the model has a place for every tensor, and every weight is there.
 
     Raises:
-        CheckpointError: the files are missing or damaged, or not of this model; on all ranks alike.
-            Nothing has been written then, unless a file could not be read in its middle.
+        CheckpointError: the files are missing or damaged, or not of this model, or an argument is
+            of another kind; on all ranks alike. Nothing has been written then, unless a file could
+            not be read in its middle.
     """
-    directory = Path(directory)
+    caller = "load_hf_checkpoint"
     with ExitStack() as files:
-        stored = on_all_ranks(lambda: stored_tensors(directory, files))
-        targets = on_all_ranks(lambda: _Targets(as_list(model, nn.Module), "load_hf_checkpoint"))
+
+        def open_all() -> tuple[dict[str, StoredTensor], _Targets]:
+            models = _stages(caller, model)
+            check_flag(caller, "strict", strict)
+            stored = stored_tensors(_folder(caller, directory), files)
+            return stored, _Targets(models, caller)
+
+        stored, targets = on_all_ranks(open_all)
         given = {name: value for name, value in stored.items() if name in targets.by_name}
 
         def check() -> None:
-            written: Counter[str] = Counter()
             for name, value in given.items():
-                written[targets.check(name, value)] += value.numel()
+                targets.check(name, value)
             if strict:
-                targets.check_complete(written)
+                targets.check_complete(given)
 
         def fill() -> None:
             for name, value in given.items():
@@ -212,6 +292,7 @@ class _Targets:
     def __init__(self, models: Sequence[nn.Module], caller: str) -> None:
         self._caller = caller
         self._state = state_of(models)
+        check_memory(caller, self._state, MAKE_FIRST)
         self._tied = {name for model in models for name in tied_names(model)}
         self._piece_bytes = piece_bytes(self._state.values())
         self._scratch = torch.empty(self._piece_bytes, dtype=torch.uint8)
@@ -221,13 +302,32 @@ class _Targets:
                 for published, part in _named_parts(owner, layer, names):
                     self.by_name[published] = (f"{owner}.{part.ours}", part)
 
-    def check(self, name: str, value: Tensor | StoredTensor) -> str:
-        """The model's tensor that ``value`` fits; a ValueError if it does not."""
-        ours, part = self.by_name[name]
-        expected = part.shape(self._state[ours].shape)
+    def check(self, name: str, value: Tensor | StoredTensor) -> None:
+        """Raise unless ``value`` can be copied to where ``name`` belongs in the model."""
+        if not isinstance(value, StoredTensor):
+            self._check_dense(name, value)
+        expected = self._shape(name)
         if list(value.shape) != expected:
             raise ValueError(f"{self._caller}: {name} must be {expected}; got {list(value.shape)}")
-        return ours
+
+    def _shape(self, name: str) -> list[int]:
+        ours, part = self.by_name[name]
+        return part.shape(self._state[ours].shape)
+
+    def _check_dense(self, name: str, value: Any) -> None:
+        found = None
+        if not isinstance(value, Tensor):
+            found = type(value).__name__
+        elif isinstance(value, DTensor):
+            found = "a DTensor; give full_tensor()"
+        elif value.is_meta or value.is_nested or value.is_quantized or value.is_complex():
+            found = f"one of {value.dtype} on {value.device}" + ", nested" * value.is_nested
+        elif value.layout != torch.strided:
+            found = f"one of layout {value.layout}"
+        if found is not None:
+            raise TypeError(
+                f"{self._caller}: {name} must be a dense tensor of real numbers; got {found}"
+            )
 
     @torch.no_grad()
     def write(self, name: str, value: Tensor | StoredTensor) -> None:
@@ -236,8 +336,11 @@ class _Targets:
             value = replace(value, scratch=self._scratch)
         part.write(value, self._state[ours], self._piece_bytes)
 
-    def check_complete(self, written: Mapping[str, int]) -> None:
-        """A ValueError if fewer elements of any tensor were ``written`` than it has."""
+    def check_complete(self, given: Collection[str]) -> None:
+        """A ValueError if what has the names ``given`` does not fill every tensor of the model."""
+        written: Counter[str] = Counter()
+        for name in given:
+            written[self.by_name[name][0]] += math.prod(self._shape(name))
         missing = [
             name
             for name, tensor in self._state.items()
@@ -255,7 +358,7 @@ class _Targets:
 
 
 def save_hf_checkpoint(
-    model: nn.Module | Iterable[nn.Module],
+    model: OneOrMore,
     directory: str | Path,
     *,
     max_shard_bytes: int = 5 * 10**9,
@@ -273,12 +376,18 @@ def save_hf_checkpoint(
         max_shard_bytes: start another file before one exceeds this (a larger tensor has its own).
 
     Raises:
-        CheckpointError: a rank could not write, or ranks have other values under one name; on all
-            ranks alike.
+        CheckpointError: a rank could not write, or ranks have other values under one name, or an
+            argument is of another kind; on all ranks alike.
     """
-    models = as_list(model, nn.Module)
-    state = on_all_ranks(lambda: state_of(models))
-    write_weights(models, state, Path(directory), "checkpoint", max_shard_bytes)
+    caller = "save_hf_checkpoint"
+
+    def check() -> tuple[list[nn.Module], dict[str, Tensor], Path]:
+        models = _stages(caller, model)
+        check_positive(caller, "max_shard_bytes", max_shard_bytes)
+        return models, state_of(models), _folder(caller, directory)
+
+    models, state, folder = on_all_ranks(check)
+    write_weights(models, state, folder, "checkpoint", max_shard_bytes)
 
 
 def write_weights(
@@ -290,7 +399,13 @@ def write_weights(
     variant: str | None = None,
 ) -> None:
     """As :func:`save_hf_checkpoint`, of the tensors ``state`` of ``models``. Collective."""
-    on_all_ranks(lambda: _configured(models) if is_coordinator() else None)
+
+    def check() -> None:
+        check_memory("save_hf_checkpoint", state, LOAD_FIRST)
+        if is_coordinator():
+            _configured(models)
+
+    on_all_ranks(check)
     layers = layers_of(models)
     tied = {name for model in models for name in tied_names(model)}
     state = {name: tensor for name, tensor in state.items() if name not in tied}

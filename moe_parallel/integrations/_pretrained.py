@@ -12,6 +12,8 @@ from torch.distributed.tensor import DTensor
 
 from moe_parallel.checkpoint.agreement import all_gathered, from_coordinator, is_coordinator
 from moe_parallel.integrations._checkpoint import (
+    LOAD_FIRST,
+    check_memory,
     layers_of,
     renamed,
     state_of,
@@ -48,6 +50,7 @@ def _save_pretrained(
 
     Raises:
         ValueError: ``distributed_checkpoint=True``.
+        TypeError: a ``state_dict`` that is no mapping.
         CheckpointError: of a sharded model, what :func:`save_hf_checkpoint` raises.
     """
     if options.get("distributed_checkpoint"):
@@ -55,6 +58,11 @@ def _save_pretrained(
             "save_pretrained: distributed_checkpoint must be False once replace_moe_layers has "
             "replaced layers, for it would write names that transformers does not know. Without it "
             "the ranks of a sharded model write together too."
+        )
+    if state_dict is not None and not isinstance(state_dict, Mapping):
+        raise TypeError(
+            "save_pretrained: state_dict must be a mapping of names to tensors; got "
+            f"{type(state_dict).__name__}"
         )
     save = type(model).save_pretrained
     if getattr(model, "_hf_peft_config_loaded", False):  # adapters alone are saved
@@ -68,6 +76,7 @@ def _save_pretrained(
     kept: dict[str, Tensor] = {}
     if is_main_process:
         tied = tied_names(model)
+        check_memory("save_pretrained", source, LOAD_FIRST)
         named = renamed([model], source, "module")
         kept = {name: tensor.cpu() for name, tensor in named if name not in tied}
     return save(model, save_directory, is_main_process, kept, *args, **options)

@@ -22,8 +22,10 @@ from moe_kernels.integrations.transformers import (
     fused_options,
     require_transformers,
 )
+from moe_kernels.ops._checks import check_number
 from moe_parallel.config import BackendConfig, MoEConfig
 from moe_parallel.integrations._checkpoint import (
+    check_module,
     load_hf_checkpoint,
     load_hf_state_dict,
     save_hf_checkpoint,
@@ -84,8 +86,8 @@ def replace_moe_layers(
     require_transformers("moe_parallel.integrations.transformers")
     from moe_parallel.integrations._layers import TransformersMoE
 
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"replace_moe_layers: model must be a module; got {type(model).__name__}")
+    check_module("replace_moe_layers", model)
+    check_number("replace_moe_layers", "gate_bias_update_factor", gate_bias_update_factor)
     backend = BackendConfig() if backend is None else backend
     if not isinstance(backend, BackendConfig):
         raise TypeError(
@@ -105,8 +107,8 @@ def replace_moe_layers(
     for name, block, family in _blocks(model):
         try:
             planned.append((name, block, family, _config(model, block, family, training)))
-        except ValueError as error:
-            raise ValueError(
+        except (ValueError, TypeError) as error:
+            raise type(error)(
                 f"replace_moe_layers: {type(block).__name__} ({name}): {error}"
             ) from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import re
 from pathlib import Path
@@ -405,10 +406,16 @@ def test_models_on_the_meta_device() -> None:
     replace_moe_layers(model)
     assert all(value.is_meta for value in model.parameters())
     _, source, _ = original_and_replaced("deepseek_v3")
+    with pytest.raises(ValueError, match=r"load_hf_state_dict: .* meta device; .*to_empty"):
+        load_hf_state_dict(model, to_hf_state_dict(source))  # there is nowhere to copy to
     model.to_empty(device="cpu")
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.detach().fill_(math.nan)
+    model.init_weights()
     load_hf_state_dict(model, to_hf_state_dict(source))
     state = model.state_dict()
     assert all(torch.equal(state[name], value) for name, value in source.state_dict().items())
+    assert torch.equal(*(net.eval()(tokens()).logits for net in (model, source)))
 
 
 # --- training options ---------------------------------------------------------------------------
