@@ -197,6 +197,9 @@ def _run(options: argparse.Namespace) -> int:
     ops = list(OPS) if "all" in options.ops else list(dict.fromkeys(options.ops))
     if options.out and options.out.suffix == ".json" and len(ops) > 1:
         raise ValueError(f"--out must be a folder for {len(ops)} ops; got {options.out}")
+    cannot = [why for name in ops if (why := _no_provider(OPS[name], settings))]
+    if len(cannot) == len(ops):
+        raise ValueError(f"--provider must name one that can run here; {'; '.join(cannot)}")
     failed = [problem for name in ops for problem in _run_one(OPS[name], settings, options)]
     for problem in failed:
         print(f"benchmarks: {problem}", file=sys.stderr)
@@ -207,6 +210,9 @@ def _run_one(op: Op, settings: Settings, options: argparse.Namespace) -> list[st
     """Measure, print and write one op. Returns what is wrong with our own rows."""
     if missing := [module for module in op.requires if not find_spec(module.split(".")[0])]:
         print(f"{op.name}: not run: needs {', '.join(missing)}", flush=True)
+        return []
+    if reason := _no_provider(op, settings):
+        print(f"{op.name}: not run: {reason}", flush=True)
         return []
     described = environment.describe(settings.device)
     why = available(op, settings.device.type, settings.providers)
@@ -253,6 +259,15 @@ def _run_one(op: Op, settings: Settings, options: argparse.Namespace) -> list[st
         for row in rows
         if row["provider"] in OWN and (row["void"] or row["note"]) and not row["unsupported"]
     ]
+
+
+def _no_provider(op: Op, settings: Settings) -> str:
+    """Why none of the providers that were asked for can run ``op`` here, or ""."""
+    why = available(op, settings.device.type, settings.providers)
+    if not settings.providers or "" in why.values():
+        return ""
+    said = [f"{name} {why.get(name, f'has no {op.name}')}" for name in settings.providers]
+    return ", ".join(said)
 
 
 def _measured(

@@ -322,6 +322,33 @@ def test_bad_arguments(
     assert message in capsys.readouterr().err
 
 
+def test_providers_that_cannot_run_are_refused_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measured(*arguments: Any) -> Limits:
+        pytest.fail("limits were measured for nothing")
+
+    monkeypatch.setattr("benchmarks.runner.measure_limits", measured)
+    monkeypatch.setattr("benchmarks.ranks.run_on_ranks", measured)
+    out = ["--device", "cpu", "--out", str(tmp_path)]
+    for ops in (["fused_experts"], ["fused_experts", "dispatch", "permute"], ["all"]):
+        assert main(["run", *ops, *out, "--provider", "liger", "sonicmoe"]) == 2
+        found = capsys.readouterr().err
+        assert "--provider must name one that can run here; " in found
+        assert "liger runs on cuda only, sonicmoe runs on cuda only" in found
+    limits = Limits(flops=1e11, bytes=1e10)
+    monkeypatch.setattr("benchmarks.runner.measure_limits", lambda *arguments: limits)
+    ops = ["permute", "sort_by_expert", "--shape", "T=5,E=4,K=2"]
+    few = ["--rounds", "0", "--provider", "transformers_eager", "torch"]
+    builders = {"permute": PROVIDERS["torch"].builders["permute"]}
+    only = dataclasses.replace(PROVIDERS["torch"], builders=builders)
+    monkeypatch.setitem(PROVIDERS, "torch", only)
+    assert main(["run", *ops, *out, *few]) == 0
+    said = "sort_by_expert: not run: transformers_eager has no sort_by_expert, torch has no"
+    assert said in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"permute.json"}
+
+
 def test_report_refuses_another_file(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_text('{"rows": []}')
