@@ -3,6 +3,7 @@
 # torch) no .venv is made and nothing is installed or downloaded: the extension is built in place.
 #
 #   TORCH_SPEC   what pip installs as torch in .venv ("torch", pinned in constraints.txt)
+#   RANKS        processes of demo: by default one for each GPU, or two on the CPU
 #   ARGS         further arguments of demo, test, test-all, bench, gpu-tune and of gpu-check's tests
 #   OUT          where gpu-check, gpu-bench and gpu-tune write their results
 
@@ -26,12 +27,23 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
 
 CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/native/*.cpp' 'tests/native/*.h')
 
-.PHONY: demo test test-all test-modules test-amx test-aarch64 test-sanitizers test-stress \
-	test-instructions lint format bench gpu-check gpu-bench gpu-tune build clean
+.PHONY: demo demo-modules test test-all test-modules test-amx test-aarch64 test-sanitizers \
+	test-stress test-instructions lint format bench gpu-check gpu-bench gpu-tune build clean
 
-demo: build
-	OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc-per-node=2 \
+# What a target uses and an environment given by PYTHON may lack.
+NEEDED = $(PY) -c 'import sys; from importlib.util import find_spec; \
+	missing = [name for name in sys.argv[1:] if not find_spec(name)]; \
+	remedy = "Remedy: pip install -c constraints.txt %s; or leave out PYTHON=" % " ".join(missing); \
+	sys.exit("make $(1): not in this environment: %s\n%s" % (", ".join(missing), remedy) if missing else 0)'
+
+# of GPUs a power of two, which the model's sizes can be shared by
+RANKS ?= $(shell $(PY) -c 'import torch; \
+	print(1 << (min(torch.cuda.device_count(), 8) or 2).bit_length() - 1)')
+demo: demo-modules build
+	OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc-per-node=$(RANKS) \
 		examples/train_lm.py $(ARGS)
+demo-modules: $(ENVIRONMENT)
+	@$(call NEEDED,demo) numpy transformers tqdm
 
 # These in two processes, where pytest-xdist is installed; the rest starts processes of its own.
 ALONE := tests/kernels tests/integrations tests/test_docs.py tests/test_gpu_check.py \
@@ -40,11 +52,7 @@ SIDE_BY_SIDE = $(shell $(PY) -c 'import xdist' 2>/dev/null && echo --numprocesse
 TEST_MODULES := pytest numpy transformers triton expecttest matplotlib tqdm
 test test-all: test-modules build
 test-modules: $(ENVIRONMENT)
-	@$(PY) -c 'import sys; from importlib.util import find_spec; \
-	missing = [name for name in sys.argv[1:] if not find_spec(name)]; \
-	remedy = "Remedy: pip install -c constraints.txt %s; or leave out PYTHON=" % " ".join(missing); \
-	sys.exit("make test: not in this environment: %s\n%s" % (", ".join(missing), remedy) if missing else 0)' \
-		$(TEST_MODULES)
+	@$(call NEEDED,test) $(TEST_MODULES)
 
 test:
 ifdef ARGS

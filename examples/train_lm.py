@@ -5,6 +5,7 @@ Parallelism) and the rest sharded with FSDP2. One line starts it on the CPU's co
 
     torchrun --standalone --nproc-per-node=2 examples/train_lm.py
 
+Every rank has a GPU of its own; where there are fewer, all compute on the CPU, and say so.
 ``--ep --dp-replicate --cp --pp`` say what the ranks share, ``--ac --accumulate`` how a step is
 computed; none of them changes what is learnt. Ctrl-C leaves a checkpoint; ``--resume`` goes on from
 it, with the same ranks bit for bit. The end of a run is in ``<out>``: summary.json, train_lm.png,
@@ -138,6 +139,8 @@ def run(
             sys.stdout.flush()
 
     begin = time.perf_counter()
+    if not report.can_draw():
+        say("there will be no picture, which needs matplotlib: pip install matplotlib")
     levels = data.entropies(text)
     parts = "one part" if options.accumulate == 1 else f"{options.accumulate} parts"
     say(
@@ -216,8 +219,9 @@ def run(
         told = ", ".join(f"{name} {value:,.0f}" for name, value in compared.items())
         say(f"training step of the transformers model, tokens/s by experts: {told}")
     if ranks.rank == 0:
-        picture = options.out / "train_lm.png"
-        report.draw(picture, progress, levels, heldout)
+        picture = options.out / "train_lm.png" if report.can_draw() else None
+        if picture is not None:
+            report.draw(picture, progress, levels, heldout)
         summary = {
             "heldout": heldout,
             **levels,
@@ -240,12 +244,13 @@ def run(
             "sample": generated,
             "seconds": time.perf_counter() - begin,
             "checkpoint": str(saved),
-            "picture": str(picture),
+            "picture": None if picture is None else str(picture),
             "settings": settings.as_json(),
             "versions": versions(),
         }
         report.write(options.out / "summary.json", summary)
-        say(f"written: {options.out / 'summary.json'}, {picture}")
+        written = [options.out / "summary.json", *([picture] if picture else [])]
+        say(f"written: {', '.join(map(str, written))}")
     return 0
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 import os
@@ -24,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
 import train_lm  # noqa: E402
-from lm import checkpoint, data, model  # noqa: E402
+from lm import checkpoint, cluster, data, model, report  # noqa: E402
 from lm.settings import Settings  # noqa: E402
 from moe_parallel.checkpoint.folders import PARTIAL  # noqa: E402
 
@@ -85,6 +87,51 @@ def test_summary(trained: Path) -> None:
     assert found["sample"].startswith(train_lm.PROMPT)
     assert Path(found["picture"]).read_bytes().startswith(b"\x89PNG")
     assert Path(found["checkpoint"]) == checkpoint.find(trained / "whole")
+
+
+@pytest.mark.parametrize("gpus", [0, 1, 2, 3])
+def test_two_ranks_compute_on_gpus_of_their_own(
+    gpus: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    found = []
+    for rank in range(2):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        found.append(str(cluster._choose_device()))
+    assert found == (["cuda:0", "cuda:1"] if gpus > 1 else ["cpu", "cpu"])
+    told = capsys.readouterr().out
+    assert ("all compute on the CPU. --nproc-per-node=1 computes on the GPU\n" in told) == (
+        gpus == 1
+    )
+    assert told.count("\n") == (gpus == 1)
+
+
+@pytest.mark.parametrize(("gpus", "ranks"), [(0, 2), (1, 1), (2, 2), (3, 2), (16, 8)])
+def test_make_demo_starts_a_rank_for_each_gpu(gpus: int, ranks: int, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text(f"class cuda:\n    device_count = lambda: {gpus}\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = ["make", "--dry-run", "-C", str(ROOT), "demo", f"PYTHON={sys.executable}"]
+    for options, expected in (([], ranks), (["RANKS=5"], 5)):
+        done = subprocess.run(
+            [*command, *options], env=environment, capture_output=True, text=True, timeout=60
+        )
+        assert f"--nproc-per-node={expected} " in done.stdout, done.stderr
+
+
+def _without_matplotlib(rank: int, ranks: int, out: str) -> str:
+    report.find_spec = lambda name: None  # type: ignore[assignment]
+    with contextlib.redirect_stdout(io.StringIO()) as told:
+        assert train_lm.main([*TINY, *QUICK, "--steps", "1", "--out", out]) == 0
+    return told.getvalue()
+
+
+def test_no_picture_without_matplotlib(tmp_path: Path) -> None:
+    (told,) = run_ranks(1, _without_matplotlib, str(tmp_path))
+    assert "no picture, which needs matplotlib: pip install matplotlib\n" in told
+    assert told.endswith(f"written: {tmp_path / 'summary.json'}\n")
+    assert summary(tmp_path)["picture"] is None
+    assert not list(tmp_path.glob("*.png"))
 
 
 def test_resume_repeats_bit_for_bit(trained: Path, tmp_path: Path) -> None:

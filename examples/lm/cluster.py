@@ -162,7 +162,11 @@ def _choose_device() -> torch.device:
     if gpus >= ranks:
         return torch.device("cuda", rank)
     if gpus and rank == 0:
-        print(f"{ranks} ranks and {gpus} GPUs here: on the CPU", flush=True)
+        print(
+            f"{ranks} ranks, of which each needs a GPU of its own, and {gpus} of them here: all "
+            f"compute on the CPU. --nproc-per-node={gpus} computes on the GPU{'s' * (gpus > 1)}",
+            flush=True,
+        )
     return torch.device("cpu")
 
 

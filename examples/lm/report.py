@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from lm.checkpoint import Progress
 
 SMOOTHED = 21  # steps
+
+
+def can_draw() -> bool:
+    return find_spec("matplotlib") is not None
 
 
 def draw(
