@@ -148,6 +148,15 @@ def check_rows(op: str, rows: Any) -> None:
         )
 
 
+def check_num_rows(op: str, value: Any) -> None:
+    """Raise unless ``value`` is a number of rows that the int32 numbers of rows can be below."""
+    check_count(op, "num_rows", value)
+    if not torch.compiler.is_compiling() and value >= 2**31:
+        raise ValueError(
+            f"{op}: num_rows must be below 2**31, the range of the int32 row numbers; got {value}"
+        )
+
+
 def check_routing(op: str, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> None:
     """Raise unless x is [T, H], and ids and weights are [T, K], of dtypes that experts take."""
     check_tensor(op, "x", x, 2, "[T, H]")

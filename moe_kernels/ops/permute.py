@@ -12,9 +12,9 @@ from torch import Tensor
 
 from moe_kernels.ops._checks import (
     FLOAT_DTYPES,
-    check_count,
     check_device,
     check_dtype,
+    check_num_rows,
     check_tensor,
 )
 from moe_kernels.ops._library import call_op, define, register_autograd
@@ -123,7 +123,7 @@ def permute(
     check_order("permute", order, x)
     check_device("permute", "x", x, "order", order.row_to_slot)
     rows = order.row_to_slot.shape[0] if num_rows is None else num_rows
-    check_count("permute", "num_rows", rows)
+    check_num_rows("permute", rows)
     if x.dtype == torch.float8_e4m3fn and x.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(
             "permute: x is float8_e4m3fn and requires a gradient, which float8 cannot hold. "

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from moe_kernels.ops._checks import (
     FLOAT_DTYPES,
-    check_count,
     check_device,
     check_dtype,
     check_flag,
+    check_num_rows,
     check_tensor,
     describe,
     shape,
@@ -195,7 +195,7 @@ def permute_quantize(
     check_order(op, order, x)
     check_device(op, "x", x, "order", order.row_to_slot)
     rows = order.row_to_slot.shape[0] if num_rows is None else num_rows
-    check_count(op, "num_rows", rows)
+    check_num_rows(op, rows)
     out: tuple[Tensor, Tensor] = _permute_op(x, *order, rows, dtype, block, power_of_two)
     return out
 

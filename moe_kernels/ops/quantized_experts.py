@@ -86,10 +86,17 @@ class QuantizedExperts:
 
     def to(self, device: torch.device | str) -> QuantizedExperts:
         """The same on another device."""
+        if not isinstance(device, torch.device | str):
+            raise TypeError(f"QuantizedExperts.to: device must be a device; got {device!r}")
         return replace(self, codes=self.codes.to(device), scales=self.scales.to(device))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weights [E, Kd, N] that it stands for, in ``dtype``."""
+        """The weights [E, Kd, N] that it stands for, in ``dtype``, which is floating point."""
+        if dtype not in FLOAT_DTYPES:
+            raise TypeError(
+                "QuantizedExperts.dequantize: dtype must be one of bfloat16, float16, float32, "
+                f"float64; got {dtype!r}"
+            )
         _, inner, columns = self.shape
         return dequantize(self.codes, self.scales, self.format, inner, columns, dtype)
 

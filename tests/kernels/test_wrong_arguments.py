@@ -195,6 +195,23 @@ def test_refused_by_name(function: str) -> None:
     assert tried >= 2 * len(arguments)
 
 
+def test_rows_beyond_the_range_of_their_numbers_are_refused() -> None:
+    for function in ("permute", "permute_quantize"):
+        with pytest.raises(ValueError, match=rf"{function}: num_rows must be below 2\*\*31"):
+            getattr(moe_kernels, function)(**{**calls()[function], "num_rows": 2**31})
+
+
+def test_quantised_weights_are_moved_and_written_out_as_what_they_may_be() -> None:
+    weights = calls()["fused_experts_quantized"]["down"]
+    for wrong in (3, None, torch.int32, "float32", torch.float8_e4m3fn):
+        with pytest.raises(TypeError, match=r"QuantizedExperts.dequantize: dtype must be .*; got"):
+            weights.dequantize(wrong)
+    for wrong in (3, None, torch.int32):
+        with pytest.raises(TypeError, match=r"QuantizedExperts.to: device must be .*; got"):
+            weights.to(wrong)
+    assert torch.equal(weights.to("cpu").dequantize(), weights.dequantize(torch.float32))
+
+
 def test_tensors_that_are_spread_over_ranks_are_refused() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
