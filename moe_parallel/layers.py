@@ -168,11 +168,16 @@ class MoE(nn.Module):
             A new tensor shaped like ``x``.
 
         Raises:
-            TypeError: ``x`` or ``padding_mask`` is no tensor.
+            TypeError: ``x`` or ``padding_mask`` is no tensor, ``x`` not dense and floating point.
             ValueError: ``x`` has another hidden size, ``padding_mask`` another number of tokens.
         """
         if not isinstance(x, Tensor):
             raise TypeError(f"MoE: x must be a tensor [..., H]; got {type(x).__name__}")
+        if x.layout != torch.strided or x.is_nested or not x.is_floating_point():
+            found = "that is nested" if x.is_nested else f"{x.dtype} of layout {x.layout}"
+            raise TypeError(
+                f"MoE: x must be dense and floating point; got a tensor that is {found}"
+            )
         if x.dim() == 0 or x.shape[-1] != self.dim:
             raise ValueError(f"MoE: x must be [..., H] with H = {self.dim}; got {list(x.shape)}")
         cp_mesh = self.cp_mesh if cp_mesh is None else cp_mesh

@@ -469,6 +469,8 @@ def test_moe_refuses_what_does_not_fit() -> None:
     mask = torch.zeros(2, 4, dtype=torch.bool)
     for error, message, arguments in (
         (TypeError, r"MoE: x must be a tensor \[\.\.\., H\]; got list", ([1.0],)),
+        (TypeError, r"MoE: x must be dense and floating point; got .* torch\.int64", (x.long(),)),
+        (TypeError, r"MoE: x must be dense .* layout torch\.sparse_coo", (x.to_sparse(),)),
         (ValueError, rf"MoE: x must be .* H = {config.dim}; got \[2, 3, 1\]", (x[..., :1],)),
         (ValueError, r"MoE: x must be .* got \[\]", (x[0, 0, 0],)),
         (TypeError, "MoE: padding_mask must be a tensor of bool; got list", (x, [True])),
