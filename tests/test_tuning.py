@@ -400,7 +400,13 @@ def test_bad_arguments(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("kernel", "sizes"), [("up", (64, 32)), ("scaled_grouped_gemm", (32, 32))])
+@pytest.mark.parametrize(
+    ("kernel", "sizes"),
+    [
+        ("up", (64, 32)),
+        pytest.param("scaled_grouped_gemm", (32, 32), marks=pytest.mark.slow),
+    ],
+)
 def test_a_dry_run_says_what_would_be_tried(
     kernel: str, sizes: tuple[int, int], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -88,15 +88,9 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("source", "targets"),
-    [
-        ("ep2", ["pp2 x 2 stages", "2 ranks", "1 rank"]),
-        ("pp2 ep2", ["ep4", "hsdp ep2", "pp2 of 2"]),
-    ],
-)
-def test_any_mesh_goes_on_from_any_other(source: str, targets: list[str], tmp_path: Path) -> None:
-    check(MESHES[source], [MESHES[name] for name in targets], tmp_path)
+def test_one_mesh_goes_on_from_another(tmp_path: Path) -> None:
+    targets = ("ep4", "pp2 x 2 stages", "1 rank")
+    check(MESHES["pp2 ep2"], [MESHES[name] for name in targets], tmp_path)
 
 
 @pytest.mark.slow

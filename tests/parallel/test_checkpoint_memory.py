@@ -157,8 +157,13 @@ def _hf(rank: int, ranks: int, folder: str, sizes: dict[str, int], measure: str)
     return [(MEASURES[measure](work), largest(made)) for work in ways(made, f"{folder}/it")]
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("size", ["large", "small"])
+@pytest.mark.parametrize(
+    ("ranks", "size"),
+    [
+        *((2, "large"), (4, "small")),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, "small"), (4, "large"))),
+    ],
+)
 def test_checkpoints_of_transformers(ranks: int, size: str, tmp_path: Path) -> None:
     """On 2 ranks FSDP cuts the experts, on 4 Expert Parallelism does too."""
     pytest.importorskip("transformers")
