@@ -17,7 +17,7 @@
 
 #include "dispatch/agreement.h"
 #include "dispatch/cuda_ipc/peer_memory.h"
-#include "dispatch/first_error.h"
+#include "dispatch/errors.h"
 #include "dispatch/layout.h"
 #include "dispatch/shared_memory/communicator.h"
 

@@ -12,7 +12,7 @@
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <torch/csrc/distributed/c10d/Store.hpp>
 
-#include "dispatch/first_error.h"
+#include "dispatch/errors.h"
 
 namespace moe::ep {
 

@@ -21,6 +21,7 @@
 #include <utility>
 
 #include "dispatch/dispatcher.h"
+#include "dispatch/errors.h"
 #include "dispatch/notices.h"
 #include "dispatch/rows.h"
 
@@ -33,17 +34,6 @@ using at::Tensor;
 std::string reason(const std::exception& error) {
   const auto* const known = dynamic_cast<const c10::Error*>(&error);
   return known ? known->what_without_backtrace() : error.what();
-}
-
-// What f raises, or null.
-template <typename F>
-std::exception_ptr caught(const F& f) {
-  try {
-    f();
-  } catch (...) {
-    return std::current_exception();
-  }
-  return nullptr;
 }
 
 c10::Stream current_stream(const Tensor& tensor) {

@@ -18,6 +18,7 @@
 #include "common/parallel.h"
 #include "dispatch/copy.h"
 #include "dispatch/dispatcher.h"
+#include "dispatch/errors.h"
 #include "dispatch/rows.h"
 #include "dispatch/shared_memory/in_flight.h"
 
@@ -146,17 +147,6 @@ Agreement read_headers(Call& call, Phase phase, const Dispatcher& dispatcher,
     throw;
   }
   return agreement;
-}
-
-// What f raises, for read_headers.
-template <typename F>
-std::exception_ptr caught(const F& f) {
-  try {
-    f();
-  } catch (...) {
-    return std::current_exception();
-  }
-  return nullptr;
 }
 
 // The ranks have written what they had for each other.

@@ -1,12 +1,13 @@
-// The first of several errors.
+// Errors that are kept for later.
 #pragma once
 
+#include <exception>
 #include <mutex>
 #include <string>
 
 namespace moe::ep {
 
-// From any thread.
+// The first of several, from any thread.
 class FirstError {
  public:
   void set(const std::string& error) const {
@@ -22,5 +23,16 @@ class FirstError {
   mutable std::mutex mutex_;
   mutable std::string text_;
 };
+
+// What f raises, or null.
+template <typename F>
+std::exception_ptr caught(const F& f) {
+  try {
+    f();
+  } catch (...) {
+    return std::current_exception();
+  }
+  return nullptr;
+}
 
 }  // namespace moe::ep
