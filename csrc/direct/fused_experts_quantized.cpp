@@ -37,7 +37,9 @@ struct Quantized {
     const std::optional<Format> known = find_format(format);
     if (!known || sizes != std::array{experts, inner, columns}) return false;
     const CodeShapes shapes = code_shapes(*known, experts, inner, columns);
-    return codes.sizes() == at::IntArrayRef(shapes.codes) &&
+    const at::ScalarType dtype = has_group_scales(*known) ? at::kBFloat16 : at::kFloat;
+    return codes.scalar_type() == at::kByte && scales.scalar_type() == dtype &&
+           codes.sizes() == at::IntArrayRef(shapes.codes) &&
            scales.sizes() == at::IntArrayRef(shapes.scales);
   }
 
