@@ -184,6 +184,10 @@ def _main(
         payload = io.BytesIO()
         torch.save(function(rank, ranks, *args), payload)
         connection.send((True, payload.getvalue()))
+        faulthandler.cancel_dump_traceback_later()
+        # Until all have returned: a slower rank may still be connecting to this one.
+        with suppress(EOFError):
+            connection.recv()
     except BaseException:
         connection.send((False, traceback.format_exc()))
     finally:

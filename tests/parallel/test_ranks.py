@@ -20,6 +20,14 @@ def _sum(rank: int, ranks: int, scale: float) -> torch.Tensor:
     return value + rank
 
 
+def _outlived_by_the_first(rank: int, ranks: int) -> None:
+    processes = [None] * ranks
+    dist.all_gather_object(processes, os.getpid())
+    if rank == 1:
+        time.sleep(0.5)
+        os.kill(processes[0], 0)  # raises where there is no such process
+
+
 def _fail_on_one(rank: int, ranks: int) -> None:
     assert rank == 0, "rank one is wrong"
     time.sleep(30)
@@ -45,6 +53,10 @@ def test_results_come_in_the_order_of_ranks() -> None:
     assert first.tolist() == [3.0, 3.0]
     assert second.tolist() == [4.0, 4.0]
     assert third.tolist() == [5.0, 5.0]
+
+
+def test_a_rank_that_has_returned_stays_for_the_others() -> None:
+    run_ranks(2, _outlived_by_the_first)
 
 
 @pytest.mark.parametrize(
