@@ -59,7 +59,8 @@ def assert_accurate(name: str, actual: Tensor, truth: Tensor, yardstick: Tensor)
 
     Both may have a few roundings in a row, which a small sample of the yardstick may by luck not
     show (see ``spread``). The worst of many rows scatters more than their sum, so it may be three
-    times as far: a row that is wrong is a hundred times as far.
+    times as far, and nine times where a row is one value: the worst of 600 cases of that was five
+    times as far, and a row that is wrong is a hundred times as far.
     """
     assert actual.shape == truth.shape, f"{name}: {actual.shape} is not {truth.shape}"
     assert actual.dtype == yardstick.dtype, f"{name}: {actual.dtype} is not {yardstick.dtype}"
@@ -70,7 +71,8 @@ def assert_accurate(name: str, actual: Tensor, truth: Tensor, yardstick: Tensor)
         return
     rounding = torch.finfo(yardstick.dtype).eps * (0.5 if yardstick.element_size() == 2 else 2)
     scatter = 1 + spread(truth.numel())
-    for measure, factor in ((frobenius_error, 1.5), (worst_row_error, 3.0)):
+    width = truth.shape[-1] if truth.dim() else 1
+    for measure, factor in ((frobenius_error, 1.5), (worst_row_error, 3.0 + 6.0 / width**0.5)):
         ours, theirs = measure(actual, truth), measure(yardstick, truth)
         limit = factor * scatter * max(theirs, rounding)
         assert ours <= limit, f"{name}: {measure.__name__} {ours:.2e}, limit {limit:.2e}"
