@@ -23,6 +23,7 @@ struct TileRegisters {
 
 constexpr int64_t kTileRows = 16, kTileK = 32;
 constexpr int64_t kTileColumns = 2 * kTileRows;  // rows, or columns, of a product of 2 x 2 tiles
+constexpr int64_t kMultiplications = 4;          // of two tiles, for each 32 of k
 
 // What ldtilecfg reads: eight registers of 16 rows of 64 bytes.
 struct TileConfig {
@@ -50,15 +51,17 @@ struct TileRegisters<bf16> {
 struct TileProduct {
   const bf16* a;                     // the first tile of rows
   int64_t a_stride, a_step, a_next;  // to its next row, to the next 32 of k, to the second tile
-  const bf16* b;                     // vectors of groups; the second tile's follow the first one's
+  const bf16* b;                     // vectors of groups
   int64_t b_stride;                  // to the next group, in bytes
+  int64_t b_step, b_next;            // to the next 16 groups, to the second tile
   int64_t steps;
   float* out;
   int64_t out_stride;
   bool accumulate;  // add to out
-  // If not null: 32 lines are read ahead from here in each step.
+  // If not null: so many lines are read ahead at each multiplication of two tiles, if there are
+  // four a step. A burst of them would hold up the loads of tiles.
   const char* prefetch = nullptr;
-  int64_t prefetch_stride = 0, prefetch_step = 0;
+  int64_t prefetch_lines = 0, prefetch_stride = 0, prefetch_step = 0;
 
   // Rows of a matrix that are contiguous along k.
   void set_a(const bf16* rows, int64_t stride) {
@@ -68,9 +71,13 @@ struct TileProduct {
     a_next = kTileRows * stride;
   }
 
-  // The line at p or nothing, the next ones of the step, and those of the next step.
-  void prefetch_from(const void* p, int64_t stride, int64_t step) {
-    prefetch = static_cast<const char*>(p);
+  // Lines of rows at p, `stride` apart; those of the next step are `step` further on. `all`
+  // products, of which this is number i, fetch 32 together.
+  void prefetch_from(const bf16* p, int64_t stride, int64_t step, int64_t i, int64_t all) {
+    const int64_t lines = ceil_div(kTileColumns, kMultiplications * all);
+    const int64_t first = kMultiplications * lines * i;
+    prefetch = first < kTileColumns ? reinterpret_cast<const char*>(p + first * stride) : nullptr;
+    prefetch_lines = lines;
     prefetch_stride = stride * sizeof(bf16);
     prefetch_step = step * sizeof(bf16);
   }
@@ -101,11 +108,12 @@ struct TileProduct {
   }
 
  private:
+  // Not inlined, for it needs all registers.
   template <int rows, int columns>
-  void run_tiles() const {
-    const bf16 *a0 = a, *a1 = a + a_next, *b0 = b, *b1 = b + kTileK;
+  __attribute__((noinline)) void run_tiles() const {
+    const bf16 *a0 = a, *a1 = a + a_next, *b0 = b, *b1 = b + b_next;
     const int64_t a_bytes = a_stride * sizeof(bf16), out_bytes = out_stride * sizeof(float);
-    const int64_t b_bytes = b_stride, b_step = kTileRows * b_stride / sizeof(bf16);
+    const int64_t b_bytes = b_stride, a_step = this->a_step, b_step = this->b_step;
     float *top = out, *below = out + kTileRows * out_stride;
     // Compilers do not know that tiles are loaded from what was written before.
     asm volatile("" ::: "memory");
@@ -121,27 +129,36 @@ struct TileProduct {
       if constexpr (rows == 2 && columns == 2) _tile_zero(3);
     }
     const char* ahead = prefetch;
-    for (int64_t s = 0; s < steps; ++s) {
+    const int64_t lines = prefetch ? prefetch_lines * kMultiplications / (rows * columns) : 0;
+    const int64_t line_stride = prefetch_stride, ahead_step = prefetch_step;
+    for (int64_t s = steps; s > 0; --s) {
+      const char* line = ahead;
+      const auto fetch = [&]() __attribute__((always_inline)) {
+        for (int64_t i = 0; i < lines; ++i, line += line_stride) prefetch_line(line);
+      };
       _tile_loadd(6, b0, b_bytes);
       _tile_loadd(4, a0, a_bytes);
       _tile_dpbf16ps(0, 4, 6);
+      fetch();
       if constexpr (columns == 2) {
         _tile_loadd(7, b1, b_bytes);
         _tile_dpbf16ps(1, 4, 7);
+        fetch();
       }
       if constexpr (rows == 2) {
         _tile_loadd(5, a1, a_bytes);
         _tile_dpbf16ps(2, 5, 6);
+        fetch();
       }
-      if constexpr (rows == 2 && columns == 2) _tile_dpbf16ps(3, 5, 7);
+      if constexpr (rows == 2 && columns == 2) {
+        _tile_dpbf16ps(3, 5, 7);
+        fetch();
+      }
       a0 += a_step;
       a1 += a_step;
       b0 += b_step;
       b1 += b_step;
-      if (ahead) {
-        for (int64_t i = 0; i < 32; ++i) prefetch_line(ahead + i * prefetch_stride);
-        ahead += prefetch_step;
-      }
+      ahead += ahead_step;
     }
     _tile_stored(0, top, out_bytes);
     if constexpr (columns == 2) _tile_stored(1, top + kTileRows, out_bytes);
@@ -149,6 +166,33 @@ struct TileProduct {
     if constexpr (rows == 2 && columns == 2) _tile_stored(3, below + kTileRows, out_bytes);
   }
 };
+
+// n elements as rows of consecutive tiles, zeros up to whole ones.
+MOE_INLINE void stage_row(bf16* out, const bf16* row, int64_t n) {
+  constexpr int64_t kTile = kTileRows * kTileK;
+  int64_t k = 0;
+  for (; k + kTileK <= n; k += kTileK, out += kTile) std::memcpy(out, row + k, 64);
+  if (k == n) return;
+  std::memcpy(out, row + k, (n - k) * sizeof(bf16));
+  std::memset(out + (n - k), 0, (kTileK - (n - k)) * sizeof(bf16));
+}
+
+// n <= 32 columns of k rows, pairs of which are interleaved: [columns / 16, steps, 16, 16, 2],
+// zeros past the last row and column.
+MOE_INLINE void pack_pairs(bf16* out, const bf16* rows, int64_t stride, int64_t k, int64_t n) {
+  constexpr int64_t kTile = kTileRows * kTileK;
+  const int64_t steps = ceil_div(k, kTileK);
+  const auto mask = static_cast<__mmask32>((uint64_t{1} << n) - 1);
+  using V = Groups<bf16>::V;
+  for (int64_t i = 0; i < steps * kTileK; i += 2, rows += 2 * stride, out += kTileK) {
+    V lower{}, upper{};
+    if (i < k) lower = bit_cast<V>(_mm512_maskz_loadu_epi16(mask, rows));
+    if (i + 1 < k) upper = bit_cast<V>(_mm512_maskz_loadu_epi16(mask, rows + stride));
+    Groups<bf16>::pair(lower, upper);
+    std::memcpy(out, &lower, sizeof(lower));
+    if (n > kTileRows) std::memcpy(out + steps * kTile, &upper, sizeof(upper));
+  }
+}
 
 // Columns of rows [part.begin, part.end) of `row(i)`, i < limit, as rows of tiles:
 // [columns / 16, steps, 16, 32], zeros past the last row and column.

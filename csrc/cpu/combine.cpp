@@ -46,9 +46,11 @@ void Combine<T>::run(T* y) const {
 
 template <typename T>
 void Combine<T>::multiply(Range columns, A* products, int64_t stride) const {
+  constexpr int64_t kCacheBytes = 16 << 20;
   const int64_t hidden = b.columns(), k = b.inner();
   const int64_t step = columns_per_unit(columns.size(), blocks, at::get_num_threads(), 32);
   const int64_t parts = (columns.size() + step - 1) / step;
+  const bool stream = used * stride * static_cast<int64_t>(sizeof(A)) > kCacheBytes;
   const auto& gemm = kernels<GemmKernels<T>>();
   const auto& functions = kernels<RowKernels<T>>();
   parallel_units(blocks.size() * parts, [&](int64_t unit, int) {
@@ -56,7 +58,8 @@ void Combine<T>::multiply(Range columns, A* products, int64_t stride) const {
     const int64_t first = columns.begin + unit % parts * step;
     const Range part{first, std::min(first + step, columns.end)};
     A* out = products + block.begin * stride + (first - columns.begin);
-    gemm.multiply(rows.get(unit / parts), block.count, k, b.of<T>(block.expert), part, out, stride);
+    gemm.multiply(rows.get(unit / parts), block.count, k, b.of<T>(block.expert), part, out, stride,
+                  stream);
     for (int64_t r = 0; bias && r < block.count; ++r) {
       functions.add_scaled(out + r * stride, bias + block.expert * hidden + first, A(1),
                            part.size());

@@ -43,10 +43,12 @@ void project_up(const Layer& layer, const at::Tensor& x, const Sorted& order, in
       return data<T>(x) + row_to_slot[block.begin + i] / top_k * x.stride(0);
     });
     // The unit's columns of h: one piece, or one of the gate and one of the up half.
-    std::vector<Range> pieces{pairs ? Range{2 * range.begin, 2 * range.end} : range};
-    if (gated && !pairs) pieces.push_back({inner + range.begin, inner + range.end});
-    const int64_t piece_stride = round_up(pieces[0].size(), kOutputColumns);
-    const int64_t stride = sums_stride(piece_stride * pieces.size());
+    // Halves that follow each other are read faster as one.
+    const int64_t piece_stride = round_up(pairs ? 2 * n : n, kOutputColumns);
+    const bool whole = gated && (pairs || (n == inner && n == piece_stride));
+    std::vector<Range> pieces{whole ? Range{2 * range.begin, 2 * range.end} : range};
+    if (gated && !whole) pieces.push_back({inner + range.begin, inner + range.end});
+    const int64_t stride = sums_stride(gated && !pairs ? 2 * piece_stride : piece_stride);
     A* tile = static_cast<A*>(thread_scratch(Scratch::kTile, block.count * stride * sizeof(A)));
     T* activated =
         static_cast<T*>(thread_scratch(Scratch::kNarrowTile, block.count * n * sizeof(T)));
@@ -54,7 +56,7 @@ void project_up(const Layer& layer, const at::Tensor& x, const Sorted& order, in
       const Range& columns = pieces[p];
       A* sums = tile + p * piece_stride;
       gemm.multiply(packed, block.count, hidden, layer.gate_up.of<T>(block.expert), columns, sums,
-                    stride);
+                    stride, false);
       for (int64_t i = 0; i < block.count; ++i) {
         A* row = sums + i * stride;
         if (bias) {

@@ -86,7 +86,7 @@ class Backward {
                                            [&](int64_t i) { return rows_.grad[block.begin + i]; });
       A* tile = static_cast<A*>(thread_scratch(Scratch::kTile, block.count * stride * sizeof(A)));
       gemm.multiply(packed, block.count, hidden_, down_transposed.of<T>(block.expert),
-                    Range{begin, begin + n}, tile, stride);
+                    Range{begin, begin + n}, tile, stride, false);
       for (int64_t i = 0; i < block.count; ++i) {
         const int64_t r = block.begin + i;
         for (int64_t c = begin; c < begin + n; c += kSummed) {

@@ -44,7 +44,7 @@ MOE_INLINE DotFunction<T> dot_function(int64_t count, std::index_sequence<b...>)
 // Sums [count, width], whole vectors of both, to out [rows, count].
 template <typename A>
 MOE_INLINE void store_transposed(const A* sums, int64_t width, int64_t count, int64_t rows, A* out,
-                                 int64_t out_stride) {
+                                 int64_t out_stride, bool past_caches) {
   constexpr int L = kLanes<A>;
   for (int64_t i = 0; i < count; i += L) {
     for (int64_t r = 0; r < rows; r += L) {
@@ -54,55 +54,68 @@ MOE_INLINE void store_transposed(const A* sums, int64_t width, int64_t count, in
       transpose<A>(lanes);
       A* to = out + r * out_stride + i;
       const int64_t row_count = min(rows - r, L);
-      for (int64_t j = 0; j < row_count; ++j) store(to + j * out_stride, lanes[j]);
+      for (int64_t j = 0; j < row_count; ++j) {
+        past_caches ? stream(to + j * out_stride, lanes[j]) : store(to + j * out_stride, lanes[j]);
+      }
     }
   }
 }
 
 #if defined(CPU_CAPABILITY_AMX)
-// Columns [begin, end) of b for packed vectors of rows: 16 columns, where they lie if that is whole
-// tiles, are a tile times 16 rows. Transposed on the way to out.
+// Columns [begin, end) of b for packed vectors of rows: 16 columns are a tile times 16 rows.
+// Transposed on the way to out.
 void multiply_vectors_in_tiles(const bf16* packed, int64_t rows, int64_t vectors, int64_t k,
                                const MatrixOf<bf16>& b, Range columns, float* out,
-                               int64_t out_stride) {
-  constexpr int64_t L = kTileRows, G = 2, kStepGroups = kTileK / G;
-  const int64_t width = vectors * L, groups = group_count<bf16>(k);
-  // Both parts of a product come from the second-level cache.
-  const int64_t part_groups = min(groups, kMaxGroups);
-  const int64_t stage_row = part_groups * G + kTileK;  // not the same lines of a cache
-  float* result = static_cast<float*>(thread_scratch(
-      Scratch::kKernel,
-      kTileColumns * width * sizeof(float) + kTileColumns * stage_row * sizeof(bf16)));
+                               int64_t out_stride, bool stream) {
+  constexpr int64_t L = kTileRows, G = 2, kTile = kTileRows * kTileK;
+  // From so many vectors on it pays to copy some of k of the columns to where they stay in a
+  // first-level cache. Columns are a power of two apart as a rule: where they lie they cannot.
+  constexpr int64_t kManyVectors = 6, kStaged = 256;
+  constexpr int64_t kSum = 2 * kMaxGroups * G;
+  const int64_t width = vectors * L, padded_k = group_count<bf16>(k) * G;
+  const bool many = vectors >= kManyVectors;
+  const int64_t part_k = min(padded_k, many ? kStaged : kSum);
+  float* result = static_cast<float*>(
+      thread_scratch(Scratch::kKernel,
+                     kTileColumns * width * sizeof(float) + kTileColumns * part_k * sizeof(bf16)));
   bf16* stage = reinterpret_cast<bf16*>(result + kTileColumns * width);
 
   const TileRegisters<bf16> registers;
   TileProduct product;
-  product.b_stride = width * G * sizeof(bf16);
+  product.b_stride = kTileK * sizeof(bf16);
+  product.b_step = vectors * kTile;
+  product.b_next = kTile;
   product.out_stride = width;
   for (int64_t c = columns.begin; c < columns.end; c += kTileColumns) {
     const int64_t count = min(kTileColumns, columns.end - c), tiles = ceil_div(count, L);
-    for (int64_t g = 0; g < groups; g += part_groups) {
-      product.steps = min(part_groups, groups - g) / kStepGroups;
-      product.accumulate = g > 0;
-      const int64_t n = min(product.steps * kTileK, k - g * G);
-      const auto column = [&](int64_t i) { return b.data + (c + i) * b.stride_n + g * G; };
-      if (count == tiles * L && n == product.steps * kTileK) {
-        product.set_a(column(0), b.stride_n);
-      } else {
+    for (int64_t begin = 0; begin < k; begin += part_k) {
+      const int64_t end = min(begin + part_k, k), n = end - begin;
+      product.steps = ceil_div(n, kTileK);
+      product.accumulate = begin > 0;
+      const auto column = [&](int64_t i) { return b.data + (c + i) * b.stride_n + begin; };
+      if (many || count != tiles * L || n != product.steps * kTileK) {
         for (int64_t i = 0; i < count; ++i) {
-          pack_row<bf16>(stage + i * stage_row, column(i), n, product.steps * kTileK);
+          stage_row(stage + i / L * product.steps * kTile + i % L * kTileK, column(i), n);
         }
-        product.set_a(stage, stage_row);
+        product.a = stage;
+        product.a_stride = kTileK;
+        product.a_step = kTile;
+        product.a_next = product.steps * kTile;
+      } else {
+        product.set_a(column(0), b.stride_n);
       }
-      product.prefetch_from(column(kTileColumns), b.stride_n, kTileK);
+      // All share what is read ahead: the next part of the columns, or that of the next columns.
+      const bf16* next = many && end < k ? column(0) + part_k : column(kTileColumns);
+      if (many && end >= k) next -= begin;
       for (int64_t v = 0; v < vectors; v += 2) {
-        product.b = packed + (g * width + v * L) * G;
+        product.prefetch_from(next, b.stride_n, kTileK, v / 2, ceil_div(vectors, 2));
+        product.b = packed + begin * width + v * kTile;
         product.out = result + v * L;
         product.run(tiles, min(vectors - v, 2));
-        product.prefetch = nullptr;
       }
     }
-    store_transposed<float>(result, width, count, rows, out + (c - columns.begin), out_stride);
+    store_transposed<float>(result, width, count, rows, out + (c - columns.begin), out_stride,
+                            stream);
   }
 }
 #endif
@@ -110,7 +123,8 @@ void multiply_vectors_in_tiles(const bf16* packed, int64_t rows, int64_t vectors
 // Columns [begin, end) of b for packed vectors of rows; transposed on the way to out.
 template <typename T>
 void multiply_vectors(const operand_t<T>* packed, int64_t rows, int64_t vectors, int64_t k,
-                      const MatrixOf<T>& b, Range columns, acc_t<T>* out, int64_t out_stride) {
+                      const MatrixOf<T>& b, Range columns, acc_t<T>* out, int64_t out_stride,
+                      bool stream) {
   using U = operand_t<T>;
   using A = acc_t<T>;
   using Tile = OuterTile<T>;
@@ -166,7 +180,7 @@ void multiply_vectors(const operand_t<T>* packed, int64_t rows, int64_t vectors,
         run(tile);
       }
     }
-    store_transposed<A>(result, width, count, rows, out + (c - columns.begin), out_stride);
+    store_transposed<A>(result, width, count, rows, out + (c - columns.begin), out_stride, stream);
   }
 }
 
@@ -202,49 +216,71 @@ void multiply_few(const operand_t<T>* packed, int64_t rows, int64_t k, const Mat
 // Rows of a matrix, columns of each, that tiles fetch ahead: each a line of so many rows.
 template <typename T>
 struct Ahead {
+  static constexpr int64_t kLine = 64 / sizeof(T);
+
   const MatrixOf<T>& b;
   Range rows, columns;
   int64_t done = 0;  // lines of rows
 
+  // Of every row.
+  int64_t lines() const { return ceil_div(columns.size(), kLine); }
+
   // Where the next line is, or null past the last one.
-  const char* next(int64_t row_count) {
-    constexpr int64_t kLine = 64;
-    const int64_t lines = ceil_div(columns.size() * static_cast<int64_t>(sizeof(T)), kLine);
-    const int64_t row = lines > 0 ? rows.begin + done / lines * row_count : rows.end;
+  const T* next(int64_t row_count) {
+    const int64_t row = lines() > 0 ? rows.begin + done / lines() * row_count : rows.end;
     if (row >= rows.end) return nullptr;
-    const T* const first = b.data + row * b.stride_k + columns.begin;
-    return reinterpret_cast<const char*>(first) + done++ % lines * kLine;
+    return b.data + row * b.stride_k + columns.begin + done++ % lines() * kLine;
   }
 
   void fetch(OuterTile<T>& tile) {
-    const char* line = next(tile.groups);
-    tile.prefetch = line ? line : reinterpret_cast<const char*>(tile.columns);
+    const T* line = next(tile.groups);
+    tile.prefetch =
+        line ? reinterpret_cast<const char*>(line) : reinterpret_cast<const char*>(tile.columns);
     tile.prefetch_step = line ? b.stride_k * sizeof(T) : 0;
   }
 };
 
 #if defined(CPU_CAPABILITY_AMX)
-// Packed rows from some k on, times the panel of the tile: 32 columns of it, which stay in the
-// first-level cache, meet all rows.
-void multiply_panel_in_tiles(const bf16* rows, int64_t row_size, int64_t m,
-                             const OuterTile<bf16>& panel, int64_t vectors, Ahead<bf16>& ahead) {
-  constexpr int64_t G = 2;
-  TileProduct product;
-  product.b_stride = panel.column_step * sizeof(bf16);
-  product.steps = panel.groups * G / kTileK;
-  product.accumulate = panel.accumulate;
-  product.out_stride = panel.out_stride;
-  for (int64_t v = 0; v < vectors; v += 2) {
-    product.b = panel.columns + v * kTileRows * G;
-    for (int64_t r = 0; r < m; r += kTileColumns) {
-      product.set_a(rows + r * row_size, row_size);
-      product.prefetch_from(ahead.next(panel.groups * G), ahead.b.stride_k,
-                            kTileK * ahead.b.stride_k);
-      product.out = panel.out + r * panel.out_stride + v * kTileRows;
-      product.run_rows(min(m - r, kTileColumns), min(vectors - v, 2));
+// The same for products of tiles: each fetches a few lines of some rows, one after the other of
+// each, as the processor foresees it.
+struct AheadInTiles {
+  static constexpr int64_t kLine = 64 / sizeof(bf16);
+
+  const MatrixOf<bf16>& b;
+  Range rows, columns;
+  int64_t lines, rows_together = 0, lines_together = 0, done = 0;
+
+  AheadInTiles(const MatrixOf<bf16>& b, Range rows, Range columns)
+      : b(b), rows(rows), columns(columns), lines(ceil_div(columns.size(), kLine)) {}
+
+  void fetch_all() const {
+    for (int64_t i = rows.begin; i < rows.end; ++i) {
+      for (int64_t c = columns.begin; c < columns.end; c += kLine) {
+        prefetch_line(b.data + i * b.stride_k + c);
+      }
     }
   }
-}
+
+  // Among so many products.
+  void share(TileProduct& product, int64_t products) {
+    lines_together = product.steps;
+    const int64_t parts = ceil_div(lines, lines_together) * rows.size();
+    product.prefetch_lines = ceil_div(parts, products * kMultiplications);
+    product.prefetch_stride = b.stride_k * sizeof(bf16);
+    product.prefetch_step = kLine * sizeof(bf16);
+    rows_together = product.prefetch_lines * kMultiplications;
+  }
+
+  // Where the next product begins, or null if all are fetched.
+  const char* next() {
+    if (lines == 0 || rows_together == 0) return nullptr;
+    const int64_t parts = ceil_div(lines, lines_together), i = done++;
+    const int64_t row = rows.begin + i / parts * rows_together;
+    if (row >= rows.end) return nullptr;
+    const bf16* first = b.data + row * b.stride_k + columns.begin;
+    return reinterpret_cast<const char*>(first + i % parts * lines_together * kLine);
+  }
+};
 #endif
 
 template <typename T>
@@ -263,7 +299,6 @@ void multiply_spread_rows(const operand_t<T>* packed, int64_t m, int64_t k, cons
   U* panels =
       static_cast<U*>(thread_scratch(Scratch::kKernel, widest * block_groups * G * sizeof(U)));
 
-  [[maybe_unused]] const TileRegisters<T> registers;
   Tile tile;
   tile.row_step = G;
   tile.narrow = nullptr;
@@ -284,10 +319,6 @@ void multiply_spread_rows(const operand_t<T>* packed, int64_t m, int64_t k, cons
         tile.columns = panels + (p - c) * tile.groups * G;
         tile.column_step = vectors * L * G;
         tile.out = out + (p - columns.begin);
-        if constexpr (kTileRegisters<T>) {
-          multiply_panel_in_tiles(packed + g * G, row_size, m, tile, vectors, ahead);
-          continue;
-        }
         A* const to = tile.out;
         for_row_tiles(m, [&](int64_t r, int64_t count) {
           for (int64_t i = 0; i < count; ++i) tile.rows[i] = packed + (r + i) * row_size + g * G;
@@ -299,6 +330,56 @@ void multiply_spread_rows(const operand_t<T>* packed, int64_t m, int64_t k, cons
     }
   }
 }
+
+#if defined(CPU_CAPABILITY_AMX)
+// The same in tile registers: 32 columns of some of k are packed to where they stay in a
+// first-level cache, and meet all rows. The next rows of the matrix are fetched meanwhile, some
+// columns of each: memory gives 32 of them too slowly.
+void multiply_spread_rows_in_tiles(const bf16* packed, int64_t m, int64_t k,
+                                   const MatrixOf<bf16>& b, Range columns, float* out,
+                                   int64_t out_stride) {
+  constexpr int64_t kTile = kTileRows * kTileK;
+  // Few rows wait for memory, which gives whole rows fastest; with more, passes over the sums
+  // count.
+  const int64_t part_k = m <= 96 ? 64 : 256;
+  const int64_t widest = kCacheBytes / (part_k * sizeof(bf16)) / kTileColumns * kTileColumns;
+  const int64_t row_size = padded<bf16>(k), row_tiles = ceil_div(m, kTileColumns);
+  bf16* panel =
+      static_cast<bf16*>(thread_scratch(Scratch::kKernel, kTileColumns * part_k * sizeof(bf16)));
+
+  const TileRegisters<bf16> registers;
+  TileProduct product;
+  product.b = panel;
+  product.b_stride = kTileK * sizeof(bf16);
+  product.b_step = kTile;
+  product.out_stride = out_stride;
+  for (int64_t c = columns.begin; c < columns.end; c += widest) {
+    const Range block{c, min(c + widest, columns.end)};
+    for (int64_t begin = 0; begin < k; begin += part_k) {
+      const Range part{begin, min(begin + part_k, k)};
+      product.steps = ceil_div(part.size(), kTileK);
+      product.b_next = product.steps * kTile;
+      product.accumulate = begin > 0;
+      if (begin == 0 && c == columns.begin) AheadInTiles(b, part, block).fetch_all();
+      const Range next_block{block.end, min(block.end + widest, columns.end)};
+      AheadInTiles ahead = part.end < k
+                               ? AheadInTiles(b, {part.end, min(part.end + part_k, k)}, block)
+                               : AheadInTiles(b, {0, min(part_k, k)}, next_block);
+      ahead.share(product, ceil_div(block.size(), kTileColumns) * row_tiles);
+      for (int64_t p = c; p < block.end; p += kTileColumns) {
+        const int64_t n = min(block.end - p, kTileColumns);
+        pack_pairs(panel, b.data + begin * b.stride_k + p, b.stride_k, part.size(), n);
+        for (int64_t r = 0; r < m; r += kTileColumns) {
+          product.set_a(packed + r * row_size + begin, row_size);
+          product.prefetch = ahead.next();
+          product.out = out + r * out_stride + (p - columns.begin);
+          product.run_rows(min(m - r, kTileColumns), ceil_div(n, kTileRows));
+        }
+      }
+    }
+  }
+}
+#endif
 
 // The same for a few rows, which read the matrix as fast as memory gives it: several of its rows at
 // a time, never packed, on sums that stay in the cache.
@@ -364,7 +445,7 @@ void multiply_few_spread_rows(const operand_t<T>* packed, int64_t m, int64_t k,
 
 template <typename T>
 void multiply(const void* packed_rows, int64_t m, int64_t k, const MatrixOf<T>& b, Range columns,
-              acc_t<T>* out, int64_t out_stride) {
+              acc_t<T>* out, int64_t out_stride, bool stream) {
   using A = acc_t<T>;
   constexpr int64_t L = kLanes<A>;
   const auto* packed = static_cast<const operand_t<T>*>(packed_rows);
@@ -373,34 +454,38 @@ void multiply(const void* packed_rows, int64_t m, int64_t k, const MatrixOf<T>& 
       std::memset(out + i * out_stride, 0, columns.size() * sizeof(A));
     return;
   }
-  if (!b.k_contiguous) {
-    const auto run = m <= kVeryFewRows ? multiply_few_spread_rows<T, kRowsReadFast>
-                     : m <= kFewRows   ? multiply_few_spread_rows<T, kRowsTogether>
-                                       : multiply_spread_rows<T>;
-    return run(packed, m, k, b, columns, out, out_stride);
-  }
 #if defined(CPU_CAPABILITY_AMX)
   constexpr auto run = multiply_vectors_in_tiles;
+  constexpr auto run_spread = multiply_spread_rows_in_tiles;
 #else
   constexpr auto run = multiply_vectors<T>;
+  constexpr auto run_spread = multiply_spread_rows<T>;
 #endif
+  if (!b.k_contiguous) {
+    const auto of_rows = m <= kVeryFewRows ? multiply_few_spread_rows<T, kRowsReadFast>
+                         : m <= kFewRows   ? multiply_few_spread_rows<T, kRowsTogether>
+                                           : run_spread;
+    return of_rows(packed, m, k, b, columns, out, out_stride);
+  }
   const Blocks<T> blocks(m);
   const int64_t vector_size = group_count<T>(k) * kStep<T>, done = min(blocks.vectors * L, m);
   // So many columns at a time that they stay in the cache while all rows meet them.
   constexpr int64_t kTogether = kTileRegisters<T> ? 32 : 48;
   const int64_t step =
       max(kTogether, kCacheBytes / static_cast<int64_t>(k * sizeof(T)) / kTogether * kTogether);
+  const bool past_caches = stream && aligned<L>(out, out_stride) && columns.size() % L == 0;
   for (int64_t c = columns.begin; c < columns.end; c += step) {
     const Range part{c, min(c + step, columns.end)};
     A* to = out + (c - columns.begin);
     for (int64_t i = 0; i < blocks.count; ++i) {
       const int64_t first = blocks.first(i), end = blocks.first(i + 1);
       run(packed + first * vector_size, min(end * L, m) - first * L, end - first, k, b, part,
-          to + first * L * out_stride, out_stride);
+          to + first * L * out_stride, out_stride, past_caches);
     }
     multiply_few<T>(packed + blocks.vectors * vector_size, m - done, k, b, part,
                     to + done * out_stride, out_stride);
   }
+  if (past_caches) finish_streams();
 }
 
 template <typename T>

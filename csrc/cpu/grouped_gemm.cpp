@@ -137,7 +137,7 @@ void multiply_groups(const at::Tensor& a, const Weights& b, const int32_t* offse
     const void* packed = packed_rows.get(thread, unit / parts, block.count,
                                          [&](int64_t i) { return first + i * a.stride(0); });
     A* tile = static_cast<A*>(thread_scratch(Scratch::kTile, block.count * stride * sizeof(A)));
-    gemm.multiply(packed, block.count, inner, b.of<T>(block.expert), range, tile, stride);
+    gemm.multiply(packed, block.count, inner, b.of<T>(block.expert), range, tile, stride, false);
     for (int64_t i = 0; i < block.count; ++i) {
       A* sums = tile + i * stride;
       if (bias.defined()) {

@@ -95,6 +95,7 @@ struct OutputOf {
 };
 
 constexpr int64_t kOutputColumns = 16;
+constexpr int64_t kPackedTogether = 32;
 
 // Matrix products. Each result is summed over k in an order that depends on the sizes alone.
 template <typename T>
@@ -103,13 +104,15 @@ struct GemmKernels {
 
   // Bytes of m packed rows of k elements.
   int64_t (*packed_size)(bool k_contiguous, int64_t m, int64_t k);
-  // Packs elements `part` of rows of k, an even begin; rows[i] is where that part of row i lies.
+  // Packs elements `part` of rows of k, from a multiple of kPackedTogether on; rows[i] is where
+  // that part of row i lies.
   void (*pack)(bool k_contiguous, void* packed, const T* const* rows, int64_t m, int64_t k,
                Range part);
   // out[i, j] = sum over k of row i times column columns.begin + j of b. Columns of out up to a
-  // multiple of kOutputColumns are overwritten.
+  // multiple of kOutputColumns are overwritten. stream: out is a part of more than caches hold, and
+  // may be written past them.
   void (*multiply)(const void* packed, int64_t m, int64_t k, const MatrixOf<T>& b, Range columns,
-                   A* out, int64_t out_stride);
+                   A* out, int64_t out_stride, bool stream);
 };
 
 template <typename T>

@@ -17,6 +17,13 @@ MOE_INLINE int64_t group_count(int64_t k) {
   return ceil_div(k, Compute<T>::G * kWholeGroups<T>) * kWholeGroups<T>;
 }
 
+// Whether each `lanes` elements of all rows are.
+template <int64_t lanes, typename T>
+bool aligned(const T* out, int64_t stride) {
+  constexpr int64_t bytes = lanes * sizeof(T);
+  return reinterpret_cast<uintptr_t>(out) % bytes == 0 && stride * sizeof(T) % bytes == 0;
+}
+
 constexpr int kPanelVectors = kRegisters == 32 ? 4 : 2;
 constexpr int kPanelRows = 6;  // rows of a tile over a whole panel
 

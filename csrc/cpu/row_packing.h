@@ -42,9 +42,11 @@ constexpr int least_of_vector(bool beside) {
 }
 
 // How m rows are packed for a k-contiguous matrix: blocks of vectors, each [groups, vectors, lanes,
-// G], then rows that would fill too little of a vector, each padded.
+// G], or [groups / 16, vectors, 16, lanes, G] for tile registers; then rows that would fill too
+// little of a vector, each padded.
 template <typename T>
 struct Blocks {
+  static constexpr int64_t kMost = kTileRegisters<T> ? 12 : OuterTile<T>::kMaxVectors;
   int64_t vectors, rest, count;
 
   explicit Blocks(int64_t m) {
@@ -55,7 +57,7 @@ struct Blocks {
       ++vectors;
       rest = 0;
     }
-    count = ceil_div(vectors, OuterTile<T>::kMaxVectors);
+    count = ceil_div(vectors, kMost);
   }
 
   // The number of the first vector of block i.
@@ -93,10 +95,11 @@ void pack_row(operand_t<T>* out, const T* row, int64_t n, int64_t whole) {
   std::memset(out + n, 0, (whole - n) * sizeof(operand_t<T>));
 }
 
-// A vector of so many rows, elements [0, n) of each: groups [0, groups) of it, zeros past n.
+// A vector of so many rows, elements [0, n) of each: groups [0, groups) of it, zeros past n. From a
+// group to the next one in out, and from kLanes of them to the next.
 template <typename T>
-void pack_vector(operand_t<T>* out, int64_t out_step, const T* const* rows, int64_t count,
-                 int64_t n, int64_t groups) {
+void pack_vector(operand_t<T>* out, int64_t group_step, int64_t lanes_step, const T* const* rows,
+                 int64_t count, int64_t n, int64_t groups) {
   using A = acc_t<T>;
   constexpr int L = kLanes<A>, G = Compute<T>::G;
   for (int64_t k = 0; k < groups * G; k += L * G) {
@@ -115,13 +118,13 @@ void pack_vector(operand_t<T>* out, int64_t out_step, const T* const* rows, int6
     }
     transpose<A>(lanes);
     const int64_t stored = min(L, groups - k / G);
-    operand_t<T>* to = out + k / G * out_step;
+    operand_t<T>* to = out + k / (L * G) * lanes_step;
     if (stored == L) {
       MOE_UNROLL
-      for (int g = 0; g < L; ++g) std::memcpy(to + g * out_step, &lanes[g], sizeof(lanes[g]));
+      for (int g = 0; g < L; ++g) std::memcpy(to + g * group_step, &lanes[g], sizeof(lanes[g]));
     } else {
       for (int64_t g = 0; g < stored; ++g)
-        std::memcpy(to + g * out_step, &lanes[g], sizeof(lanes[g]));
+        std::memcpy(to + g * group_step, &lanes[g], sizeof(lanes[g]));
     }
   }
 }
@@ -140,10 +143,16 @@ void pack(bool k_contiguous, void* packed, const T* const* rows, int64_t m, int6
   for (int64_t i = 0; i < blocks.count; ++i) {
     const int64_t first = blocks.first(i), vectors = blocks.first(i + 1) - first;
     U* block = out + first * groups * L * G + part.begin / G * vectors * L * G;
+    const int64_t row_step = vectors * L * G;
     for (int64_t v = 0; v < vectors; ++v) {
-      const int64_t row = (first + v) * L;
-      pack_vector<T>(block + v * L * G, vectors * L * G, rows + row, min(m - row, L), n,
-                     part_groups);
+      const int64_t row = (first + v) * L, count = min(m - row, L);
+      if constexpr (kTileRegisters<T>) {
+        pack_vector<T>(block + v * L * L * G, L * G, L * row_step, rows + row, count, n,
+                       part_groups);
+      } else {
+        pack_vector<T>(block + v * L * G, row_step, L * row_step, rows + row, count, n,
+                       part_groups);
+      }
     }
   }
   const int64_t done = min(blocks.vectors * L, m);

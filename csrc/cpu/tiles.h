@@ -72,10 +72,45 @@ MOE_INLINE void interleave(V a, V b, V& lower, V& upper) {
   upper = interleave_half<true>(a, b, lanes);
 }
 
+#if defined(MOE_AVX512)
+// transpose() of 16 x 16, in half the time: shuffles within 16 bytes need no tables of lanes.
+MOE_INLINE void transpose_floats(Vec<float> (&v)[16]) {
+  __m512 pairs[16], quads[16], halves[16];
+  MOE_UNROLL
+  for (int i = 0; i < 8; ++i) {
+    const __m512 a = bit_cast<__m512>(v[2 * i]), b = bit_cast<__m512>(v[2 * i + 1]);
+    pairs[2 * i] = _mm512_unpacklo_ps(a, b);
+    pairs[2 * i + 1] = _mm512_unpackhi_ps(a, b);
+  }
+  MOE_UNROLL
+  for (int i = 0; i < 8; ++i) {  // rows 4 * (i / 2) to + 3
+    const int first = i / 2 * 4 + i % 2;
+    const __m512d a = _mm512_castps_pd(pairs[first]), b = _mm512_castps_pd(pairs[first + 2]);
+    quads[i / 2 * 4 + i % 2 * 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+    quads[i / 2 * 4 + i % 2 * 2 + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+  }
+  MOE_UNROLL
+  for (int i = 0; i < 8; ++i) {  // rows 8 * (i / 4) to + 7
+    const __m512 a = quads[i / 4 * 8 + i % 4], b = quads[i / 4 * 8 + i % 4 + 4];
+    halves[i / 4 * 8 + i % 4] = _mm512_shuffle_f32x4(a, b, 0x88);
+    halves[i / 4 * 8 + i % 4 + 4] = _mm512_shuffle_f32x4(a, b, 0xdd);
+  }
+  MOE_UNROLL
+  for (int i = 0; i < 8; ++i) {
+    const int to = i % 4 + i / 4 * 4;
+    v[to] = bit_cast<Vec<float>>(_mm512_shuffle_f32x4(halves[i], halves[i + 8], 0x88));
+    v[to + 8] = bit_cast<Vec<float>>(_mm512_shuffle_f32x4(halves[i], halves[i + 8], 0xdd));
+  }
+}
+#endif
+
 // v[i][j] becomes v[j][i]: each pass moves the highest bit of a row's number into the lane's.
 template <typename A>
 MOE_INLINE void transpose(Vec<A> (&v)[kLanes<A>]) {
   constexpr int L = kLanes<A>;
+#if defined(MOE_AVX512)
+  if constexpr (L == 16) return transpose_floats(v);
+#endif
   MOE_UNROLL
   for (int bit = 1; bit < L; bit *= 2) {
     Vec<A> next[L];

@@ -38,13 +38,6 @@ void emit(const OutputOf<T>& out, int64_t row, int64_t column, const acc_t<T>* s
   }
 }
 
-// Whether vectors of all rows are.
-template <typename T>
-bool aligned(const T* out, int64_t stride) {
-  constexpr int64_t bytes = kLanes<acc_t<T>> * sizeof(T);
-  return reinterpret_cast<uintptr_t>(out) % bytes == 0 && stride * sizeof(T) % bytes == 0;
-}
-
 template <typename T>
 void weight_grad(const T* const* a, const T* const* b, int64_t m, Range i_range, Range j_range,
                  const OutputOf<T>& out) {
@@ -70,7 +63,7 @@ void weight_grad(const T* const* a, const T* const* b, int64_t m, Range i_range,
   T* narrow = aside ? nullptr : out.narrow;
   tile.out_stride = aside ? b_columns : out.stride;
   tile.narrow_stride = out.stride;
-  tile.stream = narrow && out.stream && aligned(narrow, out.stride);
+  tile.stream = narrow && out.stream && aligned<kLanes<A>>(narrow, out.stride);
   for (int64_t block = 0; block < blocks; ++block) {
     const Range part{block * block_groups * G, min((block + 1) * block_groups * G, m)};
     tile.groups = ceil_div(part.size(), G);
@@ -120,10 +113,11 @@ void weight_grad_in_tiles(const bf16* const* a, const bf16* const* b, int64_t m,
   alignas(64) float some[kTileColumns * kTileColumns];
 
   const TileRegisters<bf16> registers;
-  const bool stream = out.narrow && out.stream && aligned(out.narrow, out.stride);
+  const bool stream = out.narrow && out.stream && aligned<kTileRows>(out.narrow, out.stride);
   TileProduct product;
   product.a_stride = kTileK;
   product.a_step = kTileRows * kTileK;
+  product.b_next = kTileK;
   for (int64_t g = 0; g < groups; g += block_groups) {
     const Range part{g * G, min((g + block_groups) * G, m)};
     product.steps = ceil_div(part.size(), kTileK);
@@ -136,6 +130,7 @@ void weight_grad_in_tiles(const bf16* const* a, const bf16* const* b, int64_t m,
       const int64_t n = min(columns - p, kTileColumns), tiles = ceil_div(n, L);
       product.b = b_panels + (panel * product.steps * L + (p - panel)) * G;
       product.b_stride = stored * G * sizeof(bf16);
+      product.b_step = L * stored * G;
       for (int64_t q = 0; q < rows; q += kTileColumns) {
         const int64_t count = min(rows - q, kTileColumns);
         product.a = a_tiles + q / L * product.a_next;

@@ -34,14 +34,15 @@ void check_multiply(const GemmKernels<T>& gemm, int64_t m, int64_t k, int64_t n,
   const auto packed = aligned(bytes);
   poison(packed.get(), bytes);
   poison_scratch();
-  const int64_t middle = k / 3 / 2 * 2;
+  const int64_t middle = k / 3 / kPackedTogether * kPackedTogether;
   std::vector<const T*> rest;
   for (const T* row : a.pointers) rest.push_back(row + middle);
   gemm.pack(k_contiguous, packed.get(), rest.data(), m, k, Range{middle, k});
   gemm.pack(k_contiguous, packed.get(), a.pointers.data(), m, k, Range{0, middle});
   const int64_t out_stride = (n + 15) / 16 * 16 + 16;
   std::vector<acc_t<T>> out(m * out_stride - 16, kNaN);
-  gemm.multiply(packed.get(), m, k, matrix, Range{first, first + n}, out.data(), out_stride);
+  gemm.multiply(packed.get(), m, k, matrix, Range{first, first + n}, out.data(), out_stride,
+                k % 2 == 0);
   for (int64_t i = 0; i < m; ++i) {
     for (int64_t c = 0; c < n; ++c) {
       double sum = 0, magnitudes = 0;
