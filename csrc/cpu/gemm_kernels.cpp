@@ -4,7 +4,7 @@
 // weights stored [n, k]) it is spread from where it lies, and vectors hold many packed rows; few
 // rows are instead multiplied with it element by element. Where a row of it is contiguous, a block
 // of the matrix is packed into vectors of columns, and rows are spread.
-#include "cpu/amx_tiles.h"
+#include "cpu/amx_products.h"
 #include "cpu/kernels.h"
 #include "cpu/panels.h"
 #include "cpu/row_packing.h"
@@ -15,9 +15,7 @@ namespace moe::CPU_CAPABILITY {
 namespace {
 
 // Up to so many rows, packing a matrix [k, n] takes longer than it saves.
-constexpr int64_t kFewRows = 24;
-constexpr int64_t kMaxGroups = 512;         // in one sum: longer ones round more
-constexpr int64_t kCacheBytes = 384 << 10;  // of a second-level cache, for what is read repeatedly
+constexpr int64_t kFewRows = kTileRegisters<bf16> ? 8 : 24;
 
 // --------------------------------------------------------------------------------- tile tables
 template <typename T>
@@ -41,85 +39,6 @@ MOE_INLINE DotFunction<T> dot_function(int64_t count, std::index_sequence<b...>)
 }
 
 // ------------------------------------------------------------------ matrices stored [n, k]
-// Sums [count, width], whole vectors of both, to out [rows, count].
-template <typename A>
-MOE_INLINE void store_transposed(const A* sums, int64_t width, int64_t count, int64_t rows, A* out,
-                                 int64_t out_stride, bool past_caches) {
-  constexpr int L = kLanes<A>;
-  for (int64_t i = 0; i < count; i += L) {
-    for (int64_t r = 0; r < rows; r += L) {
-      Vec<A> lanes[L];
-      MOE_UNROLL
-      for (int j = 0; j < L; ++j) lanes[j] = load(sums + (i + j) * width + r);
-      transpose<A>(lanes);
-      A* to = out + r * out_stride + i;
-      const int64_t row_count = min(rows - r, L);
-      for (int64_t j = 0; j < row_count; ++j) {
-        past_caches ? stream(to + j * out_stride, lanes[j]) : store(to + j * out_stride, lanes[j]);
-      }
-    }
-  }
-}
-
-#if defined(CPU_CAPABILITY_AMX)
-// Columns [begin, end) of b for packed vectors of rows: 16 columns are a tile times 16 rows.
-// Transposed on the way to out.
-void multiply_vectors_in_tiles(const bf16* packed, int64_t rows, int64_t vectors, int64_t k,
-                               const MatrixOf<bf16>& b, Range columns, float* out,
-                               int64_t out_stride, bool stream) {
-  constexpr int64_t L = kTileRows, G = 2, kTile = kTileRows * kTileK;
-  // From so many vectors on it pays to copy some of k of the columns to where they stay in a
-  // first-level cache. Columns are a power of two apart as a rule: where they lie they cannot.
-  constexpr int64_t kManyVectors = 6, kStaged = 256;
-  constexpr int64_t kSum = 2 * kMaxGroups * G;
-  const int64_t width = vectors * L, padded_k = group_count<bf16>(k) * G;
-  const bool many = vectors >= kManyVectors;
-  const int64_t part_k = min(padded_k, many ? kStaged : kSum);
-  float* result = static_cast<float*>(
-      thread_scratch(Scratch::kKernel,
-                     kTileColumns * width * sizeof(float) + kTileColumns * part_k * sizeof(bf16)));
-  bf16* stage = reinterpret_cast<bf16*>(result + kTileColumns * width);
-
-  const TileRegisters<bf16> registers;
-  TileProduct product;
-  product.b_stride = kTileK * sizeof(bf16);
-  product.b_step = vectors * kTile;
-  product.b_next = kTile;
-  product.out_stride = width;
-  for (int64_t c = columns.begin; c < columns.end; c += kTileColumns) {
-    const int64_t count = min(kTileColumns, columns.end - c), tiles = ceil_div(count, L);
-    for (int64_t begin = 0; begin < k; begin += part_k) {
-      const int64_t end = min(begin + part_k, k), n = end - begin;
-      product.steps = ceil_div(n, kTileK);
-      product.accumulate = begin > 0;
-      const auto column = [&](int64_t i) { return b.data + (c + i) * b.stride_n + begin; };
-      if (many || count != tiles * L || n != product.steps * kTileK) {
-        for (int64_t i = 0; i < count; ++i) {
-          stage_row(stage + i / L * product.steps * kTile + i % L * kTileK, column(i), n);
-        }
-        product.a = stage;
-        product.a_stride = kTileK;
-        product.a_step = kTile;
-        product.a_next = product.steps * kTile;
-      } else {
-        product.set_a(column(0), b.stride_n);
-      }
-      // All share what is read ahead: the next part of the columns, or that of the next columns.
-      const bf16* next = many && end < k ? column(0) + part_k : column(kTileColumns);
-      if (many && end >= k) next -= begin;
-      for (int64_t v = 0; v < vectors; v += 2) {
-        product.prefetch_from(next, b.stride_n, kTileK, v / 2, ceil_div(vectors, 2));
-        product.b = packed + begin * width + v * kTile;
-        product.out = result + v * L;
-        product.run(tiles, min(vectors - v, 2));
-      }
-    }
-    store_transposed<float>(result, width, count, rows, out + (c - columns.begin), out_stride,
-                            stream);
-  }
-}
-#endif
-
 // Columns [begin, end) of b for packed vectors of rows; transposed on the way to out.
 template <typename T>
 void multiply_vectors(const operand_t<T>* packed, int64_t rows, int64_t vectors, int64_t k,
@@ -240,49 +159,6 @@ struct Ahead {
   }
 };
 
-#if defined(CPU_CAPABILITY_AMX)
-// The same for products of tiles: each fetches a few lines of some rows, one after the other of
-// each, as the processor foresees it.
-struct AheadInTiles {
-  static constexpr int64_t kLine = 64 / sizeof(bf16);
-
-  const MatrixOf<bf16>& b;
-  Range rows, columns;
-  int64_t lines, rows_together = 0, lines_together = 0, done = 0;
-
-  AheadInTiles(const MatrixOf<bf16>& b, Range rows, Range columns)
-      : b(b), rows(rows), columns(columns), lines(ceil_div(columns.size(), kLine)) {}
-
-  void fetch_all() const {
-    for (int64_t i = rows.begin; i < rows.end; ++i) {
-      for (int64_t c = columns.begin; c < columns.end; c += kLine) {
-        prefetch_line(b.data + i * b.stride_k + c);
-      }
-    }
-  }
-
-  // Among so many products.
-  void share(TileProduct& product, int64_t products) {
-    lines_together = product.steps;
-    const int64_t parts = ceil_div(lines, lines_together) * rows.size();
-    product.prefetch_lines = ceil_div(parts, products * kMultiplications);
-    product.prefetch_stride = b.stride_k * sizeof(bf16);
-    product.prefetch_step = kLine * sizeof(bf16);
-    rows_together = product.prefetch_lines * kMultiplications;
-  }
-
-  // Where the next product begins, or null if all are fetched.
-  const char* next() {
-    if (lines == 0 || rows_together == 0) return nullptr;
-    const int64_t parts = ceil_div(lines, lines_together), i = done++;
-    const int64_t row = rows.begin + i / parts * rows_together;
-    if (row >= rows.end) return nullptr;
-    const bf16* first = b.data + row * b.stride_k + columns.begin;
-    return reinterpret_cast<const char*>(first + i % parts * lines_together * kLine);
-  }
-};
-#endif
-
 template <typename T>
 void multiply_spread_rows(const operand_t<T>* packed, int64_t m, int64_t k, const MatrixOf<T>& b,
                           Range columns, acc_t<T>* out, int64_t out_stride) {
@@ -330,56 +206,6 @@ void multiply_spread_rows(const operand_t<T>* packed, int64_t m, int64_t k, cons
     }
   }
 }
-
-#if defined(CPU_CAPABILITY_AMX)
-// The same in tile registers: 32 columns of some of k are packed to where they stay in a
-// first-level cache, and meet all rows. The next rows of the matrix are fetched meanwhile, some
-// columns of each: memory gives 32 of them too slowly.
-void multiply_spread_rows_in_tiles(const bf16* packed, int64_t m, int64_t k,
-                                   const MatrixOf<bf16>& b, Range columns, float* out,
-                                   int64_t out_stride) {
-  constexpr int64_t kTile = kTileRows * kTileK;
-  // Few rows wait for memory, which gives whole rows fastest; with more, passes over the sums
-  // count.
-  const int64_t part_k = m <= 96 ? 64 : 256;
-  const int64_t widest = kCacheBytes / (part_k * sizeof(bf16)) / kTileColumns * kTileColumns;
-  const int64_t row_size = padded<bf16>(k), row_tiles = ceil_div(m, kTileColumns);
-  bf16* panel =
-      static_cast<bf16*>(thread_scratch(Scratch::kKernel, kTileColumns * part_k * sizeof(bf16)));
-
-  const TileRegisters<bf16> registers;
-  TileProduct product;
-  product.b = panel;
-  product.b_stride = kTileK * sizeof(bf16);
-  product.b_step = kTile;
-  product.out_stride = out_stride;
-  for (int64_t c = columns.begin; c < columns.end; c += widest) {
-    const Range block{c, min(c + widest, columns.end)};
-    for (int64_t begin = 0; begin < k; begin += part_k) {
-      const Range part{begin, min(begin + part_k, k)};
-      product.steps = ceil_div(part.size(), kTileK);
-      product.b_next = product.steps * kTile;
-      product.accumulate = begin > 0;
-      if (begin == 0 && c == columns.begin) AheadInTiles(b, part, block).fetch_all();
-      const Range next_block{block.end, min(block.end + widest, columns.end)};
-      AheadInTiles ahead = part.end < k
-                               ? AheadInTiles(b, {part.end, min(part.end + part_k, k)}, block)
-                               : AheadInTiles(b, {0, min(part_k, k)}, next_block);
-      ahead.share(product, ceil_div(block.size(), kTileColumns) * row_tiles);
-      for (int64_t p = c; p < block.end; p += kTileColumns) {
-        const int64_t n = min(block.end - p, kTileColumns);
-        pack_pairs(panel, b.data + begin * b.stride_k + p, b.stride_k, part.size(), n);
-        for (int64_t r = 0; r < m; r += kTileColumns) {
-          product.set_a(packed + r * row_size + begin, row_size);
-          product.prefetch = ahead.next();
-          product.out = out + r * out_stride + (p - columns.begin);
-          product.run_rows(min(m - r, kTileColumns), ceil_div(n, kTileRows));
-        }
-      }
-    }
-  }
-}
-#endif
 
 // The same for a few rows, which read the matrix as fast as memory gives it: several of its rows at
 // a time, never packed, on sums that stay in the cache.

@@ -24,6 +24,9 @@ bool aligned(const T* out, int64_t stride) {
   return reinterpret_cast<uintptr_t>(out) % bytes == 0 && stride * sizeof(T) % bytes == 0;
 }
 
+constexpr int64_t kMaxGroups = 512;         // in one sum: longer ones round more
+constexpr int64_t kCacheBytes = 384 << 10;  // of a second-level cache, for what is read repeatedly
+
 constexpr int kPanelVectors = kRegisters == 32 ? 4 : 2;
 constexpr int kPanelRows = 6;  // rows of a tile over a whole panel
 
@@ -106,6 +109,26 @@ template <typename F>
 MOE_INLINE void for_row_tiles(int64_t m, F f) {
   const int64_t tiles = ceil_div(m, kPanelRows);
   for (int64_t i = 0; i < tiles; ++i) f(m * i / tiles, m * (i + 1) / tiles - m * i / tiles);
+}
+
+// Sums [count, width], whole vectors of both, to out [rows, count].
+template <typename A>
+MOE_INLINE void store_transposed(const A* sums, int64_t width, int64_t count, int64_t rows, A* out,
+                                 int64_t out_stride, bool past_caches) {
+  constexpr int L = kLanes<A>;
+  for (int64_t i = 0; i < count; i += L) {
+    for (int64_t r = 0; r < rows; r += L) {
+      Vec<A> lanes[L];
+      MOE_UNROLL
+      for (int j = 0; j < L; ++j) lanes[j] = load(sums + (i + j) * width + r);
+      transpose<A>(lanes);
+      A* to = out + r * out_stride + i;
+      const int64_t row_count = min(rows - r, L);
+      for (int64_t j = 0; j < row_count; ++j) {
+        past_caches ? stream(to + j * out_stride, lanes[j]) : store(to + j * out_stride, lanes[j]);
+      }
+    }
+  }
 }
 
 }  // namespace moe::CPU_CAPABILITY

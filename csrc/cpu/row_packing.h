@@ -37,7 +37,7 @@ MOE_INLINE int64_t padded(int64_t k) {
 template <typename T>
 constexpr int least_of_vector(bool beside) {
   constexpr int L = kLanes<acc_t<T>>;
-  if (kTileRegisters<T> || kRegisters < 32) return kTileRegisters<T> && beside ? 0 : L / 2;
+  if (kTileRegisters<T> || kRegisters < 32) return kTileRegisters<T> ? (beside ? 0 : 4) : L / 2;
   return beside ? 12 * L / 16 : (Compute<T>::G > 1 ? 15 : 13) * L / 16;
 }
 
