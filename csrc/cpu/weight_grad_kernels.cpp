@@ -110,7 +110,8 @@ void weight_grad_in_tiles(const bf16* const* a, const bf16* const* b, int64_t m,
       sums_size * sizeof(float) + (a_columns + b_columns) * block_groups * G * sizeof(bf16)));
   bf16* a_tiles = reinterpret_cast<bf16*>(sums + sums_size);
   bf16* b_panels = a_tiles + a_columns * block_groups * G;
-  alignas(64) float some[kTileColumns * kTileColumns];
+  constexpr int64_t kWritten = 128;  // columns: memory takes long pieces of rows faster
+  alignas(64) float some[kTileColumns * kWritten];
 
   const TileRegisters<bf16> registers;
   const bool stream = out.narrow && out.stream && aligned<kTileRows>(out.narrow, out.stride);
@@ -124,26 +125,25 @@ void weight_grad_in_tiles(const bf16* const* a, const bf16* const* b, int64_t m,
     product.a_next = product.steps * product.a_step;
     pack_transposed(a_tiles, [&](int64_t r) { return a[r]; }, m, part, i_range);
     pack_panels<bf16>(b_panels, [&](int64_t r) { return b[r]; }, m, part, j_range);
-    for (int64_t p = 0; p < columns; p += kTileColumns) {
-      const int64_t panel = p / kPanel * kPanel;
-      const int64_t stored = min(b_columns - panel, kPanel);  // columns of this panel
-      const int64_t n = min(columns - p, kTileColumns), tiles = ceil_div(n, L);
-      product.b = b_panels + (panel * product.steps * L + (p - panel)) * G;
-      product.b_stride = stored * G * sizeof(bf16);
-      product.b_step = L * stored * G;
+    for (int64_t p = 0; p < columns; p += kWritten) {
+      const int64_t width = min(columns - p, kWritten);
       for (int64_t q = 0; q < rows; q += kTileColumns) {
         const int64_t count = min(rows - q, kTileColumns);
         product.a = a_tiles + q / L * product.a_next;
         product.accumulate = aside && g > 0;
-        product.out = aside ? sums + q * b_columns + p : some;
-        product.out_stride = aside ? b_columns : kTileColumns;
-        if (aside) {
-          product.run_rows(count, tiles);
-          continue;
+        product.out_stride = aside ? b_columns : kWritten;
+        for (int64_t c = 0; c < width; c += kTileColumns) {
+          const int64_t panel = (p + c) / kPanel * kPanel;
+          const int64_t stored = min(b_columns - panel, kPanel);  // columns of this panel
+          const int64_t tiles = ceil_div(min(width - c, kTileColumns), L);
+          product.b = b_panels + (panel * product.steps * L + (p + c - panel)) * G;
+          product.b_stride = stored * G * sizeof(bf16);
+          product.b_step = L * stored * G;
+          product.out = (aside ? sums + q * b_columns + p : some) + c;
+          aside ? product.run_rows(count, tiles) : product.run(ceil_div(count, L), tiles);
         }
-        product.run(ceil_div(count, L), tiles);
-        for (int64_t i = 0; i < count; ++i) {
-          emit(out, q + i, p, some + i * kTileColumns, n, out.accumulate || g > 0, stream);
+        for (int64_t i = 0; !aside && i < count; ++i) {
+          emit(out, q + i, p, some + i * kWritten, width, out.accumulate || g > 0, stream);
         }
       }
     }
