@@ -131,6 +131,14 @@ def _cpu_clocks() -> dict[str, Any]:
     return {"mhz": [float(mhz) for mhz in re.findall(r"cpu MHz\s*: ([\d.]+)", _cpuinfo())]}
 
 
+def _kernel_level() -> str | None:
+    """The instruction set of the C++ kernels; None where they are not built."""
+    try:
+        return str(importlib.import_module("moe_kernels._C").cpu_capability())
+    except ImportError:
+        return None
+
+
 def _cpu() -> dict[str, Any]:
     text = _cpuinfo()
     model = re.search(r"model name\s*: (.*)", text)
@@ -139,6 +147,7 @@ def _cpu() -> dict[str, Any]:
         "name": model[1].strip() if model else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "capability": torch.backends.cpu.get_cpu_capability(),
+        "kernels": _kernel_level(),
     }
 
 
