@@ -22,13 +22,19 @@ void multiply_vectors_in_tiles(const bf16* packed, int64_t rows, int64_t vectors
   // first-level cache. Columns are a power of two apart as a rule: where they lie they cannot.
   constexpr int64_t kManyVectors = 6, kStaged = 256;
   constexpr int64_t kSum = 2 * kMaxGroups * G;  // each pass begins and ends with idle multipliers
+  // Packed rows that are more than a second-level cache holds are met in parts of k, each by so
+  // many columns.
+  constexpr int64_t kPackedBytes = 1200 << 10, kColumns = 512;
   const int64_t width = vectors * L, padded_k = group_count<bf16>(k) * G;
+  const int64_t row_bytes = width * sizeof(bf16);
+  const bool fit = row_bytes * padded_k <= kPackedBytes;
+  const int64_t kept_k = fit ? padded_k : max(kPackedBytes / 3 / row_bytes / kStaged, 1) * kStaged;
+  const int64_t group = fit ? kTileColumns : kColumns;
   const bool many = vectors >= kManyVectors;
-  const int64_t part_k = min(padded_k, many ? kStaged : kSum);
-  float* result = static_cast<float*>(
-      thread_scratch(Scratch::kKernel,
-                     kTileColumns * width * sizeof(float) + kTileColumns * part_k * sizeof(bf16)));
-  bf16* stage = reinterpret_cast<bf16*>(result + kTileColumns * width);
+  const int64_t part_k = min(kept_k, many ? kStaged : kSum);
+  float* result = static_cast<float*>(thread_scratch(
+      Scratch::kKernel, group * width * sizeof(float) + kTileColumns * part_k * sizeof(bf16)));
+  bf16* stage = reinterpret_cast<bf16*>(result + group * width);
 
   const TileRegisters<bf16> registers;
   TileProduct product;
@@ -36,36 +42,55 @@ void multiply_vectors_in_tiles(const bf16* packed, int64_t rows, int64_t vectors
   product.b_step = vectors * kTile;
   product.b_next = kTile;
   product.out_stride = width;
-  for (int64_t c = columns.begin; c < columns.end; c += kTileColumns) {
+  // 32 columns, or the last ones, of [begin, end) of k.
+  const auto multiply = [&](int64_t c, int64_t begin, int64_t end, const bf16* next, float* to) {
     const int64_t count = min(kTileColumns, columns.end - c), tiles = ceil_div(count, L);
-    for (int64_t begin = 0; begin < k; begin += part_k) {
-      const int64_t end = min(begin + part_k, k), n = end - begin;
-      product.steps = ceil_div(n, kTileK);
-      product.accumulate = begin > 0;
-      const auto column = [&](int64_t i) { return b.data + (c + i) * b.stride_n + begin; };
-      if (many || count != tiles * L || n != product.steps * kTileK) {
-        for (int64_t i = 0; i < count; ++i) {
-          stage_row(stage + i / L * product.steps * kTile + i % L * kTileK, column(i), n);
-        }
-        product.a = stage;
-        product.a_stride = kTileK;
-        product.a_step = kTile;
-        product.a_next = product.steps * kTile;
-      } else {
-        product.set_a(column(0), b.stride_n);
+    const int64_t n = end - begin;
+    const bf16* first = b.data + c * b.stride_n + begin;
+    product.steps = ceil_div(n, kTileK);
+    product.accumulate = begin > 0;
+    if (many || count != tiles * L || n != product.steps * kTileK) {
+      for (int64_t i = 0; i < count; ++i) {
+        stage_row(stage + i / L * product.steps * kTile + i % L * kTileK, first + i * b.stride_n,
+                  n);
       }
-      // All share what is read ahead: the next part of the columns, or that of the next columns.
-      const bf16* next = many && end < k ? column(0) + part_k : column(kTileColumns);
-      if (many && end >= k) next -= begin;
-      for (int64_t v = 0; v < vectors; v += 2) {
-        product.prefetch_from(next, b.stride_n, kTileK, v / 2, ceil_div(vectors, 2));
-        product.b = packed + begin * width + v * kTile;
-        product.out = result + v * L;
-        product.run(tiles, min(vectors - v, 2));
+      product.a = stage;
+      product.a_stride = kTileK;
+      product.a_step = kTile;
+      product.a_next = product.steps * kTile;
+    } else {
+      product.set_a(first, b.stride_n);
+    }
+    for (int64_t v = 0; v < vectors; v += 2) {
+      // All share what is read ahead.
+      product.prefetch_from(next, b.stride_n, kTileK, v / 2, ceil_div(vectors, 2));
+      product.b = packed + begin * width + v * kTile;
+      product.out = to + v * L;
+      product.run(tiles, min(vectors - v, 2));
+    }
+  };
+  for (int64_t g = columns.begin; g < columns.end; g += group) {
+    const int64_t group_end = min(g + group, columns.end);
+    for (int64_t kept = 0; kept < k; kept += kept_k) {
+      const int64_t kept_end = min(kept + kept_k, k);
+      for (int64_t c = g; c < group_end; c += kTileColumns) {
+        for (int64_t begin = kept; begin < kept_end; begin += part_k) {
+          const int64_t end = min(begin + part_k, kept_end);
+          // The next part of these columns, the first of the next ones, or theirs of the next k.
+          const bool ends = c + kTileColumns >= group_end, more = kept_end < k;
+          const bf16* next = b.data + c * b.stride_n + end;
+          if (end == kept_end) {
+            const int64_t next_c = ends && more ? g : c + kTileColumns;
+            next = b.data + next_c * b.stride_n + (ends ? (more ? kept_end : 0) : kept);
+          }
+          multiply(c, begin, end, next, result + (c - g) * width);
+        }
       }
     }
-    store_transposed<float>(result, width, count, rows, out + (c - columns.begin), out_stride,
-                            stream);
+    for (int64_t c = g; c < group_end; c += kTileColumns) {
+      store_transposed<float>(result + (c - g) * width, width, min(kTileColumns, group_end - c),
+                              rows, out + (c - columns.begin), out_stride, stream);
+    }
   }
 }
 

@@ -297,8 +297,9 @@ void multiply(const void* packed_rows, int64_t m, int64_t k, const MatrixOf<T>& 
   const int64_t vector_size = group_count<T>(k) * kStep<T>, done = min(blocks.vectors * L, m);
   // So many columns at a time that they stay in the cache while all rows meet them.
   constexpr int64_t kTogether = kTileRegisters<T> ? 32 : 48;
-  const int64_t step =
+  int64_t step =
       max(kTogether, kCacheBytes / static_cast<int64_t>(k * sizeof(T)) / kTogether * kTogether);
+  if (kTileRegisters<T> && blocks.count == 1 && done == m) step = max(columns.size(), 1);
   const bool past_caches = stream && aligned<L>(out, out_stride) && columns.size() % L == 0;
   for (int64_t c = columns.begin; c < columns.end; c += step) {
     const Range part{c, min(c + step, columns.end)};

@@ -110,6 +110,11 @@ void check_products_of() {
     }
   }
   for (bool k_contiguous : {false, true}) check_multiply(gemm, 192, 1056, 33, k_contiguous);
+  if constexpr (std::is_same_v<T, bf16>) {
+    // More packed rows than a cache holds, and more columns than their sums.
+    check_multiply(gemm, 190, 3301, 530, true);
+    check_multiply(gemm, 170, 300, 801, false);
+  }
   check_multiply(gemm, 40, 70, 900, false);
   check_multiply(gemm, 40, 2500, 70, true);
   for (To to : {To::kWide, To::kSums, To::kNarrow, To::kStreamed}) {
