@@ -35,7 +35,11 @@ _PRELOADED = ("moe_parallel.parallelizer", "torch._dynamo", "torch.utils.seriali
 
 
 def run_ranks(
-    ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0
+    ranks: int,
+    function: Callable[..., Any],
+    *args: Any,
+    timeout: float = 60.0,
+    stay: bool = True,
 ) -> list[Any]:
     """Run ``function(rank, ranks, *args)`` on every rank of a new gloo group.
 
@@ -44,6 +48,8 @@ def run_ranks(
         function: at module level, as are the classes of ``args`` (they are pickled).
         timeout: seconds after which every process is killed, from when all have imported what
             they need.
+        stay: whether a rank that has returned stays until all have, for a slower one may still be
+            connecting to it; else it exits.
 
     Returns:
         What the ranks returned, in their order; tensors come on the CPU.
@@ -59,7 +65,7 @@ def run_ranks(
             ours, theirs = context.Pipe()
             process = context.Process(
                 target=_main,
-                args=(theirs, Path(folder), rank, ranks, timeout, function, args),
+                args=(theirs, Path(folder), rank, ranks, timeout, stay, function, args),
             )
             process.start()
             theirs.close()
@@ -164,6 +170,7 @@ def _main(
     rank: int,
     ranks: int,
     timeout: float,
+    stay: bool,
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
@@ -185,9 +192,9 @@ def _main(
         torch.save(function(rank, ranks, *args), payload)
         connection.send((True, payload.getvalue()))
         faulthandler.cancel_dump_traceback_later()
-        # Until all have returned: a slower rank may still be connecting to this one.
-        with suppress(EOFError):
-            connection.recv()
+        if stay:
+            with suppress(EOFError):
+                connection.recv()  # nothing comes: all have returned when it is closed
     except BaseException:
         connection.send((False, traceback.format_exc()))
     finally:

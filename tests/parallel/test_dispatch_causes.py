@@ -72,7 +72,7 @@ def _destroys(rank: int, ranks: int, way: str) -> tuple[str, str]:
 
 @pytest.mark.parametrize("way", ["shared_memory", "cuda_ipc"])
 def test_what_a_rank_did_before_it_exited_is_told(way: str) -> None:
-    kind, message = run_ranks(2, _destroys, way)[0]
+    kind, message = run_ranks(2, _destroys, way, stay=False)[0]
     assert kind == "DistBackendError"
     assert "rank 1 (process" in message
     assert "has destroyed the group" in message
@@ -145,7 +145,7 @@ def _cannot_open(rank: int, ranks: int) -> tuple[str, str]:
 
 
 def test_a_rank_that_cannot_open_memory_is_why_others_do_not_find_its_own() -> None:
-    for rank, (kind, message) in enumerate(run_ranks(3, _cannot_open, timeout=40)):
+    for rank, (kind, message) in enumerate(run_ranks(3, _cannot_open, timeout=40, stay=False)):
         assert kind == "DistBackendError", message
         assert "Too many open files" in message
         assert rank == 2 or "rank 2 (process" in message
