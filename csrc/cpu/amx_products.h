@@ -12,6 +12,8 @@ namespace moe::CPU_CAPABILITY {
 
 namespace {
 
+constexpr int64_t kHeldBytes = 1200 << 10;  // what a second-level cache keeps of what passes by
+
 // Packed vectors of rows times columns of a matrix [n, k]: 16 columns are a tile times 16 rows.
 // Transposed on the way to out.
 void multiply_vectors_in_tiles(const bf16* packed, int64_t rows, int64_t vectors, int64_t k,
@@ -24,11 +26,11 @@ void multiply_vectors_in_tiles(const bf16* packed, int64_t rows, int64_t vectors
   constexpr int64_t kSum = 2 * kMaxGroups * G;  // each pass begins and ends with idle multipliers
   // Packed rows that are more than a second-level cache holds are met in parts of k, each by so
   // many columns.
-  constexpr int64_t kPackedBytes = 1200 << 10, kColumns = 512;
+  constexpr int64_t kColumns = 512;
   const int64_t width = vectors * L, padded_k = group_count<bf16>(k) * G;
   const int64_t row_bytes = width * sizeof(bf16);
-  const bool fit = row_bytes * padded_k <= kPackedBytes;
-  const int64_t kept_k = fit ? padded_k : max(kPackedBytes / 3 / row_bytes / kStaged, 1) * kStaged;
+  const bool fit = row_bytes * padded_k <= kHeldBytes;
+  const int64_t kept_k = fit ? padded_k : max(kHeldBytes / 3 / row_bytes / kStaged, 1) * kStaged;
   const int64_t group = fit ? kTileColumns : kColumns;
   const bool many = vectors >= kManyVectors;
   const int64_t part_k = min(kept_k, many ? kStaged : kSum);
@@ -94,91 +96,87 @@ void multiply_vectors_in_tiles(const bf16* packed, int64_t rows, int64_t vectors
   }
 }
 
-// Rows of a matrix [k, n], columns of each, that products fetch ahead: each a few lines of some
-// rows, one after the other of each, as the processor foresees it.
-struct AheadInTiles {
-  static constexpr int64_t kLine = 64 / sizeof(bf16);
+// Columns up to a multiple of two tiles.
+constexpr int64_t padded_columns(int64_t n) {
+  return (n + kTileColumns - 1) / kTileColumns * kTileColumns;
+}
 
-  const MatrixOf<bf16>& b;
-  Range rows, columns;
-  int64_t lines, rows_together = 0, lines_together = 0, done = 0;
+// Packed rows as factors: those of tiles [first, first + 2), or of the last one, from `begin` of k.
+inline void set_packed_tiles(TileProduct& product, const bf16* packed, int64_t m, int64_t k,
+                             int64_t first, int64_t begin) {
+  const int64_t together = min(ceil_div(m, kTileRows) - first, 2);
+  product.a = packed + first * kTileRows * ceil_div(k, kTileK) * kTileK;
+  product.a += begin * together * kTileRows;
+  product.a_stride = kTileK;
+  product.a_next = kTileRows * kTileK;
+  product.a_step = together * product.a_next;
+}
 
-  AheadInTiles(const MatrixOf<bf16>& b, Range rows, Range columns)
-      : b(b), rows(rows), columns(columns), lines(ceil_div(columns.size(), kLine)) {}
-
-  void fetch_all() const {
-    for (int64_t i = rows.begin; i < rows.end; ++i) {
-      for (int64_t c = columns.begin; c < columns.end; c += kLine) {
-        prefetch_line(b.data + i * b.stride_k + c);
-      }
-    }
-  }
-
-  // Among so many products.
-  void share(TileProduct& product, int64_t products) {
-    lines_together = product.steps;
-    const int64_t parts = ceil_div(lines, lines_together) * rows.size();
-    product.prefetch_lines = ceil_div(parts, products * kMultiplications);
-    product.prefetch_stride = b.stride_k * sizeof(bf16);
-    product.prefetch_step = kLine * sizeof(bf16);
-    rows_together = product.prefetch_lines * kMultiplications;
-  }
-
-  // Where the next product begins, or null if all are fetched.
-  const char* next() {
-    if (lines == 0 || rows_together == 0) return nullptr;
-    const int64_t parts = ceil_div(lines, lines_together), i = done++;
-    const int64_t row = rows.begin + i / parts * rows_together;
-    if (row >= rows.end) return nullptr;
-    const bf16* first = b.data + row * b.stride_k + columns.begin;
-    return reinterpret_cast<const char*>(first + i % parts * lines_together * kLine);
-  }
-};
-
-// Rows times a matrix [k, n]: 32 columns of some of k are packed to where they stay in a
-// first-level cache, and meet all rows. What follows of the matrix is fetched meanwhile, more
-// columns of each of its rows: memory gives 32 of them too slowly.
+// Rows times a matrix [k, n], which memory gives fastest in whole rows, 32 of them beside each
+// other, and while nothing else waits for it: lines on their way take the fill buffers that tiles
+// are loaded through. A few tiles of rows meet 32 of k of all columns as they come. For more rows
+// that would be too many passes over sums: 256 of k of as many columns as a second-level cache
+// holds beside their sums are packed, then meet all rows.
 void multiply_spread_rows_in_tiles(const bf16* packed, int64_t m, int64_t k,
                                    const MatrixOf<bf16>& b, Range columns, float* out,
                                    int64_t out_stride) {
-  constexpr int64_t kTile = kTileRows * kTileK;
-  // Few rows wait for memory, which gives whole rows of a matrix fastest; of more, passes over sums
-  // are what takes the time.
-  const int64_t part_k = m <= 160 ? 64 : 256;
-  const int64_t widest = kCacheBytes / (part_k * sizeof(bf16)) / kTileColumns * kTileColumns;
-  const int64_t row_size = padded<bf16>(k), row_tiles = ceil_div(m, kTileColumns);
-  bf16* panel =
-      static_cast<bf16*>(thread_scratch(Scratch::kKernel, kTileColumns * part_k * sizeof(bf16)));
+  constexpr int64_t kPanel = 2 * kTileRows * kTileK, kAhead = 128, kFewTiles = 3;
+  const int64_t row_tiles = ceil_div(m, kTileRows), all = padded_columns(columns.size());
+  const bool few = row_tiles <= kFewTiles;
+  const int64_t part_k = few ? kTileK : 256, row_bytes = row_tiles * kTileRows * sizeof(float);
+  const int64_t fitting = kHeldBytes / (part_k * static_cast<int64_t>(sizeof(bf16)) + row_bytes);
+  const int64_t widest = few ? all : min(padded_columns(fitting), all);
+  const int64_t together = few ? kTileColumns : widest;
+  // Sums of the last rows, if they do not fill two tiles.
+  const int64_t rest = m % kTileColumns, whole = m - rest, sums_stride = widest + kTileRows;
+  const int64_t sums_size = rest == 0 ? 0 : kTileColumns * sums_stride;
+  float* sums = static_cast<float*>(thread_scratch(
+      Scratch::kKernel, sums_size * sizeof(float) + part_k * together * sizeof(bf16)));
+  bf16* panels = reinterpret_cast<bf16*>(sums + sums_size);
 
   const TileRegisters<bf16> registers;
   TileProduct product;
-  product.b = panel;
   product.b_stride = kTileK * sizeof(bf16);
-  product.b_step = kTile;
-  product.out_stride = out_stride;
+  product.b_step = kPanel;
+  product.b_next = kTileRows * kTileK;
+  // All rows times columns from c on, packed from `begin` of k on.
+  const auto multiply = [&](int64_t c, int64_t column_tiles, int64_t begin, float* rest_sums) {
+    for (int64_t r = 0; r < row_tiles; r += 2) {
+      const bool last = r * kTileRows >= whole;
+      set_packed_tiles(product, packed, m, k, r, begin);
+      product.out_stride = last ? sums_stride : out_stride;
+      product.out = last ? rest_sums : out + r * kTileRows * out_stride + (c - columns.begin);
+      product.run(min(row_tiles - r, 2), column_tiles);
+    }
+  };
   for (int64_t c = columns.begin; c < columns.end; c += widest) {
     const Range block{c, min(c + widest, columns.end)};
     for (int64_t begin = 0; begin < k; begin += part_k) {
-      const Range part{begin, min(begin + part_k, k)};
-      product.steps = ceil_div(part.size(), kTileK);
-      product.b_next = product.steps * kTile;
+      const int64_t end = min(begin + part_k, k);
+      product.steps = ceil_div(end - begin, kTileK);
       product.accumulate = begin > 0;
-      if (begin == 0 && c == columns.begin) AheadInTiles(b, part, block).fetch_all();
-      const Range next_block{block.end, min(block.end + widest, columns.end)};
-      AheadInTiles ahead = part.end < k
-                               ? AheadInTiles(b, {part.end, min(part.end + part_k, k)}, block)
-                               : AheadInTiles(b, {0, min(part_k, k)}, next_block);
-      ahead.share(product, ceil_div(block.size(), kTileColumns) * row_tiles);
-      for (int64_t p = c; p < block.end; p += kTileColumns) {
-        const int64_t n = min(block.end - p, kTileColumns);
-        pack_pairs(panel, b.data + begin * b.stride_k + p, b.stride_k, part.size(), n);
-        for (int64_t r = 0; r < m; r += kTileColumns) {
-          product.set_a(packed + r * row_size + begin, row_size);
-          product.prefetch = ahead.next();
-          product.out = out + r * out_stride + (p - columns.begin);
-          product.run_rows(min(m - r, kTileColumns), ceil_div(n, kTileRows));
+      for (int64_t g = c; g < block.end; g += together) {
+        const int64_t group_end = min(g + together, block.end);
+        for (int64_t i = begin; i < end; i += kTileK) {
+          bf16* panel = panels + (i - begin) / kTileK * kPanel;
+          for (int64_t p = g; p < group_end; p += kTileColumns, panel += product.steps * kPanel) {
+            // Past the last column that is where the next rows begin.
+            const int64_t past = p + kAhead - block.end;
+            const int64_t ahead = past < 0 ? kAhead : kTileK * b.stride_k + past - (p - c);
+            pack_pairs(panel, b.data + i * b.stride_k + p, b.stride_k, min(end - i, kTileK),
+                       min(group_end - p, kTileColumns), few ? ahead : 0);
+          }
+        }
+        product.b = panels;
+        for (int64_t p = g; p < group_end; p += kTileColumns) {
+          multiply(p, ceil_div(min(group_end - p, kTileColumns), kTileRows), begin, sums + (p - c));
+          product.b += product.steps * kPanel;
         }
       }
+    }
+    for (int64_t i = 0; i < rest; ++i) {
+      std::memcpy(out + (whole + i) * out_stride + (c - columns.begin), sums + i * sums_stride,
+                  block.size() * sizeof(float));
     }
   }
 }

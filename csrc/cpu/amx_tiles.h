@@ -167,30 +167,36 @@ struct TileProduct {
   }
 };
 
-// n elements as rows of consecutive tiles, zeros up to whole ones.
-MOE_INLINE void stage_row(bf16* out, const bf16* row, int64_t n) {
-  constexpr int64_t kTile = kTileRows * kTileK;
+// n elements as rows of tiles, one every `step` elements; zeros up to whole ones.
+MOE_INLINE void stage_row(bf16* out, const bf16* row, int64_t n,
+                          int64_t step = kTileRows * kTileK) {
   int64_t k = 0;
-  for (; k + kTileK <= n; k += kTileK, out += kTile) std::memcpy(out, row + k, 64);
+  for (; k + kTileK <= n; k += kTileK, out += step) std::memcpy(out, row + k, 64);
   if (k == n) return;
   std::memcpy(out, row + k, (n - k) * sizeof(bf16));
   std::memset(out + (n - k), 0, (kTileK - (n - k)) * sizeof(bf16));
 }
 
-// n <= 32 columns of k rows, pairs of which are interleaved: [columns / 16, steps, 16, 16, 2],
-// zeros past the last row and column.
-MOE_INLINE void pack_pairs(bf16* out, const bf16* rows, int64_t stride, int64_t k, int64_t n) {
-  constexpr int64_t kTile = kTileRows * kTileK;
-  const int64_t steps = ceil_div(k, kTileK);
-  const auto mask = static_cast<__mmask32>((uint64_t{1} << n) - 1);
+// n <= 32 columns of k <= 32 rows, pairs of which are interleaved: [2, 16, 16, 2], zeros past the
+// last row and column. Of each row, what lies `ahead` elements further on is fetched, if not 0.
+MOE_INLINE void pack_pairs(bf16* out, const bf16* rows, int64_t stride, int64_t k, int64_t n,
+                           int64_t ahead) {
   using V = Groups<bf16>::V;
-  for (int64_t i = 0; i < steps * kTileK; i += 2, rows += 2 * stride, out += kTileK) {
-    V lower{}, upper{};
-    if (i < k) lower = bit_cast<V>(_mm512_maskz_loadu_epi16(mask, rows));
-    if (i + 1 < k) upper = bit_cast<V>(_mm512_maskz_loadu_epi16(mask, rows + stride));
+  const bool whole = k == kTileK && n == kTileColumns;
+  const auto mask = static_cast<__mmask32>((uint64_t{1} << n) - 1);
+  const auto some = [&](int64_t i, const bf16* row) {
+    return i < k ? bit_cast<V>(_mm512_maskz_loadu_epi16(mask, row)) : V{};
+  };
+  for (int64_t i = 0; i < kTileK; i += 2, rows += 2 * stride, out += kTileK) {
+    if (ahead != 0) {
+      prefetch_line(rows + ahead);
+      prefetch_line(rows + stride + ahead);
+    }
+    V lower = whole ? load_raw<V>(rows) : some(i, rows);
+    V upper = whole ? load_raw<V>(rows + stride) : some(i + 1, rows + stride);
     Groups<bf16>::pair(lower, upper);
     std::memcpy(out, &lower, sizeof(lower));
-    if (n > kTileRows) std::memcpy(out + steps * kTile, &upper, sizeof(upper));
+    std::memcpy(out + kTileRows * kTileK, &upper, sizeof(upper));
   }
 }
 

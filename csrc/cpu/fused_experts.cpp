@@ -26,7 +26,7 @@ void project_up(const Layer& layer, const at::Tensor& x, const Sorted& order, in
   using A = acc_t<T>;
   const int64_t inner = layer.inner(), width = layer.width(), hidden = x.size(1);
   const bool gated = layer.activation.gated(), pairs = gated && layer.interleaved;
-  const int64_t step = columns_per_unit(inner, blocks, at::get_num_threads(), 32);
+  const int64_t step = columns_per_unit(inner, blocks, at::get_num_threads(), kPackedTogether);
   const int64_t parts = (inner + step - 1) / step;
   const int32_t* row_to_slot = data<int32_t>(order.row_to_slot_R);
   const T* bias = data_or_null<T>(layer.gate_up_bias);

@@ -19,8 +19,8 @@ class PackedBlocks {
  public:
   PackedBlocks(const std::vector<RowBlock>& blocks, bool k_contiguous, int64_t k);
 
-  // Stores elements `part` (an even begin) of the block's rows: row i of it lies at
-  // first + i * stride.
+  // Stores elements `part` of the block's rows, from a multiple of kPackedTogether on: row i of it
+  // lies at first + i * stride.
   void store(int64_t block, const T* first, int64_t stride, Range part);
 
   const void* get(int64_t block) const { return address(block); }

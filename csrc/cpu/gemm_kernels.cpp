@@ -14,9 +14,6 @@ namespace moe::CPU_CAPABILITY {
 
 namespace {
 
-// Up to so many rows, packing a matrix [k, n] takes longer than it saves.
-constexpr int64_t kFewRows = kTileRegisters<bf16> ? 8 : 24;
-
 // --------------------------------------------------------------------------------- tile tables
 template <typename T>
 using OuterFunction = void (*)(const OuterTile<T>&);
@@ -288,9 +285,9 @@ void multiply(const void* packed_rows, int64_t m, int64_t k, const MatrixOf<T>& 
   constexpr auto run_spread = multiply_spread_rows<T>;
 #endif
   if (!b.k_contiguous) {
-    const auto of_rows = m <= kVeryFewRows ? multiply_few_spread_rows<T, kRowsReadFast>
-                         : m <= kFewRows   ? multiply_few_spread_rows<T, kRowsTogether>
-                                           : run_spread;
+    const auto of_rows = m <= kVeryFewRows  ? multiply_few_spread_rows<T, kRowsReadFast>
+                         : m <= kFewRows<T> ? multiply_few_spread_rows<T, kRowsTogether>
+                                            : run_spread;
     return of_rows(packed, m, k, b, columns, out, out_stride);
   }
   const Blocks<T> blocks(m);

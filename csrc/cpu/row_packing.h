@@ -1,9 +1,11 @@
 // How rows are packed for products with matrices.
 //
 // m rows of k elements. For a matrix whose columns are contiguous (k_contiguous) vectors hold many
-// rows; few rows, and all rows for a matrix [k, n], stay rows.
+// rows; few rows, and all rows for a matrix [k, n], stay rows; but many for tile registers are
+// tiles.
 #pragma once
 
+#include "cpu/amx_tiles.h"
 #include "cpu/panels.h"
 #include "cpu/tiles.h"
 
@@ -16,6 +18,10 @@ constexpr int kStep = kLanes<acc_t<T>> * Compute<T>::G;  // elements of k in a v
 // passes over sums, fewer are read faster: up to so many packed rows that is what takes the time.
 constexpr int kRowsTogether = kRegisters == 32 ? 16 : 4, kRowsReadFast = kRegisters == 32 ? 8 : 4;
 constexpr int64_t kVeryFewRows = 8;
+
+// Up to so many rows, packing a matrix [k, n] takes longer than it saves.
+template <typename T>
+constexpr int64_t kFewRows = kTileRegisters<T> ? 8 : 24;
 
 // Elements of a packed row, with the zeros that follow: whole vectors and groups of kRowsTogether.
 template <typename T>
@@ -64,14 +70,20 @@ struct Blocks {
   int64_t first(int64_t i) const { return vectors * i / count; }
 };
 
+// Whether so many rows are packed as tiles for a matrix [k, n], two beside each other, or the last
+// one alone: [tiles / 2, k / 32, 2, 16, 32].
+template <typename T>
+bool in_tiles(int64_t m) {
+  return kTileRegisters<T> && m > kFewRows<T>;
+}
+
 template <typename T>
 int64_t packed_size(bool k_contiguous, int64_t m, int64_t k) {
   using U = operand_t<T>;
-  if (!k_contiguous) {
-    // Tile registers read 16 rows at a time; sums of those past the last one go nowhere.
-    const int64_t rows = kTileRegisters<T> ? ceil_div(m, 16) * 16 : m;
-    return rows * padded<T>(k) * sizeof(U);
+  if (!k_contiguous && in_tiles<T>(m)) {
+    return ceil_div(m, 16) * 16 * ceil_div(k, 32) * 32 * sizeof(U);
   }
+  if (!k_contiguous) return m * padded<T>(k) * sizeof(U);
   const Blocks<T> blocks(m);
   const int64_t block = group_count<T>(k) * kStep<T>;
   return (blocks.vectors * block + blocks.rest * padded<T>(k)) * sizeof(U);
@@ -129,12 +141,28 @@ void pack_vector(operand_t<T>* out, int64_t group_step, int64_t lanes_step, cons
   }
 }
 
+#if defined(CPU_CAPABILITY_AMX)
+// Elements `part` of rows of k, as tiles.
+inline void pack_tiles(bf16* out, const bf16* const* rows, int64_t m, int64_t k, Range part) {
+  constexpr int64_t kTile = kTileRows * kTileK;
+  for (int64_t i = 0; i < m; ++i) {
+    const int64_t first = i / kTileColumns * 2, tiles = min(ceil_div(m, kTileRows) - first, 2);
+    bf16* pair = out + first * kTileRows * ceil_div(k, kTileK) * kTileK;
+    bf16* row = pair + i % kTileColumns / kTileRows * kTile + i % kTileRows * kTileK;
+    stage_row(row + part.begin * tiles * kTileRows, rows[i], part.size(), tiles * kTile);
+  }
+}
+#endif
+
 template <typename T>
 void pack(bool k_contiguous, void* packed, const T* const* rows, int64_t m, int64_t k, Range part) {
   using U = operand_t<T>;
   constexpr int64_t L = kLanes<acc_t<T>>, G = Compute<T>::G;
   U* out = static_cast<U*>(packed);
   const int64_t n = part.size(), row_size = padded<T>(k);
+#if defined(CPU_CAPABILITY_AMX)
+  if (!k_contiguous && in_tiles<T>(m)) return pack_tiles(out, rows, m, k, part);
+#endif
   // The last part also writes the zeros.
   const int64_t whole = part.end == k ? filled<T>(k) - part.begin : n;
   const Blocks<T> blocks(k_contiguous ? m : 0);

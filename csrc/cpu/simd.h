@@ -162,7 +162,7 @@ MOE_INLINE Vec<acc_t<T>> load(const T* p) {
 template <typename T>
 MOE_INLINE void store(T* p, Vec<acc_t<T>> v) {
   if constexpr (std::is_same_v<T, bf16>) {
-#if defined(CPU_CAPABILITY_AVX512_BF16)
+#if defined(MOE_AVX512_BF16)
     const __m256bh half = _mm512_cvtneps_pbh(bit_cast<__m512>(v));
     std::memcpy(p, &half, sizeof(half));
     return;

@@ -12,7 +12,8 @@ namespace {
 
 constexpr int64_t kBlockGroups = 256;  // of rows that are packed at a time
 
-// Some sums of one row, from a column on, to where they belong; `stream` needs aligned vectors.
+// Some sums of one row, from a column on, to where they belong; `stream_whole` needs
+// aligned vectors.
 template <typename T>
 void emit(const OutputOf<T>& out, int64_t row, int64_t column, const acc_t<T>* sums, int64_t n,
           bool accumulate, bool stream_whole) {
