@@ -213,7 +213,7 @@ def _without_cache(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     if not (block.training and torch.is_grad_enabled()):
         return None  # nothing is computed again
-    for name in ("past_key_values", "layer_past"):
+    for name in ("cache", "past_key_values", "layer_past"):  # by transformers' age
         length: Any = getattr(kwargs.get(name), "get_seq_length", None)
         if not callable(length):
             continue

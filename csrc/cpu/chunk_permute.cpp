@@ -48,6 +48,7 @@ at::Tensor chunk_permute(const at::Tensor& rows_RH, const at::Tensor& sizes_C,
   const int64_t bytes = rows.size(1) * rows.element_size();
   const int64_t stride = rows.stride(0) * rows.element_size();
   const at::Tensor out = at::empty(rows.sizes(), rows.options());
+  if (out.numel() == 0) return out;
   const char* from = data<char>(rows);
   char* to = mutable_data<char>(out);
   parallel_rows(total, 2 * bytes, [&](int64_t begin, int64_t end) {

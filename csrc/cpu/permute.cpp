@@ -23,6 +23,7 @@ at::Tensor permute(const at::Tensor& x_TH, const at::Tensor& row_to_slot,
   const at::Tensor x = with_unit_stride(x_TH);
   const int64_t bytes = x.size(1) * x.element_size(), stride = x.stride(0) * x.element_size();
   const at::Tensor out = at::empty({num_rows, x.size(1)}, x.options());
+  if (out.numel() == 0) return out;
   const char* from = data<char>(x);
   char* to = mutable_data<char>(out);
   const int32_t* slots = order.row_to_slot();

@@ -93,7 +93,7 @@ int64_t packed_size(bool k_contiguous, int64_t m, int64_t k) {
 template <typename T>
 void pack_row(operand_t<T>* out, const T* row, int64_t n, int64_t whole) {
   if constexpr (kNative<T>) {
-    std::memcpy(out, row, n * sizeof(T));
+    if (n > 0) std::memcpy(out, row, n * sizeof(T));  // row is null where tensors are empty
   } else {
     for (int64_t i = 0; i < n; i += kLanes<float>) {
       const int64_t lanes = min(n - i, kLanes<float>);

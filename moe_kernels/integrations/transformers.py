@@ -9,8 +9,9 @@ The implementation serves every experts module behind transformers' ``use_expert
 Two paths:
 
     fused    the module's gate is one of :func:`moe_kernels.expert_activation`: one fused op
-    rows     any other gate: our ops sort, multiply and sum the rows, and the module's own
-             ``_apply_gate`` (or ``act_fn``) runs on them in between
+    rows     any other gate, or experts that normalise what they give: our ops sort, multiply and
+             sum the rows, and the module's own ``_apply_gate`` (or ``act_fn``) and
+             ``post_expert_norm`` run on them in between
 
 T tokens, K experts a token, R = T * K rows, H hidden size, I intermediate size, E experts (of this
 rank, where transformers shards them), W = 2 * I columns for gated experts, else I.
@@ -19,6 +20,7 @@ rank, where transformers shards them), W = 2 * I columns for gated experts, else
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -71,12 +73,17 @@ _DEFAULT_GATE_NAME = "transformers.integrations.moe._default_apply_gate"
 _WITHOUT_GATE = {act: _Gate(act) for act in ("silu", "gelu", "relu2")}
 _DEFAULT_GATE = {"silu": _Gate("swiglu"), "gelu_tanh": _Gate("geglu"), "relu": _Gate("reglu")}
 
+# What use_experts_implementation may be told about a class, and is heeded here.
+_HEEDED = {"is_concatenated", "is_transposed", "has_bias", "has_gate", "has_post_expert_norm"}
+
 # Gates that a model family defines itself.
 _OWN_GATES = {
+    "BeamExperts._apply_gate": _Gate("swiglu"),
     "DeepseekV4Experts._apply_gate": _Gate("swiglu", limit="limit"),
     "Glm5NextTextExperts._apply_gate": _Gate("swiglu", limit="swiglu_limit"),
     "GptOssExperts._apply_gate": _Gate("swigluoai", True, "alpha", "limit"),
     "HYV4Experts._apply_gate": _Gate("swiglu", limit="swiglu_limit"),
+    "HYV4VLExperts._apply_gate": _Gate("swiglu", limit="swiglu_limit"),
     "MiniMaxM3VLExperts._apply_gate": _Gate("swigluoai", False, "swiglu_alpha", "swiglu_limit"),
     "OpenAIPrivacyFilterExperts._apply_gate": _Gate("swigluoai", False, "alpha", "limit"),
 }
@@ -129,7 +136,7 @@ def _computes(gate: Callable[[Any, Tensor], Tensor], known: _Gate) -> bool:
             known.activation,
             interleaved=known.interleaved,
             alpha=values[known.alpha] if known.alpha else None,
-            limit=values[known.limit],
+            limit=values[known.limit] if known.limit else None,
         )
         try:
             found = gate(experts, h)
@@ -149,6 +156,37 @@ def activation_name(act_fn: Any) -> str | None:
     """
     named = act_fn if isinstance(act_fn, type | types.FunctionType) else type(act_fn)
     return _ACT_FNS.get(f"{named.__module__}.{named.__qualname__}")
+
+
+@functools.cache
+def _later_traits() -> tuple[tuple[str, bool], ...]:
+    """What a later transformers may say of a class of experts besides, with its default."""
+    from transformers.integrations.moe import use_experts_implementation
+
+    parameters = inspect.signature(use_experts_implementation).parameters.values()
+    return tuple(
+        (value.name, value.default)
+        for value in parameters
+        if isinstance(value.default, bool) and value.name not in _HEEDED
+    )
+
+
+@torch.compiler.assume_constant_result
+def _later_traits_once() -> tuple[tuple[str, bool], ...]:
+    """For torch.compile, as below."""
+    return _later_traits()
+
+
+def _refuse_later_traits(experts: Any) -> None:
+    """Experts that differ in a way that is not heeded would compute something else."""
+    for name, default in _later_traits_once():
+        value = getattr(experts, name, default)
+        if value != default:
+            raise NotImplementedError(
+                f"experts_implementation={NAME!r}: {type(experts).__name__} has {name}={value}, "
+                "which this moe_kernels does not know. Use another experts_implementation, or a "
+                "newer moe_kernels."
+            )
 
 
 @functools.cache
@@ -186,12 +224,16 @@ def fused_options(experts: Any) -> dict[str, Any] | None:
 
     Raises:
         TypeError: ``experts`` is no such module.
+        NotImplementedError: its class has a trait that only a later transformers knows.
     """
     if not hasattr(experts, "_apply_gate"):
         raise TypeError(
             "fused_options: experts must be a module of transformers' experts interface; got "
             f"{type(experts).__name__}"
         )
+    _refuse_later_traits(experts)
+    if getattr(experts, "has_post_expert_norm", False):
+        return None
     gate, act_fn = experts._apply_gate, getattr(experts, "act_fn", None)
     gate = gate.__func__ if isinstance(gate, types.MethodType) else gate
     kind = act_fn if isinstance(act_fn, types.FunctionType) else type(act_fn)
@@ -256,6 +298,8 @@ def experts_forward(
         h = grouped_gemm(permute(x, order), first, order.offsets, bias=first_bias)
         a = experts._apply_gate(h) if experts.has_gate else experts.act_fn(h)
         rows = grouped_gemm(a.to(h.dtype), second, order.offsets, bias=second_bias)
+        if getattr(experts, "has_post_expert_norm", False):
+            rows = experts.post_expert_norm(rows)
         y = unpermute(rows, order, top_k_weights)
     return y if y.dtype == hidden_states.dtype else y.to(hidden_states.dtype)
 
