@@ -182,7 +182,7 @@ def _refuse_later_traits(experts: Any) -> None:
     for name, default in _later_traits_once():
         value = getattr(experts, name, default)
         if value != default:
-            raise NotImplementedError(
+            raise ValueError(
                 f"experts_implementation={NAME!r}: {type(experts).__name__} has {name}={value}, "
                 "which this moe_kernels does not know. Use another experts_implementation, or a "
                 "newer moe_kernels."
@@ -224,7 +224,7 @@ def fused_options(experts: Any) -> dict[str, Any] | None:
 
     Raises:
         TypeError: ``experts`` is no such module.
-        NotImplementedError: its class has a trait that only a later transformers knows.
+        ValueError: its class has a trait that only a later transformers knows.
     """
     if not hasattr(experts, "_apply_gate"):
         raise TypeError(

@@ -465,7 +465,7 @@ def test_traits_of_a_later_transformers_are_refused(monkeypatch: pytest.MonkeyPa
         assert fused_options(experts) is not None
         experts.config._experts_implementation = "moe_kernels"
         experts.is_paired = True
-        with pytest.raises(NotImplementedError, match="Experts has is_paired=True, which this moe"):
+        with pytest.raises(ValueError, match="Experts has is_paired=True, which this moe"):
             experts(x, ids, weights)
     finally:
         integration._later_traits.cache_clear()
