@@ -98,14 +98,14 @@ def test_sums_follow_each_other() -> None:
 @pytest.mark.usefixtures("amx")
 @pytest.mark.parametrize("rows", [9, 16, 17, 32, 33, 48, 49, 100, 192])
 def test_rows_meet_matrices_of_many_columns(rows: int) -> None:
-    """Stored by rows, in several pieces of k and, from 49 rows on, of columns too."""
-    k, n = 600, 2000
+    """Stored by rows, in several pieces of k and, from 49 rows on, of a thread's columns too."""
+    k, n = 600, 5000
     a, b = torch.randn(rows, k).bfloat16(), torch.randn(1, k, n).bfloat16()
     offsets = torch.tensor([0, rows], dtype=torch.int32)
     out = moe_kernels.grouped_gemm(a, b, offsets, out_dtype=torch.float32)
     error = (out.double() - a.double() @ b[0].double()).abs().max()
     assert error < 1e-3  # sums of 600 products: a wrong one is off by about 1
-    for begin, end in ((0, 3), (941, 975), (1590, 2000)):
+    for begin, end in ((0, 3), (941, 975), (1590, 2000), (4600, 5000)):
         columns = b[..., begin:end]  # rows of it stay as far apart
         some = moe_kernels.grouped_gemm(a, columns, offsets, out_dtype=torch.float32)
         assert torch.equal(some, out[:, begin:end])
