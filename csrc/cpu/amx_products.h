@@ -116,16 +116,22 @@ inline void set_packed_tiles(TileProduct& product, const bf16* packed, int64_t m
 // other, and while nothing else waits for it: lines on their way take the fill buffers that tiles
 // are loaded through. A few tiles of rows meet 32 of k of all columns as they come. For more rows
 // that would be too many passes over sums: 256 of k of as many columns as a second-level cache
-// holds beside their sums are packed, then meet all rows.
+// holds beside their sums are packed, then meet all rows; or less of k, if all columns fit then.
 void multiply_spread_rows_in_tiles(const bf16* packed, int64_t m, int64_t k,
                                    const MatrixOf<bf16>& b, Range columns, float* out,
                                    int64_t out_stride) {
   constexpr int64_t kPanel = 2 * kTileRows * kTileK, kAhead = 128, kFewTiles = 3;
   const int64_t row_tiles = ceil_div(m, kTileRows), all = padded_columns(columns.size());
   const bool few = row_tiles <= kFewTiles;
-  const int64_t part_k = few ? kTileK : 256, row_bytes = row_tiles * kTileRows * sizeof(float);
-  const int64_t fitting = kHeldBytes / (part_k * static_cast<int64_t>(sizeof(bf16)) + row_bytes);
-  const int64_t widest = few ? all : min(padded_columns(fitting), all);
+  const int64_t row_bytes = row_tiles * kTileRows * sizeof(float);
+  const auto fitting = [&](int64_t part) {
+    return padded_columns(kHeldBytes / (part * static_cast<int64_t>(sizeof(bf16)) + row_bytes));
+  };
+  int64_t part_k = 256;
+  while (part_k > 64 && fitting(part_k) < all) part_k /= 2;
+  if (fitting(part_k) < all) part_k = 256;
+  if (few) part_k = kTileK;
+  const int64_t widest = few ? all : min(fitting(part_k), all);
   const int64_t together = few ? kTileColumns : widest;
   // Sums of the last rows, if they do not fill two tiles.
   const int64_t rest = m % kTileColumns, whole = m - rest, sums_stride = widest + kTileRows;
