@@ -43,7 +43,7 @@ void weight_grad(const at::Tensor& out, bool accumulate, const std::vector<const
   char* base = mutable_data<char>(out);
 
   // A unit owns whole rows: two threads that first touch one page both pay for filling it.
-  constexpr int64_t kRows = 384, kColumns = 512, kCacheBytes = 16 << 20;
+  constexpr int64_t kRows = 1536, kCacheBytes = 16 << 20;
   const bool stream = out.numel() * element > kCacheBytes;
   Costs costs;
   for (int64_t e = 0; e < out.size(0); ++e) costs.add(offsets[e + 1] - offsets[e]);
@@ -62,14 +62,11 @@ void weight_grad(const at::Tensor& out, bool accumulate, const std::vector<const
                         std::memset(row, 0, bytes);
                       });
     }
-    for (int64_t j = 0; j < columns; j += kColumns) {
-      char* part = to + j * element;
-      const OutputOf<T> output{narrow ? reinterpret_cast<T*>(part) : nullptr,
-                               narrow ? nullptr : reinterpret_cast<acc_t<T>*>(part), stride,
-                               accumulate, stream};
-      functions.weight_grad(first.data() + offsets[e], second.data() + offsets[e], m, i_range,
-                            Range{j, std::min(j + kColumns, columns)}, output);
-    }
+    const OutputOf<T> output{narrow ? reinterpret_cast<T*>(to) : nullptr,
+                             narrow ? nullptr : reinterpret_cast<acc_t<T>*>(to), stride, accumulate,
+                             stream};
+    functions.weight_grad(first.data() + offsets[e], second.data() + offsets[e], m, i_range,
+                          Range{0, columns}, output);
   });
 }
 

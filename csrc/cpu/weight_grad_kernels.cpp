@@ -39,9 +39,10 @@ void emit(const OutputOf<T>& out, int64_t row, int64_t column, const acc_t<T>* s
   }
 }
 
+// A part of the result.
 template <typename T>
-void weight_grad(const T* const* a, const T* const* b, int64_t m, Range i_range, Range j_range,
-                 const OutputOf<T>& out) {
+void block_of(const T* const* a, const T* const* b, int64_t m, Range i_range, Range j_range,
+              const OutputOf<T>& out) {
   using U = operand_t<T>;
   using A = acc_t<T>;
   constexpr int L = kLanes<A>, G = Compute<T>::G;
@@ -98,8 +99,8 @@ void weight_grad(const T* const* a, const T* const* b, int64_t m, Range i_range,
 
 #if defined(CPU_CAPABILITY_AMX)
 // The same in tile registers, which want columns of the first factor as rows.
-void weight_grad_in_tiles(const bf16* const* a, const bf16* const* b, int64_t m, Range i_range,
-                          Range j_range, const OutputOf<bf16>& out) {
+void block_in_tiles(const bf16* const* a, const bf16* const* b, int64_t m, Range i_range,
+                    Range j_range, const OutputOf<bf16>& out) {
   constexpr int64_t L = kTileRows, G = 2, kPanel = kPanelVectors * L;
   const int64_t groups = max(group_count<bf16>(m), L), block_groups = min(groups, kBlockGroups);
   const int64_t rows = i_range.size(), columns = j_range.size();
@@ -156,6 +157,30 @@ void weight_grad_in_tiles(const bf16* const* a, const bf16* const* b, int64_t m,
 }
 #endif
 
+// The whole result, so much of it at a time that what is packed stays in a second-level cache.
+// Packing is little beside products, but in tile registers.
+template <typename T>
+void weight_grad(const T* const* a, const T* const* b, int64_t m, Range i_range, Range j_range,
+                 const OutputOf<T>& out) {
+#if defined(CPU_CAPABILITY_AMX)
+  constexpr auto run = block_in_tiles;
+  const int64_t parts = m > 256 ? 2 : 1, rows = 1536 / parts, columns = 2048 / parts;
+#else
+  constexpr auto run = block_of<T>;
+  constexpr int64_t rows = 384, columns = 512;
+#endif
+  for (int64_t i = i_range.begin; i < i_range.end; i += rows) {
+    for (int64_t j = j_range.begin; j < j_range.end; j += columns) {
+      const int64_t at = (i - i_range.begin) * out.stride + (j - j_range.begin);
+      OutputOf<T> part = out;
+      part.narrow = out.narrow ? out.narrow + at : nullptr;
+      part.wide = out.narrow ? nullptr : out.wide + at;
+      run(a, b, m, Range{i, min(i + rows, i_range.end)}, Range{j, min(j + columns, j_range.end)},
+          part);
+    }
+  }
+}
+
 void stream_zeros(void* out, int64_t bytes) {
   constexpr int64_t kLine = 64;
   char* to = static_cast<char*>(out);
@@ -174,11 +199,7 @@ void stream_zeros(void* out, int64_t bytes) {
 
 template <typename T>
 void fill_weight_grad(WeightGradKernels<T>& kernels) {
-#if defined(CPU_CAPABILITY_AMX)
-  kernels.weight_grad = weight_grad_in_tiles;
-#else
   kernels.weight_grad = weight_grad<T>;
-#endif
   kernels.stream_zeros = stream_zeros;
 }
 
