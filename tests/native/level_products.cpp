@@ -113,6 +113,8 @@ void check_products_of() {
   if constexpr (std::is_same_v<T, bf16>) {
     // More packed rows than a cache holds, and more columns than their sums.
     check_multiply(gemm, 190, 3301, 530, true);
+    // All columns with 256, 128 and 64 of k, and some of them.
+    for (int64_t n : {801, 1700, 3000, 3300}) check_multiply(gemm, 60, 300, n, false);
     check_multiply(gemm, 170, 300, 801, false);
   }
   check_multiply(gemm, 40, 70, 900, false);
@@ -128,6 +130,10 @@ void check_products_of() {
     }
     check_weight_grad(weight_grad, 512, 33, 70, to);
     check_weight_grad(weight_grad, 1100, 49, 33, to);
+    // More than is packed at a time.
+    check_weight_grad(weight_grad, 3, 1540, 2060, to);
+    check_weight_grad(weight_grad, 257, 770, 9, to);
+    check_weight_grad(weight_grad, 257, 9, 1030, to);
   }
   for (int64_t bytes : {0, 1, 63, 64, 65, 200}) {
     for (int64_t first : {0, 1, 63}) {
