@@ -13,6 +13,7 @@
 #include <torch/csrc/distributed/c10d/Store.hpp>
 
 #include "dispatch/errors.h"
+#include "dispatch/processes.h"
 
 namespace moe::ep {
 
@@ -45,6 +46,8 @@ class Notices {
   // Raises if another rank has refused an exchange that this one has begun, has found such a rank,
   // or has broken one off: after that all dispatchers of the group are of no use.
   void look(c10d::ProcessGroup& group, const char* phase);
+
+  Processes processes;
 
   // Why there can be no further exchanges; empty while there can.
   std::string failure() const { return failure_.get(); }

@@ -9,7 +9,6 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
-#include <cstring>
 #include <exception>
 #include <optional>
 #include <sstream>
@@ -23,6 +22,7 @@
 #include "dispatch/dispatcher.h"
 #include "dispatch/errors.h"
 #include "dispatch/notices.h"
+#include "dispatch/processes.h"
 #include "dispatch/rows.h"
 
 namespace moe::ep {
@@ -55,6 +55,8 @@ Tensor as_integers(const Tensor& rows) {
 
 // One call of an op.
 class Exchange {
+  static constexpr std::chrono::milliseconds kForNames{500};
+
  public:
   Exchange(Phase phase, DispatcherRef dispatcher)
       : phase_(phase),
@@ -169,12 +171,14 @@ class Exchange {
     Pending pending;
   };
   // counts [P, 2] int64: rows and slots for each rank. refused: int64 scalar, 1 for an error in
-  // this rank's arguments.
+  // this rank's arguments. A line for each rank: the header, and the process that this one is.
   Headers send_headers(const Terms& terms, const Tensor& counts, const Tensor& refused) const {
     const Header header = make_header(phase_, terms, false);
     Headers headers;
-    const Tensor line = at::tensor(at::ArrayRef<int64_t>(header.data(), header.size()), at::kLong);
-    headers.mine = beside(counts, line).repeat({dispatcher_.ranks, 1});
+    const Process& process = notices_->processes.own();
+    std::vector<int64_t> line(header.begin(), header.end());
+    line.insert(line.end(), process.begin(), process.end());
+    headers.mine = beside(counts, at::tensor(line, at::kLong)).repeat({dispatcher_.ranks, 1});
     headers.mine.select(1, kRefusedField).copy_(refused);
     headers.mine.narrow(1, kRowsField, 2).copy_(counts);
     headers.theirs = at::empty_like(headers.mine);
@@ -189,12 +193,17 @@ class Exchange {
     const Tensor on_device = at::stack({headers.mine, headers.theirs});
     wait_for_device(on_device);
     const Tensor both = on_device.cpu().contiguous();
-    std::vector<Header> mine(dispatcher_.ranks), theirs(dispatcher_.ranks);
-    const size_t bytes = sizeof(Header) * mine.size();
-    const auto* const data = both.const_data_ptr<int64_t>();
-    std::memcpy(mine.data(), data, bytes);
-    std::memcpy(theirs.data(), data + kFields * dispatcher_.ranks, bytes);
+    const int64_t ranks = dispatcher_.ranks;
+    std::vector<Header> mine(ranks), theirs(ranks);
+    std::vector<Process> processes(ranks);
+    const auto* line = both.const_data_ptr<int64_t>();
+    for (int64_t i = 0; i < 2 * ranks; ++i, line += both.size(2)) {
+      std::copy_n(line, kFields, i < ranks ? mine[i].begin() : theirs[i - ranks].begin());
+      if (i < ranks) continue;
+      std::copy_n(line + kFields, std::tuple_size_v<Process>, processes[i - ranks].begin());
+    }
     const Tally tally = agree(phase_, dispatcher_.group, dispatcher_.rank, mine, theirs);
+    notices_->processes.learn(std::move(processes));
     if (phase_ == Phase::kDispatch && !tally.refused) notices_->dispatched(tally.dispatch);
     return tally;
   }
@@ -269,13 +278,33 @@ class Exchange {
     }
   }
 
+  // The ranks for which an exchange has failed, as far as that is known. A process that ends closes
+  // its connections a little before it is gone, and one of another machine is named by its
+  // neighbours: they have a moment, unless the time is up.
+  std::string missing() const {
+    using Clock = std::chrono::steady_clock;
+    const auto now = Clock::now();
+    const bool timed_out = timeout_.count() > 0 && now - begun_ >= timeout_;
+    for (const auto end = now + (timed_out ? Clock::duration() : kForNames);;) {
+      notices_->look(*group_, to_string(phase_));  // a rank that has gone may have said why
+      std::string found = notices_->processes.missing(*group_);
+      if (!found.empty() || Clock::now() >= end) return found;
+      std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    }
+  }
+
   [[noreturn]] void fail(const char* what, const std::string& reason) const {
-    notices_->look(*group_, to_string(phase_));  // a rank that has gone may have said why
+    const std::string missing = this->missing();
     std::ostringstream text;
     text << to_string(phase_) << ": the exchange of " << what << " failed on rank "
-         << dispatcher_.rank << " of " << dispatcher_.ranks << " in group '" << dispatcher_.group
-         << "'. A rank has died, is stuck, or has not made this call: every rank of the group must "
-         << "make the same calls in the same order. The backend says: " << reason;
+         << dispatcher_.rank << " of " << dispatcher_.ranks << " in group '" << dispatcher_.group;
+    if (missing.empty()) {
+      text << "'. A rank has died, is stuck, or has not made this call: every rank of the group "
+           << "must make the same calls in the same order.";
+    } else {
+      text << "': " << missing << ".";
+    }
+    text << " The backend says: " << reason;
     dispatcher_.failure.set(text.str());
     TORCH_CHECK_WITH(DistBackendError, false, text.str());
   }
@@ -286,6 +315,7 @@ class Exchange {
   c10::intrusive_ptr<c10d::ProcessGroup> group_;
   std::shared_ptr<Notices> notices_;
   std::chrono::milliseconds timeout_;
+  std::chrono::steady_clock::time_point begun_ = std::chrono::steady_clock::now();
   Notices::Place place_;  // of an exchange without headers
 };
 

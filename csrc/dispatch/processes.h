@@ -1,0 +1,37 @@
+// The processes of a group's ranks: where a backend notices that a rank is missing and does not say
+// which, they do.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <mutex>
+#include <string>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+#include <vector>
+
+namespace moe::ep {
+
+// Its number, what tells its machine and its namespace from others, and when it began: numbers are
+// used again. As ranks tell it each other.
+using Process = std::array<int64_t, 3>;
+
+// Of a group. From any thread.
+class Processes {
+ public:
+  Processes();
+
+  // The one that this is.
+  const Process& own() const { return own_; }
+  // Those of all ranks, when these first hear of each other.
+  void learn(std::vector<Process> ranks);
+  // Which ranks have exited or are stopped, as far as this machine can tell or another rank has
+  // said in the group's store; empty if that is not known of any.
+  std::string missing(c10d::ProcessGroup& group) const;
+
+ private:
+  const Process own_;
+  mutable std::mutex mutex_;
+  std::vector<Process> ranks_;
+};
+
+}  // namespace moe::ep

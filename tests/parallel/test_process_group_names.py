@@ -1,0 +1,105 @@
+"""Which rank is missing, where the backend does not say it: `process_group` on gloo.
+
+T tokens, H hidden size, K experts a token, E experts, P ranks.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+
+import pytest
+import torch.distributed as dist
+
+from moe_parallel.torch_internals import store_of
+from tests.parallel.ranks import run_ranks
+from tests.parallel.test_dispatch import dispatcher_of, raised
+from tests.parallel.test_shared_memory import arguments, processes, small_case, timed
+
+
+def _missing(rank: int, ranks: int, how: str, phase: str) -> None:
+    """Rank 1 goes missing before ``phase``."""
+    dispatcher = dispatcher_of("process_group", 12, timeout=1.5)
+    pids, store = processes(), store_of(dist.group.WORLD)
+    case = small_case(rank)
+    x = case.x.clone().requires_grad_()
+    tokens = dispatcher.dispatch(x, case.ids, case.weights)
+    y = dispatcher.combine(tokens.x * 2, tokens.handle)
+    calls = {
+        "dispatch": lambda: dispatcher.dispatch(*arguments(case)),
+        "combine": lambda: dispatcher.combine(tokens.x, tokens.handle),
+        "combine_backward": lambda: y.sum().backward(),
+    }
+    dist.barrier()
+    if rank == 1:
+        if how == "exited":
+            os._exit(0)
+        os.kill(os.getpid(), signal.SIGSTOP if how == "stopped" else signal.SIGKILL)
+        return
+    kind, message, seconds = timed(calls[phase])
+    store.set(f"{rank} has given up", "")
+    store.wait(["0 has given up", "2 has given up"])
+    if how == "stopped" and rank == 0:
+        os.kill(pids[1], signal.SIGCONT)
+    assert kind == "DistBackendError", message
+    trouble = "is stopped" if how == "stopped" else "has exited"
+    named = f" in group '0': rank 1 (process {pids[1]}) {trouble}. The backend says: "
+    assert message.startswith(f"{phase}: the exchange of token counts failed on rank {rank} of 3")
+    assert named in message or (how == "stopped" and "must make the same calls" in message)
+    assert seconds < (3.0 if how == "stopped" else 1.0)
+    if how == "stopped":  # who waited for the whole timeout has looked then
+        assert named in message or seconds < 1.4
+    again_kind, again = raised(dispatcher.dispatch, *arguments(case))
+    assert again_kind == "DistBackendError"
+    assert message in again
+
+
+@pytest.mark.parametrize("phase", ["dispatch", "combine", "combine_backward"])
+@pytest.mark.parametrize("how", ["killed", "exited"])
+def test_a_dead_rank_is_named(how: str, phase: str) -> None:
+    with pytest.raises(AssertionError, match="1 of 3 ranks failed\n--- rank 1: died"):
+        run_ranks(3, _missing, how, phase)
+
+
+def test_a_stopped_rank_is_named() -> None:
+    run_ranks(3, _missing, "stopped", "combine")
+
+
+def _one_after_another(rank: int, ranks: int) -> None:
+    """Rank 1 has died, rank 2 has failed of it and left, and rank 0 calls after that."""
+    dispatcher = dispatcher_of("process_group", 12, timeout=5.0)
+    pids, case = processes(), small_case(rank)
+    dispatcher.dispatch(*arguments(case))
+    dist.barrier()
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if rank == 0:
+        select.select([os.pidfd_open(pids[2])], [], [])
+    kind, message = raised(dispatcher.dispatch, *arguments(case))
+    assert kind == "DistBackendError"
+    assert f"rank 1 (process {pids[1]}) has exited. The backend says: " in message, message
+    if rank == 2:
+        os._exit(0)
+
+
+def test_the_first_that_died_is_named() -> None:
+    with pytest.raises(AssertionError, match="2 of 3 ranks failed") as caught:
+        run_ranks(3, _one_after_another)
+    assert str(caught.value).count(": died with exit code") == 2
+
+
+def _before_they_met(rank: int, ranks: int) -> None:
+    dispatcher = dispatcher_of("process_group", 12, timeout=5.0)
+    dist.barrier()
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    kind, message, seconds = timed(lambda: dispatcher.dispatch(*arguments(small_case(rank))))
+    assert kind == "DistBackendError"
+    assert "A rank has died, is stuck, or has not made this call" in message
+    assert seconds < 2.0
+
+
+def test_before_the_first_exchange_nobody_is_known() -> None:
+    with pytest.raises(AssertionError, match="1 of 2 ranks failed\n--- rank 1: died"):
+        run_ranks(2, _before_they_met)
