@@ -3,6 +3,7 @@
 #include <c10/core/Event.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/Exception.h>
+#include <c10/util/StringUtil.h>
 #include <torch/version.h>
 #include <unistd.h>
 
@@ -279,32 +280,32 @@ class Exchange {
   }
 
   // The ranks for which an exchange has failed, as far as that is known. A process that ends closes
-  // its connections a little before it is gone, and one of another machine is named by its
-  // neighbours: they have a moment, unless the time is up.
+  // its connections a little before it is gone, one of another machine is named by its neighbours,
+  // and who waits for a rank gives up when others do: they have a moment.
   std::string missing() const {
     using Clock = std::chrono::steady_clock;
-    const auto now = Clock::now();
-    const bool timed_out = timeout_.count() > 0 && now - begun_ >= timeout_;
-    for (const auto end = now + (timed_out ? Clock::duration() : kForNames);;) {
+    const Processes& processes = notices_->processes;
+    for (const auto end = Clock::now() + kForNames;;) {
+      const auto silent = processes.give_up(*group_, dispatcher_.name);
       notices_->look(*group_, to_string(phase_));  // a rank that has gone may have said why
-      std::string found = notices_->processes.missing(*group_);
-      if (!found.empty() || Clock::now() >= end) return found;
+      const std::string found = processes.missing(*group_);
+      if (!found.empty()) return found;
+      if (silent.empty() || Clock::now() >= end) {
+        const std::string who =
+            silent.empty() ? "a rank has" : "ranks [" + c10::Join(", ", silent) + "] have";
+        return who +
+               " died, stopped, or not made this call: every rank of the group must make the same "
+               "calls in the same order";
+      }
       std::this_thread::sleep_for(std::chrono::milliseconds(20));
     }
   }
 
   [[noreturn]] void fail(const char* what, const std::string& reason) const {
-    const std::string missing = this->missing();
     std::ostringstream text;
     text << to_string(phase_) << ": the exchange of " << what << " failed on rank "
-         << dispatcher_.rank << " of " << dispatcher_.ranks << " in group '" << dispatcher_.group;
-    if (missing.empty()) {
-      text << "'. A rank has died, is stuck, or has not made this call: every rank of the group "
-           << "must make the same calls in the same order.";
-    } else {
-      text << "': " << missing << ".";
-    }
-    text << " The backend says: " << reason;
+         << dispatcher_.rank << " of " << dispatcher_.ranks << " in group '" << dispatcher_.group
+         << "': " << missing() << ". The backend says: " << reason;
     dispatcher_.failure.set(text.str());
     TORCH_CHECK_WITH(DistBackendError, false, text.str());
   }
@@ -315,7 +316,6 @@ class Exchange {
   c10::intrusive_ptr<c10d::ProcessGroup> group_;
   std::shared_ptr<Notices> notices_;
   std::chrono::milliseconds timeout_;
-  std::chrono::steady_clock::time_point begun_ = std::chrono::steady_clock::now();
   Notices::Place place_;  // of an exchange without headers
 };
 

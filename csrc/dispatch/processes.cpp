@@ -60,14 +60,14 @@ const char* trouble_of(const Process& process) {
   return status.state == 'T' || status.state == 't' ? "is stopped" : "";
 }
 
-// In the store: who has exited of these processes.
+// In the store: what is said of these processes.
 std::string key_of(const std::vector<Process>& ranks) {
   uint64_t hash = 0xcbf29ce484222325;
   for (const Process& process : ranks) {
     for (const int64_t field : process)
       hash = (hash ^ static_cast<uint64_t>(field)) * 0x100000001b3;
   }
-  return "moe_kernels/exited/" + std::to_string(hash);
+  return "moe_kernels/processes/" + std::to_string(hash);
 }
 
 }  // namespace
@@ -82,7 +82,7 @@ void Processes::learn(std::vector<Process> ranks) {
 std::string Processes::missing(c10d::ProcessGroup& group) const {
   const std::lock_guard lock(mutex_);
   if (ranks_.empty()) return {};
-  const std::string key = key_of(ranks_);
+  const std::string key = key_of(ranks_) + "/exited";
   try {
     // The first that was found, before others gave up for it and exited too.
     if (const auto store = group.getStore(); store && store->check({key})) {
@@ -110,6 +110,23 @@ std::string Processes::missing(c10d::ProcessGroup& group) const {
     }
   }
   return text;
+}
+
+std::vector<int64_t> Processes::give_up(c10d::ProcessGroup& group, const std::string& call) const {
+  const std::lock_guard lock(mutex_);
+  const std::string key = key_of(ranks_) + "/given_up/" + call + "/";
+  std::vector<int64_t> silent;
+  try {
+    const auto store = group.getStore();
+    if (!store) return {};
+    store->set(key + std::to_string(group.getRank()), std::vector<uint8_t>{1});
+    for (int64_t rank = 0; rank < group.getSize(); ++rank) {
+      if (!store->check({key + std::to_string(rank)})) silent.push_back(rank);
+    }
+  } catch (const std::exception&) {
+    return {};  // as above
+  }
+  return silent;
 }
 
 }  // namespace moe::ep

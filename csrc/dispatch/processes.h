@@ -28,6 +28,10 @@ class Processes {
   // said in the group's store; empty if that is not known of any.
   std::string missing(c10d::ProcessGroup& group) const;
 
+  // This rank gives up `call`, which is the same on all ranks. The others that have not said so,
+  // unless there is no store.
+  std::vector<int64_t> give_up(c10d::ProcessGroup& group, const std::string& call) const;
+
  private:
   const Process own_;
   mutable std::mutex mutex_;
