@@ -145,6 +145,7 @@ std::string Notices::found(c10d::ProcessGroup& group, c10d::Store& store) const 
 }
 
 void Notices::look(c10d::ProcessGroup& group, const char* phase) {
+  if (processes.stopped()) return;
   std::string text;
   try {
     if (const auto store = group.getStore()) text = found(group, *store);

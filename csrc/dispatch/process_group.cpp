@@ -79,7 +79,9 @@ class Exchange {
   // The threads and connections of the group are those of the rank. From a fork nothing is sent,
   // and nothing comes.
   void check_process() const {
-    TORCH_CHECK_WITH(DistBackendError, dispatcher_.process == ::getpid(), to_string(phase_),
+    const bool forked =
+        dispatcher_.process != ::getpid() || notices_->processes.own()[0] != ::getpid();
+    TORCH_CHECK_WITH(DistBackendError, !forked, to_string(phase_),
                      ": this process is a fork of rank ", dispatcher_.rank, " of group '",
                      dispatcher_.group,
                      "', which alone can use its dispatchers. Make a process group here.");
@@ -281,22 +283,25 @@ class Exchange {
 
   // The ranks for which an exchange has failed, as far as that is known. A process that ends closes
   // its connections a little before it is gone, one of another machine is named by its neighbours,
-  // and who waits for a rank gives up when others do: they have a moment.
-  std::string missing() const {
+  // and who waits for a rank gives up when others do: they have a moment. Who fails later, perhaps
+  // since others have gone for it, says what the first said.
+  std::string cause() const {
     using Clock = std::chrono::steady_clock;
     const Processes& processes = notices_->processes;
     for (const auto end = Clock::now() + kForNames;;) {
-      const auto silent = processes.give_up(*group_, dispatcher_.name);
+      if (processes.stopped()) return processes.missing();
       notices_->look(*group_, to_string(phase_));  // a rank that has gone may have said why
-      const std::string found = processes.missing(*group_);
-      if (!found.empty()) return found;
-      if (silent.empty() || Clock::now() >= end) {
-        const std::string who =
-            silent.empty() ? "a rank has" : "ranks [" + c10::Join(", ", silent) + "] have";
-        return who +
-               " died, stopped, or not made this call: every rank of the group must make the same "
-               "calls in the same order";
+      if (const std::string first = processes.first_cause(*group_); !first.empty()) return first;
+      const auto silent = processes.give_up(*group_, dispatcher_.name);
+      std::string found = processes.missing();
+      if (found.empty() && (silent.empty() || Clock::now() >= end)) {
+        found = silent.empty() ? "a rank has" : "ranks [" + c10::Join(", ", silent) + "] have";
+        found +=
+            " died, stopped, or not made this call: every rank of the group must make the same "
+            "calls in the same order";
+        if (silent.empty()) return found;
       }
+      if (!found.empty()) return processes.say_cause(*group_, found);
       std::this_thread::sleep_for(std::chrono::milliseconds(20));
     }
   }
@@ -305,7 +310,7 @@ class Exchange {
     std::ostringstream text;
     text << to_string(phase_) << ": the exchange of " << what << " failed on rank "
          << dispatcher_.rank << " of " << dispatcher_.ranks << " in group '" << dispatcher_.group
-         << "': " << missing() << ". The backend says: " << reason;
+         << "': " << cause() << ". The backend says: " << reason;
     dispatcher_.failure.set(text.str());
     TORCH_CHECK_WITH(DistBackendError, false, text.str());
   }

@@ -57,7 +57,7 @@ const char* trouble_of(const Process& process) {
     return gone ? "has exited" : "";
   }
   if (status.start != start || status.state == 'Z' || status.state == 'X') return "has exited";
-  return status.state == 'T' || status.state == 't' ? "is stopped" : "";
+  return status.state == 'T' ? "is stopped" : "";
 }
 
 // In the store: what is said of these processes.
@@ -79,19 +79,8 @@ void Processes::learn(std::vector<Process> ranks) {
   if (ranks_.empty()) ranks_ = std::move(ranks);
 }
 
-std::string Processes::missing(c10d::ProcessGroup& group) const {
+std::string Processes::missing() const {
   const std::lock_guard lock(mutex_);
-  if (ranks_.empty()) return {};
-  const std::string key = key_of(ranks_) + "/exited";
-  try {
-    // The first that was found, before others gave up for it and exited too.
-    if (const auto store = group.getStore(); store && store->check({key})) {
-      const std::vector<uint8_t> said = store->get(key);
-      return {said.begin(), said.end()};
-    }
-  } catch (const std::exception&) {
-    // The store may be gone with the rank that kept it.
-  }
   std::string text;
   for (size_t rank = 0; rank < ranks_.size(); ++rank) {
     const auto [number, host, start] = ranks_[rank];
@@ -100,14 +89,6 @@ std::string Processes::missing(c10d::ProcessGroup& group) const {
     if (trouble.empty()) continue;
     if (!text.empty()) text += ", ";
     text += "rank " + std::to_string(rank) + " (process " + std::to_string(number) + ") " + trouble;
-  }
-  if (text.find("has exited") != std::string::npos) {
-    try {
-      if (const auto store = group.getStore())
-        store->set(key, std::vector<uint8_t>(text.begin(), text.end()));
-    } catch (const std::exception&) {
-      // As above.
-    }
   }
   return text;
 }
@@ -124,9 +105,35 @@ std::vector<int64_t> Processes::give_up(c10d::ProcessGroup& group, const std::st
       if (!store->check({key + std::to_string(rank)})) silent.push_back(rank);
     }
   } catch (const std::exception&) {
-    return {};  // as above
+    return {};  // the store may be gone with the rank that kept it
   }
   return silent;
+}
+
+std::string Processes::first_cause(c10d::ProcessGroup& group) const {
+  const std::lock_guard lock(mutex_);
+  const std::string key = key_of(ranks_) + "/cause";
+  try {
+    const auto store = group.getStore();
+    if (!store || !store->check({key})) return {};
+    const std::vector<uint8_t> said = store->get(key);
+    return {said.begin(), said.end()};
+  } catch (const std::exception&) {
+    return {};
+  }
+}
+
+std::string Processes::say_cause(c10d::ProcessGroup& group, const std::string& cause) const {
+  const std::lock_guard lock(mutex_);
+  try {
+    const auto store = group.getStore();
+    if (!store) return cause;
+    const std::vector<uint8_t> nothing, mine(cause.begin(), cause.end());
+    const std::vector<uint8_t> said = store->compareSet(key_of(ranks_) + "/cause", nothing, mine);
+    return said.empty() ? cause : std::string(said.begin(), said.end());
+  } catch (const std::exception&) {
+    return cause;
+  }
 }
 
 }  // namespace moe::ep

@@ -24,13 +24,18 @@ class Processes {
   const Process& own() const { return own_; }
   // Those of all ranks, when these first hear of each other.
   void learn(std::vector<Process> ranks);
-  // Which ranks have exited or are stopped, as far as this machine can tell or another rank has
-  // said in the group's store; empty if that is not known of any.
-  std::string missing(c10d::ProcessGroup& group) const;
+  // Which ranks of this machine have exited or are stopped; empty for none.
+  std::string missing() const;
+  // Whether one is stopped, which may be the one that answers for the store: it is not asked then.
+  bool stopped() const { return missing().find("is stopped") != std::string::npos; }
 
-  // This rank gives up `call`, which is the same on all ranks. The others that have not said so,
-  // unless there is no store.
+  // This rank gives up `call`, which is the same on all ranks. The others that have not said so, if
+  // the group's store tells.
   std::vector<int64_t> give_up(c10d::ProcessGroup& group, const std::string& call) const;
+  // What the first rank that failed said of it; empty if none has.
+  std::string first_cause(c10d::ProcessGroup& group) const;
+  // Says it, if this is the first. Returns what the first said.
+  std::string say_cause(c10d::ProcessGroup& group, const std::string& cause) const;
 
  private:
   const Process own_;

@@ -126,6 +126,31 @@ def test_a_fork_of_a_rank_is_refused_and_harms_nobody(way: str) -> None:
     assert message.startswith("DistBackendError/combine: this process is a fork of rank 0 of group")
 
 
+def _forked_anew(rank: int, ranks: int, way: str) -> str:
+    """The child makes a dispatcher of its own on the group of its parent."""
+    dispatcher, case = dispatcher_of(way, 12), small_case(rank)
+    round_trip(dispatcher, case, rank)
+    message = ""
+    if rank == 0:
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            kind, text = raised(lambda: dispatcher_of(way, 12).dispatch(*arguments(case)))
+            os.write(write, f"{kind}/{text}".encode())
+            os._exit(0)
+        os.waitpid(child, 0)
+        message = os.read(read, 4096).decode()
+    round_trip(dispatcher, case, rank)
+    return message
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_fork_makes_no_dispatcher_on_the_group(way: str) -> None:
+    message = run_ranks(2, _forked_anew, way)[0]
+    assert message.startswith("DistBackendError/")
+    assert "this process is a fork of rank 0" in message
+
+
 def _forked_in_flight(rank: int, ranks: int, way: str) -> list[str]:
     """The child has the call that its parent has begun, and can neither end nor drop it."""
     dispatcher = dispatcher_of(way, 12, timeout=20)

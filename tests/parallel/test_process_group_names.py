@@ -8,12 +8,14 @@ from __future__ import annotations
 import os
 import select
 import signal
+import socket
+from typing import Any
 
 import pytest
 import torch.distributed as dist
 
 from moe_parallel.torch_internals import store_of
-from tests.parallel.ranks import run_ranks
+from tests.parallel.ranks import fork_context, run_ranks
 from tests.parallel.test_dispatch import dispatcher_of, raised
 from tests.parallel.test_shared_memory import arguments, processes, small_case, timed
 
@@ -40,7 +42,8 @@ def _missing(rank: int, ranks: int, how: str, phase: str) -> None:
         store.wait(["0 has given up", "2 has given up"])
         kind, message = raised(calls[phase])
         assert kind == "DistBackendError"
-        assert ": a rank has died, stopped, or not made this call: every rank" in message
+        if how == "late":  # as the others have said
+            assert ": ranks [1] have died, stopped, or not made this call: every rank" in message
         return
     kind, message, seconds = timed(calls[phase])
     store.set(f"{rank} has given up", "")
@@ -94,6 +97,71 @@ def test_the_first_that_died_is_named() -> None:
     with pytest.raises(AssertionError, match="2 of 3 ranks failed") as caught:
         run_ranks(3, _one_after_another)
     assert str(caught.value).count(": died with exit code") == 2
+
+
+def _who_gave_up_has_left(rank: int, ranks: int) -> None:
+    """Rank 1 is late, rank 0 has given up and left, and rank 2 has begun after rank 0."""
+    dispatcher = dispatcher_of("process_group", 12, timeout=1.0)
+    pids, case, store = processes(), small_case(rank), store_of(dist.group.WORLD)
+    dispatcher.dispatch(*arguments(case))
+    dist.barrier()
+    if rank == 1:
+        store.wait(["2 has given up"])
+        return
+    if rank == 2:
+        select.select([os.pidfd_open(pids[0])], [], [])
+    kind, message = raised(dispatcher.dispatch, *arguments(case))
+    assert kind == "DistBackendError"
+    assert " in group '0': ranks [1, 2] have died, stopped, or not made this call" in message
+    if rank == 0:
+        os._exit(0)
+    store.set("2 has given up", "")
+
+
+def test_who_gave_up_and_left_is_not_the_cause() -> None:
+    with pytest.raises(AssertionError, match="1 of 3 ranks failed\n--- rank 0: died"):
+        run_ranks(3, _who_gave_up_has_left)
+
+
+def _keeper_of_the_store(how: str, port: int, rank: int, results: Any) -> None:
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=3)
+    dispatcher = dispatcher_of("process_group", 12, timeout=1.0)
+    case = small_case(rank)
+    dispatcher.dispatch(*arguments(case))
+    dist.barrier()
+    if rank == 0:
+        os.kill(os.getpid(), signal.SIGSTOP if how == "stopped" else signal.SIGKILL)
+    results.put(timed(dispatcher.dispatch, *arguments(case)))
+    results.close()
+    results.join_thread()
+    os._exit(0)
+
+
+@pytest.mark.parametrize("how", ["stopped", "killed"])
+def test_who_keeps_the_store_is_named(how: str) -> None:
+    """Nobody waits for what the store does not answer."""
+    context = fork_context()
+    results = context.Queue()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [
+        context.Process(target=_keeper_of_the_store, args=(how, port, rank, results))
+        for rank in range(3)
+    ]
+    for process in ranks:
+        process.start()
+    try:
+        for _ in range(2):
+            kind, message, seconds = results.get(timeout=60)
+            assert kind == "DistBackendError"
+            trouble = "is stopped" if how == "stopped" else "has exited"
+            assert f" in group '0': rank 0 (process {ranks[0].pid}) {trouble}" in message
+            assert seconds < 2.5
+    finally:
+        for process in ranks:
+            process.kill()
+            process.join()
 
 
 def _before_they_met(rank: int, ranks: int) -> None:
