@@ -293,13 +293,14 @@ class Exchange {
       notices_->look(*group_, to_string(phase_));  // a rank that has gone may have said why
       if (const std::string first = processes.first_cause(*group_); !first.empty()) return first;
       const auto silent = processes.give_up(*group_, dispatcher_.name);
+      const bool all = silent && silent->empty();
       std::string found = processes.missing();
-      if (found.empty() && (silent.empty() || Clock::now() >= end)) {
-        found = silent.empty() ? "a rank has" : "ranks [" + c10::Join(", ", silent) + "] have";
+      if (found.empty() && (all || Clock::now() >= end)) {
+        found = silent && !all ? "ranks [" + c10::Join(", ", *silent) + "] have" : "a rank has";
         found +=
             " died, stopped, or not made this call: every rank of the group must make the same "
             "calls in the same order";
-        if (silent.empty()) return found;
+        if (!silent || all) return found;
       }
       if (!found.empty()) return processes.say_cause(*group_, found);
       std::this_thread::sleep_for(std::chrono::milliseconds(20));

@@ -93,19 +93,20 @@ std::string Processes::missing() const {
   return text;
 }
 
-std::vector<int64_t> Processes::give_up(c10d::ProcessGroup& group, const std::string& call) const {
+std::optional<std::vector<int64_t>> Processes::give_up(c10d::ProcessGroup& group,
+                                                       const std::string& call) const {
   const std::lock_guard lock(mutex_);
   const std::string key = key_of(ranks_) + "/given_up/" + call + "/";
   std::vector<int64_t> silent;
   try {
     const auto store = group.getStore();
-    if (!store) return {};
+    if (!store) return std::nullopt;
     store->set(key + std::to_string(group.getRank()), std::vector<uint8_t>{1});
     for (int64_t rank = 0; rank < group.getSize(); ++rank) {
       if (!store->check({key + std::to_string(rank)})) silent.push_back(rank);
     }
   } catch (const std::exception&) {
-    return {};  // the store may be gone with the rank that kept it
+    return std::nullopt;  // the store may be gone with the rank that kept it
   }
   return silent;
 }
