@@ -101,20 +101,24 @@ def test_the_choice_is_logged_once_for_a_group() -> None:
         assert "group '0'" not in second
 
 
+def _raised_in_a_fork(function: Callable[..., Any], *args: Any) -> str:
+    """What ``function`` raises there, as "type/message"."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(write, "/".join(raised(function, *args)).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    return os.read(read, 4096).decode()
+
+
 def _forked(rank: int, ranks: int, way: str) -> str:
     dispatcher = dispatcher_of(way, 12)
     case = small_case(rank)
     tokens = dispatcher.dispatch(*arguments(case))
     message = ""
     if rank == 0:
-        read, write = os.pipe()
-        child = os.fork()
-        if child == 0:
-            text = "/".join(raised(dispatcher.combine, tokens.x, tokens.handle))
-            os.write(write, text.encode())
-            os._exit(0)
-        os.waitpid(child, 0)
-        message = os.read(read, 4096).decode()
+        message = _raised_in_a_fork(dispatcher.combine, tokens.x, tokens.handle)
     dispatcher.combine(tokens.x, tokens.handle)
     round_trip(dispatcher, case, rank)
     return message
@@ -132,14 +136,7 @@ def _forked_anew(rank: int, ranks: int, way: str) -> str:
     round_trip(dispatcher, case, rank)
     message = ""
     if rank == 0:
-        read, write = os.pipe()
-        child = os.fork()
-        if child == 0:
-            kind, text = raised(lambda: dispatcher_of(way, 12).dispatch(*arguments(case)))
-            os.write(write, f"{kind}/{text}".encode())
-            os._exit(0)
-        os.waitpid(child, 0)
-        message = os.read(read, 4096).decode()
+        message = _raised_in_a_fork(lambda: dispatcher_of(way, 12).dispatch(*arguments(case)))
     round_trip(dispatcher, case, rank)
     return message
 
