@@ -5,6 +5,7 @@
     CUDA                        Triton, imported at the first call
     Meta                        the fake
     Autograd                    one formula for every device
+    ADInplaceOrView             of ops that write to an argument: counts that for autograd
 
 ``MOE_KERNELS_BACKEND=reference``, read once at import, puts the reference under CPU and CUDA too.
 With ``triton`` the extension may be missing: the reference serves CPU then, and Triton CUDA.
@@ -139,7 +140,24 @@ def define(
             _lib.impl(name, reference, "CPU")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_lib)
     overload: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default
+    _count_writes(name, overload)
     return overload
+
+
+def _count_writes(name: str, overload: torch._ops.OpOverload) -> None:
+    """Let autograd know of the arguments that an op writes to, as it does of PyTorch's own ops: a
+    graph that saved one before must not use what is in it now."""
+    arguments = enumerate(overload._schema.arguments)
+    written = [i for i, a in arguments if a.alias_info is not None and a.alias_info.is_write]
+    if not written:
+        return
+
+    def run(keys: Any, *args: Any) -> Any:
+        result = overload.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *args)
+        torch.autograd.graph.increment_version([args[i] for i in written])
+        return result
+
+    _lib.impl(name, run, "ADInplaceOrView", with_keyset=True)
 
 
 def direct_call(name: str) -> Callable[..., Any]:

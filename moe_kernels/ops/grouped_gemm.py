@@ -234,7 +234,7 @@ def grouped_gemm_wgrad(
 
     Raises:
         ValueError: shapes or devices do not fit, both out and out_dtype are given, or out is
-            expanded.
+            expanded or, where gradients are on, requires one.
         TypeError: dtypes differ, or out is not float32 or float64.
     """
     op = "grouped_gemm_wgrad"
@@ -261,5 +261,7 @@ def grouped_gemm_wgrad(
     if shape(out) != expected:
         raise ValueError(f"{op}: out must be [E, Kd, N] = {expected}; got {shape(out)}")
     check_accumulator(op, "out", out)
+    if out.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{op}: out must not require a gradient: adding to it has none")
     _wgrad_into_op(out, a, grad, offsets)
     return out

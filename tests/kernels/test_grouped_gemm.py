@@ -132,6 +132,26 @@ def test_wgrad_accumulates_into_a_buffer(
     torch.testing.assert_close(out.cpu().double(), expected, rtol=1e-5, atol=2e-5)
 
 
+def test_autograd_knows_that_a_buffer_was_added_to(impl: Implementation) -> None:
+    offsets = torch.tensor([0, 2, 5], dtype=torch.int32, device=impl.device)
+    a, grad = torch.randn(5, 4, device=impl.device), torch.randn(5, 3, device=impl.device)
+    buffer = torch.zeros(2, 4, 3, device=impl.device)
+    x = torch.randn(2, 4, 3, device=impl.device, requires_grad=True)
+    y = x * buffer  # saves it for the gradient of x
+    moe_kernels.grouped_gemm_wgrad(a, grad, offsets, out=buffer)
+    assert buffer._version == 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    with pytest.raises(ValueError, match="out must not require a gradient"):
+        moe_kernels.grouped_gemm_wgrad(a, grad, offsets, out=x)
+    with torch.no_grad():
+        moe_kernels.grouped_gemm_wgrad(a, grad, offsets, out=x)
+    with torch.inference_mode():  # where tensors have no versions
+        new = torch.zeros(2, 4, 3, device=impl.device)
+        moe_kernels.grouped_gemm_wgrad(a, grad, offsets, out=new)
+    assert torch.equal(new, buffer)
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_gradients_of_no_rows(impl: Implementation, transposed: bool) -> None:
     offsets = torch.zeros(3, dtype=torch.int32, device=impl.device)

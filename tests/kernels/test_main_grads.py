@@ -57,6 +57,18 @@ def test_gradients_are_added(impl: Implementation, routing: str, dtype: torch.dt
         assert_accurate(name, buffer, truth[name], yardstick[name].float())
 
 
+def test_autograd_knows_that_they_were_added_to(impl: Implementation) -> None:
+    inputs, upstream = make_case("plain", torch.float32)
+    leaves = leaves_of(inputs, impl)
+    main_grads = zeros_for(leaves)
+    norms = [(buffer * leaves[n]).sum() for n, buffer in zip(WEIGHTS, main_grads, strict=True)]
+    y = moe_kernels.fused_experts(**leaves, main_grads=main_grads)
+    y.backward(upstream.to(impl.device))
+    for norm in norms:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            norm.backward()
+
+
 def test_micro_batches_accumulate_without_rounding(impl: Implementation) -> None:
     """The sum of many gradients in float32, where sums in bf16 would lose most of a small one."""
     inputs, upstream = make_case("plain", torch.bfloat16)
