@@ -106,13 +106,24 @@ class LargeBuffers : public c10::Allocator {
     trim();
     if (!buffer.data) {
       try {
-        buffer.data = map(bytes);
+        buffer.data = map_after_all(bytes);
       } catch (...) {
         used_bytes_ -= bytes;
         throw;
       }
     }
     return buffer;
+  }
+
+  // Fresh memory; where the system has none, what is kept goes first.
+  void* map_after_all(size_t bytes) {
+    try {
+      return map(bytes);
+    } catch (const std::bad_alloc&) {
+      if (kept_.empty()) throw;
+    }
+    drop_while([] { return true; });
+    return map(bytes);
   }
 
   static void release(void* context);

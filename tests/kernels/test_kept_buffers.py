@@ -98,6 +98,22 @@ def test_a_much_larger_buffer_is_not_wasted_on_a_small_one() -> None:
     assert weight_gradient([1] * E).data_ptr() != address
 
 
+def test_what_is_kept_is_given_back_before_memory_runs_out() -> None:
+    code = (
+        "import resource, torch, moe_kernels\n"
+        "o = torch.tensor([0, 1]).int(); a = torch.ones(1, 1 << 12)\n"
+        "grads = [torch.ones(1, mib << 6) for mib in (256, 256, 192)]\n"  # MiB of the results
+        "torch.ones(1 << 20).exp()\n"  # starts threads
+        "both = [moe_kernels.grouped_gemm_wgrad(a, g, o) for g in grads[:2]]; del both\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), resource.RLIM_INFINITY))\n"
+        "print((moe_kernels.grouped_gemm_wgrad(a, grads[2], o) == 1).all().item())\n"
+        "print(moe_kernels.free_kept_buffers())\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["True", str(192 * MIB)]
+
+
 def test_such_tensors_are_ordinary_ones() -> None:
     weight = torch.zeros(E, H, W, requires_grad=True)
     grad = weight_gradient([2] * E)
