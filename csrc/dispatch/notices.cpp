@@ -60,42 +60,54 @@ bool Notices::may_concern() const {
   return begun_ > over_;
 }
 
+// With a store that is gone, or none, the others wait for the timeout.
 void Notices::refuse(c10d::ProcessGroup& group) {
-  const std::lock_guard lock(mutex_);
-  const int64_t number = begun_ + 1, times = ++refused_[number];
-  try {
-    if (const auto store = group.getStore()) {
-      say(*store, by_rank(key(number), group.getRank()), std::to_string(times));
-      say(*store, key(number), "somebody");
-    }
-  } catch (const std::exception&) {
-    // A store that is gone, or none: the others wait for the timeout.
+  std::string place;
+  int64_t times = 0;
+  {
+    const std::lock_guard lock(mutex_);
+    place = key(begun_ + 1);
+    times = ++refused_[begun_ + 1];
   }
+  store.tell(group, [place, times, rank = group.getRank()](c10d::Store& store) {
+    say(store, by_rank(place, rank), std::to_string(times));
+    say(store, place, "somebody");
+    return true;
+  });
 }
 
 void Notices::break_off(c10d::ProcessGroup& group, const std::string& text) {
   failure_.set(text);
-  const std::lock_guard lock(mutex_);
-  try {
-    if (const auto store = group.getStore()) say(*store, key(kBroken), text);
-  } catch (const std::exception&) {
-    // As above.
+  std::string place;
+  {
+    const std::lock_guard lock(mutex_);
+    place = key(kBroken);
   }
+  store.tell(group, [place, text](c10d::Store& store) {
+    say(store, place, text);
+    return true;
+  });
 }
 
-bool Notices::all_refused(c10d::ProcessGroup& group) const {
-  const std::lock_guard lock(mutex_);
-  const int64_t times = refused_.at(begun_ + 1);
-  try {
-    const auto store = group.getStore();
-    for (int64_t rank = 0; store && rank < group.getSize(); ++rank) {
-      const std::string said = text_at(*store, by_rank(key(begun_ + 1), rank));
-      if (std::atoll(said.c_str()) < times) return false;
-    }
-  } catch (const std::exception&) {
-    // Without a store nobody can say that it is otherwise.
+bool Notices::all_refused(c10d::ProcessGroup& group) {
+  std::string place;
+  int64_t times = 0;
+  {
+    const std::lock_guard lock(mutex_);
+    place = key(begun_ + 1);
+    times = refused_.at(begun_ + 1);
   }
-  return true;
+  const auto all = store.ask(group, [place, times, size = group.getSize()](c10d::Store& store) {
+    try {
+      for (int64_t rank = 0; rank < size; ++rank) {
+        if (std::atoll(text_at(store, by_rank(place, rank)).c_str()) < times) return false;
+      }
+    } catch (const std::exception&) {
+      // As without a store: nobody can say that it is otherwise.
+    }
+    return true;
+  });
+  return all.value_or(!GroupStore::has(group));
 }
 
 void Notices::settle(c10d::ProcessGroup& group, const char* phase,
@@ -122,36 +134,48 @@ void Notices::settle(c10d::ProcessGroup& group, const char* phase,
   settled_ = times;
 }
 
-// What ranks have said of this one's exchanges; empty for nothing.
-std::string Notices::found(c10d::ProcessGroup& group, c10d::Store& store) const {
-  const std::lock_guard lock(mutex_);
-  const std::string broken = key(kBroken);
-  if (const std::string text = text_at(store, broken); !text.empty()) return text;
-  for (int64_t number = over_ + 1; number <= begun_; ++number) {
-    if (!store.check({key(number)})) continue;
-    const auto mine = refused_.find(number);
-    const int64_t own = mine == refused_.end() ? 0 : mine->second;
-    for (int64_t rank = 0; rank < group.getSize(); ++rank) {
-      if (std::atoll(text_at(store, by_rank(key(number), rank)).c_str()) <= own) continue;
-      const std::string text =
-          "rank " + std::to_string(rank) + " of group '" + group.getGroupName() +
-          "' found an error in its own arguments, for an exchange that other ranks have begun and "
-          "cannot end; its message says which";
-      say(store, broken, text);
-      return text;
+// What ranks have said of this one's exchanges; empty for nothing. What the store does not tell,
+// the timeout will.
+std::string Notices::found(c10d::ProcessGroup& group) {
+  struct Begun {
+    std::string place;
+    int64_t refused;  // by this rank, so often
+  };
+  std::vector<Begun> begun;
+  std::string broken;
+  {
+    const std::lock_guard lock(mutex_);
+    broken = key(kBroken);
+    for (int64_t number = over_ + 1; number <= begun_; ++number) {
+      const auto mine = refused_.find(number);
+      begun.push_back({key(number), mine == refused_.end() ? 0 : mine->second});
     }
   }
-  return {};
+  const auto said =
+      store.ask(group,
+                [begun, broken, size = group.getSize(),
+                 name = group.getGroupName()](c10d::Store& store) -> std::string {
+                  if (std::string text = text_at(store, broken); !text.empty()) return text;
+                  for (const auto& [place, refused] : begun) {
+                    if (!store.check({place})) continue;
+                    for (int64_t rank = 0; rank < size; ++rank) {
+                      if (std::atoll(text_at(store, by_rank(place, rank)).c_str()) <= refused)
+                        continue;
+                      std::string text = "rank " + std::to_string(rank) + " of group '" + name +
+                                         "' found an error in its own arguments, for an exchange "
+                                         "that other ranks have begun "
+                                         "and cannot end; its message says which";
+                      say(store, broken, text);
+                      return text;
+                    }
+                  }
+                  return {};
+                });
+  return said.value_or("");
 }
 
 void Notices::look(c10d::ProcessGroup& group, const char* phase) {
-  if (processes.stopped()) return;
-  std::string text;
-  try {
-    if (const auto store = group.getStore()) text = found(group, *store);
-  } catch (const std::exception&) {
-    return;  // what the store does not tell, the timeout will
-  }
+  std::string text = found(group);
   if (text.empty()) return;
   text = std::string(phase) + ": " + text;
   failure_.set(text);

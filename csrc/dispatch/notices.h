@@ -10,9 +10,9 @@
 #include <mutex>
 #include <string>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
-#include <torch/csrc/distributed/c10d/Store.hpp>
 
 #include "dispatch/errors.h"
+#include "dispatch/group_store.h"
 #include "dispatch/processes.h"
 
 namespace moe::ep {
@@ -48,14 +48,15 @@ class Notices {
   void look(c10d::ProcessGroup& group, const char* phase);
 
   Processes processes;
+  GroupStore store;
 
   // Why there can be no further exchanges; empty while there can.
   std::string failure() const { return failure_.get(); }
 
  private:
-  bool all_refused(c10d::ProcessGroup& group) const;
+  bool all_refused(c10d::ProcessGroup& group);
   std::string key(int64_t number) const;
-  std::string found(c10d::ProcessGroup& group, c10d::Store& store) const;
+  std::string found(c10d::ProcessGroup& group);
 
   mutable std::mutex mutex_;
   int64_t dispatch_ = -1, begun_ = 0, over_ = 0;

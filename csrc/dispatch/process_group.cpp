@@ -3,7 +3,6 @@
 #include <c10/core/Event.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/Exception.h>
-#include <c10/util/StringUtil.h>
 #include <torch/version.h>
 #include <unistd.h>
 
@@ -20,10 +19,10 @@
 #include <torch/csrc/distributed/c10d/Work.hpp>
 #include <utility>
 
+#include "dispatch/causes.h"
 #include "dispatch/dispatcher.h"
 #include "dispatch/errors.h"
 #include "dispatch/notices.h"
-#include "dispatch/processes.h"
 #include "dispatch/rows.h"
 
 namespace moe::ep {
@@ -56,8 +55,6 @@ Tensor as_integers(const Tensor& rows) {
 
 // One call of an op.
 class Exchange {
-  static constexpr std::chrono::milliseconds kForNames{500};
-
  public:
   Exchange(Phase phase, DispatcherRef dispatcher)
       : phase_(phase),
@@ -281,37 +278,12 @@ class Exchange {
     }
   }
 
-  // The ranks for which an exchange has failed, as far as that is known. A process that ends closes
-  // its connections a little before it is gone, one of another machine is named by its neighbours,
-  // and who waits for a rank gives up when others do: they have a moment. Who fails later, perhaps
-  // since others have gone for it, says what the first said.
-  std::string cause() const {
-    using Clock = std::chrono::steady_clock;
-    const Processes& processes = notices_->processes;
-    for (const auto end = Clock::now() + kForNames;;) {
-      if (processes.stopped()) return processes.missing();
-      notices_->look(*group_, to_string(phase_));  // a rank that has gone may have said why
-      if (const std::string first = processes.first_cause(*group_); !first.empty()) return first;
-      const auto silent = processes.give_up(*group_, dispatcher_.name);
-      const bool all = silent && silent->empty();
-      std::string found = processes.missing();
-      if (found.empty() && (all || Clock::now() >= end)) {
-        found = silent && !all ? "ranks [" + c10::Join(", ", *silent) + "] have" : "a rank has";
-        found +=
-            " died, stopped, or not made this call: every rank of the group must make the same "
-            "calls in the same order";
-        if (!silent || all) return found;
-      }
-      if (!found.empty()) return processes.say_cause(*group_, found);
-      std::this_thread::sleep_for(std::chrono::milliseconds(20));
-    }
-  }
-
   [[noreturn]] void fail(const char* what, const std::string& reason) const {
     std::ostringstream text;
     text << to_string(phase_) << ": the exchange of " << what << " failed on rank "
          << dispatcher_.rank << " of " << dispatcher_.ranks << " in group '" << dispatcher_.group
-         << "': " << cause() << ". The backend says: " << reason;
+         << "': " << find_cause(*notices_, *group_, to_string(phase_), dispatcher_.name)
+         << ". The backend says: " << reason;
     dispatcher_.failure.set(text.str());
     TORCH_CHECK_WITH(DistBackendError, false, text.str());
   }

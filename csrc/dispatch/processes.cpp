@@ -5,7 +5,6 @@
 
 #include <cerrno>
 #include <climits>
-#include <exception>
 #include <fstream>
 #include <functional>
 #include <sstream>
@@ -60,16 +59,6 @@ const char* trouble_of(const Process& process) {
   return status.state == 'T' ? "is stopped" : "";
 }
 
-// In the store: what is said of these processes.
-std::string key_of(const std::vector<Process>& ranks) {
-  uint64_t hash = 0xcbf29ce484222325;
-  for (const Process& process : ranks) {
-    for (const int64_t field : process)
-      hash = (hash ^ static_cast<uint64_t>(field)) * 0x100000001b3;
-  }
-  return "moe_kernels/processes/" + std::to_string(hash);
-}
-
 }  // namespace
 
 Processes::Processes() : own_{::getpid(), this_host(), status_of(::getpid()).start} {}
@@ -93,48 +82,14 @@ std::string Processes::missing() const {
   return text;
 }
 
-std::optional<std::vector<int64_t>> Processes::give_up(c10d::ProcessGroup& group,
-                                                       const std::string& call) const {
+std::string Processes::tag() const {
   const std::lock_guard lock(mutex_);
-  const std::string key = key_of(ranks_) + "/given_up/" + call + "/";
-  std::vector<int64_t> silent;
-  try {
-    const auto store = group.getStore();
-    if (!store) return std::nullopt;
-    store->set(key + std::to_string(group.getRank()), std::vector<uint8_t>{1});
-    for (int64_t rank = 0; rank < group.getSize(); ++rank) {
-      if (!store->check({key + std::to_string(rank)})) silent.push_back(rank);
-    }
-  } catch (const std::exception&) {
-    return std::nullopt;  // the store may be gone with the rank that kept it
+  uint64_t hash = 0xcbf29ce484222325;
+  for (const Process& process : ranks_) {
+    for (const int64_t field : process)
+      hash = (hash ^ static_cast<uint64_t>(field)) * 0x100000001b3;
   }
-  return silent;
-}
-
-std::string Processes::first_cause(c10d::ProcessGroup& group) const {
-  const std::lock_guard lock(mutex_);
-  const std::string key = key_of(ranks_) + "/cause";
-  try {
-    const auto store = group.getStore();
-    if (!store || !store->check({key})) return {};
-    const std::vector<uint8_t> said = store->get(key);
-    return {said.begin(), said.end()};
-  } catch (const std::exception&) {
-    return {};
-  }
-}
-
-std::string Processes::say_cause(c10d::ProcessGroup& group, const std::string& cause) const {
-  const std::lock_guard lock(mutex_);
-  try {
-    const auto store = group.getStore();
-    if (!store) return cause;
-    const std::vector<uint8_t> nothing, mine(cause.begin(), cause.end());
-    const std::vector<uint8_t> said = store->compareSet(key_of(ranks_) + "/cause", nothing, mine);
-    return said.empty() ? cause : std::string(said.begin(), said.end());
-  } catch (const std::exception&) {
-    return cause;
-  }
+  return std::to_string(hash);
 }
 
 }  // namespace moe::ep

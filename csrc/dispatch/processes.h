@@ -5,9 +5,7 @@
 #include <array>
 #include <cstdint>
 #include <mutex>
-#include <optional>
 #include <string>
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <vector>
 
 namespace moe::ep {
@@ -27,17 +25,8 @@ class Processes {
   void learn(std::vector<Process> ranks);
   // Which ranks of this machine have exited or are stopped; empty for none.
   std::string missing() const;
-  // Whether one is stopped, which may be the one that answers for the store: it is not asked then.
-  bool stopped() const { return missing().find("is stopped") != std::string::npos; }
-
-  // This rank gives up `call`, which is the same on all ranks. The others that have not said so;
-  // nothing if the group's store does not tell.
-  std::optional<std::vector<int64_t>> give_up(c10d::ProcessGroup& group,
-                                              const std::string& call) const;
-  // What the first rank that failed said of it; empty if none has.
-  std::string first_cause(c10d::ProcessGroup& group) const;
-  // Says it, if this is the first. Returns what the first said.
-  std::string say_cause(c10d::ProcessGroup& group, const std::string& cause) const;
+  // Tells them, as far as they are known, from others.
+  std::string tag() const;
 
  private:
   const Process own_;

@@ -1,0 +1,52 @@
+#include "dispatch/group_store.h"
+
+#include <exception>
+#include <system_error>
+#include <thread>
+
+namespace moe::ep {
+namespace {
+
+// c10d raises for a group that has none.
+c10::intrusive_ptr<c10d::Store> store_of(c10d::ProcessGroup& group) {
+  try {
+    return group.getStore();
+  } catch (const std::exception&) {
+    return {};
+  }
+}
+
+}  // namespace
+
+bool GroupStore::has(c10d::ProcessGroup& group) { return static_cast<bool>(store_of(group)); }
+
+bool GroupStore::run(c10d::ProcessGroup& group, std::function<void(c10d::Store&)> question,
+                     bool in_any_case) {
+  const auto store = store_of(group);
+  if (!store) return false;
+  const std::lock_guard lock(mutex_);
+  const bool silent =
+      open_.valid() && open_.wait_for(std::chrono::seconds(0)) != std::future_status::ready;
+  if (silent && !in_any_case) return false;
+  std::promise<bool> promise;
+  std::future<bool> answer = promise.get_future();
+  try {
+    std::thread([store, question = std::move(question), promise = std::move(promise)]() mutable {
+      bool answered = true;
+      try {
+        question(*store);
+      } catch (const std::exception&) {
+        answered = false;
+      }
+      promise.set_value(answered);
+    }).detach();
+  } catch (const std::system_error&) {
+    return false;  // this process may have no more threads
+  }
+  if (silent) return false;
+  if (answer.wait_for(kAtOnce) == std::future_status::ready) return answer.get();
+  open_ = std::move(answer);
+  return false;
+}
+
+}  // namespace moe::ep

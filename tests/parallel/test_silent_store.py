@@ -1,0 +1,109 @@
+"""A group's store that does not answer: nobody waits for it, and `process_group` names who is
+missing all the same.
+
+T tokens, H hidden size, K experts a token, E experts, P ranks.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from moe_parallel.torch_internals import store_of
+from tests.parallel.ranks import fork_context, run_ranks
+from tests.parallel.test_dispatch import dispatcher_of
+from tests.parallel.test_shared_memory import arguments, small_case, timed
+
+HOST = "127.0.0.1"
+
+
+def _group_by(port: int, rank: int, ranks: int) -> None:
+    """A group in the place of the one that there is, by the store of another process."""
+    dist.destroy_process_group()
+    store = dist.TCPStore(HOST, port, is_master=False, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+
+
+def _keep_store(ports: Any) -> None:
+    store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
+    ports.put(store.port)
+    signal.pause()
+
+
+def _with_keeper(ranks: int, function: Callable[..., Any], *args: Any) -> None:
+    """Run ``function(rank, ranks, port, keeper, *args)``: where a process keeps a store, as that
+    which starts the ranks may."""
+    context = fork_context()
+    ports = context.Queue()
+    keeper = context.Process(target=_keep_store, args=(ports,))
+    keeper.start()
+    try:
+        run_ranks(ranks, function, ports.get(timeout=60), keeper.pid, *args)
+    finally:
+        keeper.kill()
+        keeper.join()
+
+
+def _keeper_stopped(rank: int, ranks: int, port: int, keeper: int, how: str) -> None:
+    """Then rank 1 dies, or is late."""
+    _group_by(port, rank, ranks)
+    dispatcher = dispatcher_of("process_group", 12, timeout=1.0)
+    case = small_case(rank)
+    dispatcher.dispatch(*arguments(case))
+    dist.barrier()
+    if rank == 1:
+        os.kill(keeper, signal.SIGSTOP)
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(3)
+    kind, message, seconds = timed(dispatcher.dispatch, *arguments(case))
+    assert kind == "DistBackendError"
+    if how == "killed":
+        assert " in group '0': rank 1 (process " in message
+        assert "has exited. The backend says: " in message
+        assert seconds < 1.0
+    else:
+        assert " in group '0': a rank has died, stopped, or not made this call" in message
+        assert seconds < 2.5
+
+
+def test_a_dead_rank_is_named_where_the_store_is_silent() -> None:
+    with pytest.raises(AssertionError, match="1 of 3 ranks failed\n--- rank 1: died"):
+        _with_keeper(3, _keeper_stopped, "killed")
+
+
+def test_a_late_rank_is_an_error_at_the_timeout_where_the_store_is_silent() -> None:
+    _with_keeper(3, _keeper_stopped, "late")
+
+
+def _store_in_use(rank: int, ranks: int, port: int, keeper: int) -> None:
+    """A thread of rank 0 waits for what rank 1 says after a dispatch that rank 0 begins first."""
+    _group_by(port, rank, ranks)
+    dispatcher = dispatcher_of("process_group", 12, timeout=5.0)
+    case, store = small_case(rank), store_of(dist.group.WORLD)
+    dispatcher.dispatch(*arguments(case))
+    dist.barrier()
+    waits = threading.Thread(target=store.wait, args=(["rank 1 is done"],))
+    if rank == 0:
+        waits.start()
+    else:
+        time.sleep(0.5)
+    kind, message, _ = timed(dispatcher.dispatch, *arguments(case))
+    assert kind == "nothing", message
+    if rank == 1:
+        store.set("rank 1 is done", "")
+    else:
+        waits.join()
+    dist.barrier()
+
+
+def test_a_thread_that_waits_in_the_store_holds_up_no_exchange() -> None:
+    _with_keeper(2, _store_in_use)
