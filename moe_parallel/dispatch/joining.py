@@ -13,11 +13,14 @@ import math
 import multiprocessing
 import multiprocessing.util
 import os
+import queue
 import sys
+import threading
 import weakref
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,6 +30,7 @@ from moe_parallel.dispatch.native import extension
 from moe_parallel.torch_internals import backend_of, store_of, timeout_of
 
 logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 # Backends whose ranks are processes that a store joins; MPI does without one, and others imitate
 # ranks in one process.
@@ -38,6 +42,9 @@ EMULATE_GPUS = "MOE_KERNELS_EMULATE_GPUS"
 
 # That a rank which ends by an error waits for those that read its memory.
 SECONDS_AFTER_ERROR = 1.0
+
+# That a group's store has to answer, beyond the time it is told to wait.
+SECONDS_FOR_STORE = 1.0
 
 
 class JoinedGpus(NamedTuple):
@@ -81,25 +88,64 @@ def _offer(group: ProcessGroup) -> tuple[Any, dict[str, Any]]:
     return memory, {"host": host, "process": os.getpid(), "address": memory.address}
 
 
+def _within(seconds: float, ask: Callable[[], Result]) -> Result:
+    """What ``ask`` returns or raises; TimeoutError where it goes on for longer.
+
+    A store keeps no time limit while the process that keeps it is stopped or out of reach.
+    """
+    answers: queue.SimpleQueue[tuple[Result | None, Exception | None]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            answers.put((ask(), None))
+        except Exception as error:
+            answers.put((None, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        answer, error = answers.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"no answer in {seconds:g} s") from None
+    if error is not None:
+        raise error
+    return answer  # type: ignore[return-value]
+
+
 def exchange(group: ProcessGroup, key: str, value: Any, timeout: timedelta) -> list[Any]:
     """The ``value`` of each rank, by the group's store; a rank gives a ``key`` the same each time.
 
     Raises:
-        torch.distributed.DistBackendError: a rank did not come in time; it is named.
+        torch.distributed.DistBackendError: a rank did not come in time; it is named. Or the store
+            does not answer.
     """
     keys = [f"moe_kernels/{key}/{rank}" for rank in range(group.size())]
-    store = store_of(group)
-    store.set(keys[group.rank()], json.dumps(value))
-    try:
+    store, own = store_of(group), json.dumps(value)
+    seconds = timeout.total_seconds()
+    me = f"AllToAllDispatcher: rank {group.rank()} of group '{group.group_name}'"
+
+    def meet() -> list[Any]:
+        store.set(keys[group.rank()], own)
         store.wait(keys, timeout)
-    except RuntimeError as error:
-        missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+        return [json.loads(store.get(key)) for key in keys]
+
+    def missing() -> list[int]:
+        return [rank for rank, key in enumerate(keys) if not store.check([key])]
+
+    try:
+        try:
+            return _within(seconds + SECONDS_FOR_STORE, meet)
+        except RuntimeError as error:
+            ranks = _within(SECONDS_FOR_STORE, missing)
+            raise dist.DistBackendError(
+                f"{me} has waited {seconds:g} s for these ranks to make their first dispatcher: "
+                f"{ranks}. Every rank of the group must make it."
+            ) from error
+    except (TimeoutError, dist.DistNetworkError) as error:
         raise dist.DistBackendError(
-            f"AllToAllDispatcher: rank {group.rank()} of group '{group.group_name}' has waited "
-            f"{timeout.total_seconds():g} s for these ranks to make their first dispatcher: "
-            f"{missing}. Every rank of the group must make it."
+            f"{me} cannot meet the others: the group's store does not answer ({error}). The "
+            "process that keeps it, often that of rank 0, has died or is stopped; it must run for "
+            "as long as the ranks do."
         ) from error
-    return [json.loads(store.get(key)) for key in keys]
 
 
 def _exchange_offers(

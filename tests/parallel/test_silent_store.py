@@ -7,6 +7,7 @@ T tokens, H hidden size, K experts a token, E experts, P ranks.
 from __future__ import annotations
 
 import os
+import select
 import signal
 import threading
 import time
@@ -82,6 +83,29 @@ def test_a_dead_rank_is_named_where_the_store_is_silent() -> None:
 
 def test_a_late_rank_is_an_error_at_the_timeout_where_the_store_is_silent() -> None:
     _with_keeper(3, _keeper_stopped, "late")
+
+
+def _meets(rank: int, ranks: int, port: int, keeper: int, how: str) -> None:
+    """The keeper is stopped, or has died, when the ranks make their first dispatcher."""
+    _group_by(port, rank, ranks)
+    dist.barrier()
+    if rank == 0:
+        watch = os.pidfd_open(keeper)
+        os.kill(keeper, signal.SIGSTOP if how == "stopped" else signal.SIGKILL)
+        if how == "killed":
+            select.select([watch], [], [])
+    dist.barrier()
+    kind, message, seconds = timed(lambda: dispatcher_of("shared_memory", 12, timeout=1.0))
+    assert kind == "DistBackendError", message
+    assert f"AllToAllDispatcher: rank {rank} of group '0' cannot meet the others: the" in message
+    assert "group's store does not answer (" in message
+    assert "has died or is stopped; it must run for as long as the ranks do." in message
+    assert seconds < (4.0 if how == "stopped" else 1.0)
+
+
+@pytest.mark.parametrize("how", ["stopped", "killed"])
+def test_ranks_that_meet_do_not_wait_for_a_silent_store(how: str) -> None:
+    _with_keeper(2, _meets, how)
 
 
 def _store_in_use(rank: int, ranks: int, port: int, keeper: int) -> None:
