@@ -20,8 +20,8 @@ std::string key_of(const Notices& notices, const char* what) {
 // This rank gives up the dispatcher. The others that have not said so; nothing if the store does
 // not tell.
 std::optional<std::vector<int64_t>> give_up(Notices& notices, c10d::ProcessGroup& group,
-                                            const std::string& dispatcher) {
-  const std::string key = key_of(notices, "given_up/") + dispatcher + "/";
+                                            int64_t dispatcher) {
+  const std::string key = key_of(notices, "given_up/") + std::to_string(dispatcher) + "/";
   return notices.store.ask(
       group, [key, own = group.getRank(), size = group.getSize()](c10d::Store& store) {
         std::vector<int64_t> silent;
@@ -61,7 +61,7 @@ std::string say_cause(Notices& notices, c10d::ProcessGroup& group, const std::st
 // named by its neighbours, and who waits for a rank gives up when others do: they have a moment.
 // Who fails later, perhaps since others have gone for it, says what the first said.
 std::string find_cause(Notices& notices, c10d::ProcessGroup& group, const char* phase,
-                       const std::string& dispatcher) {
+                       int64_t dispatcher) {
   using Clock = std::chrono::steady_clock;
   for (const auto end = Clock::now() + kForNames;;) {
     notices.look(group, phase);  // a rank that has gone may have said why

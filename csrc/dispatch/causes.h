@@ -9,9 +9,9 @@
 
 namespace moe::ep {
 
-// The ranks for which an exchange of the dispatcher of that name has failed, as far as that is
+// The ranks for which an exchange of the dispatcher of that number has failed, as far as that is
 // known: a clause. Raises what Notices::look does.
 std::string find_cause(Notices& notices, c10d::ProcessGroup& group, const char* phase,
-                       const std::string& dispatcher);
+                       int64_t dispatcher);
 
 }  // namespace moe::ep

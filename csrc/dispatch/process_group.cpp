@@ -282,7 +282,7 @@ class Exchange {
     std::ostringstream text;
     text << to_string(phase_) << ": the exchange of " << what << " failed on rank "
          << dispatcher_.rank << " of " << dispatcher_.ranks << " in group '" << dispatcher_.group
-         << "': " << find_cause(*notices_, *group_, to_string(phase_), dispatcher_.name)
+         << "': " << find_cause(*notices_, *group_, to_string(phase_), dispatcher_.number)
          << ". The backend says: " << reason;
     dispatcher_.failure.set(text.str());
     TORCH_CHECK_WITH(DistBackendError, false, text.str());

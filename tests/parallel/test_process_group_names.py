@@ -9,6 +9,7 @@ import os
 import select
 import signal
 import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -121,6 +122,29 @@ def _who_gave_up_has_left(rank: int, ranks: int) -> None:
 def test_who_gave_up_and_left_is_not_the_cause() -> None:
     with pytest.raises(AssertionError, match="1 of 3 ranks failed\n--- rank 0: died"):
         run_ranks(3, _who_gave_up_has_left)
+
+
+def _one_knew_an_earlier_group(rank: int, ranks: int, store: str) -> None:
+    """Rank 0 has had a group of the same name; rank 2 is late."""
+    dist.destroy_process_group()
+    if rank == 0:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dispatcher_of("process_group", 12)
+        dist.destroy_process_group()
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    dispatcher, case = dispatcher_of("process_group", 12, timeout=1.0), small_case(rank)
+    dispatcher.dispatch(*arguments(case))
+    if rank == 2:
+        store_of(dist.group.WORLD).wait(["0 has given up", "1 has given up"])
+        return
+    kind, message = raised(dispatcher.dispatch, *arguments(case))
+    store_of(dist.group.WORLD).set(f"{rank} has given up", "")
+    assert kind == "DistBackendError"
+    assert " in group '0': ranks [2] have died, stopped, or not made this call" in message
+
+
+def test_a_late_rank_is_named_where_ranks_differ_in_what_they_had_before(tmp_path: Path) -> None:
+    run_ranks(3, _one_knew_an_earlier_group, str(tmp_path / "store"))
 
 
 def _keeper_of_the_store(how: str, port: int, rank: int, results: Any) -> None:
