@@ -56,7 +56,7 @@ const char* trouble_of(const Process& process) {
     return gone ? "has exited" : "";
   }
   if (status.start != start || status.state == 'Z' || status.state == 'X') return "has exited";
-  return status.state == 'T' ? "is stopped" : "";
+  return status.state == 'T' || status.state == 't' ? "is stopped" : "";
 }
 
 }  // namespace

@@ -5,6 +5,7 @@ T tokens, H hidden size, K experts a token, E experts, P ranks.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import select
 import signal
@@ -19,6 +20,8 @@ from moe_parallel.torch_internals import store_of
 from tests.parallel.ranks import fork_context, run_ranks
 from tests.parallel.test_dispatch import dispatcher_of, raised
 from tests.parallel.test_shared_memory import arguments, processes, small_case, timed
+
+PR_SET_PTRACER, PTRACE_ATTACH, PTRACE_DETACH, WALL = 0x59616D61, 16, 17, 0x40000000
 
 
 def _missing(rank: int, ranks: int, how: str, phase: str) -> None:
@@ -145,6 +148,34 @@ def _one_knew_an_earlier_group(rank: int, ranks: int, store: str) -> None:
 
 def test_a_late_rank_is_named_where_ranks_differ_in_what_they_had_before(tmp_path: Path) -> None:
     run_ranks(3, _one_knew_an_earlier_group, str(tmp_path / "store"))
+
+
+def _in_a_debugger(rank: int, ranks: int) -> str:
+    """Rank 0 is the debugger of rank 1."""
+    dispatcher, case = dispatcher_of("process_group", 12, timeout=1.0), small_case(rank)
+    pids, store = processes(), store_of(dist.group.WORLD)
+    dispatcher.dispatch(*arguments(case))
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(PR_SET_PTRACER, ctypes.c_ulong(-1), 0, 0, 0)  # where not every process may
+    dist.barrier()
+    if rank == 1:
+        store.wait(["rank 0 has given up"])
+        return ""
+    if libc.ptrace(PTRACE_ATTACH, pids[1], None, None) != 0:
+        store.set("rank 0 has given up", "")
+        return f"this system allows no debugger: errno {ctypes.get_errno()}"
+    os.waitpid(pids[1], WALL)
+    kind, message = raised(dispatcher.dispatch, *arguments(case))
+    libc.ptrace(PTRACE_DETACH, pids[1], None, None)
+    store.set("rank 0 has given up", "")
+    assert kind == "DistBackendError"
+    assert f" in group '0': rank 1 (process {pids[1]}) is stopped. The backend says: " in message
+    return ""
+
+
+def test_a_rank_that_a_debugger_holds_is_stopped() -> None:
+    if reason := run_ranks(2, _in_a_debugger)[0]:
+        pytest.skip(reason)
 
 
 def _keeper_of_the_store(how: str, port: int, rank: int, results: Any) -> None:
