@@ -54,13 +54,22 @@ Tensor as_integers(const Tensor& rows) {
 }
 
 // One call of an op.
+c10::intrusive_ptr<c10d::ProcessGroup> group_of(Phase phase, const std::string& name) {
+  try {
+    return c10d::resolve_process_group(name);
+  } catch (const c10::Error&) {
+    TORCH_CHECK_WITH(DistBackendError, false, to_string(phase), ": group '", name,
+                     "' has been destroyed. Make a group, and a dispatcher for it.");
+  }
+}
+
 class Exchange {
  public:
   Exchange(Phase phase, DispatcherRef dispatcher)
       : phase_(phase),
         owner_(std::move(dispatcher)),
         dispatcher_(*owner_),
-        group_(c10d::resolve_process_group(dispatcher_.group)),
+        group_(group_of(phase, dispatcher_.group)),
         notices_(notices_of(group_)),
         timeout_(static_cast<int64_t>(std::ceil(dispatcher_.timeout * 1000))) {
     check_process();
