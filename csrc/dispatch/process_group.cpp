@@ -3,6 +3,7 @@
 #include <c10/core/Event.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/Exception.h>
+#include <c10/util/StringUtil.h>
 #include <torch/version.h>
 #include <unistd.h>
 
@@ -53,7 +54,6 @@ Tensor as_integers(const Tensor& rows) {
   return rows.view(fits(8) ? at::kLong : fits(4) ? at::kInt : at::kByte);
 }
 
-// One call of an op.
 c10::intrusive_ptr<c10d::ProcessGroup> group_of(Phase phase, const std::string& name) {
   try {
     return c10d::resolve_process_group(name);
@@ -63,6 +63,7 @@ c10::intrusive_ptr<c10d::ProcessGroup> group_of(Phase phase, const std::string& 
   }
 }
 
+// One call of an op.
 class Exchange {
  public:
   Exchange(Phase phase, DispatcherRef dispatcher)
@@ -150,6 +151,7 @@ class Exchange {
   // Both are contiguous and may hold any dtype; `output` is new.
   Pending start(const char* what, const Tensor& output, const Tensor& input,
                 std::vector<int64_t> received, std::vector<int64_t> sent) const {
+    check_carried(input.device());
     Pending pending;
     pending.exchange = this;
     pending.what = what;
@@ -261,6 +263,16 @@ class Exchange {
   }
 
  private:
+  void check_carried(at::Device device) const {
+    const auto carried = group_->getDeviceTypes();
+    const auto fits = [&](at::Device other) { return other.type() == device.type(); };
+    TORCH_CHECK_VALUE(carried.empty() || std::any_of(carried.begin(), carried.end(), fits),
+                      to_string(phase_), ": group '", dispatcher_.group,
+                      "' must have a backend for tensors on ", device.type(), "; it has them for [",
+                      c10::Join(", ", carried),
+                      "]. Make it with another, as 'cpu:gloo,cuda:nccl', or move the tensors.");
+  }
+
   // Whether the host waits for the work that fills a tensor, and not a stream.
   bool waits_on_host(const Tensor& tensor) const {
     return tensor.is_cpu() ||

@@ -17,7 +17,7 @@ from moe_parallel.dispatch import AllToAllDispatcher, joining
 from moe_parallel.torch_internals import timeout_of
 from tests.parallel.emulated_gpus import cuda_ipc
 from tests.parallel.ranks import run_ranks
-from tests.parallel.test_dispatch import WAYS, dispatcher_of, make_case, round_trip
+from tests.parallel.test_dispatch import WAYS, dispatcher_of, make_case, raised, round_trip
 
 
 def _without_store(rank: int, ranks: int) -> str:
@@ -38,6 +38,20 @@ def test_a_group_of_mpi_needs_no_store() -> None:
     for text in run_ranks(2, _without_store):
         assert text.startswith("process_group carries tensors of the CPU")
         assert "the group's backend on the CPU is mpi" in text
+
+
+def _without_backend_for_the_cpu(rank: int, ranks: int) -> tuple[str, str]:
+    group = dist.new_group(range(ranks), backend="cuda:gloo")
+    dispatcher = AllToAllDispatcher(group, 4, transport="process_group")
+    case = make_case(1, rank, 9, 6, 2, 4)
+    return raised(dispatcher.dispatch, case.x, case.ids, case.weights)
+
+
+def test_a_group_without_a_backend_for_the_tokens_is_told() -> None:
+    for kind, message in run_ranks(2, _without_backend_for_the_cpu):
+        assert kind == "ValueError"
+        assert message.startswith("dispatch: group '")
+        assert "must have a backend for tensors on cpu; it has them for [cuda]. Make" in message
 
 
 def test_a_backend_without_options_has_the_default_timeout() -> None:
