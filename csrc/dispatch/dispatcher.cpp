@@ -68,6 +68,7 @@ int64_t tag_of(const Dispatcher& dispatcher, const int64_t* numbers) {
 int64_t begin_dispatcher(const std::string& group) {
   Registry& registry = Registry::get();
   const auto process_group = c10d::resolve_process_group(group);
+  notices_of(process_group);  // which are of this process, and tell forks of it from now on
   const std::lock_guard lock(registry.mutex);
   return registry.count(group, process_group).begun++;
 }

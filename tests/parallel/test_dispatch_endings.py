@@ -131,20 +131,25 @@ def test_a_fork_of_a_rank_is_refused_and_harms_nobody(way: str) -> None:
     assert message.startswith("DistBackendError/combine: this process is a fork of rank 0 of group")
 
 
-def _forked_anew(rank: int, ranks: int, way: str) -> str:
-    """The child makes a dispatcher of its own on the group of its parent."""
-    dispatcher, case = dispatcher_of(way, 12), small_case(rank)
-    round_trip(dispatcher, case, rank)
+def _forked_anew(rank: int, ranks: int, way: str, met: bool) -> str:
+    """The child makes a dispatcher of its own on the group of its parent, which may have one that
+    has exchanged nothing yet."""
+    dispatcher, case = dispatcher_of(way, 12, timeout=20), small_case(rank)
+    if met:
+        round_trip(dispatcher, case, rank)
     message = ""
     if rank == 0:
-        message = _raised_in_a_fork(lambda: dispatcher_of(way, 12).dispatch(*arguments(case)))
+        message = _raised_in_a_fork(
+            lambda: dispatcher_of(way, 12, timeout=1).dispatch(*arguments(case))
+        )
     round_trip(dispatcher, case, rank)
     return message
 
 
+@pytest.mark.parametrize("met", [True, False])
 @pytest.mark.parametrize("way", WAYS)
-def test_a_fork_makes_no_dispatcher_on_the_group(way: str) -> None:
-    message = run_ranks(2, _forked_anew, way)[0]
+def test_a_fork_makes_no_dispatcher_on_the_group(way: str, met: bool) -> None:
+    message = run_ranks(2, _forked_anew, way, met)[0]
     assert message.startswith("DistBackendError/")
     assert "this process is a fork of rank 0" in message
 
