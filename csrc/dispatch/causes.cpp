@@ -69,12 +69,18 @@ std::string find_cause(Notices& notices, c10d::ProcessGroup& group, const char* 
     const auto silent = give_up(notices, group, dispatcher);
     const bool all = silent && silent->empty();
     std::string found = notices.processes.missing();
-    if (found.empty() && (all || Clock::now() >= end)) {
-      found = silent && !all ? "ranks [" + c10::Join(", ", *silent) + "] have" : "a rank has";
-      found +=
-          " died, stopped, or not made this call: every rank of the group must make the same "
-          "calls in the same order";
-      if (!silent || all) return found;
+    if (found.empty() && all) {
+      return "all ranks have failed, and none is known to be missing: the timeout must be enough "
+             "for the exchange, and for the last rank to begin it";
+    }
+    if (found.empty() && Clock::now() >= end) {
+      found = silent ? "ranks [" + c10::Join(", ", *silent) + "] have" : "a rank has";
+      found += " died, stopped, or not made this call";
+      if (!silent && GroupStore::has(group)) {
+        found += ", perhaps that which keeps the group's store, often rank 0: it does not answer";
+      }
+      found += ": every rank of the group must make the same calls in the same order";
+      if (!silent) return found;
     }
     if (!found.empty()) return say_cause(notices, group, found);
     std::this_thread::sleep_for(std::chrono::milliseconds(20));

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from moe_parallel.torch_internals import store_of
@@ -148,6 +149,27 @@ def _one_knew_an_earlier_group(rank: int, ranks: int, store: str) -> None:
 
 def test_a_late_rank_is_named_where_ranks_differ_in_what_they_had_before(tmp_path: Path) -> None:
     run_ranks(3, _one_knew_an_earlier_group, str(tmp_path / "store"))
+
+
+def _too_short(rank: int, ranks: int) -> None:
+    """Every rank makes the call, and none has the time for it."""
+    dispatcher = dispatcher_of("process_group", 12, timeout=0.001)
+    generator = torch.Generator().manual_seed(rank)
+    x = torch.rand(5_000, 1024, generator=generator)
+    ids = torch.randint(12, (5_000, 2), generator=generator)
+    store = store_of(dist.group.WORLD)
+    weights = torch.ones(5_000, 2)
+    dist.barrier()
+    kind, message = raised(dispatcher.dispatch, x, ids, weights)
+    store.set(f"{rank} has given up", "")
+    store.wait([f"{other} has given up" for other in range(ranks)])
+    assert kind == "DistBackendError"
+    assert " in group '0': all ranks have failed, and none is known to be missing: the" in message
+    assert "timeout must be enough for the exchange, and for the last rank to begin it" in message
+
+
+def test_a_timeout_that_is_too_short_for_all_blames_nobody() -> None:
+    run_ranks(2, _too_short)
 
 
 def _in_a_debugger(rank: int, ranks: int) -> str:
