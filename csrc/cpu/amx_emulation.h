@@ -16,6 +16,7 @@
 #undef _tile_release
 #undef _tile_zero
 #undef _tile_loadd
+#undef _tile_stream_loadd
 #undef _tile_stored
 #undef _tile_dpbf16ps
 
@@ -146,5 +147,6 @@ inline void multiply(int sums, int rows, int columns) {
 #define _tile_release() moe::amx_emulation::release()
 #define _tile_zero(tile) moe::amx_emulation::zero(tile)
 #define _tile_loadd(tile, base, stride) moe::amx_emulation::load(tile, base, stride)
+#define _tile_stream_loadd(tile, base, stride) moe::amx_emulation::load(tile, base, stride)
 #define _tile_stored(tile, base, stride) moe::amx_emulation::store(tile, base, stride)
 #define _tile_dpbf16ps(sums, rows, columns) moe::amx_emulation::multiply(sums, rows, columns)

@@ -44,6 +44,7 @@ void multiply_vectors_in_tiles(const bf16* packed, int64_t rows, int64_t vectors
   product.b_step = vectors * kTile;
   product.b_next = kTile;
   product.out_stride = width;
+  product.columns_pass_by = true;
   // 32 columns, or the last ones, of [begin, end) of k.
   const auto multiply = [&](int64_t c, int64_t begin, int64_t end, const bf16* next, float* to) {
     const int64_t count = min(kTileColumns, columns.end - c), tiles = ceil_div(count, L);

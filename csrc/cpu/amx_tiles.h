@@ -58,6 +58,9 @@ struct TileProduct {
   float* out;
   int64_t out_stride;
   bool accumulate;  // add to out
+  // Whether the columns pass by while the rows are to stay in a first-level cache: they are loaded
+  // with the hint that they are not needed there again (TILELOADDT1).
+  bool columns_pass_by = false;
   // If not null: so many lines are read ahead at each multiplication of two tiles, if there are
   // four a step. A burst of them would hold up the loads of tiles.
   const char* prefetch = nullptr;
@@ -84,8 +87,7 @@ struct TileProduct {
 
   // So many tiles of rows and of columns.
   void run(int64_t rows, int64_t columns) const {
-    if (rows == 1) return columns == 1 ? run_tiles<1, 1>() : run_tiles<1, 2>();
-    return columns == 1 ? run_tiles<2, 1>() : run_tiles<2, 2>();
+    columns_pass_by ? run_tiles<true>(rows, columns) : run_tiles<false>(rows, columns);
   }
 
   // The same for so many rows, which may end within a tile.
@@ -108,8 +110,14 @@ struct TileProduct {
   }
 
  private:
+  template <bool stream>
+  void run_tiles(int64_t rows, int64_t columns) const {
+    if (rows == 1) return columns == 1 ? run_tiles<stream, 1, 1>() : run_tiles<stream, 1, 2>();
+    return columns == 1 ? run_tiles<stream, 2, 1>() : run_tiles<stream, 2, 2>();
+  }
+
   // Not inlined, for it needs all registers.
-  template <int rows, int columns>
+  template <bool stream, int rows, int columns>
   __attribute__((noinline)) void run_tiles() const {
     const bf16 *a0 = a, *a1 = a + a_next, *b0 = b, *b1 = b + b_next;
     const int64_t a_bytes = a_stride * sizeof(bf16), out_bytes = out_stride * sizeof(float);
@@ -136,12 +144,20 @@ struct TileProduct {
       const auto fetch = [&]() __attribute__((always_inline)) {
         for (int64_t i = 0; i < lines; ++i, line += line_stride) prefetch_line(line);
       };
-      _tile_loadd(6, b0, b_bytes);
+      if constexpr (stream) {
+        _tile_stream_loadd(6, b0, b_bytes);
+      } else {
+        _tile_loadd(6, b0, b_bytes);
+      }
       _tile_loadd(4, a0, a_bytes);
       _tile_dpbf16ps(0, 4, 6);
       fetch();
       if constexpr (columns == 2) {
-        _tile_loadd(7, b1, b_bytes);
+        if constexpr (stream) {
+          _tile_stream_loadd(7, b1, b_bytes);
+        } else {
+          _tile_loadd(7, b1, b_bytes);
+        }
         _tile_dpbf16ps(1, 4, 7);
         fetch();
       }
