@@ -1,4 +1,4 @@
-"""Tests on several ranks: processes of one machine, joined by gloo.
+"""Tests on several ranks: processes of one machine, joined by gloo, or on one GPU by NCCL.
 
 The processes are forked by a server that has imported what they need and done nothing else: a fork
 of the test process itself would inherit its OpenMP, CUDA and autograd threads as locks that nobody
@@ -30,6 +30,9 @@ import torch.distributed as dist
 GRACE = 3.0  # seconds that the other ranks have to report after one has failed
 IMPORTS = 300.0  # seconds for what the function's module imports, which are not the test's
 STDERR = 12_000  # characters of a failed rank's that are shown
+ONE_GPU = "cpu:gloo,cuda:nccl"
+# NCCL refuses a second rank on a GPU of the same host, so each says that it is a host of its own.
+_NCCL = {"NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}
 # What processes import later in any case: DTensor when first used, and what brings results back.
 _PRELOADED = ("moe_parallel.parallelizer", "torch._dynamo", "torch.utils.serialization.config")
 
@@ -40,8 +43,9 @@ def run_ranks(
     *args: Any,
     timeout: float = 60.0,
     stay: bool = True,
+    backend: str = "gloo",
 ) -> list[Any]:
-    """Run ``function(rank, ranks, *args)`` on every rank of a new gloo group.
+    """Run ``function(rank, ranks, *args)`` on every rank of a new group.
 
     Args:
         ranks: how many processes.
@@ -50,6 +54,7 @@ def run_ranks(
             they need.
         stay: whether a rank that has returned stays until all have, for a slower one may still be
             connecting to it; else it exits.
+        backend: of the group; with :data:`ONE_GPU` all ranks share the first GPU, by NCCL.
 
     Returns:
         What the ranks returned, in their order; tensors come on the CPU.
@@ -65,7 +70,7 @@ def run_ranks(
             ours, theirs = context.Pipe()
             process = context.Process(
                 target=_main,
-                args=(theirs, Path(folder), rank, ranks, timeout, stay, function, args),
+                args=(theirs, Path(folder), rank, ranks, timeout, stay, backend, function, args),
             )
             process.start()
             theirs.close()
@@ -171,6 +176,7 @@ def _main(
     ranks: int,
     timeout: float,
     stay: bool,
+    backend: str,
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
@@ -180,9 +186,11 @@ def _main(
     faulthandler.dump_traceback_later(timeout * 0.9, file=2)
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    if backend == ONE_GPU:
+        os.environ.update(_NCCL, NCCL_HOSTID=f"rank {rank}")
     try:
         dist.init_process_group(
-            "gloo",
+            backend,
             init_method=f"file://{folder / 'store'}",
             rank=rank,
             world_size=ranks,

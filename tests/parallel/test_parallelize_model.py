@@ -58,7 +58,8 @@ def moe(**changes: Any) -> ModelOptions:
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.detach().cpu().clone()
 
 
 def plain_name(name: str) -> str:
@@ -81,8 +82,9 @@ def shards_of(case: Case, ranks: int) -> list[list[Shard]]:
 
 
 def parallel_step(case: Case, meshes: tuple[Any, Any], rank: int, ranks: int) -> Step:
-    model = case.model.build()
     world_mesh, moe_mesh = meshes
+    device = world_mesh.device_type
+    model = case.model.build().to(device)
     parallelize_model(
         model,
         world_mesh,
@@ -92,7 +94,7 @@ def parallel_step(case: Case, meshes: tuple[Any, Any], rank: int, ranks: int) ->
     )
     cp = world_mesh["cp"].size()
     batches = shards_of(case, ranks // cp)
-    labels, loss = count_labels(batches), torch.zeros(())
+    labels, loss = count_labels(batches), torch.zeros((), device=device)
     MoEAuxLossAutoScaler.main_loss_backward_scale = ranks
     moes = model.moes()
     for index, batch in enumerate(batches):
@@ -100,7 +102,7 @@ def parallel_step(case: Case, meshes: tuple[Any, Any], rank: int, ranks: int) ->
             prepare_for_grad_accumulation([model])
         if index == len(batches) - 1:
             prepare_for_final_backward([model])
-        shard = batch[rank // cp]
+        shard = batch[rank // cp].to(device)
         if cp > 1:
             own_order = not case.model.shared_attention
             shard = shard.part(rank % cp, cp) if own_order else shard.cut(world_mesh["cp"])
@@ -169,9 +171,13 @@ def _run_cases(
 
 
 def check(
-    sizes: dict[str, int], cases: list[Case], ranks: int = 4, tolerance: float = 1e-5
+    sizes: dict[str, int],
+    cases: list[Case],
+    ranks: int = 4,
+    tolerance: float = 1e-5,
+    backend: str = "gloo",
 ) -> None:
-    results = run_ranks(ranks, _run_cases, sizes, cases, tolerance, timeout=240)
+    results = run_ranks(ranks, _run_cases, sizes, cases, tolerance, timeout=240, backend=backend)
     assert results == [[]] * ranks
 
 

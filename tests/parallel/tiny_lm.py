@@ -81,7 +81,8 @@ class Attention(nn.Module):
         if self.cp_mesh is not None:
             start = self.cp_mesh.get_local_rank() * length
             k, v = _Gather.apply(k, self.cp_mesh), _Gather.apply(v, self.cp_mesh)
-        mask = torch.ones(start + length, k.shape[2], dtype=torch.bool).tril()[start:]
+        shape = (start + length, k.shape[2])
+        mask = torch.ones(shape, dtype=torch.bool, device=q.device).tril()[start:]
         y = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out(y.transpose(1, 2).flatten(-2))
 
@@ -202,6 +203,11 @@ class Shard:
     labels: Tensor
     padding_mask: Tensor
     choices: tuple[Tensor, ...] | None = None
+
+    def to(self, device: str) -> Shard:
+        tensors = (self.ids, self.labels, self.padding_mask)
+        choices = None if self.choices is None else tuple(c.to(device) for c in self.choices)
+        return Shard(*(tensor.to(device) for tensor in tensors), choices)
 
     def part(self, index: int, parts: int) -> Shard:
         """A consecutive part of the sequences."""
