@@ -211,7 +211,7 @@ class Op:
 
 
 class Unsupported(Exception):
-    """Raised by a builder for a case that it cannot compute; the message says why."""
+    """Raised for a case that a provider cannot compute; the message says why."""
 
 
 @dataclass(frozen=True)

@@ -240,6 +240,7 @@ def _try(
         contender.call, contender.during = call, implementation.during
     except Unsupported as reason:
         contender.note, contender.unsupported = str(reason), True
+        clock.reset()
     except Exception as error:  # another project's failure is a row of the table, not the end of it
         contender.note = f"does not run: {type(error).__name__}: {error}".split("\n")[0]
         clock.reset()

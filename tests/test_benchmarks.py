@@ -26,7 +26,7 @@ from tests.kernels.interpreter import mended_interpreter
 
 TINY = {
     "fused_experts": "T=5,H=32,I=16,E=8,K=2",
-    "fused_experts_fp8": "T=9,H=144,I=72,E=4,K=2",
+    "fused_experts_fp8": "T=9,H=144,I=80,E=4,K=2",
     "fused_experts_quantized": "T=5,H=32,I=32,E=8,K=2,B=4",
     "grouped_gemm": "R=20,D=16,N=24,E=4",
     "expert_activation": "R=9,I=16",

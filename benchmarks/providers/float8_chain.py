@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.registry import Case, Implementation, Inputs, Output, Provider
+from benchmarks.registry import Case, Implementation, Inputs, Output, Provider, Unsupported
 
 BLOCK, LARGEST, FLOAT8 = 128, 448.0, torch.float8_e4m3fn
+ROWS = 4  # that cuBLAS scales by blocks at once
 
 
 def _quantize(x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -100,10 +101,20 @@ CHAIN = {
 }
 
 
+def _multiply_scaled(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out: Tensor) -> None:
+    try:
+        torch._scaled_mm(a, b, scale_a=scale_a, scale_b=scale_b, out_dtype=out.dtype, out=out)
+    except RuntimeError as error:
+        if "CUBLAS_STATUS_NOT_SUPPORTED" in str(error):
+            raise Unsupported("cuBLAS has no such product of these sizes") from error
+        raise
+
+
 def _scaled_mm(case: Case) -> Implementation:
     """A product for each expert; the host reads the offsets.
 
-    PyTorch's grouped one, _scaled_grouped_mm, has scales of whole rows, not of blocks.
+    PyTorch's grouped one, _scaled_grouped_mm, has scales of whole rows, not of blocks. cuBLAS takes
+    rows by fours, so those of an expert are copied where there are others.
     """
     w = case.weights["w"].unbind(0)
     scales_w = case.weights["scales_w"].unbind(0)
@@ -113,15 +124,15 @@ def _scaled_mm(case: Case) -> Implementation:
         out = torch.empty(ends[-1], case.shape["N"], dtype=case.dtype, device=case.device)
         for e, (start, end) in enumerate(pairwise(ends)):
             if end > start:
-                scales = inputs["scales_a"][start:end].t().contiguous().t()
-                torch._scaled_mm(
-                    inputs["a"][start:end],
-                    w[e].T,
-                    scale_a=scales,
-                    scale_b=scales_w[e].T,
-                    out_dtype=case.dtype,
-                    out=out[start:end],
-                )
+                rows = slice(start, end)
+                a, scales, target = inputs["a"][rows], inputs["scales_a"][rows], out[rows]
+                if missing := -len(a) % ROWS:
+                    a = functional.pad(a.view(torch.uint8), (0, 0, 0, missing)).view(a.dtype)
+                    scales = functional.pad(scales, (0, 0, 0, missing))
+                    target = target.new_empty(len(a), target.shape[1])
+                _multiply_scaled(a, w[e].T, scales.t().contiguous().t(), scales_w[e].T, target)
+                if missing:
+                    out[rows] = target[: end - start]
         return out
 
     return Implementation(run)
