@@ -169,7 +169,7 @@ gpu-check: $(ENVIRONMENT)
 		options="$$options $$(has pytest_timeout && echo --timeout=75 --timeout-method=thread)"; \
 		timeout --signal=INT --kill-after=20 $$(left 30) env --default-signal=INT $(PYTEST) \
 			-m "gpu and not slow" $$options -p tests.progress --progress $(OUT)/tests.jsonl \
-			--first tests/kernels/test_gpu.py \
+			--first tests/kernels/test_gpu.py --first tests/parallel/test_one_gpu.py \
 			--continue-on-collection-errors --junitxml=$(OUT)/tests.xml $(ARGS) || status=1; \
 	else \
 		echo "gpu-check needs pytest for the tests; the packages that they use are the extra" \

@@ -31,6 +31,11 @@ DEVICE_LOST = 3
 RESTARTS = 3  # of a run whose process died
 GRACE = 15.0  # seconds to write what is there, after an interrupt; at most a quarter of all
 LEAST = 5.0  # seconds in which a run can do anything
+# what is no fault of a run: the time of all was over, before it began or before it ended
+NOT_STARTED, CUT_OFF = (
+    "not started: the sweep's time was over",
+    "cut off: the sweep's time was over",
+)
 
 
 @dataclass(frozen=True)
@@ -76,17 +81,17 @@ ROLES = _run(
 
 # what a reader asks for first
 MAIN = (
-    _run("layer", "fused_experts --shape qwen3-30b-a3b --seconds 1", 90),
-    _run("decode", "fused_experts --shape decode --direction forward --seconds 0.5", 50),
-    _run("published", f"fused_experts --shape {SOME_PUBLISHED} --seconds 1", 90),
+    _run("layer", "fused_experts --shape qwen3-30b-a3b --seconds 0.5", 90),
+    _run("decode", "fused_experts --shape decode --direction forward --seconds 0.3", 50),
+    _run("published", f"fused_experts --shape {SOME_PUBLISHED} --seconds 0.5", 90),
     _run("grouped_gemm", "grouped_gemm --shape qwen3-30b-a3b --seconds 0.5", 50),
     _run("float8", f"fused_experts fused_experts_fp8 --shape {WIDE} --seconds 0.5", 60),
-    _run("gpt-oss", "fused_experts --shape gpt-oss-120b --seconds 1", 60),
+    _run("gpt-oss", "fused_experts --shape gpt-oss-120b --seconds 0.5", 60),
     _run("small ops", f"{SMALL_OPS} --seconds 0.3", 60),
     _run("float8, products", f"grouped_gemm scaled_grouped_gemm --shape {WIDE_PRODUCTS}", 40),
     _run("launches", "moe_layer --seconds 0.3", 30),
     ROLES,
-    _run("published, all", "fused_experts --shape sonicmoe --seconds 1", 180),
+    _run("published, all", "fused_experts --shape sonicmoe --seconds 0.5", 180),
 )
 
 
@@ -215,9 +220,10 @@ def sweep(
     began, done = clock(), []
     for part in parts:
         if limit - (clock() - began) < LEAST:
-            done.append({**asdict(part), "outcome": "not started: out of time", "took": 0.0})
+            done.append({**asdict(part), "outcome": NOT_STARTED, "took": 0.0})
             continue
         first, code, restarts = clock(), 0, 0
+        last = part.seconds > limit - (clock() - began)  # the sweep's time is over before its own
         while True:
             left = min(part.seconds - (clock() - first), limit - (clock() - began))
             if left < LEAST:
@@ -232,11 +238,18 @@ def sweep(
                 continue
             break
         took = round(clock() - first, 1)
-        done.append({**asdict(part), "outcome": outcome(code), "restarts": restarts, "took": took})
-        print(f"== {part.name}: {outcome(code)}, {took} s", flush=True)
+        how = CUT_OFF if code == 124 and last else outcome(code)
+        done.append({**asdict(part), "outcome": how, "restarts": restarts, "took": took})
+        print(f"== {part.name}: {how}, {took} s", flush=True)
         _write(out, done)
     _write(out, done)
     return done
+
+
+def is_right(done: Sequence[dict[str, Any]]) -> bool:
+    """Whether some runs are done, and what is not lacked the sweep's time alone."""
+    outcomes = {row["outcome"] for row in done}
+    return "done" in outcomes and outcomes <= {"done", NOT_STARTED, CUT_OFF}
 
 
 def _write(out: Path, done: Sequence[dict[str, Any]]) -> None:
@@ -280,4 +293,4 @@ def sweep_command(options: argparse.Namespace) -> int:
     print("\n| run | outcome | seconds |\n| --- | --- | --- |")
     for row in done:
         print(f"| {row['name']} | {row['outcome']} | {row['took']:.0f} |")
-    return 0 if all(row["outcome"] == "done" for row in done) else 1
+    return 0 if is_right(done) else 1

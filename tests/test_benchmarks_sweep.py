@@ -23,10 +23,13 @@ from benchmarks.providers import OURS, PROVIDERS
 from benchmarks.registry import Case, Implementation, Inputs, Output
 from benchmarks.routing import ROUTINGS
 from benchmarks.sweep import (
+    CUT_OFF,
     DEVICE_LOST,
+    NOT_STARTED,
     PLANS,
     Part,
     compile_first,
+    is_right,
     launch,
     outcome,
     start_process,
@@ -348,11 +351,21 @@ def test_a_sweep_ends_in_time(tmp_path: Path) -> None:
     parts = [Part(name, ("run", name), 60.0) for name in ("a", "b", "c")]
     runs = Runs({"a": [124], "b": [124], "c": [0]}, 1e9)
     done = sweep(parts, tmp_path, "cuda", 100.0, runs.start, lambda: runs.now)
-    assert [part["outcome"] for part in done][:2] == ["out of time", "out of time"]
+    assert [part["outcome"] for part in done] == ["out of time", CUT_OFF, "done"]
     # the limit of the part, then what is left of all; with time to write after an interrupt
     assert runs.started[0] == ("a", 45.0)
     assert runs.started[1] == ("b", 41.25)
     assert runs.now <= 100.0
+    assert not is_right(done)
+
+
+def test_a_sweep_whose_time_is_over_is_right_as_far_as_it_came(tmp_path: Path) -> None:
+    parts = [Part(name, ("run", name), 60.0) for name in ("a", "b", "c")]
+    runs = Runs({"a": [0], "b": [124], "c": [0]}, 40.0)
+    done = sweep(parts, tmp_path, "cuda", 58.0, runs.start, lambda: runs.now)
+    assert [part["outcome"] for part in done] == ["done", CUT_OFF, NOT_STARTED]
+    assert is_right(done)
+    assert not is_right(done[1:])  # a run that hangs would end so, too
 
 
 class Compiling:
