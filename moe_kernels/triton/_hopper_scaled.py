@@ -11,9 +11,9 @@ through all tiles, and two groups of four warps multiply half of each tile's 128
   on its way while it adds; the other group's keep the tensor cores busy.
 * So the groups must not add at the same time. ``lead[slot]``: phase u completes when group 0 has
   the first product of use u of the slot; group 1 waits for it before its own. Group 0 gets no two
-  phases ahead: phase u + 1 needs the slot to be loaded again, so group 1 to have handed it back,
-  and so to have waited for phase u; or, where its half has no rows, not to wait for it at all, and
-  for phase u + 1 after ``full`` of use u + 1, which needs group 0 to have handed back use u. Group 0
+  phases ahead: phase u + 1 needs the slot to be loaded again, so group 1 to have handed it back and
+  to have waited for phase u. A half without rows does not wait; the next that has some, of use v,
+  waits for ``full`` of use v first, so group 0 has handed back use v - 1, after its phase. Group 0
   never waits for group 1, so nothing waits in a circle.
 * A slot is handed back when its last product is complete, before that is added.
 * Every thread loads the scales of its rows from memory, a step ahead.
