@@ -9,12 +9,16 @@ through all tiles, and two groups of four warps multiply half of each tile's 128
   columns at a time, and added to the total with its scales: a total of 256 columns takes 128
   registers a thread, a product 64. A product is complete before it is added, so a group has none
   on its way while it adds; the other group's keep the tensor cores busy.
-* So the groups must not add at the same time. ``lead[slot]``: phase u completes when group 0 has
-  the first product of use u of the slot; group 1 waits for it before its own. Group 0 gets no two
-  phases ahead: phase u + 1 needs the slot to be loaded again, so group 1 to have handed it back and
-  to have waited for phase u. A half without rows does not wait; the next that has some, of use v,
-  waits for ``full`` of use v first, so group 0 has handed back use v - 1, after its phase. Group 0
-  never waits for group 1, so nothing waits in a circle.
+* So the groups must not add at the same time: group 1 begins a step when group 0 has the first
+  product of it. How far it is behind then stays, until both wait for the same slot. So it waits in
+  the first LEADS of the ring's slots, not in all: from the end of one group's product to the
+  beginning of the other's, nothing would be multiplied.
+* ``lead[slot]``: phase u completes when group 0 has the first product of use u of the slot; group 1
+  waits for it before its own. Group 0 gets no two phases ahead: phase u + 1 needs the slot to be
+  loaded again, so group 1 to have handed it back and to have waited for phase u. A half without
+  rows does not wait; the next that has some, of use v, waits for ``full`` of use v first, so group
+  0 has handed back use v - 1, after its phase. Group 0 never waits for group 1, so nothing waits in
+  a circle.
 * A slot is handed back when its last product is complete, before that is added.
 * Every thread loads the scales of its rows from memory, a step ahead.
 """
@@ -94,11 +98,11 @@ def _sum_tile(
         slot, parity = _slot(step, STAGES)
         mbarrier.wait(full.index(slot), parity)
         if LEADS and GROUP == 1:
-            mbarrier.wait(lead.index(slot), parity)
+            mbarrier.wait(lead.index(slot), parity, pred=slot < LEADS)
         rows, weight = x.index(slot).slice(GROUP * ROWS, ROWS, dim=0), w.index(slot)
         product = _product(rows, weight, product, 0, BLOCK)
         if LEADS and GROUP == 0:
-            mbarrier.arrive(lead.index(slot))
+            mbarrier.arrive(lead.index(slot), pred=slot < LEADS)
         if PARTS == 2:
             left += product * by_left[:, None]
             product = _product(rows, weight, product, 1, BLOCK)
@@ -219,13 +223,13 @@ def multiply_scaled_rows(
     tiles: TileMap,
     cut: Config,
     *,
-    leads: bool = True,
+    leads: int = 1,
 ) -> None:
     """As :func:`moe_kernels.triton.scaled_grouped_gemm.multiply_scaled_rows`, of what
     ``has_hopper_scaled`` admits.
 
     Args:
-        leads: group 1 multiplies after group 0 at each step.
+        leads: slots of the ring in which group 1 waits for group 0.
     """
     (rows, scales_a), (weights, scales_b) = a, b
     Kd, N = weights.shape[1:]
