@@ -79,16 +79,21 @@ def candidates(
         for stages in range(max(2, fit - 1), fit + 1):
             programs = 2 if 2 * stages * stage <= memory and sums <= LARGEST_SUM / 2 else 1
             found.append(Config(m, n, k, warps=warps, stages=stages, programs=programs))
-    others = [other for config in found for other in _specialized(kernel, arch, config, memory)]
+    others = [
+        other for config in found for other in _specialized(kernel, arch, config, memory, columns)
+    ]
     return found + list(dict.fromkeys(others))
 
 
-def _specialized(kernel: str, arch: int, config: Config, memory: int) -> Iterator[Config]:
+def _specialized(
+    kernel: str, arch: int, config: Config, memory: int, columns: int
+) -> Iterator[Config]:
     """The same tile where warps have roles; one program a multiprocessor then.
 
     On sm_90 Triton halves a tile between two groups of four warps beside the one that loads. The
     kernels in Gluon give each group tiles of its own, or halve those that are too large for one;
-    tiles that leave half of a thread's sums unused are not tried.
+    tiles that leave half of a thread's sums unused are not tried, but for float8, whose products
+    are held beside the sums. Its tiles may have twice the columns that others have.
 
     Args:
         memory: bytes of shared memory.
@@ -106,6 +111,13 @@ def _specialized(kernel: str, arch: int, config: Config, memory: int) -> Iterato
         stage = 2 * config.block_k * (config.block_m + config.block_n)
         stages = min(stages, (memory - BESIDE_RING) // stage)
     gluon = replace(config, warps=8, stages=stages, programs=1, warp_specialize="gluon")
+    if kernel == "scaled_grouped_gemm":
+        for n in (config.block_n, 2 * config.block_n):
+            fit = memory // (config.block_k * (config.block_m + n))
+            wide = replace(gluon, block_n=n, stages=min(stages, fit))
+            if suits_gluon(kernel, wide) and n < 2 * columns:
+                yield wide
+        return
     if "gluon" in ways and sums == LARGEST_SUM and suits_gluon(kernel, gluon):
         yield gluon
 

@@ -40,10 +40,12 @@ WARP_SPECIALIZE = {
     "up": ("no", "triton", "gluon"),
     "down_backward": ("no", "triton", "gluon"),
     "wgrad": ("no", "gluon"),
+    "scaled_grouped_gemm": ("no", "gluon"),
 }
 LARGEST_TILE = 128 * 128  # of a group of four warps: 128 sums a thread
-# columns and contracted elements of a tile, where they share a scale
-LARGEST = {"scaled_grouped_gemm": 128}
+SCALED = 128  # columns, and contracted elements, that share a scale
+# columns and contracted elements of a tile, where they do; a kernel in Gluon takes more columns
+LARGEST = {"scaled_grouped_gemm": SCALED}
 FOLDER = Path(__file__).parent / "configs"
 # parts of the names by which GPUs of one architecture are told apart
 MODELS = ("h200", "h100", "h800", "h20", "gh200", "a100", "b200", "b300", "gb200")
@@ -84,7 +86,13 @@ def suits_gluon(kernel: str, cut: Config) -> bool:
     at least. Threads that gather hold an address for every eighth of 128 rows, and can no more. A
     group's columns of a weight gradient go through buffers of 128 rows, and backward through the
     activation goes by parts of a group's 64 or 128 rows.
+
+    Float8 contracts the 128 elements that share a scale, in 128 bytes, and tiles of 128 rows are
+    halved: a group adds one block of columns at a time to the sums of one block or two.
     """
+    if kernel == "scaled_grouped_gemm":
+        whole = cut.block_n in (SCALED, 2 * SCALED) and (cut.block_k, cut.warps) == (SCALED, 8)
+        return whole and cut.block_m == 128 and cut.stages >= 2
     width = 2 * cut.block_n if kernel == "up" else cut.block_n
     halved = cut.block_m * width > LARGEST_TILE
     own = kernel in ("down_backward", "wgrad") and not halved  # tiles of one group
@@ -214,7 +222,7 @@ def parse_config(document: Mapping[str, Any], kernel: str, where: str) -> Config
     for name, size in least.items():
         if values[name] < size:
             raise ValueError(f"{where}: {name} must be at least {size}; got {values[name]}")
-    for name in ("block_n", "block_k"):
+    for name in ("block_n", "block_k") if specialize != "gluon" else ():
         if values[name] > LARGEST.get(kernel, values[name]):
             raise ValueError(
                 f"{where}: {name} of {kernel} must be at most {LARGEST[kernel]}, which share a "
@@ -227,7 +235,8 @@ def parse_config(document: Mapping[str, Any], kernel: str, where: str) -> Config
         raise ValueError(
             f"{where}: a tile of {kernel} with warp_specialize gluon must have block_k 64, 8 "
             "warps, 2 or more stages, 64 or more rows and columns, and no more than two groups of "
-            f"four warps can hold, as python -m benchmarks tune chooses them; got {found}"
+            "four warps can hold; of scaled_grouped_gemm block_k 128, 128 rows and 128 or 256 "
+            f"columns; as python -m benchmarks tune chooses them; got {found}"
         )
     return found
 

@@ -337,7 +337,7 @@ def _hopper_gemm_kernel(
 
 
 def describe(tensor: Tensor, block: list[int]) -> TensorDescriptor:
-    layout = gl.NVMMASharedLayout(128, 16, tensor.dim())
+    layout = gl.NVMMASharedLayout(128, 8 * tensor.element_size(), tensor.dim())
     return TensorDescriptor(tensor, list(tensor.shape), tma_strides(tensor), block, layout)
 
 

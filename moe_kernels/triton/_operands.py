@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -158,6 +159,16 @@ def has_hopper_gemm(cut: Config, weight: Operand, rows: Operand, out: Tensor) ->
     if weight.mode == POINTER.value or rows.mode != TMA.value:
         return False
     return rows.value.base.element_size() == out.element_size() == 2
+
+
+def has_hopper_scaled(cut: Config, weight: Tensor, x: Tensor, out: Tensor) -> bool:
+    """Whether ``_hopper_scaled.py`` is asked for, and computes this product.
+
+    Not where weights are stored [E, Kd, N]: tensor cores contract float8 along the last dimension.
+    """
+    if not _has_gluon("scaled_grouped_gemm", cut, out) or not is_aligned(x, weight.mT):
+        return False
+    return x.dtype == weight.dtype == torch.float8_e4m3fn and out.element_size() == 2
 
 
 def has_hopper_up(cut: Config, weight: Tensor, x: Tensor, out: Tensor, kind: str) -> bool:

@@ -54,7 +54,12 @@ from moe_kernels.triton.quantize import (
     quantize_rows,
     quantize_weights,
 )
-from moe_kernels.triton.scaled_grouped_gemm import BLOCK, multiply_scaled_rows, scaled_config
+from moe_kernels.triton.scaled_grouped_gemm import (
+    BLOCK,
+    multiply_scaled_rows,
+    scaled_config,
+    without_roles,
+)
 from moe_kernels.triton.sort_by_expert import sort_and_map, sort_by_expert
 
 FLOAT8 = torch.float8_e4m3fn
@@ -217,8 +222,8 @@ def _project_up(
 ) -> None:
     """Write the activation in float8, and ``h [num_rows, W]`` unless it has no rows."""
     (rows, inner), keeps_h = a[0].shape, h.shape[0] > 0
-    if activates_in_product(act, h, inner, cut):
-        project_up(x, w, bias, offsets, h, a, act, tiles, cut)
+    if activates_in_product(act, h, inner, without_roles(cut)):
+        project_up(x, w, bias, offsets, h, a, act, tiles, without_roles(cut))
     elif inner:
         h = h if keeps_h else h.new_empty(rows, h.shape[1])
         multiply_scaled_rows(x, w, bias, h, tiles, cut)

@@ -8,11 +8,14 @@ Each of these sums is multiplied by its scales and added in float32.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_kernels.triton._config_tables import SCALED
 from moe_kernels.triton._configs import Config, config
 from moe_kernels.triton._fp8 import has_float8, multipliable, raw
 from moe_kernels.triton._launch import (
@@ -24,6 +27,7 @@ from moe_kernels.triton._launch import (
 )
 from moe_kernels.triton._operands import (
     bias_operand,
+    has_hopper_scaled,
     is_aligned,
     load_rows,
     load_weight,
@@ -37,7 +41,8 @@ from moe_kernels.triton._tiles import TileMap, build_tile_map, load_tile, tile_c
 from moe_kernels.triton.grouped_gemm import check_offsets, store_tile, zero_tail
 from moe_kernels.triton.quantize import Scaled, quantize_rows, quantize_weights
 
-BLOCK = tl.constexpr(128)
+BLOCK = tl.constexpr(SCALED)
+DEEPEST = 5  # stages of tiles of 128 rows and columns that fit beside what a result goes through
 
 
 @triton.jit
@@ -108,12 +113,25 @@ def scaled_config(b: Tensor, rows: int, *, aligned: bool) -> Config:
     return config("scaled_grouped_gemm", b, rows, b.shape[0], aligned=aligned, inner=inner)
 
 
+def without_roles(cut: Config) -> Config:
+    """The tile of kernels whose warps are all alike: no more columns than share a scale."""
+    if cut.warp_specialize == "no":
+        return cut
+    stages = min(cut.stages, DEEPEST)
+    return replace(cut, block_n=BLOCK.value, stages=stages, warp_specialize="no")
+
+
 def multiply_scaled_rows(
     a: Scaled, b: Scaled, bias: Tensor | None, out: Tensor, tiles: TileMap, cut: Config
 ) -> None:
     """Write ``out[r] = a[r] @ b[e] + bias[e]``, contiguous, for the rows of the map."""
     (rows, scales_a), (weights, scales_b) = a, b
-    Kd, N = weights.shape[1:]
+    if has_hopper_scaled(cut, weights, rows, out):
+        from moe_kernels.triton import _hopper_scaled  # not every Triton has Gluon
+
+        _hopper_scaled.multiply_scaled_rows(a, b, bias, out, tiles, cut)
+        return
+    cut, (Kd, N) = without_roles(cut), weights.shape[1:]
     x = row_operand(raw(rows), None, cut.block_m, cut.block_k)
     w = weight_operand(raw(weights), cut.block_k, cut.block_n)
     steps = tiles.bound * ceil_div(N, cut.block_n)

@@ -10,14 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-T, K, E, H, INNER = 4096, 8, 128, 2048, 768
-BF16 = torch.bfloat16
-# of kernels whose warps have roles, given by Triton or in Gluon
-ROLES: dict[str, Any] = {
-    "block_m": 128, "block_k": 64, "warps": 4, "stages": 3, "warp_specialize": "triton"
-}  # fmt: skip
-GLUON = ROLES | {"warps": 8, "stages": 4, "warp_specialize": "gluon"}
-HOPPER = range(90, 100)
+from tests.kernels.hopper_cases import (
+    BF16,
+    GLUON,
+    HOPPER,
+    INNER,
+    ROLES,
+    E,
+    H,
+    T,
+    gluon_biased,
+    gluon_scaled,
+)
+
+K = 8
 
 
 def _order(tokens: int = T) -> tuple[Tensor, Tensor, Tensor]:
@@ -315,21 +321,6 @@ def _gluon_down(
     )  # fmt: skip
 
 
-def _gluon_biased(block_n: int) -> None:
-    """The product in Gluon, with a bias."""
-    from moe_kernels.triton._config_tables import Config
-    from moe_kernels.triton._launch import architecture
-    from moe_kernels.triton._tiles import build_tile_map
-    from moe_kernels.triton.grouped_gemm import multiply_rows
-
-    if architecture(torch.device("cpu")) not in HOPPER:
-        return
-    tiles = build_tile_map(torch.empty(E + 1, dtype=torch.int32), T, 128)
-    a, out = torch.empty(T, INNER, dtype=BF16), torch.empty(T, H, dtype=BF16)
-    b, bias = torch.empty(E, H, INNER, dtype=BF16).mT, torch.empty(E, H, dtype=BF16)
-    multiply_rows(a, b, bias, out, tiles, Config(**GLUON, block_n=block_n))
-
-
 def _gluon_wgrad(
     block_n: int, gathered: bool = False, accumulate: bool = False, **changes: int
 ) -> None:
@@ -392,6 +383,7 @@ CASES: dict[str, Callable[[], None]] = {
     "gluon_down_turns_roles": partial(_gluon_down, 128),
     "gluon_wgrad_shared_roles": partial(_roles, {"wgrad": 0}, HOPPER, **GLUON, block_n=256),
     "gluon_wgrad_copied_roles": partial(_gluon_wgrad, 256),
+    "gluon_scaled_256_4_roles": partial(gluon_scaled, 256),
     "quantize": partial(_quantize, BF16),
     "scaled_many": partial(_scaled_gemm, T * K),
     "experts": partial(_fused_experts, "swiglu"),
@@ -458,8 +450,8 @@ MORE_CASES: dict[str, Callable[[], None]] = {
     "gluon_up_turns_64_5_roles": partial(
         _roles, {"up": 0}, HOPPER, **GLUON | {"block_m": 64, "stages": 5}, block_n=128
     ),
-    "gluon_turns_biased_roles": partial(_gluon_biased, 128),
-    "gluon_shared_biased_roles": partial(_gluon_biased, 256),
+    "gluon_turns_biased_roles": partial(gluon_biased, 128),
+    "gluon_shared_biased_roles": partial(gluon_biased, 256),
     # a clamp takes the most registers
     "gluon_up_shared_roles": partial(_gluon_up, 128, biased=True),
     "gluon_up_turns_64_5_biased_roles": partial(_gluon_up, 128, biased=True, block_m=64, stages=5),
@@ -489,6 +481,10 @@ MORE_CASES: dict[str, Callable[[], None]] = {
         _gluon_wgrad, 128, False, True, block_m=256, stages=3
     ),
     "gluon_wgrad_turns_sums_roles": partial(_gluon_wgrad, 128, True, True),
+    "gluon_scaled_256_3_biased_roles": partial(gluon_scaled, 256, stages=3, biased=True),
+    "gluon_scaled_256_4_columns_roles": partial(gluon_scaled, 256, columns=H + 6, biased=True),
+    "gluon_scaled_128_6_roles": partial(gluon_scaled, 128, stages=6, dtype=torch.float16),
+    "gluon_scaled_128_5_biased_roles": partial(gluon_scaled, 128, stages=5, biased=True),
     "experts_roles": partial(
         _roles, {"up": 0, "down_backward": 0}, range(100, 110), **ROLES, block_n=64
     ),

@@ -260,8 +260,10 @@ class Language:
             counts[warp.number] += 1
             machine.pause(lambda: min(counts) >= counts[warp.number])
 
-        def issue(a: Memory, b: Memory, acc: Any, *, is_async: bool) -> Sums:
+        def issue(a: Memory, b: Memory, acc: Any, *, use_acc: bool = True, is_async: bool) -> Sums:
             before = acc if isinstance(acc, Sums) else Sums(acc, ())
+            if not use_acc:
+                before = Sums(torch.zeros_like(before.values), ())
             if max(int(a.written.max()), int(b.written.max())) > machine.warp.fenced:
                 raise RaceError("a product reads what was copied through another proxy")
             return Sums(before.values, (*before.pending, (a, b, _product(a, b))))
@@ -303,6 +305,7 @@ class Language:
         language = types.SimpleNamespace(
             **layouts,
             float32=torch.float32,
+            int32=torch.int32,
             int64=torch.int64,
             program_id=lambda axis: program,
             num_programs=lambda axis: programs,

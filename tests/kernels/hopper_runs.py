@@ -29,6 +29,8 @@ from moe_kernels.triton._tiles import TileMap, build_tile_map
 from moe_kernels.triton._wgrad import weight_gradient
 from moe_kernels.triton.fused_experts import _project_up
 from moe_kernels.triton.grouped_gemm import multiply_rows, zero_tail
+from moe_kernels.triton.scaled_grouped_gemm import multiply_scaled_rows
+from tests.kernels.accuracy import float8_limit
 from tests.kernels.hopper_checks import (
     BACKWARD_EPILOGUES,
     EPILOGUES,
@@ -39,7 +41,7 @@ from tests.kernels.hopper_checks import (
     products,
 )
 
-BF16 = torch.bfloat16
+BF16, FLOAT8 = torch.bfloat16, torch.float8_e4m3fn
 KD, INNER, TOP_K = 200, 144, 3  # neither is a multiple of a tile's side
 CHUNKS = (range(256), range(256, 272))  # of the columns of backward through the down-projection
 ALPHA, LIMIT = 1.702, 0.5
@@ -86,6 +88,19 @@ class Case:
 
 
 @dataclass(frozen=True)
+class Scaled:
+    """The product of float8, and what it is compiled for."""
+
+    columns: int
+    stages: int
+    biased: bool = False
+    dtype: torch.dtype = BF16
+
+    def cut(self) -> Config:
+        return Config(128, self.columns, 128, 8, self.stages, warp_specialize="gluon")
+
+
+@dataclass(frozen=True)
 class Gradient:
     """The weight gradient, and what it is compiled for.
 
@@ -114,11 +129,18 @@ def _cases(
     return [Case(tile, i % 2 == 0, epilogue) for i, epilogue in enumerate(chosen)]
 
 
-GROUPS: dict[str, list[Case | Gradient]] = {
+AnyCase = Case | Gradient | Scaled
+GROUPS: dict[str, list[AnyCase]] = {
     **{f"up_{tile}": list(_cases(UP_TILES, tile, EPILOGUES)) for tile in UP_TILES},
     **{f"down_{tile}": list(_cases(DOWN_TILES, tile, BACKWARD_EPILOGUES)) for tile in DOWN_TILES},
     "gemm_turns": [Case("turns", True, biased=True), Case("turns_64", False)],
     "gemm_shared": [Case("shared", False, biased=True), Case("shared_256", True)],
+    "scaled_shared": [
+        Scaled(256, 4),
+        Scaled(256, 3, biased=True, dtype=torch.float16),
+        Scaled(256, 2, biased=True),
+    ],
+    "scaled_128": [Scaled(128, 6, biased=True), Scaled(128, 5, dtype=torch.float16)],
     "wgrad_shared": [
         Gradient("shared", "grad", transposed=True),
         Gradient("shared", "grad"),
@@ -139,7 +161,7 @@ GROUPS: dict[str, list[Case | Gradient]] = {
 }
 
 
-def routings(case: Case | Gradient, device: torch.device) -> dict[str, list[int]]:
+def routings(case: AnyCase, device: torch.device) -> dict[str, list[int]]:
     """Rows of each expert."""
     if isinstance(case, Gradient):
         return {
@@ -163,11 +185,13 @@ class Call:
     Attributes:
         selected: whether a kernel in Gluon computes it.
         outputs: each with what is right, in float64.
+        limit: of their error.
     """
 
     selected: Callable[[], bool]
     run: Callable[[], None]
     outputs: list[tuple[Tensor, Tensor]]
+    limit: float = 4e-3
 
     def poison(self) -> None:
         for out, _ in self.outputs:
@@ -175,12 +199,13 @@ class Call:
 
     def check(self) -> None:
         for out, right in self.outputs:
-            check(out, right)
+            check(out, right, self.limit)
 
 
-def _padded(*shape: int, device: torch.device) -> Tensor:
+def _padded(*shape: int, device: torch.device, dtype: torch.dtype = BF16) -> Tensor:
     """Random values; rows are those of a wider matrix, whose other columns hold NaN."""
-    whole = torch.full((*shape[:-1], shape[-1] + 8), torch.nan, dtype=BF16, device=device)
+    width = shape[-1] + 16 // dtype.itemsize
+    whole = torch.full((*shape[:-1], width), torch.nan, device=device).to(dtype)
     part = whole[..., : shape[-1]]
     return part.copy_(torch.randn(shape, device=device))
 
@@ -233,9 +258,41 @@ def _gradient(case: Gradient, counts: list[int], device: torch.device) -> Call:
     return Call(selected, add, list(zip(out, right, strict=True)))
 
 
-def call(case: Case | Gradient, counts: list[int], device: torch.device) -> Call:
+def _scaled(case: Scaled, counts: list[int], device: torch.device) -> Call:
+    """Scales differ by magnitudes between neighbours, so that a wrong one shows."""
+    experts, used, cut = len(counts), sum(counts), case.cut()
+    rows, inner = used + 3, KD + 8  # the last are of no expert; rows of 16 bytes, not of 128
+    columns = 2 * INNER + 6
+    offsets = torch.tensor([0, *counts], device=device).cumsum(0).int()
+    a = _padded(rows, inner, device=device, dtype=FLOAT8)
+    b = _padded(experts, columns, inner, device=device, dtype=FLOAT8).mT
+    a[used:] = torch.nan
+    blocks = ceil_div(inner, 128), ceil_div(columns, 128)
+    by_row = torch.randn(blocks[0], rows, device=device).exp().t()
+    by_column = torch.randn(experts, *blocks, device=device).exp()
+    by_row[used:] = torch.nan
+    bias = torch.randn(experts, columns, device=device).to(case.dtype) if case.biased else None
+    out = torch.empty(rows, columns, dtype=case.dtype, device=device)
+    tiles = build_tile_map(offsets, rows, cut.block_m)
+
+    def multiply() -> None:
+        multiply_scaled_rows((a, by_row), (b, by_column), bias, out, tiles, cut)
+        zero_tail(out, offsets)
+
+    left = reference.dequantize_rows(a, by_row, torch.float64)
+    weights = reference.dequantize_weights(b, by_column, torch.float64)
+    right = products(left, weights, bias, counts).nan_to_num(0.0)
+    # float16 is rounded to more closely than tensor cores sum
+    limit = 4e-3 if case.dtype == BF16 else 4e-4 + float8_limit(device)
+    selected = lambda: _operands.has_hopper_scaled(cut, b, a, out)  # noqa: E731
+    return Call(selected, multiply, [(out, right)], limit)
+
+
+def call(case: AnyCase, counts: list[int], device: torch.device) -> Call:
     if isinstance(case, Gradient):
         return _gradient(case, counts, device)
+    if isinstance(case, Scaled):
+        return _scaled(case, counts, device)
     experts, used = len(counts), sum(counts)
     rows = used + 3  # the last are of no expert
     cut = case.cut()
@@ -335,7 +392,7 @@ def _backward_call(
     )
 
 
-def run(case: Case | Gradient, counts: list[int], device: torch.device) -> None:
+def run(case: AnyCase, counts: list[int], device: torch.device) -> None:
     """Run it twice: results are right, and the same bits."""
     made = call(case, counts, device)
     kept: list[Tensor] = []
@@ -351,7 +408,7 @@ def run(case: Case | Gradient, counts: list[int], device: torch.device) -> None:
         kept = bits
 
 
-def _calls(group: str, device: torch.device) -> Iterator[tuple[str, Case | Gradient, list[int]]]:
+def _calls(group: str, device: torch.device) -> Iterator[tuple[str, AnyCase, list[int]]]:
     for case in GROUPS[group]:
         for name, counts in routings(case, device).items():
             yield f"{case}, {name}", case, counts

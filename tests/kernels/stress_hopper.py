@@ -38,6 +38,8 @@ from moe_kernels.triton._wgrad import gathered_weight_gradient, weight_gradient
 from moe_kernels.triton.fused_experts import _project_up
 from moe_kernels.triton.grouped_gemm import multiply_rows
 from moe_kernels.triton.permute import permute
+from moe_kernels.triton.quantize import quantize_rows, quantize_weights
+from moe_kernels.triton.scaled_grouped_gemm import multiply_scaled_rows
 from moe_kernels.triton.sort_by_expert import sort_and_map
 from moe_kernels.triton.unpermute import sum_slots
 
@@ -51,12 +53,14 @@ GLUON = {
     "gemm_turns": Config(128, 128, 64, warps=8, stages=4, warp_specialize="gluon"),
     "down_backward": Config(128, 128, 64, warps=8, stages=4, warp_specialize="gluon"),
     "wgrad": Config(256, 128, 64, warps=8, stages=4, warp_specialize="gluon"),
+    "scaled": Config(128, 256, 128, warps=8, stages=4, warp_specialize="gluon"),
 }
 PLAIN = {
     "up": Config(128, 128, 64, warps=8, stages=4),
     "gemm": Config(128, 256, 64, warps=8, stages=4),
     "down_backward": Config(128, 128, 64, warps=8, stages=4),
     "wgrad": Config(128, 256, 64, warps=8, stages=4),
+    "scaled": Config(128, 128, 128, warps=8, stages=5),
 }
 
 
@@ -280,11 +284,22 @@ def kernels(
         )
 
     gradients("", GLUON["wgrad"])
+    float8 = quantize_rows(gathered, torch.float8_e4m3fn, 128, False)
+    weights = quantize_weights(gate_up, torch.float8_e4m3fn, 128, False, True)
+
+    def scaled(cut: Config) -> Kernel:
+        return Kernel(
+            empty((R, W)),
+            lambda out: multiply_scaled_rows(float8, weights, None, out[0], tiles, cut),
+        )
+
+    found["scaled"] = scaled(GLUON["scaled"])
     found["up, plain"] = project(PLAIN["up"])
     for name, product in products.items():
         found[f"{name}, plain"] = multiply(*product, PLAIN["gemm"])
     found["down_backward, plain"] = through_down(PLAIN["down_backward"])
     gradients(", plain", PLAIN["wgrad"])
+    found["scaled, plain"] = scaled(PLAIN["scaled"])
     found["torch.mm"] = Kernel(empty((R, H)), lambda out: torch.mm(dh, gate_up[0].mT, out=out[0]))
     found["torch.bmm"] = Kernel(
         empty((E, T, W)),
@@ -304,6 +319,7 @@ def wait_twice() -> None:
     from moe_kernels.triton import (
         _hopper_down_backward,
         _hopper_gemm,
+        _hopper_scaled,
         _hopper_up,
         _hopper_wgrad,
     )
@@ -315,7 +331,8 @@ def wait_twice() -> None:
 
     changed = types.ModuleType("mbarrier")
     vars(changed).update({**vars(mbarrier), "wait": wait})
-    for module in (_hopper_down_backward, _hopper_gemm, _hopper_up, _hopper_wgrad):
+    modules = (_hopper_down_backward, _hopper_gemm, _hopper_scaled, _hopper_up, _hopper_wgrad)
+    for module in modules:
         module.mbarrier = changed  # type: ignore[assignment]
 
 

@@ -201,6 +201,29 @@ def test_the_weight_gradient_of_hopper_is_what_it_was_written_to_be(reports: Rep
             assert (report["tma_store"] > 0) == ("sums" not in report["case"]), report
 
 
+def test_the_float8_product_of_hopper_is_what_it_was_written_to_be(reports: Reports) -> None:
+    """One warp loads all by TMA; each group multiplies a block of 128 columns at a time."""
+    found = [report for report in reports if report["kernel"] == "_hopper_scaled_kernel"]
+    assert bool(found) == (reports[0]["arch"] == 90)
+    for report in found:
+        columns, stages = (int(part) for part in report["case"].split("_") if part.isdecimal())
+        # 64 rows, 128 columns and 32 of 128 contracted elements at a time, for either group
+        assert report["wgmma"] == report["float8"] == 2 * 4 * columns // 128, report
+        assert (report["serialized"], report["shown"], report["detours"]) == (False, True, 0), (
+            report
+        )
+        assert (report["tma_load"], report["cp_async"], report["mma"]) == (2, 0, 0), report
+        assert report["role_registers"].count(240) == 2, report
+        assert min(report["role_registers"]) == 24, report
+        assert report["registers"] * report["warps"] >= 4 * (2 * 240 + 24), report
+        # full, empty and lead for each slot. The warp that loads waits, and says how many bytes
+        # come; either group waits and hands back in the loop, and where its half has no rows; one
+        # leads, the other waits for it
+        assert report["mbarriers"] == {
+            "init": 3 * stages, "expect": 1, "wait": 6, "arrive": 5, "copied": 0
+        }, report  # fmt: skip
+
+
 def test_copies_fill_their_memory(reports: Reports) -> None:
     """With as many bytes as the barrier waits for."""
     assert [report for report in reports if report["torn"]] == []

@@ -10,7 +10,7 @@ from torch import Tensor
 import moe_kernels
 from moe_kernels import reference
 from moe_kernels.triton import _fp8, permute, quantize, scaled_grouped_gemm
-from moe_kernels.triton._configs import CONFIGS
+from moe_kernels.triton._configs import CONFIGS, Config
 from tests.conftest import HAS_GPU, TRITON, Implementation, poisoned_memory, triton_alone
 from tests.kernels.accuracy import float8_limit, frobenius_error
 from tests.kernels.test_quantize import assert_same
@@ -125,6 +125,26 @@ def test_every_configuration(
     operands, truth = _operands(*((391, 265) if key[2] == "unaligned" else ()))
     out = _multiply(impl, operands)
     assert frobenius_error(out, truth) < float8_limit(impl.device)
+
+
+@pytest.mark.skipif(HAS_GPU, reason="there the kernel in Gluon is run")
+def test_where_there_is_no_gluon_its_tiles_are_halved(
+    impl: Implementation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same bits as those of 128 columns, of a product and of a layer."""
+    wide = Config(128, 256, 128, warps=8, stages=6, warp_specialize="gluon")
+    operands, _ = _operands()
+    weights = [torch.randn(3, columns, 144).bfloat16().mT for columns in (2 * 144, 144)]
+    ids, topk_weights = torch.randint(0, 3, (40, 2)), torch.rand(40, 2)
+    parts = torch.randn(40, 144).bfloat16(), *weights, ids, topk_weights
+    layer = [value.to(impl.device) for value in parts]
+    results = []
+    for cut in (wide, scaled_grouped_gemm.without_roles(wide)):
+        monkeypatch.setattr(scaled_grouped_gemm, "config", lambda *_, cut=cut, **__: cut)
+        y = moe_kernels.fused_experts(*layer, precision="fp8_block")
+        results.append((_multiply(impl, operands), y))
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("offsets", [[0, 9, 4, 40], [-3, 2, 99, 7], [30, 20, 10, 0], [0, 5, 8, 99]])
