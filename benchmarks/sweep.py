@@ -82,14 +82,14 @@ ROLES = _run(
 # what a reader asks for first
 MAIN = (
     _run("layer", "fused_experts --shape qwen3-30b-a3b --seconds 0.5", 90),
+    _run("small ops", f"{SMALL_OPS} --seconds 0.15", 60),
+    _run("launches", "moe_layer --seconds 0.3", 30),
+    _run("float8, products", f"grouped_gemm scaled_grouped_gemm --shape {WIDE_PRODUCTS}", 40),
     _run("decode", "fused_experts --shape decode --direction forward --seconds 0.3", 50),
     _run("published", f"fused_experts --shape {SOME_PUBLISHED} --seconds 0.5", 90),
     _run("grouped_gemm", "grouped_gemm --shape qwen3-30b-a3b --seconds 0.5", 50),
     _run("float8", f"fused_experts fused_experts_fp8 --shape {WIDE} --seconds 0.5", 60),
     _run("gpt-oss", "fused_experts --shape gpt-oss-120b --seconds 0.5", 60),
-    _run("small ops", f"{SMALL_OPS} --seconds 0.3", 60),
-    _run("float8, products", f"grouped_gemm scaled_grouped_gemm --shape {WIDE_PRODUCTS}", 40),
-    _run("launches", "moe_layer --seconds 0.3", 30),
     ROLES,
     _run("published, all", "fused_experts --shape sonicmoe --seconds 0.5", 180),
 )
