@@ -9,16 +9,6 @@ through all tiles, and two groups of four warps multiply half of each tile's 128
   columns at a time, and added to the total with its scales: a total of 256 columns takes 128
   registers a thread, a product 64. A product is complete before it is added, so a group has none
   on its way while it adds; the other group's keep the tensor cores busy.
-* So the groups must not add at the same time: group 1 begins a step when group 0 has the first
-  product of it. How far it is behind then stays, until both wait for the same slot. So it waits in
-  the first LEADS of the ring's slots, not in all: from the end of one group's product to the
-  beginning of the other's, nothing would be multiplied.
-* ``lead[slot]``: phase u completes when group 0 has the first product of use u of the slot; group 1
-  waits for it before its own. Group 0 gets no two phases ahead: phase u + 1 needs the slot to be
-  loaded again, so group 1 to have handed it back and to have waited for phase u. A half without
-  rows does not wait; the next that has some, of use v, waits for ``full`` of use v first, so group
-  0 has handed back use v - 1, after its phase. Group 0 never waits for group 1, so nothing waits in
-  a circle.
 * A slot is handed back when its last product is complete, before that is added.
 * Every thread loads the scales of its rows from memory, a step ahead.
 """
@@ -65,9 +55,9 @@ def _product(rows, weight, before, PART: gl.constexpr, BLOCK: gl.constexpr):
 
 @gluon.jit
 def _sum_tile(
-    ring, lead, step, scales, contracted, rows_left,
-    GROUP: gl.constexpr, LEADS: gl.constexpr, ROWS: gl.constexpr, PARTS: gl.constexpr,
-    BLOCK: gl.constexpr, K: gl.constexpr, STAGES: gl.constexpr,
+    ring, step, scales, contracted, rows_left,
+    GROUP: gl.constexpr, ROWS: gl.constexpr, PARTS: gl.constexpr, BLOCK: gl.constexpr,
+    K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The scaled sums of a group's half of a tile, by blocks of columns, and its next step.
 
@@ -97,12 +87,8 @@ def _sum_tile(
         next_right = gl.load(of_right + none, mask=valid & more, other=0.0)
         slot, parity = _slot(step, STAGES)
         mbarrier.wait(full.index(slot), parity)
-        if LEADS and GROUP == 1:
-            mbarrier.wait(lead.index(slot), parity, pred=slot < LEADS)
         rows, weight = x.index(slot).slice(GROUP * ROWS, ROWS, dim=0), w.index(slot)
         product = _product(rows, weight, product, 0, BLOCK)
-        if LEADS and GROUP == 0:
-            mbarrier.arrive(lead.index(slot), pred=slot < LEADS)
         if PARTS == 2:
             left += product * by_left[:, None]
             product = _product(rows, weight, product, 1, BLOCK)
@@ -132,10 +118,9 @@ def _add_bias(total, bias, expert, n, N, stride_e, stride_n, BLOCK: gl.constexpr
 
 @gluon.jit
 def _multiply(
-    scaled, bias, out, stride_bias_e, stride_bias_n, problem, ring, lead,
-    GROUP: gl.constexpr, BIASED: gl.constexpr, LEADS: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, BLOCK: gl.constexpr, K: gl.constexpr, GROUP_M: gl.constexpr,
-    STAGES: gl.constexpr,
+    scaled, bias, out, stride_bias_e, stride_bias_n, problem, ring,
+    GROUP: gl.constexpr, BIASED: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCK: gl.constexpr, K: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The role of a group: half of each tile."""
     scales_a, scales_b, stride_am, stride_ak, stride_be, stride_bk, stride_bn = scaled
@@ -161,7 +146,7 @@ def _multiply(
             row < end,
         )  # fmt: skip
         left, right, step = _sum_tile(
-            ring, lead, step, scales, Kd, end - first, GROUP, LEADS, ROWS, PARTS, BLOCK, K, STAGES
+            ring, step, scales, Kd, end - first, GROUP, ROWS, PARTS, BLOCK, K, STAGES
         )
         # not before the sums, beside which there are no registers for it
         after = number + gl.num_programs(0)
@@ -180,33 +165,27 @@ def _multiply(
 def _hopper_scaled_kernel(
     a, b, scales_a, scales_b, bias, out, tiles, bound, N, Kd,
     stride_am, stride_ak, stride_be, stride_bk, stride_bn, stride_bias_e, stride_bias_n,
-    BIASED: gl.constexpr, LEADS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    BLOCK: gl.constexpr, K: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr,
+    BIASED: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK: gl.constexpr,
+    K: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """K: what one instruction contracts."""
     BYTES: gl.constexpr = BLOCK * (BLOCK_M + BLOCK_N)
     TILE: gl.constexpr = gl.NVMMASharedLayout(128, 8, 2)
     x = gl.allocate_shared_memory(a.dtype, [STAGES, BLOCK_M, BLOCK], TILE)
     w = gl.allocate_shared_memory(b.dtype, [STAGES, BLOCK_N, BLOCK], TILE)
-    if LEADS:
-        lead = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        for slot in gl.static_range(STAGES):
-            mbarrier.init(lead.index(slot), count=1)
     full, empty, _ = _make_barriers(True, False, 1, STAGES)
-    if not LEADS:
-        lead = full  # roles take only what there is
     ring = (x, w, full, empty)
     problem = (tiles, bound, N, Kd)
     scaled = (scales_a, scales_b, stride_am, stride_ak, stride_be, stride_bk, stride_bn)
     gl.warp_specialize(
         [
             (_multiply, (
-                scaled, bias, out, stride_bias_e, stride_bias_n, problem, ring, lead, 0, BIASED,
-                LEADS, BLOCK_M, BLOCK_N, BLOCK, K, GROUP_M, STAGES,
+                scaled, bias, out, stride_bias_e, stride_bias_n, problem, ring, 0, BIASED, BLOCK_M,
+                BLOCK_N, BLOCK, K, GROUP_M, STAGES,
             )),
             (_multiply, (
-                scaled, bias, out, stride_bias_e, stride_bias_n, problem, ring, lead, 1, BIASED,
-                LEADS, BLOCK_M, BLOCK_N, BLOCK, K, GROUP_M, STAGES,
+                scaled, bias, out, stride_bias_e, stride_bias_n, problem, ring, 1, BIASED, BLOCK_M,
+                BLOCK_N, BLOCK, K, GROUP_M, STAGES,
             )),
             (_load, (a, b, problem, ring, True, BLOCK_N, BLOCK, GROUP_M, STAGES, BYTES)),
         ],
@@ -222,15 +201,9 @@ def multiply_scaled_rows(
     out: Tensor,
     tiles: TileMap,
     cut: Config,
-    *,
-    leads: int = 1,
 ) -> None:
     """As :func:`moe_kernels.triton.scaled_grouped_gemm.multiply_scaled_rows`, of what
-    ``has_hopper_scaled`` admits.
-
-    Args:
-        leads: slots of the ring in which group 1 waits for group 0.
-    """
+    ``has_hopper_scaled`` admits."""
     (rows, scales_a), (weights, scales_b) = a, b
     Kd, N = weights.shape[1:]
     x = describe(rows, [cut.block_m, SCALED])
@@ -241,6 +214,6 @@ def multiply_scaled_rows(
         _hopper_scaled_kernel, (min(steps, processors(rows.device)),),
         x, w, scales_a, scales_b, shift, out, tiles.tiles, tiles.bound, N, Kd,
         *scales_a.stride(), *scales_b.stride(), *strides,
-        BIASED=bias is not None, LEADS=leads, BLOCK_M=cut.block_m, BLOCK_N=cut.block_n,
+        BIASED=bias is not None, BLOCK_M=cut.block_m, BLOCK_N=cut.block_n,
         BLOCK=SCALED, K=32, GROUP_M=cut.group_m, STAGES=cut.stages, num_warps=4,
     )  # fmt: skip

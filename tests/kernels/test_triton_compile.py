@@ -129,7 +129,7 @@ def _check_roles(
             before the other, which waits for it once.
     """
     found = [report for report in reports if report["kernel"] == kernel]
-    assert bool(found) == (reports[0]["arch"] == 90)
+    assert bool(found) == any(report["arch"] == 90 for report in reports)
     for report in found:
         turns, rows, stages = _cut(report)
         # rows, 256 columns or fewer and 64 contracted, by 64 x n x 16, for either group
@@ -194,6 +194,7 @@ def test_the_weight_gradient_of_hopper_is_what_it_was_written_to_be(reports: Rep
         assert report["cp_async"] >= 4, report
         assert (report["tma_load"] >= 1, report["fenced"]) == (True, True), report
     copies = [report for report in reports if not report["cp_async"]]
+    assert reports[0]["arch"] != 90 or (gathers and copies)
     for report in _check_roles(copies, "_hopper_wgrad_kernel", 240, 24, leads=True):
         assert report["tma_load"] >= 2, report
     for report in reports:
@@ -216,11 +217,10 @@ def test_the_float8_product_of_hopper_is_what_it_was_written_to_be(reports: Repo
         assert report["role_registers"].count(240) == 2, report
         assert min(report["role_registers"]) == 24, report
         assert report["registers"] * report["warps"] >= 4 * (2 * 240 + 24), report
-        # full, empty and lead for each slot. The warp that loads waits, and says how many bytes
-        # come; either group waits and hands back in the loop, and where its half has no rows; one
-        # leads, the other waits for it
+        # full and empty for each slot. The warp that loads waits, and says how many bytes come;
+        # either group waits and hands back in the loop, and where its half has no rows
         assert report["mbarriers"] == {
-            "init": 3 * stages, "expect": 1, "wait": 6, "arrive": 5, "copied": 0
+            "init": 2 * stages, "expect": 1, "wait": 5, "arrive": 4, "copied": 0
         }, report  # fmt: skip
 
 
