@@ -2,7 +2,7 @@
 
 Pytest's own reports are written when all is over. A test that never ends takes them along, and is
 then the one that this file says was started and nothing else. For runs that may be out of time,
-``--first`` says whose tests are worth most, once or more often.
+``--first`` says whose tests are worth most.
 """
 
 from __future__ import annotations
@@ -16,13 +16,7 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--progress", metavar="FILE", help="a line of JSON for each start and result")
-    parser.addoption(
-        "--first",
-        metavar="FILE",
-        action="append",
-        default=[],
-        help="tests of this file come before others",
-    )
+    parser.addoption("--first", metavar="FILE", help="tests of this file come before others")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -32,9 +26,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    first = config.getoption("--first")
-    place = {name: number for number, name in enumerate(first)}
-    items.sort(key=lambda item: place.get(item.nodeid.split("::")[0], len(first)))
+    if first := config.getoption("--first"):
+        items.sort(key=lambda item: item.nodeid.split("::")[0] != first)
 
 
 class Progress:
