@@ -2,24 +2,29 @@
 //
 // So many columns of y at a time that their products do not fill memory: all of them where rows are
 // few, for matrices are read fastest in whole rows. Every matrix is read once whatever the routing.
-#include <ATen/ops/empty.h>
-
 #include "common/parallel.h"
 #include "cpu/fused_experts.h"
-#include "cpu/large_buffers.h"
 
 namespace moe {
 
 template <typename T>
-PackedBlocks<T>::PackedBlocks(const std::vector<RowBlock>& blocks, bool k_contiguous, int64_t k)
-    : blocks_(blocks), k_contiguous_(k_contiguous), k_(k) {
+PackedBlocks<T>::PackedBlocks(std::span<const RowBlock> blocks, bool k_contiguous, int64_t k)
+    : blocks_(blocks),
+      k_contiguous_(k_contiguous),
+      k_(k),
+      begins_(blocks.size()),
+      memory_(lay_out()) {}
+
+template <typename T>
+int64_t PackedBlocks<T>::lay_out() const {
   constexpr int64_t kLine = 64;
+  const auto& gemm = kernels<GemmKernels<T>>();
   int64_t size = 0;
-  for (const RowBlock& block : blocks) {
-    begins_.push_back(size);
-    size += round_up(kernels<GemmKernels<T>>().packed_size(k_contiguous, block.count, k), kLine);
+  for (size_t i = 0; i < blocks_.size(); ++i) {
+    begins_[i] = size;
+    size += round_up(gemm.packed_size(k_contiguous_, blocks_[i].count, k_), kLine);
   }
-  memory_ = empty_large({size}, at::kChar);
+  return size;
 }
 
 template <typename T>
@@ -36,11 +41,11 @@ void Combine<T>::run(T* y) const {
   const int64_t hidden = b.columns(), most = kProducts / std::max<int64_t>(used, 1);
   const int64_t span = std::min(hidden, std::max<int64_t>(most / 32 * 32, 256));
   const int64_t stride = sums_stride(span);
-  const at::Tensor products = empty_large({used, stride}, at::dtype(scalar_type<A>()));
+  const LocalArray<A> products(used * stride);
   for (int64_t begin = 0; begin < hidden; begin += span) {
     const Range columns{begin, std::min(begin + span, hidden)};
-    multiply(columns, mutable_data<A>(products), stride);
-    sum(columns, data<A>(products), stride, y);
+    multiply(columns, products.data(), stride);
+    sum(columns, products.data(), stride, y);
   }
 }
 
@@ -72,8 +77,8 @@ void Combine<T>::sum(Range columns, const A* products, int64_t stride, T* y) con
   const int64_t hidden = b.columns(), n = columns.size();
   const auto& functions = kernels<RowKernels<T>>();
   parallel_rows(tokens, top_k * n * sizeof(A), [&](int64_t begin, int64_t end) {
-    std::vector<const A*> mine(top_k);
-    std::vector<A> scales(top_k);
+    const LocalArray<const A*> mine(top_k);
+    const LocalArray<A> scales(top_k);
     for (int64_t t = begin; t < end; ++t) {
       int64_t count = 0;
       for (int64_t s = t * top_k; s < (t + 1) * top_k; ++s) {

@@ -4,16 +4,31 @@
 
 namespace moe {
 
-std::vector<RowBlock> row_blocks(const int32_t* offsets, int64_t experts) {
-  std::vector<RowBlock> blocks;
+namespace {
+
+int64_t parts_of(int64_t rows) { return (rows + kRowsPerBlock - 1) / kRowsPerBlock; }
+
+}  // namespace
+
+int64_t count_row_blocks(const int32_t* offsets, int64_t experts) {
+  int64_t count = 0;
+  for (int64_t e = 0; e < experts; ++e) count += parts_of(offsets[e + 1] - offsets[e]);
+  return count;
+}
+
+void make_row_blocks(const int32_t* offsets, int64_t experts, RowBlock* blocks) {
   for (int64_t e = 0; e < experts; ++e) {
-    const int64_t rows = offsets[e + 1] - offsets[e];
-    const int64_t parts = (rows + kRowsPerBlock - 1) / kRowsPerBlock;
+    const int64_t rows = offsets[e + 1] - offsets[e], parts = parts_of(rows);
     for (int64_t i = 0; i < parts; ++i) {
       const int64_t begin = rows * i / parts, end = rows * (i + 1) / parts;
-      blocks.push_back({e, offsets[e] + begin, end - begin});
+      *blocks++ = {e, offsets[e] + begin, end - begin};
     }
   }
+}
+
+std::vector<RowBlock> row_blocks(const int32_t* offsets, int64_t experts) {
+  std::vector<RowBlock> blocks(count_row_blocks(offsets, experts));
+  make_row_blocks(offsets, experts, blocks.data());
   return blocks;
 }
 
@@ -36,7 +51,7 @@ int64_t columns_per_unit(int64_t columns, const Costs& costs, int64_t threads, i
   return std::max(round_up((columns + parts - 1) / parts, least), least);
 }
 
-int64_t columns_per_unit(int64_t columns, const std::vector<RowBlock>& blocks, int64_t threads,
+int64_t columns_per_unit(int64_t columns, std::span<const RowBlock> blocks, int64_t threads,
                          int64_t least) {
   constexpr int64_t kSums = 1 << 18, kMost = 256;
   Costs costs;

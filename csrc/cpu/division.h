@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
 namespace moe {
@@ -16,7 +17,10 @@ struct RowBlock {
 
 constexpr int64_t kRowsPerBlock = 192;
 
-// The rows of each expert in blocks as even as possible; none for an expert without rows.
+// The rows of each expert in blocks as even as possible; none for an expert without rows. Into
+// memory for count_row_blocks of them, or in memory of their own.
+int64_t count_row_blocks(const int32_t* offsets, int64_t experts);
+void make_row_blocks(const int32_t* offsets, int64_t experts, RowBlock* blocks);
 std::vector<RowBlock> row_blocks(const int32_t* offsets, int64_t experts);
 
 // What the rows that meet one matrix cost, for all matrices. In rows: reading or writing a matrix
@@ -36,7 +40,7 @@ int64_t columns_per_unit(int64_t columns, const Costs& costs, int64_t threads, i
 
 // The same for products: whole rows of a matrix, which is how memory gives it fastest, if the sums
 // of a block still fit a cache.
-int64_t columns_per_unit(int64_t columns, const std::vector<RowBlock>& blocks, int64_t threads,
+int64_t columns_per_unit(int64_t columns, std::span<const RowBlock> blocks, int64_t threads,
                          int64_t least);
 
 inline int64_t round_up(int64_t value, int64_t multiple) {

@@ -12,23 +12,28 @@
 #include <torch/library.h>
 
 #include "common/parallel.h"
-#include "cpu/large_buffers.h"
 #include "cpu/order.h"
 
 namespace moe {
 
 namespace {
 
+constexpr const char* kExperts = "fused_experts";
+
+float number(bf16 value) { return c10::BFloat16(value.bits, c10::BFloat16::from_bits()); }
+float number(fp16 value) { return c10::Half(value.bits, c10::Half::from_bits()); }
+float number(float value) { return value; }
+double number(double value) { return value; }
+
 // The activations of all rows, packed for the second product; h [R, W] is kept if not null.
 template <typename T>
-void project_up(const Layer& layer, const at::Tensor& x, const Sorted& order, int64_t top_k,
-                const std::vector<RowBlock>& blocks, PackedBlocks<T>& out, T* h) {
+void project_up(const Layer& layer, const at::Tensor& x, const OrderView& order,
+                std::span<const RowBlock> blocks, PackedBlocks<T>& out, T* h) {
   using A = acc_t<T>;
   const int64_t inner = layer.inner(), width = layer.width(), hidden = x.size(1);
   const bool gated = layer.activation.gated(), pairs = gated && layer.interleaved;
   const int64_t step = columns_per_unit(inner, blocks, at::get_num_threads(), kPackedTogether);
   const int64_t parts = (inner + step - 1) / step;
-  const int32_t* row_to_slot = data<int32_t>(order.row_to_slot_R);
   const T* bias = data_or_null<T>(layer.gate_up_bias);
   PackedRows<T> packed_rows(layer.gate_up.k_contiguous(), hidden);
   const auto& gemm = kernels<GemmKernels<T>>();
@@ -40,19 +45,20 @@ void project_up(const Layer& layer, const at::Tensor& x, const Sorted& order, in
     const Range range{unit % parts * step, std::min((unit % parts + 1) * step, inner)};
     const int64_t n = range.size();
     const void* packed = packed_rows.get(thread, unit / parts, block.count, [&](int64_t i) {
-      return data<T>(x) + row_to_slot[block.begin + i] / top_k * x.stride(0);
+      return data<T>(x) + order.row_to_slot[block.begin + i] / order.top_k * x.stride(0);
     });
     // The unit's columns of h: one piece, or one of the gate and one of the up half.
     // Halves that follow each other are read faster as one.
     const int64_t piece_stride = round_up(pairs ? 2 * n : n, kOutputColumns);
     const bool whole = gated && (pairs || (n == inner && n == piece_stride));
-    std::vector<Range> pieces{whole ? Range{2 * range.begin, 2 * range.end} : range};
-    if (gated && !whole) pieces.push_back({inner + range.begin, inner + range.end});
+    const Range pieces[]{whole ? Range{2 * range.begin, 2 * range.end} : range,
+                         {inner + range.begin, inner + range.end}};
+    const int count = gated && !whole ? 2 : 1;
     const int64_t stride = sums_stride(gated && !pairs ? 2 * piece_stride : piece_stride);
     A* tile = static_cast<A*>(thread_scratch(Scratch::kTile, block.count * stride * sizeof(A)));
     T* activated =
         static_cast<T*>(thread_scratch(Scratch::kNarrowTile, block.count * n * sizeof(T)));
-    for (size_t p = 0; p < pieces.size(); ++p) {
+    for (int p = 0; p < count; ++p) {
       const Range& columns = pieces[p];
       A* sums = tile + p * piece_stride;
       gemm.multiply(packed, block.count, hidden, layer.gate_up.of<T>(block.expert), columns, sums,
@@ -76,31 +82,51 @@ void project_up(const Layer& layer, const at::Tensor& x, const Sorted& order, in
 
 }  // namespace
 
+template <typename A>
+RoutingWeights<A>::RoutingWeights(const at::Tensor& topk_weights)
+    : copy_(is_as_wanted(topk_weights) ? 0 : topk_weights.numel()), data_(copy_.data()) {
+  if (is_as_wanted(topk_weights)) {
+    data_ = moe::data<A>(topk_weights);
+    return;
+  }
+  const int64_t tokens = topk_weights.size(0), top_k = topk_weights.size(1);
+  dispatch_float(topk_weights.scalar_type(), "topk_weights", [&]<typename T>() {
+    const T* const weights = moe::data<T>(topk_weights);
+    for (int64_t t = 0; t < tokens; ++t) {
+      for (int64_t k = 0; k < top_k; ++k) {
+        copy_[t * top_k + k] = static_cast<A>(
+            number(weights[t * topk_weights.stride(0) + k * topk_weights.stride(1)]));
+      }
+    }
+  });
+}
+
+template class RoutingWeights<float>;
+template class RoutingWeights<double>;
+
 template <typename T>
-void run_layer(const Layer& layer, const at::Tensor& x, const Sorted& order,
-               const at::Tensor& topk_weights, const at::Tensor& y, const at::Tensor& h) {
-  const int64_t tokens = order.slot_to_row_TK.size(0), top_k = order.slot_to_row_TK.size(1);
-  const int64_t experts = layer.gate_up.experts();
-  const int32_t* offsets = data<int32_t>(order.offsets_E1);
-  const std::vector<RowBlock> blocks = row_blocks(offsets, experts);
+void run_layer(const Layer& layer, const at::Tensor& x, const OrderView& order,
+               const acc_t<T>* topk_weights, T* y, T* h) {
+  const LocalArray<RowBlock> memory(count_row_blocks(order.offsets, order.experts));
+  make_row_blocks(order.offsets, order.experts, memory.data());
+  const std::span<const RowBlock> blocks(memory.begin(), memory.end());
   PackedBlocks<T> activated(blocks, layer.down.k_contiguous(), layer.inner());
-  project_up<T>(layer, x, order, top_k, blocks, activated,
-                h.defined() ? mutable_data<T>(h) : nullptr);
+  project_up<T>(layer, x, order, blocks, activated, h);
   const Combine<T> combine{blocks,
                            activated,
                            layer.down,
                            data_or_null<T>(layer.down_bias),
-                           data<int32_t>(order.slot_to_row_TK),
-                           data<acc_t<T>>(topk_weights),
-                           tokens,
-                           top_k,
-                           offsets[experts]};
-  combine.run(mutable_data<T>(y));
+                           order.slot_to_row,
+                           topk_weights,
+                           order.tokens,
+                           order.top_k,
+                           order.used()};
+  combine.run(y);
 }
 
-#define MOE_INSTANTIATE(T)                                                                      \
-  template void run_layer<T>(const Layer&, const at::Tensor&, const Sorted&, const at::Tensor&, \
-                             const at::Tensor&, const at::Tensor&);
+#define MOE_INSTANTIATE(T)                                                                       \
+  template void run_layer<T>(const Layer&, const at::Tensor&, const OrderView&, const acc_t<T>*, \
+                             T*, T*);
 MOE_INSTANTIATE(bf16)
 MOE_INSTANTIATE(fp16)
 MOE_INSTANTIATE(float)
@@ -109,6 +135,23 @@ MOE_INSTANTIATE(double)
 
 namespace {
 
+// y [T, H], where nothing is kept for backward.
+void run_in_parts(const Layer& layer, const at::Tensor& x, const OrderView& whole,
+                  const at::Tensor& topk_ids, const at::Tensor& topk_weights, const at::Tensor& y) {
+  const int64_t step = tokens_at_a_time(whole.experts, whole.top_k);
+  dispatch_float(x.scalar_type(), kExperts, [&]<typename T>() {
+    const RoutingWeights<acc_t<T>> weights(topk_weights);
+    T* const out = mutable_data<T>(y);
+    if (whole.tokens <= step) return run_layer<T>(layer, x, whole, weights.data(), out, nullptr);
+    for (int64_t t = 0; t < whole.tokens; t += step) {
+      const int64_t n = std::min(step, whole.tokens - t);
+      const LocalOrder order(kExperts, topk_ids.narrow(0, t, n), whole.experts);
+      run_layer<T>(layer, x.narrow(0, t, n), order.view(), weights.data() + t * whole.top_k,
+                   out + t * y.size(1), nullptr);
+    }
+  });
+}
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> fused_experts(
     const at::Tensor& x_TH, const at::Tensor& gate_up, const at::Tensor& down,
     const at::Tensor& topk_ids, const at::Tensor& topk_weights,
@@ -116,39 +159,38 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> fused_exp
     std::string_view activation, bool interleaved, double alpha, double limit, int64_t num_rows,
     bool save_for_backward, const std::optional<at::Tensor>& /*gate_up_main_grad*/,
     const std::optional<at::Tensor>& /*down_main_grad*/) {
-  constexpr const char* kOp = "fused_experts";
   const Layer layer{Weights(gate_up),
                     Weights(down),
                     contiguous_or_undefined(gate_up_bias),
                     contiguous_or_undefined(down_bias),
-                    {parse_activation(kOp, activation), alpha, limit},
+                    {parse_activation(kExperts, activation), alpha, limit},
                     interleaved};
   const at::Tensor x = with_unit_stride(x_TH);
-  const at::Tensor weights = topk_weights.to(accumulate_dtype(x.scalar_type())).contiguous();
-  const int64_t tokens = x.size(0), top_k = topk_ids.size(1), experts = gate_up.size(0);
-  Sorted order = sort_slots(kOp, topk_ids, experts);
-  const int64_t used = data<int32_t>(order.offsets_E1)[experts];
-  TORCH_CHECK_VALUE(used <= num_rows, kOp,
-                    ": num_rows must be at least the number of ids in [0, E) = ", used, "; got ",
-                    num_rows);
-
-  const auto rows = x.options(), index = order.offsets_E1.options();
-  const at::Tensor y = at::empty({tokens, x.size(1)}, rows);
-  const at::Tensor h = empty_large({save_for_backward ? num_rows : 0, layer.width()}, rows);
-  if (save_for_backward && used < num_rows) h.narrow(0, used, num_rows - used).zero_();
-  dispatch_float(x.scalar_type(), kOp, [&]<typename T>() {
-    if (save_for_backward) return run_layer<T>(layer, x, order, weights, y, h);
-    const int64_t step = tokens_at_a_time(experts, top_k);
-    if (tokens <= step) return run_layer<T>(layer, x, order, weights, y, {});
-    for (int64_t t = 0; t < tokens; t += step) {
-      const int64_t n = std::min(step, tokens - t);
-      run_layer<T>(layer, x.narrow(0, t, n), sort_slots(kOp, topk_ids.narrow(0, t, n), experts),
-                   weights.narrow(0, t, n), y.narrow(0, t, n), {});
-    }
-  });
+  const int64_t experts = gate_up.size(0);
+  const auto rows = x.options(), index = topk_ids.options().dtype(at::kInt);
+  const auto check_rows = [&](const OrderView& order) {
+    TORCH_CHECK_VALUE(order.used() <= num_rows, kExperts,
+                      ": num_rows must be at least the number of ids in [0, E) = ", order.used(),
+                      "; got ", num_rows);
+  };
   if (!save_for_backward) {
-    order = {at::empty({0}, index), at::empty({0, top_k}, index), at::empty({0}, index)};
+    const LocalOrder order(kExperts, topk_ids, experts);
+    check_rows(order.view());
+    const at::Tensor y = at::empty({x.size(0), x.size(1)}, rows);
+    run_in_parts(layer, x, order.view(), topk_ids, topk_weights, y);
+    return {y, at::empty({0, layer.width()}, rows), at::empty({0}, index),
+            at::empty({0, topk_ids.size(1)}, index), at::empty({0}, index)};
   }
+  const Sorted order = sort_slots(kExperts, topk_ids, experts);
+  check_rows(order.view());
+  const int64_t used = order.view().used();
+  const at::Tensor y = at::empty({x.size(0), x.size(1)}, rows);
+  const at::Tensor h = empty_large({num_rows, layer.width()}, rows);
+  if (used < num_rows) h.narrow(0, used, num_rows - used).zero_();
+  dispatch_float(x.scalar_type(), kExperts, [&]<typename T>() {
+    const RoutingWeights<acc_t<T>> weights(topk_weights);
+    run_layer(layer, x, order.view(), weights.data(), mutable_data<T>(y), mutable_data<T>(h));
+  });
   return {y, h, order.row_to_slot_R, order.slot_to_row_TK, order.offsets_E1};
 }
 

@@ -5,7 +5,7 @@
 #pragma once
 
 #include <optional>
-#include <vector>
+#include <span>
 
 #include "cpu/expert_activation.h"
 #include "cpu/grouped.h"
@@ -17,7 +17,7 @@ namespace moe {
 template <typename T>
 class PackedBlocks {
  public:
-  PackedBlocks(const std::vector<RowBlock>& blocks, bool k_contiguous, int64_t k);
+  PackedBlocks(std::span<const RowBlock> blocks, bool k_contiguous, int64_t k);
 
   // Stores elements `part` of the block's rows, from a multiple of kPackedTogether on: row i of it
   // lies at first + i * stride.
@@ -26,13 +26,14 @@ class PackedBlocks {
   const void* get(int64_t block) const { return address(block); }
 
  private:
-  char* address(int64_t block) const { return mutable_data<char>(memory_) + begins_[block]; }
+  char* address(int64_t block) const { return memory_.data() + begins_[block]; }
+  int64_t lay_out() const;  // sets begins_; bytes of all blocks
 
-  const std::vector<RowBlock>& blocks_;
+  std::span<const RowBlock> blocks_;
   bool k_contiguous_;
   int64_t k_;
-  std::vector<int64_t> begins_;
-  at::Tensor memory_;
+  LocalArray<int64_t> begins_;
+  LocalArray<char> memory_;
 };
 
 // y[t] = sum over k, in order, of weights[t, k] * (row[slot_to_row[t, k]] @ b[e] + bias[e]), the
@@ -41,7 +42,7 @@ template <typename T>
 struct Combine {
   using A = acc_t<T>;
 
-  const std::vector<RowBlock>& blocks;
+  std::span<const RowBlock> blocks;
   const PackedBlocks<T>& rows;
   const Weights& b;            // [E, k, H]
   const T* bias;               // [E, H] or null
@@ -76,10 +77,27 @@ inline at::Tensor contiguous_or_undefined(const std::optional<at::Tensor>& tenso
   return tensor ? tensor->contiguous() : at::Tensor();
 }
 
-// y [T, H], and h [R, W] unless it is undefined. topk_weights are contiguous and of acc_t<T>.
+// Routing weights [T, K] as sums of T have them: where they lie, or copied.
+template <typename A>
+class RoutingWeights {
+ public:
+  explicit RoutingWeights(const at::Tensor& topk_weights);
+
+  const A* data() const { return data_; }
+
+ private:
+  static bool is_as_wanted(const at::Tensor& weights) {
+    return weights.scalar_type() == scalar_type<A>() && weights.is_contiguous();
+  }
+
+  LocalArray<A> copy_;
+  const A* data_;
+};
+
+// y [T, H], and h [R, W] unless it is null.
 template <typename T>
-void run_layer(const Layer& layer, const at::Tensor& x, const Sorted& order,
-               const at::Tensor& topk_weights, const at::Tensor& y, const at::Tensor& h);
+void run_layer(const Layer& layer, const at::Tensor& x, const OrderView& order,
+               const acc_t<T>* topk_weights, T* y, T* h);
 
 // How many tokens are worked on together where nothing is kept for backward: the rows of more would
 // fill memory.

@@ -379,7 +379,7 @@ at::Tensor fused_experts_quantized(const at::Tensor& x_TH, const at::Tensor& gat
                         options,
                         interleaved};
       in_parts([&](const auto& part, const Sorted& order, const auto& scales, const auto& out) {
-        run_layer<T>(layer, part, order, scales, out, {});
+        run_layer<T>(layer, part, order.view(), data<T>(scales), mutable_data<T>(out), nullptr);
       });
     } else {
       const QuantizedLayer layer{gate_up, down, first_bias, second_bias, options, interleaved};

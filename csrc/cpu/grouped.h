@@ -12,6 +12,7 @@
 #include "common/dtypes.h"
 #include "cpu/division.h"
 #include "cpu/kernel_table.h"
+#include "cpu/local_array.h"
 
 namespace moe {
 
@@ -49,7 +50,9 @@ template <typename T>
 class PackedRows {
  public:
   PackedRows(bool k_contiguous, int64_t k)
-      : k_contiguous_(k_contiguous), k_(k), last_(at::get_num_threads(), -1) {}
+      : k_contiguous_(k_contiguous), k_(k), last_(at::get_num_threads()) {
+    std::fill(last_.begin(), last_.end(), -1);
+  }
 
   // row(i) is where row i of the block lies.
   template <typename Row>
@@ -67,7 +70,7 @@ class PackedRows {
  private:
   bool k_contiguous_;
   int64_t k_;
-  std::vector<int64_t> last_;
+  LocalArray<int64_t> last_;
 };
 
 // out[e] = (or +=, if accumulate) a[rows of e]^T grad[rows of e], for rows given by pointers to

@@ -26,6 +26,11 @@ constexpr int64_t kLarge = 16 << 20;  // what malloc asks the system for, and gi
 
 }  // namespace
 
+bool poisons_memory() {
+  const auto& context = at::globalContext();
+  return context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory();
+}
+
 #if defined(__linux__) && !defined(__SANITIZE_ADDRESS__)
 
 namespace {
@@ -184,11 +189,7 @@ void LargeBuffers::release(void* context) {
 at::Tensor empty_large(at::IntArrayRef sizes, const at::TensorOptions& options) {
   const auto dtype = c10::typeMetaToScalarType(options.dtype());
   const int64_t bytes = c10::multiply_integers(sizes) * c10::elementSize(dtype);
-  // Who asks for poisoned memory gets it from PyTorch.
-  const auto& context = at::globalContext();
-  const bool filled =
-      context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory();
-  if (bytes < kLarge || filled) return at::empty(sizes, options);
+  if (bytes < kLarge || poisons_memory()) return at::empty(sizes, options);
   return at::detail::empty_generic(sizes, &large_buffers(),
                                    c10::DispatchKeySet(c10::DispatchKey::CPU), dtype, std::nullopt);
 }

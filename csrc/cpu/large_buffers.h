@@ -14,6 +14,9 @@ namespace moe {
 // An uninitialised tensor. A large one is on large pages, and reuses a buffer where one fits.
 at::Tensor empty_large(at::IntArrayRef sizes, const at::TensorOptions& options);
 
+// Whether who uses PyTorch asks for poisoned memory: PyTorch gives it, and nothing kept may do.
+bool poisons_memory();
+
 // Gives kept buffers back to the system. Returns how many bytes they had.
 int64_t free_kept_buffers();
 

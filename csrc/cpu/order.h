@@ -6,6 +6,7 @@
 #include <ATen/core/Tensor.h>
 
 #include "common/dtypes.h"
+#include "cpu/local_array.h"
 
 namespace moe {
 
@@ -26,11 +27,40 @@ struct Order {
 // Raises ValueError unless offsets rise from 0 to at most rows.
 void check_offsets(const char* op, const at::Tensor& offsets, int64_t rows, const char* rows_name);
 
+// An order wherever it lies.
+struct OrderView {
+  int64_t tokens, top_k, experts;
+  const int32_t *row_to_slot, *slot_to_row, *offsets;
+
+  int64_t used() const { return offsets[experts]; }
+};
+
 struct Sorted {
   at::Tensor row_to_slot_R, slot_to_row_TK, offsets_E1;
+
+  OrderView view() const {
+    return {slot_to_row_TK.size(0),       slot_to_row_TK.size(1),        offsets_E1.size(0) - 1,
+            data<int32_t>(row_to_slot_R), data<int32_t>(slot_to_row_TK), data<int32_t>(offsets_E1)};
+  }
 };
 
 // Raises IndexError, naming op, for an id outside [-1, num_experts].
 Sorted sort_slots(const char* op, const at::Tensor& topk_ids, int64_t num_experts);
+
+// The same for the time of one call.
+class LocalOrder {
+ public:
+  LocalOrder(const char* op, const at::Tensor& topk_ids, int64_t num_experts);
+
+  OrderView view() const {
+    const int32_t* const row_to_slot = memory_.data();
+    const int64_t slots = tokens_ * top_k_;
+    return {tokens_, top_k_, experts_, row_to_slot, row_to_slot + slots, row_to_slot + 2 * slots};
+  }
+
+ private:
+  int64_t tokens_, top_k_, experts_;
+  LocalArray<int32_t> memory_;
+};
 
 }  // namespace moe

@@ -5,7 +5,6 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <vector>
 
 #include "common/parallel.h"
 #include "cpu/order.h"
@@ -37,8 +36,10 @@ void sort(const char* op, const Id* ids, int64_t slots, int64_t experts, int32_t
   const int64_t parts =
       std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), slots / kSlotsPerPart));
   const int64_t bins = experts + 1;
-  std::vector<int32_t> places(parts * bins, 0);
-  std::vector<int64_t> first_bad(parts, slots);
+  const LocalArray<int32_t> places(parts * bins);
+  const LocalArray<int64_t> first_bad(parts);
+  std::fill(places.begin(), places.end(), 0);
+  std::fill(first_bad.begin(), first_bad.end(), slots);
   const auto part_begin = [&](int64_t part) { return slots * part / parts; };
   const auto bin_of = [&](Id id) { return id < 0 ? experts : static_cast<int64_t>(id); };
 
@@ -120,6 +121,20 @@ Sorted sort_slots(const char* op, const at::Tensor& topk_ids, int64_t num_expert
          mutable_data<int32_t>(out.slot_to_row_TK), mutable_data<int32_t>(out.offsets_E1));
   });
   return out;
+}
+
+LocalOrder::LocalOrder(const char* op, const at::Tensor& topk_ids, int64_t num_experts)
+    : tokens_(topk_ids.size(0)),
+      top_k_(topk_ids.size(1)),
+      experts_(num_experts),
+      memory_(2 * topk_ids.numel() + num_experts + 1) {
+  const at::Tensor ids = topk_ids.contiguous();
+  const int64_t slots = ids.numel();
+  int32_t* const row_to_slot = memory_.data();
+  dispatch_index(ids.scalar_type(), op, [&]<typename Id>() {
+    sort(op, data<Id>(ids), slots, num_experts, row_to_slot, row_to_slot + slots,
+         row_to_slot + 2 * slots);
+  });
 }
 
 TORCH_LIBRARY_IMPL(moe_kernels, CPU, m) { m.impl("sort_by_expert", sort_by_expert); }
