@@ -94,6 +94,7 @@ test-sanitizers: $(ENVIRONMENT)
 	cd $(SANITIZED) && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 		$(PYTEST) --capture=sys $(NATIVE) --ignore=tests/kernels/test_kept_buffers.py \
+		--ignore=tests/kernels/test_decode_allocations.py \
 		--deselect=tests/kernels/test_direct_calls.py::test_no_memory_is_the_error_of_python \
 		--deselect=tests/kernels/test_threads.py::test_workers_of_a_data_loader_compute_too $(ARGS)
 
