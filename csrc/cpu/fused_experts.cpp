@@ -107,9 +107,7 @@ template class RoutingWeights<double>;
 template <typename T>
 void run_layer(const Layer& layer, const at::Tensor& x, const OrderView& order,
                const acc_t<T>* topk_weights, T* y, T* h) {
-  const LocalArray<RowBlock> memory(count_row_blocks(order.offsets, order.experts));
-  make_row_blocks(order.offsets, order.experts, memory.data());
-  const std::span<const RowBlock> blocks(memory.begin(), memory.end());
+  const RowBlocks blocks(order);
   PackedBlocks<T> activated(blocks, layer.down.k_contiguous(), layer.inner());
   project_up<T>(layer, x, order, blocks, activated, h);
   const Combine<T> combine{blocks,
@@ -134,23 +132,6 @@ MOE_INSTANTIATE(double)
 #undef MOE_INSTANTIATE
 
 namespace {
-
-// y [T, H], where nothing is kept for backward.
-void run_in_parts(const Layer& layer, const at::Tensor& x, const OrderView& whole,
-                  const at::Tensor& topk_ids, const at::Tensor& topk_weights, const at::Tensor& y) {
-  const int64_t step = tokens_at_a_time(whole.experts, whole.top_k);
-  dispatch_float(x.scalar_type(), kExperts, [&]<typename T>() {
-    const RoutingWeights<acc_t<T>> weights(topk_weights);
-    T* const out = mutable_data<T>(y);
-    if (whole.tokens <= step) return run_layer<T>(layer, x, whole, weights.data(), out, nullptr);
-    for (int64_t t = 0; t < whole.tokens; t += step) {
-      const int64_t n = std::min(step, whole.tokens - t);
-      const LocalOrder order(kExperts, topk_ids.narrow(0, t, n), whole.experts);
-      run_layer<T>(layer, x.narrow(0, t, n), order.view(), weights.data() + t * whole.top_k,
-                   out + t * y.size(1), nullptr);
-    }
-  });
-}
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> fused_experts(
     const at::Tensor& x_TH, const at::Tensor& gate_up, const at::Tensor& down,
@@ -177,7 +158,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> fused_exp
     const LocalOrder order(kExperts, topk_ids, experts);
     check_rows(order.view());
     const at::Tensor y = at::empty({x.size(0), x.size(1)}, rows);
-    run_in_parts(layer, x, order.view(), topk_ids, topk_weights, y);
+    dispatch_float(x.scalar_type(), kExperts, [&]<typename T>() {
+      run_in_parts<T>(kExperts, x, order.view(), topk_ids, topk_weights, y,
+                      [&](const at::Tensor& part, const OrderView& some, const acc_t<T>* weights,
+                          T* out) { run_layer<T>(layer, part, some, weights, out, nullptr); });
+    });
     return {y, at::empty({0, layer.width()}, rows), at::empty({0}, index),
             at::empty({0, topk_ids.size(1)}, index), at::empty({0}, index)};
   }

@@ -13,6 +13,15 @@
 
 namespace moe {
 
+// Those of an order, for the time of one call.
+class RowBlocks : public LocalArray<RowBlock> {
+ public:
+  explicit RowBlocks(const OrderView& order)
+      : LocalArray(count_row_blocks(order.offsets, order.experts)) {
+    make_row_blocks(order.offsets, order.experts, data());
+  }
+};
+
 // Packed rows of every block, [block][count, k], filled piece by piece.
 template <typename T>
 class PackedBlocks {
@@ -99,11 +108,22 @@ template <typename T>
 void run_layer(const Layer& layer, const at::Tensor& x, const OrderView& order,
                const acc_t<T>* topk_weights, T* y, T* h);
 
-// How many tokens are worked on together where nothing is kept for backward: the rows of more would
-// fill memory.
-inline int64_t tokens_at_a_time(int64_t experts, int64_t top_k) {
-  const int64_t slots = std::max<int64_t>(32768, 256 * experts);
-  return std::max<int64_t>(slots / std::max<int64_t>(top_k, 1), 1);
+// run(x, order, topk_weights, y) where nothing is kept for backward: of so many tokens together
+// that their rows do not fill memory.
+template <typename T, typename Run>
+void run_in_parts(const char* op, const at::Tensor& x, const OrderView& whole,
+                  const at::Tensor& topk_ids, const at::Tensor& topk_weights, const at::Tensor& y,
+                  const Run& run) {
+  const int64_t slots = std::max<int64_t>(32768, 256 * whole.experts);
+  const int64_t step = std::max<int64_t>(slots / std::max<int64_t>(whole.top_k, 1), 1);
+  const RoutingWeights<acc_t<T>> weights(topk_weights);
+  T* const out = mutable_data<T>(y);
+  if (whole.tokens <= step) return run(x, whole, weights.data(), out);
+  for (int64_t t = 0; t < whole.tokens; t += step) {
+    const int64_t n = std::min(step, whole.tokens - t);
+    const LocalOrder order(op, topk_ids.narrow(0, t, n), whole.experts);
+    run(x.narrow(0, t, n), order.view(), weights.data() + t * whole.top_k, out + t * y.size(1));
+  }
 }
 
 }  // namespace moe

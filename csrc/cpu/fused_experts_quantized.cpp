@@ -14,7 +14,6 @@
 
 #include "common/parallel.h"
 #include "cpu/fused_experts.h"
-#include "cpu/large_buffers.h"
 #include "cpu/quantized_experts.h"
 
 namespace moe {
@@ -110,19 +109,19 @@ class PackedForQuantized {
       : format_(format),
         size_(
             kernels<QuantizedKernels<T>>().packed_size(format, (k + kGroupSize - 1) / kGroupSize)),
-        memory_(at::empty({rows * size_}, at::kByte)) {}
+        memory_(rows * size_) {}
 
   void store(int64_t row, const float* values, Range part) {
-    kernels<QuantizedKernels<T>>().pack(format_, mutable_data<char>(memory_) + row * size_, values,
+    kernels<QuantizedKernels<T>>().pack(format_, memory_.data() + row * size_, values,
                                         part.begin / kGroupSize, part.size());
   }
 
-  const void* get(int64_t row) const { return data<char>(memory_) + row * size_; }
+  const void* get(int64_t row) const { return memory_.data() + row * size_; }
 
  private:
   Format format_;
   int64_t size_;
-  at::Tensor memory_;
+  LocalArray<char> memory_;
 };
 
 // out + its result = the rows' products with columns `wanted` of an expert's matrix, which begin
@@ -142,7 +141,7 @@ int64_t products_stride(int64_t columns) { return round_up(columns, kTileColumns
 // y[t] = sum over k, in order, of weights[t, k] * (row[slot_to_row[t, k]] @ b[e] + bias[e]).
 template <typename T>
 struct CombineQuantized {
-  const std::vector<RowBlock>& blocks;
+  std::span<const RowBlock> blocks;
   const PackedForQuantized<T>& rows;
   const QuantizedWeights& b;   // [E, k, H]
   const T* bias;               // [E, H] or null
@@ -189,10 +188,10 @@ template <typename T>
 void CombineQuantized<T>::run_apart(T* y, int64_t step) const {
   const int64_t threads = at::get_num_threads(), parts = (hidden() + step - 1) / step;
   const int64_t stride = products_stride(step);
-  const at::Tensor buffer = empty_large({std::min(parts, threads), used, stride}, at::kFloat);
+  const LocalArray<float> buffer(std::min(parts, threads) * used * stride);
   parallel_units(parts, [&](int64_t unit, int thread) {
     const Range columns{unit * step, std::min((unit + 1) * step, hidden())};
-    float* products = mutable_data<float>(buffer) + thread * used * stride;
+    float* products = buffer.data() + thread * used * stride;
     for (size_t i = 0; i < blocks.size(); ++i) {
       const uint8_t* next =
           i + 1 < blocks.size()
@@ -208,8 +207,8 @@ template <typename T>
 void CombineQuantized<T>::run_together(T* y, int64_t span) const {
   const int64_t threads = at::get_num_threads();
   const int64_t stride = products_stride(std::min(span, hidden()));
-  const at::Tensor buffer = empty_large({used, stride}, at::kFloat);
-  float* products = mutable_data<float>(buffer);
+  const LocalArray<float> buffer(used * stride);
+  float* products = buffer.data();
   for (int64_t begin = 0; begin < hidden(); begin += span) {
     const Range columns{begin, std::min(begin + span, hidden())};
     const int64_t step = columns_per_unit(columns.size(), blocks, threads, 32);
@@ -244,8 +243,8 @@ template <typename T>
 void CombineQuantized<T>::sum(Range some, Range columns, const float* products, int64_t stride,
                               T* y) const {
   const auto& functions = kernels<RowKernels<T>>();
-  std::vector<const float*> mine(top_k);
-  std::vector<float> scales(top_k);
+  const LocalArray<const float*> mine(top_k);
+  const LocalArray<float> scales(top_k);
   for (int64_t t = some.begin; t < some.end; ++t) {
     int64_t count = 0;
     for (int64_t s = t * top_k; s < (t + 1) * top_k; ++s) {
@@ -266,17 +265,12 @@ struct QuantizedLayer {
 };
 
 template <typename T>
-void run_quantized(const QuantizedLayer& layer, const at::Tensor& x, const Sorted& order,
-                   const at::Tensor& topk_weights, const at::Tensor& y) {
+void run_quantized(const QuantizedLayer& layer, const at::Tensor& x, const OrderView& order,
+                   const float* topk_weights, T* y) {
   const QuantizedWeights &gate_up = layer.gate_up, &down = layer.down;
-  const std::vector<RowBlock> blocks =
-      row_blocks(data<int32_t>(order.offsets_E1), gate_up.experts());
-  const int64_t tokens = x.size(0), hidden = x.size(1), inner = down.inner;
-  const int64_t top_k = order.slot_to_row_TK.size(1);
-  const int64_t used = data<int32_t>(order.offsets_E1)[gate_up.experts()];
-  const int32_t* row_to_slot = data<int32_t>(order.row_to_slot_R);
-  const int32_t* slot_to_row = data<int32_t>(order.slot_to_row_TK);
-  const float* weights = data<float>(topk_weights);
+  const RowBlocks blocks(order);
+  const int64_t tokens = order.tokens, hidden = x.size(1), inner = down.inner;
+  const int64_t top_k = order.top_k, used = order.used();
   const bool gated = layer.activation.gated(), pairs = gated && layer.interleaved;
   const T *gate_up_bias = data_or_null<T>(layer.gate_up_bias),
           *down_bias = data_or_null<T>(layer.down_bias);
@@ -306,7 +300,7 @@ void run_quantized(const QuantizedLayer& layer, const at::Tensor& x, const Sorte
     const int64_t stride = gated && !pairs ? 2 * piece : piece;
     const void* rows[kRowsPerBlock];
     for (int64_t i = 0; i < block.count; ++i) {
-      rows[i] = packed_x.get(row_to_slot[block.begin + i] / top_k);
+      rows[i] = packed_x.get(order.row_to_slot[block.begin + i] / top_k);
     }
     float* sums =
         static_cast<float*>(thread_scratch(Scratch::kTile, block.count * stride * sizeof(float)));
@@ -334,8 +328,9 @@ void run_quantized(const QuantizedLayer& layer, const at::Tensor& x, const Sorte
     }
   });
 
-  CombineQuantized<T>{blocks, activated, down, down_bias, slot_to_row, weights, tokens, top_k, used}
-      .run(mutable_data<T>(y));
+  CombineQuantized<T>{blocks,       activated, down,  down_bias, order.slot_to_row,
+                      topk_weights, tokens,    top_k, used}
+      .run(y);
 }
 
 at::Tensor fused_experts_quantized(const at::Tensor& x_TH, const at::Tensor& gate_up_codes,
@@ -357,20 +352,14 @@ at::Tensor fused_experts_quantized(const at::Tensor& x_TH, const at::Tensor& gat
   const at::Tensor first_bias = contiguous_or_undefined(gate_up_bias),
                    second_bias = contiguous_or_undefined(down_bias);
   const at::Tensor x = with_unit_stride(x_TH);
-  const at::Tensor weights = topk_weights.to(accumulate_dtype(x.scalar_type())).contiguous();
   const at::Tensor y = at::empty(x.sizes(), x.options());
-  const int64_t tokens = x.size(0), step = tokens_at_a_time(experts, topk_ids.size(1));
   // Before anything is written: an id that is out of range raises.
-  const Sorted all = sort_slots(kOp, topk_ids, experts);
-  const auto in_parts = [&](auto run) {
-    if (tokens <= step) return run(x, all, weights, y);
-    for (int64_t t = 0; t < tokens; t += step) {
-      const int64_t n = std::min(step, tokens - t);
-      run(x.narrow(0, t, n), sort_slots(kOp, topk_ids.narrow(0, t, n), experts),
-          weights.narrow(0, t, n), y.narrow(0, t, n));
-    }
-  };
+  const LocalOrder all(kOp, topk_ids, experts);
   dispatch_float(x.scalar_type(), kOp, [&]<typename T>() {
+    using A = acc_t<T>;
+    const auto in_parts = [&](const auto& run) {
+      run_in_parts<T>(kOp, x, all.view(), topk_ids, topk_weights, y, run);
+    };
     if constexpr (std::is_same_v<T, double>) {
       const Layer layer{Weights(written_out(gate_up)),
                         Weights(written_out(down)),
@@ -378,13 +367,13 @@ at::Tensor fused_experts_quantized(const at::Tensor& x_TH, const at::Tensor& gat
                         second_bias,
                         options,
                         interleaved};
-      in_parts([&](const auto& part, const Sorted& order, const auto& scales, const auto& out) {
-        run_layer<T>(layer, part, order.view(), data<T>(scales), mutable_data<T>(out), nullptr);
+      in_parts([&](const at::Tensor& part, const OrderView& order, const A* weights, T* out) {
+        run_layer<T>(layer, part, order, weights, out, nullptr);
       });
     } else {
       const QuantizedLayer layer{gate_up, down, first_bias, second_bias, options, interleaved};
-      in_parts([&](const auto& part, const Sorted& order, const auto& scales, const auto& out) {
-        run_quantized<T>(layer, part, order, scales, out);
+      in_parts([&](const at::Tensor& part, const OrderView& order, const A* weights, T* out) {
+        run_quantized<T>(layer, part, order, weights, out);
       });
     }
   });

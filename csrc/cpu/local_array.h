@@ -48,7 +48,7 @@ class LocalArray {
     if constexpr (std::is_floating_point_v<T>) {
       return empty_large({size}, at::dtype(scalar_type<T>()));
     } else {
-      return empty_large({size * static_cast<int64_t>(sizeof(T))}, at::kChar);
+      return empty_large({size * static_cast<int64_t>(sizeof(T))}, at::kByte);
     }
   }
 

@@ -3,7 +3,8 @@
     LD_PRELOAD=count_allocations.so python -m tests.kernels.allocation_check
 
 Prints a line of JSON: for each case the allocations of calls, their bytes, and the same of making
-tensors like the op's results. Those are y and, where nothing is kept for backward, four empty ones.
+tensors like the op's results. Those are y and, of fused_experts where nothing is kept for backward,
+four empty ones.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ def experts_call(
     inner: int = 32,
     top_k: int = 2,
     first_id: int | None = None,
+    formats: tuple[str, str] | None = None,
     **options: Any,
 ) -> Call:
     gate_up = torch.randn(experts, hidden, 2 * inner).to(dtype)
@@ -68,7 +70,10 @@ def experts_call(
     if first_id is not None:
         ids[0, 0] = first_id
     weights = torch.rand(tokens, top_k).to(weights_dtype)
-    return lambda: moe_kernels.fused_experts(x, gate_up, down, ids, weights, **options)
+    if formats is None:
+        return lambda: moe_kernels.fused_experts(x, gate_up, down, ids, weights, **options)
+    up, low = map(moe_kernels.quantize_experts, (gate_up, down), formats)
+    return lambda: moe_kernels.fused_experts_quantized(x, up, low, ids, weights, **options)
 
 
 def fail() -> None:
@@ -97,7 +102,9 @@ def cases() -> Iterator[tuple[str, list[Call]]]:
         "pairs": {"interleaved": True, "activation": "swigluoai"},
         "many experts": {"experts": 512, "top_k": 10},
         "large": {"hidden": 2048, "inner": 768, "top_k": 8},  # products of 2 MiB
-        "fp32 large": {"hidden": 2048, "inner": 768, "top_k": 8, "dtype": torch.float32},
+        "large float32": {"hidden": 2048, "inner": 768, "top_k": 8, "dtype": torch.float32},
+        "quantized": {"formats": ("int4", "int8")},
+        "quantized large": {"formats": ("mxfp4", "fp8"), "hidden": 2048, "top_k": 8, "bias": True},
     }
     for name, options in others.items():
         yield name, [experts_call(tokens, **options) for tokens in TOKENS]
@@ -109,7 +116,8 @@ def main() -> None:
     def check(name: str, calls: list[Call]) -> None:
         found[name] = []
         for call in calls:
-            results = [call(), *(torch.empty(0) for _ in range(4))]
+            empty = 0 if "quantized" in name else 4
+            results = [call(), *(torch.empty(0) for _ in range(empty))]
             found[name].append([*count(call), *count(tensors_like, results)])
 
     with torch.inference_mode():
@@ -118,6 +126,7 @@ def main() -> None:
             for _ in range(2):  # of the most tokens: the next call has all that it wants
                 calls[-1]()
             check(name, calls)
+        calls = [experts_call(tokens) for tokens in TOKENS]
         fail()
         check("after errors", calls)
         torch.set_num_threads(2)

@@ -24,7 +24,7 @@ def test_few_tokens_allocate_nothing_but_results(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert len(found) == 17
+    assert len(found) == 19
     for name, calls in found.items():
         for count, size, count_of_results, size_of_results in calls:
             assert count_of_results > 0, "allocations are not counted"
