@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel, distributed
 
 from moe_parallel.activation_checkpointing import load_unchanged
 from moe_parallel.mesh import MeshError
+from moe_parallel.refusals import refused_in
 from moe_parallel.text_module import blocks_of, get_text_module, is_module
 from moe_parallel.torch_internals import (
     complete_accumulated_grads,
@@ -192,6 +193,19 @@ def _refuse_split_data_parallel(submod: Any) -> None:
             "of a DistributedDataParallel stage, whose hooks a backward for weights alone does not "
             "run. Use FSDP (parallelize_model), or choose a schedule with full backward passes "
             "(GPipe, 1F1B, Interleaved1F1B)."
+        )
+
+
+def _refuse_split_without_mixin(submod: Any) -> None:
+    """Who else would keep the units from communicating between the passes?"""
+    has_units = next(fully_sharded_modules(submod), None) is not None
+    if has_units and not any(isinstance(submod, kind) for kind in (FSDPModule, MoEFSDPSyncMixin)):
+        raise MeshError(
+            "a pipeline schedule with a split backward (zero bubble) needs a stage that is a "
+            "MoEFSDPSyncMixin, or an FSDP unit itself, so that the units in it keep their "
+            f"parameters until the weights' pass; got {type(submod).__name__}. Derive its class "
+            "from MoEFSDPSyncMixin, pass wrap_outer_model=True to parallelize_model, or choose a "
+            "schedule with full backward passes (GPipe, 1F1B, Interleaved1F1B)."
         )
 
 
@@ -373,7 +387,8 @@ class PipelineBackwardHandle:
 def install_pipeline_backward(schedule: Any) -> PipelineBackwardHandle:
     """Make this rank's stages of ``schedule`` use :func:`patched_backward_maybe_with_nosync`.
 
-    Call it on every rank, once the model parts are parallelized. Example::
+    Call it on every rank, once the model parts are parallelized; what one rank of a pipeline is
+    refused with, all are. Example::
 
         schedule = Schedule1F1B(stage, n_microbatches=8, loss_fn=sum_of_losses, scale_grads=False)
         handle = install_pipeline_backward(schedule)
@@ -392,12 +407,23 @@ def install_pipeline_backward(schedule: Any) -> PipelineBackwardHandle:
     Raises:
         MeshError: the schedule splits its backward (zero bubble) and FSDP would have freed the
             parameters by then (reshard_after_forward=True), or a stage is a
-            DistributedDataParallel; embeddings are tied across stages.
+            DistributedDataParallel, or has units and is neither one itself nor a
+            :class:`MoEFSDPSyncMixin`; embeddings are tied across stages.
     """
     stages, split = stages_of(schedule), splits_backward(schedule)
-    for stage in stages:
-        _refuse_ends_apart(stage)
-        if split:
-            _refuse_split_backward(stage.submod)
-            _refuse_split_data_parallel(stage.submod)
+    with _refused_by_pipeline(stages):
+        for stage in stages:
+            _refuse_ends_apart(stage)
+            if split:
+                _refuse_split_backward(stage.submod)
+                _refuse_split_data_parallel(stage.submod)
+                _refuse_split_without_mixin(stage.submod)
     return PipelineBackwardHandle(stages)
+
+
+def _refused_by_pipeline(stages: list[Any]) -> AbstractContextManager[None]:
+    """What one rank of a pipeline is refused with, all are: its schedule would wait for it."""
+    size = getattr(stages[0], "group_size", 1)
+    if issubclass(type(size), int) and size > 1:
+        return refused_in(stages[0].group, "on rank {} of the pipeline")
+    return nullcontext()

@@ -35,22 +35,35 @@ def refused_together(mesh: Any) -> Iterator[None]:
             names the stage.
     """
     stages = pipeline_of(mesh)
+    if stages is None:
+        yield
+        return
+    with refused_in(stages.get_group(), "in pipeline stage {}"):
+        yield
+
+
+@contextmanager
+def refused_in(group: Any, place: str) -> Iterator[None]:
+    """What is refused within, on one rank of ``group``, is refused on all of them.
+
+    Args:
+        place: what the message says of the rank, for its number.
+
+    Raises:
+        Exception: that of the first rank that has one, of its type and with its message.
+    """
     problem: Problem | None = None
     cause = None
     try:
         yield
     except Exception as error:
-        if stages is None:
-            raise
         problem, cause = _problem(error), error
-    if stages is None:
-        return
-    problems: list[Any] = [None] * stages.size()
-    dist.all_gather_object(problems, problem, group=stages.get_group())
-    for stage, found in enumerate(problems):
+    problems: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(problems, problem, group=group)
+    for number, found in enumerate(problems):
         if found is not None:
             kind, text = found
-            raise kind(f"{text} (in pipeline stage {stage})") from cause
+            raise kind(f"{text} ({place.format(number)})") from cause
 
 
 def check_transports(moe_layers: Sequence[tuple[str, Any]], ep_mesh: Any, moe_mesh: Any) -> None:

@@ -28,7 +28,7 @@ from moe_parallel.parallelizer import apply_ep, parallelize_model
 from moe_parallel.training import prepare_for_final_backward
 from tests.parallel.ranks import run_ranks
 from tests.parallel.test_parallelize_model import FP32, full
-from tests.parallel.test_pipeline import join, sum_of_losses
+from tests.parallel.test_pipeline import Case, build_schedule, join, sum_of_losses
 from tests.parallel.tiny_lm import ModelOptions, TinyLM, make_shards
 
 
@@ -217,3 +217,45 @@ def test_tied_embeddings_in_different_stages_are_refused() -> None:
         assert "backward_maybe_with_nosync" not in vars(stage)
     whole = SimpleNamespace(submod=TinyLM(ModelOptions(tied=True)), num_stages=1)
     install_pipeline_backward(SimpleNamespace(_stages=[whole])).remove()
+
+
+class WithoutMixin(nn.Module):
+    """A stage of somebody else's class, which accumulates nothing by itself."""
+
+    def __init__(self, part: TinyLM) -> None:
+        super().__init__()
+        self.config, self.model, self.lm_head = part.config, part.model, part.lm_head
+        self.forward = part.forward
+
+
+def _refused_by_one_rank(rank: int, ranks: int) -> list[str]:
+    meshes, found = build_meshes(pp=2, ep=2), []
+    second = meshes[0]["pp"].get_local_rank() == 1
+
+    def refuse(schedule: Any) -> None:
+        with pytest.raises(MeshError) as error:
+            install_pipeline_backward(schedule)
+        assert all("backward_maybe_with_nosync" not in vars(s) for s in schedule._stages)
+        found.append(str(error.value))
+
+    for second_reshards in (True, False):
+        options = {"wrap_outer_model": False, "reshard_after_forward": second and second_reshards}
+        case = Case("ScheduleInterleavedZeroBubble", options)
+        schedule, parts = build_schedule(case, meshes)
+        if not second_reshards:
+            install_pipeline_backward(schedule).remove()
+            if second:
+                schedule._stages[1].submod = WithoutMixin(parts[1])
+        refuse(schedule)
+    full_backward, parts = build_schedule(Case("Schedule1F1B", options), meshes)
+    full_backward._stage.submod = WithoutMixin(parts[0])
+    install_pipeline_backward(full_backward).remove()
+    return found
+
+
+def test_what_one_rank_is_refused_with_all_are() -> None:
+    first, *others = run_ranks(4, _refused_by_one_rank)
+    assert all(other == first for other in others)
+    assert all(line.endswith("(on rank 1 of the pipeline)") for line in first)
+    assert "needs reshard_after_forward=False" in first[0]
+    assert "got WithoutMixin. Derive its class from MoEFSDPSyncMixin, pass wrap_outer" in first[1]
