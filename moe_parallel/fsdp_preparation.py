@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 from torch.nn import functional
 
+from moe_parallel.experts import GroupedExperts
 from moe_parallel.mesh import MeshError, get_submesh, groups_of, is_mesh, pipeline_of
 from moe_parallel.text_module import is_module
 
@@ -77,6 +78,41 @@ def check_expert_widths(moe_layers: Iterable[Any], mesh: Any) -> None:
                     f"apply_fsdp: dimension 1 of the experts' {name} must be a multiple of the "
                     f"ep_shard size {mesh.size()}; got {list(parameter.shape)}. Use a larger ep, "
                     "which makes ep_shard smaller, or other widths."
+                )
+
+
+def check_experts_shared(
+    moe_layers: Iterable[Any], fsdp_mesh: Any, ep_enabled: bool, ep_shard_mesh: Any | None
+) -> None:
+    """Every rank of ``fsdp_mesh`` must have a part of the experts, or of their reduction.
+
+    Args:
+        ep_enabled: FSDP leaves the experts alone, but for ``ep_shard_mesh``.
+        ep_shard_mesh: over which FSDP shards the experts; None for no such.
+
+    Raises:
+        MeshError: experts that are copies of each other would train apart; before any
+            communication.
+    """
+    if not is_mesh(fsdp_mesh) or not (ep_shard_mesh is None or is_mesh(ep_shard_mesh)):
+        return
+    shards = 1 if ep_shard_mesh is None else ep_shard_mesh.size()
+    for moe in moe_layers:
+        experts = getattr(moe, "experts", None)
+        if not is_module(experts) or not (ep_enabled or ep_shard_mesh is not None):
+            continue
+        for name, parameter in experts.named_parameters():
+            sharded = isinstance(parameter, DTensor)
+            if not parameter.requires_grad or not (sharded or isinstance(experts, GroupedExperts)):
+                continue  # plain tensors of another class may be a rank's own experts
+            owners = parameter.device_mesh.size() if isinstance(parameter, DTensor) else 1
+            if owners * shards < fsdp_mesh.size():
+                raise MeshError(
+                    f"apply_fsdp: the experts' {name} is spread over {owners} ranks by Expert "
+                    f"Parallelism x {shards} of ep_shard_mesh, but {fsdp_mesh.size()} ranks share "
+                    "the model; copies would train apart. Call apply_ep before, and pass "
+                    "ep_shard_enabled=True with moe_mesh['ep_shard']; or, without Expert "
+                    "Parallelism, ep_enabled=False and ep_shard_enabled=False."
                 )
 
 

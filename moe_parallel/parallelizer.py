@@ -39,6 +39,7 @@ from moe_parallel.fsdp_preparation import (
     check_ep_mesh,
     check_equal_experts,
     check_expert_counts,
+    check_experts_shared,
     check_shards,
     fp32_param_holders,
     keep_in_fp32_names,
@@ -299,14 +300,19 @@ def apply_fsdp(
     Raises:
         KeyError: ``lm_head_precision`` is a name of no dtype.
         MeshError: ``fsdp_mesh`` has more axes; the experts' widths do not divide over
-            ``ep_shard_mesh``, or it is missing; or the head outside of the inner model is tied to
-            the embedding inside, with ``wrap_outer_model=False``. The model is as it was.
+            ``ep_shard_mesh``, or it is missing; some ranks of ``fsdp_mesh`` would train copies of
+            the experts apart; or the head outside of the inner model is tied to the embedding
+            inside, with ``wrap_outer_model=False``. The model is as it was.
     """
     with refused_together(fsdp_mesh):
         head_precision = head_dtype(lm_head_precision, dtype_from_str)
         backbone = get_text_module(inner_model(model))
         blocks = list(_iter_moe_blocks(model, backbone))
-        check_shards(map(_get_moe_module, blocks), fsdp_mesh, ep_shard_enabled, ep_shard_mesh)
+        moes = [moe for block in blocks if (moe := _get_moe_module(block)) is not None]
+        check_shards(moes, fsdp_mesh, ep_shard_enabled, ep_shard_mesh)
+        check_experts_shared(
+            moes, fsdp_mesh, ep_enabled, ep_shard_mesh if ep_shard_enabled else None
+        )
         check_ends(model, backbone, wrap_outer_model)
     if mp_policy is None:
         narrow = dict.fromkeys(("param_dtype", "output_dtype"), torch.bfloat16)

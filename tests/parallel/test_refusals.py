@@ -101,6 +101,27 @@ def _refused(rank: int, ranks: int) -> list[str]:
     with pytest.raises(MeshError, match="fsdp_mesh must be 1-D, or 2-D"):
         apply_fsdp(whole, world_mesh["dp_replicate", "dp_shard", "cp"], False, False)
     assert state(whole) == before_sharding
+    spread = TinyLM()
+    apply_ep(spread, moe_mesh["ep"], moe_mesh=moe_mesh)
+    for model, shards, options in (
+        (spread, 1, (True, False)),
+        (spread, 1, (True, False, moe_mesh["ep_shard"])),
+        (whole, 1, (True, False)),  # apply_ep was not called
+        (whole, 2, (True, True, moe_mesh["ep_shard"])),
+        (whole, 2, (False, True, moe_mesh["ep_shard"])),
+    ):
+        before = state(model)
+        owners = 2 if model is spread else 1
+        message = (
+            f"is spread over {owners} ranks by Expert Parallelism x {shards} of .* but 4 ranks"
+        )
+        with Collectives() as communication, pytest.raises(MeshError, match=message):
+            apply_fsdp(model, world_mesh["dp_shard"], *options)
+        assert state(model) == before
+        assert not communication.counts
+    apply_fsdp(spread, world_mesh["dp_shard"], True, True, moe_mesh["ep_shard"])
+    frozen = TinyLM(ModelOptions(frozen_experts=True))
+    apply_fsdp(frozen, world_mesh["dp_shard"], True, False)
     apply_fsdp(whole, world_mesh["dp_shard"], False, False)  # nothing is left of the tries
     foreign = nn.Module()
     foreign.bias = nn.Parameter(torch.zeros(4, 3))
