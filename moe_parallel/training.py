@@ -256,7 +256,7 @@ def clip_grad_norm(
     Raises:
         MeshError: pipeline parallelism without its mesh or axis.
     """
-    pp_group = None
+    norm_type, pp_group = float(norm_type), None  # "inf" too, as PyTorch's own
     if pp_enabled:
         if device_mesh is None or pp_axis_name is None:
             raise MeshError(
