@@ -1,7 +1,7 @@
 """What this package uses of PyTorch's private interfaces that differ or may move, 2.11 to 2.13.
 
-Beside them stand those that the specification of ``fsdp_mixin.py`` names, the passes of a pipeline's
-backward and the state of an FSDP unit, and the root of a mesh in ``mesh.py``.
+Beside them stand those that the specification of ``fsdp_mixin.py`` names, the passes of a
+pipeline's backward and the state of an FSDP unit, and the root of a mesh in ``mesh.py``.
 """
 
 from __future__ import annotations
