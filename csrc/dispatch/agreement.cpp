@@ -5,11 +5,16 @@
 
 #include <algorithm>
 #include <atomic>
+#include <tuple>
+
+#include "dispatch/processes.h"
 
 namespace moe::ep {
 namespace {
 
-constexpr int64_t kMagic = 0x4d6f45413245;
+// Of a build: another where what a line holds is another.
+constexpr int64_t kMagic =
+    0x4d6f45413345 + (int64_t{kFields} << 48) + (int64_t{std::tuple_size_v<Process>} << 56);
 
 // Numbers dispatches, so that ranks can tell handles apart. A Lamport clock: a rank proposes its
 // next tick, the headers carry every proposal to every rank, the largest is the number, and all
@@ -25,8 +30,6 @@ void advance_past(int64_t dispatch) {
 
 const char* name_of(int64_t field) {
   switch (field) {
-    case kMagicField:
-      return "the version of its headers";
     case kPhaseField:
       return "the phase";
     case kDispatcherField:
@@ -111,6 +114,8 @@ Tally agree(Phase phase, const std::string& group, int64_t rank, const std::vect
                 ": rank ", peer, " of group '", group,
                 "' found an error in its own arguments, so no rank has exchanged anything; its "
                 "message says which");
+    TORCH_CHECK_VALUE(ours, op, ": rank ", peer, " of group '", group,
+                      "' speaks another protocol. Use one version of moe_kernels on all ranks.");
     for (int64_t field = 0; field < kTermFields; ++field) {
       const int64_t here = mine[peer][field], there = theirs[peer][field];
       const bool may_differ =

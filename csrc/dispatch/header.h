@@ -26,6 +26,10 @@ enum Field : int64_t {
   kFields,
 };
 
+// Words of a line by which ranks of all builds begin, of which the first tells builds apart: it is
+// never changed, for some backends answer lines of unequal length by corrupting memory.
+constexpr int64_t kLineWords = 32;
+
 // In kRefusedField: an error in the arguments of the rank; found by the host, or by the device: a
 // slot without a valid id, a handle that another dispatcher made.
 constexpr int64_t kRefusedByHost = 1, kRefusedForSlot = 2, kRefusedForHandle = 3;

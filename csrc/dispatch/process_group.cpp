@@ -189,6 +189,8 @@ class Exchange {
     const Process& process = notices_->processes.own();
     std::vector<int64_t> line(header.begin(), header.end());
     line.insert(line.end(), process.begin(), process.end());
+    static_assert(kFields + std::tuple_size_v<Process> <= kLineWords);
+    line.resize(kLineWords, 0);
     headers.mine = beside(counts, at::tensor(line, at::kLong)).repeat({dispatcher_.ranks, 1});
     headers.mine.select(1, kRefusedField).copy_(refused);
     headers.mine.narrow(1, kRowsField, 2).copy_(counts);

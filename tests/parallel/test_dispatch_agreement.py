@@ -99,6 +99,27 @@ def test_calls_that_do_not_match_are_an_error_on_every_rank(
         assert healthy
 
 
+def _another_build(rank: int, ranks: int) -> None:
+    """Rank 1 says that its lines are of a kind of their own; their length is that of all builds."""
+    lines = torch.full((ranks, 32), 5)
+    if rank == 1:
+        dist.all_to_all_single(torch.empty_like(lines), lines)
+        return
+    case = make_case(1, rank, 9, 6, 2, 6)
+    kind, message = raised(
+        dispatcher_of("process_group", 6, timeout=5).dispatch, case.x, case.ids, case.weights
+    )
+    assert kind == "ValueError", message
+    assert message == (
+        "dispatch: rank 1 of group '0' speaks another protocol. Use one version of moe_kernels on "
+        "all ranks."
+    )
+
+
+def test_ranks_of_different_builds_are_told() -> None:
+    run_ranks(2, _another_build, timeout=20)
+
+
 def _number(tokens: Dispatched) -> int:
     return int(tokens.handle.plan[-2])
 
