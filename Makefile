@@ -103,18 +103,23 @@ test-sanitizers: $(ENVIRONMENT)
 test-aarch64: $(ENVIRONMENT)
 	$(PY) -m tests.native.levels default aarch64
 
-# The ranks of the shared memory transport, and those of cuda_ipc with their grids, as threads of one
-# process, under the thread sanitizer and under the address and undefined behaviour sanitizers.
+# The ranks of the shared memory transport, those of cuda_ipc with their grids, and what ranks say of
+# their failures by a group's store, as threads of one process, under the thread sanitizer and under the
+# address and undefined behaviour sanitizers.
 STRESS_SOURCES := tests/native/dispatch_stress.cpp \
 	$(addprefix csrc/dispatch/shared_memory/,communicator.cpp heap.cpp system.cpp)
+STORE_SOURCES := tests/native/store_stress.cpp \
+	$(addprefix csrc/dispatch/,causes.cpp group_store.cpp notices.cpp processes.cpp)
 test-stress:
 	@mkdir -p build
 	@for sanitizers in thread address,undefined; do \
 		compile="$${CXX:-g++} -std=c++20 -O1 -g -Wall -Wextra -fsanitize=$$sanitizers -Icsrc -pthread"; \
 		$$compile $(STRESS_SOURCES) -o build/dispatch_stress && \
 		$$compile tests/native/cuda_ipc_emulation.cpp -o build/cuda_ipc_emulation && \
+		$$compile -Itests/native/torch_stand_ins $(STORE_SOURCES) -o build/store_stress && \
 		for seed in 1 2 3; do \
-			build/dispatch_stress 8 150 $$seed && build/cuda_ipc_emulation 40 $$seed || exit 1; \
+			build/dispatch_stress 8 150 $$seed && build/cuda_ipc_emulation 40 $$seed && \
+			build/store_stress 8 2 $$seed || exit 1; \
 		done || exit 1; \
 	done
 

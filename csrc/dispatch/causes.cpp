@@ -2,6 +2,7 @@
 
 #include <c10/util/StringUtil.h>
 
+#include <algorithm>
 #include <chrono>
 #include <optional>
 #include <thread>
@@ -11,6 +12,7 @@ namespace moe::ep {
 namespace {
 
 constexpr std::chrono::milliseconds kForNames{500};
+constexpr int64_t kRanksInWord = 60;
 
 // In the store: what is said of the processes of these ranks.
 std::string key_of(const Notices& notices, const char* what) {
@@ -18,16 +20,22 @@ std::string key_of(const Notices& notices, const char* what) {
 }
 
 // This rank gives up the dispatcher. The others that have not said so; nothing if the store does
-// not tell.
+// not tell. The ranks have a bit each: when many fail together, they ask one store.
 std::optional<std::vector<int64_t>> give_up(Notices& notices, c10d::ProcessGroup& group,
                                             int64_t dispatcher) {
-  const std::string key = key_of(notices, "given_up/") + std::to_string(dispatcher) + "/";
+  const std::string key = key_of(notices, "given_up/") + std::to_string(dispatcher);
   return notices.store.ask(
       group, [key, own = group.getRank(), size = group.getSize()](c10d::Store& store) {
+        const bool first = store.add(key + "/" + std::to_string(own), 1) == 1;
         std::vector<int64_t> silent;
-        store.set(key + std::to_string(own), std::vector<uint8_t>{1});
-        for (int64_t rank = 0; rank < size; ++rank) {
-          if (!store.check({key + std::to_string(rank)})) silent.push_back(rank);
+        for (int64_t begin = 0; begin < size; begin += kRanksInWord) {
+          const int64_t end = std::min<int64_t>(begin + kRanksInWord, size);
+          const bool mine = first && begin <= own && own < end;
+          const int64_t said = store.add(key + "/from/" + std::to_string(begin),
+                                         mine ? int64_t{1} << (own - begin) : 0);
+          for (int64_t rank = begin; rank < end; ++rank) {
+            if ((said >> (rank - begin) & 1) == 0) silent.push_back(rank);
+          }
         }
         return silent;
       });

@@ -22,7 +22,7 @@ bool GroupStore::has(c10d::ProcessGroup& group) { return static_cast<bool>(store
 
 bool GroupStore::run(c10d::ProcessGroup& group, std::function<void(c10d::Store&)> question,
                      bool in_any_case) {
-  const auto store = store_of(group);
+  auto store = store_of(group);
   if (!store) return false;
   const std::lock_guard lock(mutex_);
   const bool silent =
@@ -31,13 +31,15 @@ bool GroupStore::run(c10d::ProcessGroup& group, std::function<void(c10d::Store&)
   std::promise<bool> promise;
   std::future<bool> answer = promise.get_future();
   try {
-    std::thread([store, question = std::move(question), promise = std::move(promise)]() mutable {
+    std::thread([store = std::move(store), question = std::move(question),
+                 promise = std::move(promise)]() mutable {
       bool answered = true;
       try {
         question(*store);
       } catch (const std::exception&) {
         answered = false;
       }
+      store.reset();  // who has the answer may drop the store, and open another in its place
       promise.set_value(answered);
     }).detach();
   } catch (const std::system_error&) {
