@@ -25,7 +25,7 @@ BUILD := $(PY) setup.py --quiet build_ext --inplace
 # Tests start processes by fork, which needs a parent without OpenMP threads.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
 
-CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/native/*.cpp' 'tests/native/*.h')
+CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/native/*.cpp' 'tests/native/*.h' 'tests/native/*.hpp')
 
 .PHONY: demo demo-modules test test-all test-modules test-amx test-aarch64 test-sanitizers \
 	test-stress test-instructions lint format bench gpu-check gpu-bench gpu-tune build clean
@@ -109,7 +109,7 @@ test-aarch64: $(ENVIRONMENT)
 STRESS_SOURCES := tests/native/dispatch_stress.cpp \
 	$(addprefix csrc/dispatch/shared_memory/,communicator.cpp heap.cpp system.cpp)
 STORE_SOURCES := tests/native/store_stress.cpp \
-	$(addprefix csrc/dispatch/,causes.cpp group_store.cpp notices.cpp processes.cpp)
+	$(addprefix csrc/dispatch/,causes.cpp group_store.cpp meeting.cpp notices.cpp processes.cpp)
 test-stress:
 	@mkdir -p build
 	@for sanitizers in thread address,undefined; do \

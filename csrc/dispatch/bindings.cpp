@@ -12,6 +12,7 @@
 
 #include "dispatch/cuda_ipc/emulated_device.h"
 #include "dispatch/dispatcher.h"
+#include "dispatch/meeting.h"
 #include "dispatch/rows.h"
 
 namespace moe::ep {
@@ -22,20 +23,22 @@ using namespace py::literals;
 using ipc::PeerMemory;
 using shm::Communicator;
 
+// So that Ctrl-C ends a wait of the main thread, which alone gets signals. Others must not ask for
+// the interpreter's lock: had it begun to end, it would end them there and then.
+void check_signals() {
+  if (::syscall(SYS_gettid) != ::getpid()) return;
+#if PY_VERSION_HEX >= 0x030d0000
+  if (Py_IsFinalizing()) return;
+#else
+  if (_Py_IsFinalizing()) return;
+#endif
+  const py::gil_scoped_acquire gil;
+  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
+
 std::shared_ptr<Communicator> make_communicator(int rank, int size, std::string group) {
   auto communicator = std::make_shared<Communicator>(rank, size, std::move(group));
-  // So that Ctrl-C ends a wait of the main thread, which alone gets signals. Others must not ask
-  // for the interpreter's lock: had it begun to end, it would end them there and then.
-  communicator->set_interrupt([] {
-    if (::syscall(SYS_gettid) != ::getpid()) return;
-#if PY_VERSION_HEX >= 0x030d0000
-    if (Py_IsFinalizing()) return;
-#else
-    if (_Py_IsFinalizing()) return;
-#endif
-    const py::gil_scoped_acquire gil;
-    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-  });
+  communicator->set_interrupt(check_signals);
   return communicator;
 }
 
@@ -151,6 +154,17 @@ void bind(py::module_& m) {
           "Give receiving memory without rows back to the system; returns the bytes.")
       .def_readonly("name", &Dispatcher::name)
       .def_readonly("ranks", &Dispatcher::ranks);
+  m.def(
+      "meet",
+      [](const std::string& group, const std::string& key, const std::string& value, double seconds,
+         double more) {
+        Met met = meet(group, key, value, seconds, more, check_signals);
+        return std::tuple(std::move(met.values), std::move(met.missing), std::move(met.problem));
+      },
+      "group"_a, "key"_a, "value"_a, "seconds"_a, "more"_a,
+      py::call_guard<py::gil_scoped_release>(),
+      "What each rank says under a key by the group's store; or the ranks that did not come within "
+      "so many seconds, or why the store does not answer, for which it has some more.");
   m.def("find_dispatcher", &find_dispatcher, "name"_a);
   m.def("begin_dispatcher", &begin_dispatcher, "group"_a,
         "The number of the next dispatcher of a group, whether or not it can be made.");

@@ -1,11 +1,16 @@
 #include "dispatch/group_store.h"
 
+#include <algorithm>
 #include <exception>
 #include <system_error>
 #include <thread>
 
 namespace moe::ep {
 namespace {
+
+using Clock = std::chrono::steady_clock;
+
+constexpr auto kSlice = std::chrono::milliseconds(100);
 
 // c10d raises for a group that has none.
 c10::intrusive_ptr<c10d::Store> store_of(c10d::ProcessGroup& group) {
@@ -21,7 +26,7 @@ c10::intrusive_ptr<c10d::Store> store_of(c10d::ProcessGroup& group) {
 bool GroupStore::has(c10d::ProcessGroup& group) { return static_cast<bool>(store_of(group)); }
 
 bool GroupStore::run(c10d::ProcessGroup& group, std::function<void(c10d::Store&)> question,
-                     bool in_any_case) {
+                     bool in_any_case, const Patience& patience) {
   auto store = store_of(group);
   if (!store) return false;
   const std::lock_guard lock(mutex_);
@@ -46,9 +51,13 @@ bool GroupStore::run(c10d::ProcessGroup& group, std::function<void(c10d::Store&)
     return false;  // this process may have no more threads
   }
   if (silent) return false;
-  if (answer.wait_for(kAtOnce) == std::future_status::ready) return answer.get();
   open_ = std::move(answer);
-  return false;
+  const auto deadline = Clock::now() + patience.limit;
+  while (open_.wait_until(std::min(deadline, Clock::now() + kSlice)) != std::future_status::ready) {
+    if (Clock::now() >= deadline) return false;
+    if (patience.meanwhile) patience.meanwhile();
+  }
+  return open_.get();
 }
 
 }  // namespace moe::ep

@@ -22,27 +22,33 @@ class GroupStore {
   // MPI does without.
   static bool has(c10d::ProcessGroup& group);
 
+  // How long an answer is waited for; now and then `meanwhile` is called, and may throw.
+  struct Patience {
+    std::chrono::milliseconds limit{400};
+    std::function<void()> meanwhile = {};
+  };
   // What a function of the store returns, which owns all that it uses: it goes on, on a thread of
   // its own, where this waits for it no longer. Nothing if it raises, or there is no store, or it
-  // does not answer at once; while an earlier question is open, none is asked.
+  // does not answer in time; while an earlier question is open, none is asked.
   template <typename F>
-  auto ask(c10d::ProcessGroup& group, F question) {
-    return put(group, std::move(question), /*in_any_case=*/false);
+  auto ask(c10d::ProcessGroup& group, F question, const Patience& patience = at_once()) {
+    return put(group, std::move(question), /*in_any_case=*/false, patience);
   }
   // The same for what others are to read: it is said as soon as the store answers again.
   template <typename F>
   auto tell(c10d::ProcessGroup& group, F saying) {
-    return put(group, std::move(saying), /*in_any_case=*/true);
+    return put(group, std::move(saying), /*in_any_case=*/true, at_once());
   }
 
  private:
-  static constexpr std::chrono::milliseconds kAtOnce{400};
+  static Patience at_once() { return {}; }
 
   // Whether it has returned.
-  bool run(c10d::ProcessGroup& group, std::function<void(c10d::Store&)> question, bool in_any_case);
+  bool run(c10d::ProcessGroup& group, std::function<void(c10d::Store&)> question, bool in_any_case,
+           const Patience& patience);
 
   template <typename F>
-  auto put(c10d::ProcessGroup& group, F question, bool in_any_case) {
+  auto put(c10d::ProcessGroup& group, F question, bool in_any_case, const Patience& patience) {
     using Answer = std::invoke_result_t<F, c10d::Store&>;
     const auto answer = std::make_shared<std::optional<Answer>>();
     const bool answered = run(
@@ -50,7 +56,7 @@ class GroupStore {
         [answer, question = std::move(question)](c10d::Store& store) {
           answer->emplace(question(store));
         },
-        in_any_case);
+        in_any_case, patience);
     return answered ? std::move(*answer) : std::optional<Answer>();
   }
 

@@ -13,24 +13,20 @@ import math
 import multiprocessing
 import multiprocessing.util
 import os
-import queue
 import sys
-import threading
 import weakref
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from moe_parallel.dispatch.native import extension
-from moe_parallel.torch_internals import backend_of, store_of, timeout_of
+from moe_parallel.torch_internals import backend_of, timeout_of
 
 logger = logging.getLogger(__name__)
-Result = TypeVar("Result")
 
 # Backends whose ranks are processes that a store joins; MPI does without one, and others imitate
 # ranks in one process.
@@ -88,29 +84,6 @@ def _offer(group: ProcessGroup) -> tuple[Any, dict[str, Any]]:
     return memory, {"host": host, "process": os.getpid(), "address": memory.address}
 
 
-def _within(seconds: float, ask: Callable[[], Result]) -> Result:
-    """What ``ask`` returns or raises; TimeoutError where it goes on for longer.
-
-    A store keeps no time limit while the process that keeps it is stopped or out of reach.
-    """
-    answers: queue.SimpleQueue[tuple[Result | None, Exception | None]] = queue.SimpleQueue()
-
-    def run() -> None:
-        try:
-            answers.put((ask(), None))
-        except Exception as error:
-            answers.put((None, error))
-
-    threading.Thread(target=run, daemon=True).start()
-    try:
-        answer, error = answers.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError(f"no answer in {seconds:g} s") from None
-    if error is not None:
-        raise error
-    return answer  # type: ignore[return-value]
-
-
 def exchange(group: ProcessGroup, key: str, value: Any, timeout: timedelta) -> list[Any]:
     """The ``value`` of each rank, by the group's store; a rank gives a ``key`` the same each time.
 
@@ -118,34 +91,23 @@ def exchange(group: ProcessGroup, key: str, value: Any, timeout: timedelta) -> l
         torch.distributed.DistBackendError: a rank did not come in time; it is named. Or the store
             does not answer.
     """
-    keys = [f"moe_kernels/{key}/{rank}" for rank in range(group.size())]
-    store, own = store_of(group), json.dumps(value)
     seconds = timeout.total_seconds()
+    values, missing, problem = extension().meet(
+        group.group_name, key, json.dumps(value), seconds, SECONDS_FOR_STORE
+    )
     me = f"AllToAllDispatcher: rank {group.rank()} of group '{group.group_name}'"
-
-    def meet() -> list[Any]:
-        store.set(keys[group.rank()], own)
-        store.wait(keys, timeout)
-        return [json.loads(store.get(key)) for key in keys]
-
-    def missing() -> list[int]:
-        return [rank for rank, key in enumerate(keys) if not store.check([key])]
-
-    try:
-        try:
-            return _within(seconds + SECONDS_FOR_STORE, meet)
-        except RuntimeError as error:
-            ranks = _within(SECONDS_FOR_STORE, missing)
-            raise dist.DistBackendError(
-                f"{me} has waited {seconds:g} s for these ranks to make their first dispatcher: "
-                f"{ranks}. Every rank of the group must make it."
-            ) from error
-    except (TimeoutError, dist.DistNetworkError) as error:
+    if problem:
         raise dist.DistBackendError(
-            f"{me} cannot meet the others: the group's store does not answer ({error}). The "
+            f"{me} cannot meet the others: the group's store does not answer ({problem}). The "
             "process that keeps it, often that of rank 0, has died or is stopped; it must run for "
             "as long as the ranks do."
-        ) from error
+        )
+    if missing:
+        raise dist.DistBackendError(
+            f"{me} has waited {seconds:g} s for these ranks to make their first dispatcher: "
+            f"{missing}. Every rank of the group must make it."
+        )
+    return [json.loads(value) for value in values]
 
 
 def _exchange_offers(

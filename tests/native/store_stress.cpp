@@ -19,10 +19,12 @@
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
 #include <utility>
 #include <vector>
 
 #include "dispatch/causes.h"
+#include "dispatch/meeting.h"
 #include "dispatch/notices.h"
 
 namespace {
@@ -88,6 +90,12 @@ class Client : public c10d::Store {
       return std::all_of(keys.begin(), keys.end(),
                          [&](auto& key) { return values.count(key) > 0; });
     });
+  }
+  void wait(const std::vector<std::string>& keys, const milliseconds& timeout) override {
+    for (const auto end = Clock::now() + timeout; !check(keys);) {
+      if (Clock::now() > end) throw std::runtime_error("the time is over");
+      std::this_thread::sleep_for(milliseconds(1));
+    }
   }
   int64_t add(const std::string& key, int64_t value) override {
     return ask([&](auto& values) {
@@ -312,6 +320,52 @@ void refusals(int size, int rounds, unsigned seed) {
   });
 }
 
+// Ranks meet, but for one that is late in some of their tries, or interrupted, or by a store that
+// answers none.
+void meetings(int size, unsigned seed) {
+  const auto server = std::make_shared<Server>();
+  std::barrier everybody(size);
+  on_all(size, [&](int rank) {
+    std::mt19937 shared(seed);
+    auto store = std::make_shared<Client>(server, seed + rank);
+    store->slow_ms = 2;
+    c10d::group_of_thread = std::make_shared<c10d::ProcessGroup>(rank, size, store);
+    enum { kAll, kLate, kInterrupted, kSilent, kKinds };
+    for (int kind = 0; kind < kKinds; ++kind) {
+      const std::string key = std::to_string(kind);
+      const bool odd = static_cast<int>(shared() % size) == rank;
+      everybody.arrive_and_wait();
+      if (kind == kSilent && rank == 0) server->stop(true);
+      everybody.arrive_and_wait();
+      const double seconds = kind == kAll ? 30 : 0.5;
+      const auto begin = Clock::now();
+      Met met;
+      if (kind != kLate || !odd) {
+        try {
+          met = meet("stress", key, std::to_string(rank), seconds, 0.5, [&] {
+            if (kind == kInterrupted && odd) throw std::runtime_error("interrupted");
+          });
+        } catch (const std::runtime_error&) {
+          check(kind == kInterrupted && odd, "a meeting that nobody has interrupted");
+        }
+      }
+      check(kind == kAll || Clock::now() - begin < milliseconds(3000), "a meeting has no end");
+      everybody.arrive_and_wait();
+      if (kind == kSilent) {
+        check(met.problem == "no answer within the timeout", "a silent store is no problem");
+        server->stop(false);
+      } else if (kind == kLate && !odd) {
+        check(met.missing.size() == 1 && met.values.empty(), "who is late is not named");
+      } else if (kind == kAll) {
+        check(met.missing.empty() && static_cast<int>(met.values.size()) == size &&
+                  met.values[size - 1] == std::to_string(size - 1),
+              "the ranks have not met");
+      }
+    }
+    c10d::group_of_thread = nullptr;
+  });
+}
+
 // How often many ranks that fail together ask, each for half a second.
 void requests(int size) {
   const auto server = std::make_shared<Server>();
@@ -336,6 +390,7 @@ int main(int argc, char** argv) {
     questions(ranks, draw);
     late_ranks(ranks, draw, /*silent=*/false);
     refusals(ranks, 20, draw);
+    meetings(ranks, draw);
   }
   late_ranks(ranks, seed, /*silent=*/true);
   // A question that is open when the process ends.

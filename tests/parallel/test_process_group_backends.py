@@ -23,11 +23,11 @@ from tests.parallel.test_dispatch import WAYS, dispatcher_of, make_case, raised,
 def _without_store(rank: int, ranks: int) -> str:
     """As a group of MPI, whose store is a placeholder."""
 
-    def no_store(group: Any) -> Any:
+    def no_store(*_: Any) -> Any:
         raise AssertionError("a placeholder, of which every method raises")
 
     joining.backend_of = lambda group, device: "mpi"  # type: ignore[assignment]
-    joining.store_of = no_store  # type: ignore[assignment]
+    joining.exchange = no_store  # type: ignore[assignment]
     dispatcher = AllToAllDispatcher(dist.group.WORLD, 4, max_tokens=16)
     assert (dispatcher.transport, dispatcher.gpu_transport) == ("process_group", "process_group")
     round_trip(dispatcher, make_case(1, rank, 9, 6, 2, 4), rank)

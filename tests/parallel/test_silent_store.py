@@ -9,9 +9,12 @@ from __future__ import annotations
 import os
 import select
 import signal
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -42,12 +45,19 @@ def _keep_store(ports: Any) -> None:
 def _with_keeper(ranks: int, function: Callable[..., Any], *args: Any) -> None:
     """Run ``function(rank, ranks, port, keeper, *args)``: where a process keeps a store, as that
     which starts the ranks may."""
+    with _keeper() as (port, keeper):
+        run_ranks(ranks, function, port, keeper, *args)
+
+
+@contextmanager
+def _keeper() -> Iterator[tuple[int, int]]:
+    """A process that keeps a store: the port, and the process."""
     context = fork_context()
     ports = context.Queue()
     keeper = context.Process(target=_keep_store, args=(ports,))
     keeper.start()
     try:
-        run_ranks(ranks, function, ports.get(timeout=60), keeper.pid, *args)
+        yield ports.get(timeout=60), keeper.pid or 0
     finally:
         keeper.kill()
         keeper.join()
@@ -107,6 +117,57 @@ def _meets(rank: int, ranks: int, port: int, keeper: int, how: str) -> None:
 @pytest.mark.parametrize("how", ["stopped", "killed"])
 def test_ranks_that_meet_do_not_wait_for_a_silent_store(how: str) -> None:
     _with_keeper(2, _meets, how)
+
+
+_ENDS = """
+import os, signal, sys, time
+from datetime import timedelta
+import torch.distributed as dist
+from moe_parallel.dispatch import AllToAllDispatcher
+
+port, keeper = map(int, sys.argv[1:])
+store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
+dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+os.kill(keeper, signal.SIGSTOP)
+try:
+    AllToAllDispatcher(dist.group.WORLD, 2, timeout=0.2)
+except dist.DistBackendError as error:
+    print(error)
+
+
+class WhileTheInterpreterEnds:
+    def __del__(self, kill=os.kill, how=signal.SIGKILL, sleep=time.sleep):
+        kill(keeper, how)
+        sleep(0.5)
+
+
+last = WhileTheInterpreterEnds()
+"""
+
+
+def test_a_store_that_ends_with_the_interpreter_does_not_abort_it() -> None:
+    """The question that it has not answered wakes when the lock of the interpreter is gone."""
+    with _keeper() as (port, keeper):
+        command = [sys.executable, "-c", _ENDS, str(port), str(keeper)]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "the group's store does not answer" in result.stdout, result.stderr
+    assert result.returncode == 0, result.stderr
+
+
+def _interrupted(rank: int, ranks: int) -> None:
+    """A wait for the others ends by Ctrl-C."""
+    if rank == 1:
+        store_of(dist.group.WORLD).wait(["interrupted"])
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        dispatcher_of("shared_memory", 12, timeout=5.0)
+    store_of(dist.group.WORLD).set("interrupted", "")
+
+
+def test_ctrl_c_ends_the_wait_for_the_others() -> None:
+    run_ranks(2, _interrupted, timeout=30)
 
 
 def _store_in_use(rank: int, ranks: int, port: int, keeper: int) -> None:

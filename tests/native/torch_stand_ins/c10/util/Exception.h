@@ -7,6 +7,7 @@ namespace c10 {
 
 struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
+  const char* what_without_backtrace() const { return what(); }
 };
 
 template <typename... Parts>
