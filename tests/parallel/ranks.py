@@ -27,6 +27,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from moe_parallel.torch_internals import store_of
+
 GRACE = 3.0  # seconds that the other ranks have to report after one has failed
 IMPORTS = 300.0  # seconds for what the function's module imports, which are not the test's
 STDERR = 12_000  # characters of a failed rank's that are shown
@@ -86,6 +88,15 @@ def run_ranks(
                 process.join()
             for rank in range(len(processes)):
                 sys.stderr.write(_stderr(Path(folder), rank))
+
+
+def end_group(rank: int, ranks: int) -> None:
+    """Destroy the group of :func:`run_ranks` when every rank has it: a slower one may still be
+    connecting to this."""
+    store = store_of(dist.group.WORLD)
+    store.set(f"{rank} has a group", "")
+    store.wait([f"{other} has a group" for other in range(ranks)])
+    dist.destroy_process_group()
 
 
 def fork_context() -> ForkServerContext:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from moe_parallel.torch_internals import store_of
-from tests.parallel.ranks import fork_context, run_ranks
+from tests.parallel.ranks import end_group, fork_context, run_ranks
 from tests.parallel.test_dispatch import dispatcher_of, raised
 from tests.parallel.test_shared_memory import arguments, processes, small_case, timed
 
@@ -130,7 +130,7 @@ def test_who_gave_up_and_left_is_not_the_cause() -> None:
 
 def _one_knew_an_earlier_group(rank: int, ranks: int, store: str) -> None:
     """Rank 0 has had a group of the same name; rank 2 is late."""
-    dist.destroy_process_group()
+    end_group(rank, ranks)
     if rank == 0:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         dispatcher_of("process_group", 12)

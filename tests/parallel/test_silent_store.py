@@ -22,7 +22,7 @@ import pytest
 import torch.distributed as dist
 
 from moe_parallel.torch_internals import store_of
-from tests.parallel.ranks import fork_context, run_ranks
+from tests.parallel.ranks import end_group, fork_context, run_ranks
 from tests.parallel.test_dispatch import dispatcher_of
 from tests.parallel.test_shared_memory import arguments, small_case, timed
 
@@ -31,7 +31,7 @@ HOST = "127.0.0.1"
 
 def _group_by(port: int, rank: int, ranks: int) -> None:
     """A group in the place of the one that there is, by the store of another process."""
-    dist.destroy_process_group()
+    end_group(rank, ranks)
     store = dist.TCPStore(HOST, port, is_master=False, timeout=timedelta(seconds=60))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
 
