@@ -262,11 +262,11 @@ def test_any_rows_travel_with_the_tokens(ranks: int, way: str) -> None:
     run_ranks(ranks, _payloads, way)
 
 
-def _on_gpu(rank: int, ranks: int) -> None:
-    """All ranks on one device: gloo carries CUDA tensors through the host."""
+def exchange_on_gpu(rank: int, ranks: int, transport: str = "auto") -> None:
+    """All ranks on one device: as between CPUs, and with the same errors."""
     for seed, skew in enumerate(("even", "one_expert", "dropped")):
         case = make_case(seed, rank, 30 + rank, 40, 3, 8, dtype=torch.bfloat16, skew=skew)
-        dispatcher = AllToAllDispatcher(dist.group.WORLD, 8)
+        dispatcher = AllToAllDispatcher(dist.group.WORLD, 8, transport=transport)
         tokens, *results = round_trip(dispatcher, case, rank)
         there = Case(case.x.cuda(), case.ids.cuda(), case.weights.cuda())
         gpu_tokens, *gpu_results = round_trip(dispatcher, there, rank)
@@ -285,7 +285,8 @@ def _on_gpu(rank: int, ranks: int) -> None:
 @pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_exchange_of_cuda_tensors(ranks: int) -> None:
-    run_ranks(ranks, _on_gpu)
+    """Which gloo carries through the host."""
+    run_ranks(ranks, exchange_on_gpu)
 
 
 def _sub_groups_and_handles_in_flight(rank: int, ranks: int) -> None:

@@ -15,13 +15,11 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from moe_parallel.context_parallel import ContextParallelAttention, shard_sequence, unshard_sequence
-from moe_parallel.dispatch import AllToAllDispatcher
 from moe_parallel.parallelizer import _get_cp_stream
 from tests.conftest import HAS_GPU
 from tests.parallel.ranks import ONE_GPU, run_ranks
 from tests.parallel.test_context_parallel import COMM_TYPES, Case, error, run
-from tests.parallel.test_dispatch import Case as Exchange
-from tests.parallel.test_dispatch import make_case, raised, round_trip
+from tests.parallel.test_dispatch import exchange_on_gpu
 from tests.parallel.test_parallelize_model import COVERING, SHARED, check
 from tests.test_example import QUICK, TINY, _runs, run_example, summary
 
@@ -99,28 +97,9 @@ def test_keys_travel_while_attention_is_computed() -> None:
         assert together > 0
 
 
-def _exchange(rank: int, ranks: int) -> None:
-    """As between CPUs, and with the same errors."""
-    for seed, skew in enumerate(("even", "one_expert", "dropped")):
-        case = make_case(seed, rank, 30 + rank, 40, 3, 8, dtype=torch.bfloat16, skew=skew)
-        dispatcher = AllToAllDispatcher(dist.group.WORLD, 8, transport="process_group")
-        tokens, *results = round_trip(dispatcher, case, rank)
-        there = Exchange(case.x.cuda(), case.ids.cuda(), case.weights.cuda())
-        gpu_tokens, *gpu_results = round_trip(dispatcher, there, rank)
-        assert gpu_tokens.num_rows == tokens.num_rows
-        for name in ("x", "topk_ids", "topk_weights"):
-            assert torch.equal(getattr(gpu_tokens, name).cpu(), getattr(tokens, name)), name
-        for gpu_result, result in zip(gpu_results, results, strict=True):
-            torch.testing.assert_close(gpu_result.cpu(), result)
-        wrong = Exchange(there.x, there.ids.clone().fill_(9), there.weights)
-        last = rank == ranks - 1
-        kind, message = raised(dispatcher.dispatch, *vars(wrong if last else there).values())
-        assert kind == ("IndexError" if last else "RuntimeError"), message
-
-
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_exchange_is_that_of_the_cpu(ranks: int) -> None:
-    run_ranks(ranks, _exchange, backend=ONE_GPU)
+    run_ranks(ranks, exchange_on_gpu, "process_group", backend=ONE_GPU)
 
 
 @pytest.mark.parametrize("sizes", [{"ep": 2}, {"dp_replicate": 2, "ep": 4}], ids=str)
