@@ -89,6 +89,14 @@ BACKWARD_EPILOGUES = (
 )
 
 
+def other_parity(step: int, stages: int) -> tuple[int, int]:
+    return step % stages, (step // stages + 1) & 1
+
+
+def parity_of_step(step: int, stages: int) -> tuple[int, int]:
+    return step % stages, step & 1
+
+
 def no_mistake(names: Names) -> Names:
     return {}
 
@@ -202,6 +210,19 @@ def check_that_some_schedule_ends_in(
     raise AssertionError(f"no schedule shows it; {others}")
 
 
+def check_it_is_used_on_hopper_alone(
+    monkeypatch: pytest.MonkeyPatch, used: Callable[[], bool]
+) -> None:
+    """And with the releases of Triton that are known."""
+    for arch in (80, 100):
+        with monkeypatch.context() as patch:
+            patch.setattr(_operands, "architecture", lambda device, arch=arch: arch)
+            assert not used()
+    for version, known in {(3, 5): False, (3, 6): True, (3, 7): True, (3, 8): False}.items():
+        monkeypatch.setattr(_operands, "TRITON_VERSION", version)
+        assert used() == known
+
+
 def check_where_it_is_used(
     monkeypatch: pytest.MonkeyPatch,
     used: Callable[..., bool],
@@ -222,10 +243,4 @@ def check_where_it_is_used(
         assert not used("triton")
         assert not used(dtype=torch.float32)
         cases()
-        for arch in (80, 100):
-            with monkeypatch.context() as patch:
-                patch.setattr(_operands, "architecture", lambda device, arch=arch: arch)
-                assert not used()
-        for version, known in {(3, 5): False, (3, 6): True, (3, 7): True, (3, 8): False}.items():
-            monkeypatch.setattr(_operands, "TRITON_VERSION", version)
-            assert used() == known
+        check_it_is_used_on_hopper_alone(monkeypatch, used)

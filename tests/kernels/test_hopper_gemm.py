@@ -24,6 +24,8 @@ from tests.kernels.hopper_checks import (
     described,
     launch,
     no_mistake,
+    other_parity,
+    parity_of_step,
     products,
     tile_map,
 )
@@ -118,22 +120,14 @@ def test_it_is_used_where_it_was_asked_for_and_can_be(monkeypatch: pytest.Monkey
     check_where_it_is_used(monkeypatch, used, cases)
 
 
-def _other_parity(step: int, stages: int) -> tuple[int, int]:
-    return step % stages, (step // stages + 1) & 1
-
-
-def _parity_of_step(step: int, stages: int) -> tuple[int, int]:
-    return step % stages, step & 1
-
-
 def _waits_for_one_product_less(names: Names) -> Names:
     wait = names["warpgroup_mma_wait"]
     return {"warpgroup_mma_wait": lambda number, deps: wait(2 if number else 0, deps)}
 
 
 MISTAKES: dict[str, Mistake] = {
-    "the other parity": lambda names: {"_slot": _other_parity},
-    "the parity of the step, not of the use": lambda names: {"_slot": _parity_of_step},
+    "the other parity": lambda names: {"_slot": other_parity},
+    "the parity of the step, not of the use": lambda names: {"_slot": parity_of_step},
     "slots are not handed back": lambda names: {"_hand_back": lambda *arguments: None},
     "slots are handed back while they are read": _waits_for_one_product_less,
     "warps do not meet": lambda names: {"meet": lambda: None},

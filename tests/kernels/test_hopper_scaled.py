@@ -21,10 +21,13 @@ from tests.kernels.hopper_checks import (
     Mistake,
     Names,
     check,
+    check_it_is_used_on_hopper_alone,
     check_that_some_schedule_ends_in,
     described,
     launch,
     no_mistake,
+    other_parity,
+    parity_of_step,
     products,
     tile_map,
 )
@@ -136,13 +139,7 @@ def test_it_is_used_where_it_was_asked_for_and_can_be(monkeypatch: pytest.Monkey
             name: value.view(torch.uint8) for name, value in operands.items() if name != "out"
         }
         assert not used(**bytes_)
-        for arch in (80, 100):
-            with monkeypatch.context() as patch:
-                patch.setattr(_operands, "architecture", lambda device, arch=arch: arch)
-                assert not used()
-        for version, known in {(3, 5): False, (3, 6): True, (3, 7): True, (3, 8): False}.items():
-            monkeypatch.setattr(_operands, "TRITON_VERSION", version)
-            assert used() == known
+        check_it_is_used_on_hopper_alone(monkeypatch, used)
 
 
 def test_plain_kernels_have_the_columns_that_share_a_scale() -> None:
@@ -150,14 +147,6 @@ def test_plain_kernels_have_the_columns_that_share_a_scale() -> None:
     plain = Config(128, 128, 128, warps=8, stages=4, group_m=16)
     assert without_roles(wide) == without_roles(plain) == plain
     assert without_roles(replace(wide, block_n=128, stages=6)) == replace(plain, stages=5)
-
-
-def _other_parity(step: int, stages: int) -> tuple[int, int]:
-    return step % stages, (step // stages + 1) & 1
-
-
-def _parity_of_step(step: int, stages: int) -> tuple[int, int]:
-    return step % stages, step & 1
 
 
 def _waits_for_the_product_before(names: Names) -> Names:
@@ -176,8 +165,8 @@ def _waits_for_the_product_before(names: Names) -> Names:
 
 
 MISTAKES: dict[str, Mistake] = {
-    "the other parity": lambda names: {"_slot": _other_parity},
-    "the parity of the step, not of the use": lambda names: {"_slot": _parity_of_step},
+    "the other parity": lambda names: {"_slot": other_parity},
+    "the parity of the step, not of the use": lambda names: {"_slot": parity_of_step},
     "slots are not handed back": lambda names: {"_hand_back": lambda *arguments: None},
     "slots are handed back while they are read": _waits_for_the_product_before,
     "warps do not meet": lambda names: {"meet": lambda: None},
