@@ -30,6 +30,7 @@ SIZES = {"T": 6, "H": 16, "I": 12, "E": 8, "K": 3, "S": 20}
 TEXT = ",".join(f"{letter}={size}" for letter, size in SIZES.items())
 WAYS = ("overlap", "in_turn")
 NAMES = {f"{transport}_{way}" for transport in TRANSPORTS for way in WAYS}
+DIRECTIONS = ("forward", "forward+backward")
 BY_GROUP = tuple(f"process_group_{way}" for way in WAYS)
 SETTINGS = Settings(
     torch.device("cpu"), shapes=(TEXT,), providers=BY_GROUP, seconds=0.0, max_rounds=2
@@ -57,9 +58,10 @@ def test_rows_are_complete(measured: Path) -> None:
     names = {name for name, why in found["providers"].items() if not why}
     assert {*BY_GROUP, "copy_limit"} <= names
     assert {row["provider"] for row in found["rows"]} == names
+    assert {row["direction"] for row in found["rows"]} == set(DIRECTIONS)
     for row in found["rows"]:
         assert row["sizes"] == {**SIZES, "P": 2}
-        assert (row["direction"], row["dtype"], row["routing"]) == ("forward", "bf16", "balanced")
+        assert (row["dtype"], row["routing"]) == ("bf16", "balanced")
         assert row["void"] == row["note"] == ""
         assert 0 < row["ms_min"] <= row["ms"]
         assert row["rounds"] == 2
@@ -72,16 +74,18 @@ def test_report(measured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["report", str(measured), "--out", str(tmp_path)]) == 0
     text = (tmp_path / "report.md").read_text()
     assert text in capsys.readouterr().out
-    assert len(list(tmp_path.rglob("*.png"))) == 1
-    of = {row["provider"]: row for row in json.loads(measured.read_text())["rows"]}
-    best = [min(row["ms_min"] for n, row in of.items() if n.endswith(way)) for way in WAYS]
+    assert len(list(tmp_path.rglob("*.png"))) == len(DIRECTIONS)
     shape = "| T6 H16 I12 E8 K3 S20 P2 "
-    times, gain = (line for line in text.splitlines() if line.startswith(shape))
-    assert times.endswith(f"| {best[1] / best[0]:.2f} |")  # in turn is what ours is compared with
-    overlap, in_turn = (of[name] for name in BY_GROUP)
-    medians, minima = (f"{in_turn[time] / overlap[time]:.2f}" for time in ("ms", "ms_min"))
-    assert gain.startswith(f"{shape}bf16 | balanced | forward | {medians} / {minima} |")
-    assert gain.count(" / ") == sum(name.endswith(WAYS[0]) for name in of)
+    lines = [line for line in text.splitlines() if line.startswith(shape)]
+    for times, gain, direction in zip(lines[:2], lines[2:], DIRECTIONS, strict=True):
+        rows = json.loads(measured.read_text())["rows"]
+        of = {row["provider"]: row for row in rows if row["direction"] == direction}
+        best = [min(row["ms_min"] for n, row in of.items() if n.endswith(way)) for way in WAYS]
+        assert times.endswith(f"| {best[1] / best[0]:.2f} |")  # ours is compared with in turn
+        overlap, in_turn = (of[name] for name in BY_GROUP)
+        medians, minima = (f"{in_turn[time] / overlap[time]:.2f}" for time in ("ms", "ms_min"))
+        assert gain.startswith(f"{shape}bf16 | balanced | {direction} | {medians} / {minima} |")
+        assert gain.count(" / ") == sum(name.endswith(WAYS[0]) for name in of)
 
 
 def test_gains_are_of_what_was_measured_in_both_ways() -> None:
@@ -125,7 +129,7 @@ def test_the_router_chooses_what_the_routing_says(
     assert not torch.equal(cases[0].inputs[0]["x"], cases[1].inputs[0]["x"])
     for case in cases:
         for inputs in case.inputs:
-            logits = inputs["x"].double() @ case.weights["gate.weight"].double().T
+            logits = inputs["x"].detach().double() @ case.weights["gate.weight"].double().T
             chosen = torch.zeros(logits.shape, dtype=torch.bool)
             chosen.scatter_(1, inputs["topk_ids"], True)
             assert float(logits[chosen].min()) > 5.0
@@ -136,9 +140,12 @@ def test_the_router_chooses_what_the_routing_says(
 
 def test_the_cost_is_that_of_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
     """All tokens go to 3 experts, so that a rank computes 1.5 on average."""
-    cost = OP.cost(make_case(monkeypatch, "one", dtype=torch.bfloat16))["forward"]
-    assert cost.flops == 6 * (3 * 3 * 2 * 16 * 12 + 3 * 2 * 16 * 20)
-    assert cost.bytes == 2 * (1.5 * 3 * 16 * 12 + 3 * 16 * 20 + 8 * 16 + 2 * 6 * 16)
+    cost = OP.cost(make_case(monkeypatch, "one", dtype=torch.bfloat16))
+    flops = 6 * (3 * 3 * 2 * 16 * 12 + 3 * 2 * 16 * 20)
+    assert (cost["forward"].flops, cost["backward"].flops) == (flops, 2 * flops)
+    expert, dense, rows = 3 * 16 * 12, 3 * 16 * 20 + 8 * 16, 6 * 16
+    assert cost["forward"].bytes == 2 * (1.5 * expert + dense + 2 * rows)
+    assert cost["backward"].bytes == 2 * ((1.5 + 4) * expert + 2 * dense + 3 * rows)
 
 
 def test_truth_and_yardstick(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,29 +153,39 @@ def test_truth_and_yardstick(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case(monkeypatch, "uniform")
     of = {name: weight.double() for name, weight in case.weights.items()}
     inputs = case.inputs[0]
-    expected = torch.zeros(6, 16, dtype=torch.float64)
+    expected = []
 
     def swiglu(h: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
         g = gate @ h
         return down @ (g * torch.sigmoid(g) * (up @ h))
 
-    for token, h in enumerate(inputs["x"].double()):
+    x = inputs["x"].detach().double().requires_grad_()
+    for token, h in enumerate(x):
         scores = (of["gate.weight"] @ h).softmax(0)
         ids = inputs["topk_ids"][token].tolist()
+        shared = (of[f"shared_experts.{name}_proj.weight"] for name in ("gate", "up", "down"))
+        row = swiglu(h, *shared)
         for expert in ids:
             both = of[GATE_UP][expert].T
             y = swiglu(h, both[:12], both[12:], of[DOWN][expert].T)
-            expected[token] += scores[expert] / scores[ids].sum() * y
-        shared = (of[f"shared_experts.{name}_proj.weight"] for name in ("gate", "up", "down"))
-        expected[token] += swiglu(h, *shared)
-    right = OP.truth(case, 0, False)["y"]
-    assert len(right.rows) == 4
-    torch.testing.assert_close(right.values, expected[right.rows])
+            row = row + scores[expert] / scores[ids].sum() * y
+        expected.append(row)
+    y = torch.stack(expected)
+    y.backward(inputs["grad"].double())
+    assert list(OP.truth(case, 0, False)) == ["y"]
     assert OP.yardstick is not None
-    y = OP.yardstick(case).run(inputs)
-    assert isinstance(y, Tensor)
-    torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-5)
-    assert torch.equal(y, layer_in_plain_pytorch(case, inputs["x"], inputs["topk_ids"]))
+    implementation = OP.yardstick(case)
+    found = implementation.run(inputs)
+    implementation.backward(found, inputs)
+    assert isinstance(found, Tensor)
+    assert inputs["x"].grad is not None
+    assert x.grad is not None
+    for name, rows, values in (("y", found, y), ("x", inputs["x"].grad, x.grad)):
+        right = OP.truth(case, 0, True)[name]
+        assert len(right.rows) == 4
+        torch.testing.assert_close(right.values, values[right.rows].detach())
+        torch.testing.assert_close(rows.double(), values, rtol=1e-4, atol=1e-5)
+    assert torch.equal(found, layer_in_plain_pytorch(case, inputs["x"], inputs["topk_ids"]))
 
 
 def _noting(events: list[str], name: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -245,16 +262,32 @@ def other_experts(rank: int) -> None:
 
 def test_other_bits_than_in_turn_have_no_time() -> None:
     for rows in run_ranks(2, _rows, other_bits):
-        overlapping, in_turn = rows
-        assert "y has not the bits that the layer yields in turn" in overlapping["note"]
-        assert overlapping["ms"] is None
-        assert in_turn["note"] == in_turn["void"] == ""
-        assert in_turn["ms"] > 0
+        assert [row["direction"] for row in rows[::2]] == list(DIRECTIONS)
+        for overlapping, in_turn in zip(rows[::2], rows[1::2], strict=True):
+            assert "y has not the bits that the layer yields in turn" in overlapping["note"]
+            assert overlapping["ms"] is None
+            assert in_turn["note"] == in_turn["void"] == ""
+            assert in_turn["ms"] > 0
+
+
+def other_gradients(rank: int) -> None:
+    """What the second rank's shared experts add to the gradient of x is lost."""
+    forward = MLP.forward
+    if rank == 1:
+        MLP.forward = lambda self, x: forward(self, x.detach())  # type: ignore[method-assign]
+
+
+def test_wrong_gradients_have_no_time() -> None:
+    for rows in run_ranks(2, _rows, other_gradients):
+        assert len(rows) == 2 * len(DIRECTIONS)
+        for row in rows:
+            alone = row["direction"] == "forward"
+            assert ("error of x" in row["void"]) == (row["ms"] is None) == (not alone)
 
 
 def test_wrong_experts_have_no_time() -> None:
     for rows in run_ranks(2, _rows, other_experts):
-        assert [row["provider"] for row in rows] == list(BY_GROUP)
+        assert [row["provider"] for row in rows] == 2 * list(BY_GROUP)
         for row in rows:
             assert "error of y" in row["void"]
             assert row["ms"] is None

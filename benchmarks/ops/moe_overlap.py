@@ -19,7 +19,6 @@ from torch.nn.functional import linear, silu
 
 from benchmarks.ops._shapes import LAYERS
 from benchmarks.registry import (
-    FORWARD_ONLY,
     Case,
     Cost,
     Implementation,
@@ -85,23 +84,33 @@ def _make_case(
         hit = ids.unique().numel() / P  # experts that a rank computes, on average
         inputs.append(
             {
-                "x": x[mine].to(device, dtype),
+                "x": x[mine].to(device, dtype).requires_grad_(),
+                "grad": torch.randn(T, H, generator=generator).to(device, dtype),
                 "topk_ids": ids[mine].to(device),
                 "experts_hit": torch.tensor(hit),
             }
         )
     # further inputs of the checked call: that it is one
-    return Case(shape, dtype, device, inputs, weights, check={"checked": torch.tensor(True)})
+    checked = {"checked": torch.tensor(True)}
+    return Case(shape, dtype, device, inputs, weights, differentiable=("x",), check=checked)
 
 
 def _cost(case: Case) -> Mapping[str, Cost]:
-    """Products of the experts and the shared one; bytes of the weights that are needed, x and y."""
-    T, H, I, E, K, S = (case.shape[letter] for letter in "THIEKS")  # noqa: E741
+    """Products of the experts and the shared one; bytes of the weights that are needed, x and y.
+
+    Backward reads these weights and x again and dy, and writes dx and the gradients of all weights
+    that the rank has.
+    """
+    T, H, I, E, K, S, P = (case.shape[letter] for letter in "THIEKSP")  # noqa: E741
     size = case.dtype.itemsize
     hit = sum(float(inputs["experts_hit"]) for inputs in case.inputs) / len(case.inputs)
-    weights = hit * 3 * H * I + 3 * H * S + E * H
+    dense = 3 * H * S + E * H
+    weights, owned = hit * 3 * H * I + dense, E / P * 3 * H * I + dense
     flops = 6.0 * T * H * (K * I + S)
-    return {"forward": Cost(flops, size * (weights + 2.0 * T * H))}
+    return {
+        "forward": Cost(flops, size * (weights + 2.0 * T * H)),
+        "backward": Cost(2 * flops, size * (weights + owned + 3.0 * T * H)),
+    }
 
 
 def layer_in_plain_pytorch(case: Case, x: Tensor, ids: Tensor) -> Tensor:
@@ -128,9 +137,14 @@ def layer_in_plain_pytorch(case: Case, x: Tensor, ids: Tensor) -> Tensor:
 def _truth(case: Case, index: int, gradients: bool) -> Mapping[str, Truth]:
     inputs, T = case.inputs[index], case.shape["T"]
     rows = torch.linspace(0, T - 1, min(T, CHECKED), device=case.device).round().long().unique()
-    with torch.inference_mode():
-        y = layer_in_plain_pytorch(case, inputs["x"][rows].double(), inputs["topk_ids"][rows])
-    return {"y": Truth(rows, y)}
+    with torch.set_grad_enabled(gradients):
+        x = inputs["x"].detach()[rows].double().requires_grad_(gradients)
+        y = layer_in_plain_pytorch(case, x, inputs["topk_ids"][rows])
+    found = {"y": Truth(rows, y.detach())}
+    if gradients:
+        (dx,) = torch.autograd.grad(y, x, inputs["grad"][rows].double())
+        found["x"] = Truth(rows, dx)
+    return found
 
 
 def _yardstick(case: Case) -> Implementation:
@@ -178,8 +192,7 @@ def build_layer(case: Case, transport: str) -> MoE:
     for name in (GATE_UP, DOWN):
         of[name] = DTensor.from_local(of[name][first : first + here], mesh, [Shard(0)])
     layer.load_state_dict(of, strict=True, assign=True)
-    layer.eval().requires_grad_(False)
-    return layer
+    return layer.train()
 
 
 _QWEN = LAYERS["qwen3-30b-a3b"]
@@ -195,7 +208,7 @@ moe_overlap = Op(
     },
     defaults={"cpu": ("cpu",), "cuda": ("deepseek-v3",)},
     dtypes={"cpu": ("bf16",), "cuda": ("bf16",)},
-    directions=FORWARD_ONLY,
+    directions=dict.fromkeys(("cpu", "cuda"), ("forward", "forward+backward")),
     make_case=_make_case,
     cost=_cost,
     truth=_truth,

@@ -162,8 +162,8 @@ struct Returned {
 };
 
 // The kernels of that. Sums [T, H] and entries [T, K], or empty tensors.
-Ending<std::tuple<Tensor, Tensor>> send_back(const Call& call, const Returned& returned,
-                                             const Tensor& slot_rows, const Tensor& plan) {
+Ending<TokenGradients> send_back(const Call& call, const Returned& returned,
+                                 const Tensor& slot_rows, const Tensor& plan) {
   const OnGpus& gpus = call.on_gpus();
   Tensor rows, entries;
   if (returned.rows) rows = with_unit_stride(*returned.rows);
@@ -179,7 +179,7 @@ Ending<std::tuple<Tensor, Tensor>> send_back(const Call& call, const Returned& r
   }
   call.memory().device().launch(stage);
   return [call, rows, entries, addend, entry, slot_rows, plan,
-          bytes = region.region.bytes()]() -> std::tuple<Tensor, Tensor> {
+          bytes = region.region.bytes()]() -> TokenGradients {
     const OnGpus& gpus = call.on_gpus();
     const int64_t tokens = slot_rows.size(0), top_k = slot_rows.size(1);
     const Tensor none = at::empty({0}, slot_rows.options());
@@ -219,10 +219,10 @@ Ending<Tensor> combine(const DispatcherRef& owner, const Tensor& y, const Tensor
   });
 }
 
-std::tuple<Tensor, Tensor> dispatch_backward(const DispatcherRef& owner,
-                                             const std::optional<Tensor>& grad_x,
-                                             const std::optional<Tensor>& grad_weights,
-                                             const Tensor& slot_rows, const Tensor& plan) {
+Ending<TokenGradients> dispatch_backward(const DispatcherRef& owner,
+                                         const std::optional<Tensor>& grad_x,
+                                         const std::optional<Tensor>& grad_weights,
+                                         const Tensor& slot_rows, const Tensor& plan) {
   const auto check = [&](Terms& terms) {
     check_plan(Phase::kDispatchBackward, *owner, plan, slot_rows, slot_rows);
     for (const auto* grad : {&grad_x, &grad_weights}) {
@@ -236,13 +236,13 @@ std::tuple<Tensor, Tensor> dispatch_backward(const DispatcherRef& owner,
       terms.top_k = grad_weights->size(1), terms.weight_dtype = dtype_number(*grad_weights);
     }
   };
-  return begin<std::tuple<Tensor, Tensor>>(
+  return begin<TokenGradients>(
       Phase::kDispatchBackward, owner, slot_rows, check,
-      [&](const Call& call) { return send_back(call, {grad_x, grad_weights}, slot_rows, plan); })();
+      [&](const Call& call) { return send_back(call, {grad_x, grad_weights}, slot_rows, plan); });
 }
 
-Tensor combine_backward(const DispatcherRef& owner, const Tensor& grad, const Tensor& slot_rows,
-                        const Tensor& plan, int64_t num_received) {
+Ending<Tensor> combine_backward(const DispatcherRef& owner, const Tensor& grad,
+                                const Tensor& slot_rows, const Tensor& plan, int64_t num_received) {
   const OnGpus& gpus = owner->on_gpus;
   const auto check = [&](Terms& terms) {
     check_plan(Phase::kCombineBackward, *owner, plan, slot_rows, grad);
@@ -270,7 +270,7 @@ Tensor combine_backward(const DispatcherRef& owner, const Tensor& grad, const Te
       call.memory().device().launch(pull);
       return out;
     };
-  })();
+  });
 }
 
 }  // namespace

@@ -119,6 +119,8 @@ std::shared_ptr<Dispatcher> make_dispatcher(const std::string& group, int64_t nu
                                                         .on_gpus = std::move(on_gpus),
                                                         .dispatches = {},
                                                         .combines = {},
+                                                        .combine_backwards = {},
+                                                        .dispatch_backwards = {},
                                                         .failure = {},
                                                         .process = ::getpid()},
                                          forget);

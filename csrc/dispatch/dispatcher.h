@@ -23,6 +23,9 @@
 
 namespace moe::ep {
 
+// Gradients [T, H] of x and [T, K] of the weights, each empty where it is not needed.
+using TokenGradients = std::tuple<at::Tensor, at::Tensor>;
+
 // S rows sent and U received.
 struct Arrived {
   at::Tensor x, ids, weights, slot_rows, plan, num_slots;
@@ -97,7 +100,8 @@ struct Dispatcher {
   OnGpus on_gpus;
 
   Begun<Arrived> dispatches;
-  Begun<at::Tensor> combines;
+  Begun<at::Tensor> combines, combine_backwards;
+  Begun<TokenGradients> dispatch_backwards;
   FirstError failure;  // of c10d's exchanges; shared memory has its own, of the group
   int64_t process;     // of the rank: a fork of it is not the rank
 
@@ -162,13 +166,13 @@ struct Transport {
   Ending<Arrived> (*dispatch)(const DispatcherRef&, const Tokens& tokens);
   Ending<at::Tensor> (*combine)(const DispatcherRef&, const at::Tensor& y,
                                 const at::Tensor& slot_rows, const at::Tensor& plan);
-  at::Tensor (*combine_backward)(const DispatcherRef&, const at::Tensor& grad,
-                                 const at::Tensor& slot_rows, const at::Tensor& plan,
-                                 int64_t num_received);
-  std::tuple<at::Tensor, at::Tensor> (*dispatch_backward)(
-      const DispatcherRef&, const std::optional<at::Tensor>& grad_x,
-      const std::optional<at::Tensor>& grad_weights, const at::Tensor& slot_rows,
-      const at::Tensor& plan);
+  Ending<at::Tensor> (*combine_backward)(const DispatcherRef&, const at::Tensor& grad,
+                                         const at::Tensor& slot_rows, const at::Tensor& plan,
+                                         int64_t num_received);
+  Ending<TokenGradients> (*dispatch_backward)(const DispatcherRef&,
+                                              const std::optional<at::Tensor>& grad_x,
+                                              const std::optional<at::Tensor>& grad_weights,
+                                              const at::Tensor& slot_rows, const at::Tensor& plan);
 };
 
 extern const Transport process_group_transport;

@@ -32,24 +32,36 @@ Outputs outputs_of(Arrived arrived) {
           arrived.plan, arrived.num_slots, arrived.extra};
 }
 
-// A ticket travels as a tensor: it is what orders the end of a call after its beginning in a graph.
-// With the last of it goes what nobody can ask for any more.
+// A ticket travels as a tensor: it is what orders the end of a call after its beginning in a graph,
+// and of floating point, so that in backward it can be the gradient of the forward one. With the
+// last of it goes what nobody can ask for any more.
 template <typename Result>
 Tensor write_ticket(const std::shared_ptr<Dispatcher>& dispatcher,
                     Begun<Result> Dispatcher::* begun, Ending<Result> ending) {
-  auto number = std::make_unique<int64_t>((*dispatcher.*begun).keep(std::move(ending)));
+  auto number =
+      std::make_unique<double>(static_cast<double>((*dispatcher.*begun).keep(std::move(ending))));
   const auto forget = [weak = std::weak_ptr(dispatcher), begun](void* data) {
-    const std::unique_ptr<int64_t> ticket(static_cast<int64_t*>(data));
-    if (const auto owner = weak.lock()) (*owner.*begun).take(*ticket);
+    const std::unique_ptr<double> ticket(static_cast<double*>(data));
+    if (const auto owner = weak.lock()) {
+      (*owner.*begun).take(static_cast<int64_t>(*ticket));
+    }
   };
-  return at::from_blob(number.release(), {}, forget, at::kLong);
+  return at::from_blob(number.release(), {}, forget, at::kDouble);
 }
 
 template <typename Result>
 Result end_of(Begun<Result>& begun, const char* op, const Tensor& ticket) {
-  const auto ending = begun.take(ticket.item<int64_t>());
+  const auto ending = begun.take(static_cast<int64_t>(ticket.item<double>()));
   TORCH_CHECK(ending, op, ": this call has ended already; wait for it once");
   return ending();
+}
+
+// What has begun: the ticket, and a tensor without elements on the device of the call, on whose
+// queue and stream autograd then ends the backward of it.
+using Beginning = std::tuple<Tensor, Tensor>;
+
+Beginning beginning(const Tensor& ticket, const Tensor& of) {
+  return {ticket, at::empty({0}, of.options().dtype(at::kDouble))};
 }
 
 Outputs dispatch(const Tensor& x, const Tensor& ids, const Tensor& weights,
@@ -58,15 +70,15 @@ Outputs dispatch(const Tensor& x, const Tensor& ids, const Tensor& weights,
   return outputs_of(transport_of(*dispatcher, x).dispatch(dispatcher, {x, ids, weights, extra})());
 }
 
-Tensor dispatch_start(const Tensor& x, const Tensor& ids, const Tensor& weights,
-                      const std::optional<Tensor>& extra, std::string name) {
+Beginning dispatch_start(const Tensor& x, const Tensor& ids, const Tensor& weights,
+                         const std::optional<Tensor>& extra, std::string name) {
   const auto dispatcher = find_dispatcher(name);
-  return write_ticket(dispatcher, &Dispatcher::dispatches,
-                      transport_of(*dispatcher, x).dispatch(dispatcher, {x, ids, weights, extra}));
+  auto ending = transport_of(*dispatcher, x).dispatch(dispatcher, {x, ids, weights, extra});
+  return beginning(write_ticket(dispatcher, &Dispatcher::dispatches, std::move(ending)), x);
 }
 
 Outputs dispatch_finish(const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&,
-                        const Tensor& ticket, std::string name) {
+                        const Tensor& ticket, const Tensor&, bool, bool, std::string name) {
   return outputs_of(end_of(find_dispatcher(name)->dispatches, "dispatch", ticket));
 }
 
@@ -75,32 +87,68 @@ Tensor combine(const Tensor& y, const Tensor& slot_rows, const Tensor& plan, std
   return transport_of(*dispatcher, slot_rows).combine(dispatcher, y, slot_rows, plan)();
 }
 
-Tensor combine_start(const Tensor& y, const Tensor& slot_rows, const Tensor& plan,
-                     std::string name) {
+Beginning combine_start(const Tensor& y, const Tensor& slot_rows, const Tensor& plan,
+                        std::string name) {
   const auto dispatcher = find_dispatcher(name);
-  return write_ticket(dispatcher, &Dispatcher::combines,
-                      transport_of(*dispatcher, slot_rows).combine(dispatcher, y, slot_rows, plan));
+  auto ending = transport_of(*dispatcher, slot_rows).combine(dispatcher, y, slot_rows, plan);
+  return beginning(write_ticket(dispatcher, &Dispatcher::combines, std::move(ending)), y);
 }
 
 Tensor combine_finish(const Tensor&, const Tensor&, const Tensor&, const Tensor& ticket,
-                      std::string name) {
+                      const Tensor&, std::string name) {
   return end_of(find_dispatcher(name)->combines, "combine", ticket);
 }
 
-Tensor combine_backward(const Tensor& grad, const Tensor& slot_rows, const Tensor& plan,
-                        int64_t num_received, std::string name) {
-  const auto dispatcher = find_dispatcher(name);
+Ending<Tensor> begin_combine_backward(const std::shared_ptr<Dispatcher>& dispatcher,
+                                      const Tensor& grad, const Tensor& slot_rows,
+                                      const Tensor& plan, int64_t num_received) {
   return transport_of(*dispatcher, grad)
       .combine_backward(dispatcher, grad, slot_rows, plan, num_received);
 }
 
-std::tuple<Tensor, Tensor> dispatch_backward(const std::optional<Tensor>& grad_x,
-                                             const std::optional<Tensor>& grad_weights,
-                                             const Tensor& slot_rows, const Tensor& plan,
-                                             std::string name) {
+Tensor combine_backward(const Tensor& grad, const Tensor& slot_rows, const Tensor& plan,
+                        int64_t num_received, std::string name) {
+  return begin_combine_backward(find_dispatcher(name), grad, slot_rows, plan, num_received)();
+}
+
+Tensor combine_backward_start(const Tensor& grad, const Tensor& slot_rows, const Tensor& plan,
+                              int64_t num_received, std::string name) {
   const auto dispatcher = find_dispatcher(name);
+  return write_ticket(dispatcher, &Dispatcher::combine_backwards,
+                      begin_combine_backward(dispatcher, grad, slot_rows, plan, num_received));
+}
+
+Tensor combine_backward_finish(const Tensor& ticket, const Tensor&, int64_t, int64_t,
+                               at::ScalarType, std::string name) {
+  return end_of(find_dispatcher(name)->combine_backwards, "combine_backward", ticket);
+}
+
+Ending<TokenGradients> begin_dispatch_backward(const std::shared_ptr<Dispatcher>& dispatcher,
+                                               const std::optional<Tensor>& grad_x,
+                                               const std::optional<Tensor>& grad_weights,
+                                               const Tensor& slot_rows, const Tensor& plan) {
   return transport_of(*dispatcher, slot_rows)
       .dispatch_backward(dispatcher, grad_x, grad_weights, slot_rows, plan);
+}
+
+TokenGradients dispatch_backward(const std::optional<Tensor>& grad_x,
+                                 const std::optional<Tensor>& grad_weights, const Tensor& slot_rows,
+                                 const Tensor& plan, std::string name) {
+  return begin_dispatch_backward(find_dispatcher(name), grad_x, grad_weights, slot_rows, plan)();
+}
+
+Tensor dispatch_backward_start(const std::optional<Tensor>& grad_x,
+                               const std::optional<Tensor>& grad_weights, const Tensor& slot_rows,
+                               const Tensor& plan, std::string name) {
+  const auto dispatcher = find_dispatcher(name);
+  return write_ticket(dispatcher, &Dispatcher::dispatch_backwards,
+                      begin_dispatch_backward(dispatcher, grad_x, grad_weights, slot_rows, plan));
+}
+
+TokenGradients dispatch_backward_finish(const Tensor& ticket, const Tensor&, at::IntArrayRef,
+                                        at::ScalarType, at::IntArrayRef, at::ScalarType,
+                                        std::string name) {
+  return end_of(find_dispatcher(name)->dispatch_backwards, "dispatch_backward", ticket);
 }
 
 void implement(torch::Library& m) {
@@ -108,10 +156,14 @@ void implement(torch::Library& m) {
   m.impl("dispatch_start", dispatch_start);
   m.impl("dispatch_finish", dispatch_finish);
   m.impl("dispatch_backward", dispatch_backward);
+  m.impl("dispatch_backward_start", dispatch_backward_start);
+  m.impl("dispatch_backward_finish", dispatch_backward_finish);
   m.impl("combine", combine);
   m.impl("combine_start", combine_start);
   m.impl("combine_finish", combine_finish);
   m.impl("combine_backward", combine_backward);
+  m.impl("combine_backward_start", combine_backward_start);
+  m.impl("combine_backward_finish", combine_backward_finish);
 }
 
 TORCH_LIBRARY_IMPL(moe_kernels, CPU, m) { implement(m); }

@@ -436,10 +436,12 @@ Ending<Tensor> combine(const DispatcherRef& owner, const Tensor& y, const Tensor
   };
 }
 
-Tensor combine_backward(const DispatcherRef& owner, const Tensor& grad, const Tensor& slot_rows,
-                        const Tensor& plan_numbers, int64_t num_received) {
+Ending<Tensor> combine_backward(const DispatcherRef& owner, const Tensor& grad,
+                                const Tensor& slot_rows, const Tensor& plan_numbers,
+                                int64_t num_received) {
   const Dispatcher& dispatcher = *owner;
-  Exchange exchange(Phase::kCombineBackward, owner);
+  const auto shared = std::make_shared<Exchange>(Phase::kCombineBackward, owner);
+  Exchange& exchange = *shared;
   Plan plan;
   Terms terms = terms_of(dispatcher);
   terms.hidden = grad.size(1), terms.x_dtype = dtype_number(grad);
@@ -451,16 +453,19 @@ Tensor combine_backward(const DispatcherRef& owner, const Tensor& grad, const Te
     out = at::empty({num_received, grad.size(1)}, grad.options());
     return exchange.start("result gradients", out, rows, plan.received, plan.sent);
   });
-  pending.wait();
-  return out;
+  return [shared, pending, out] {
+    pending.wait();
+    return out;
+  };
 }
 
-std::tuple<Tensor, Tensor> dispatch_backward(const DispatcherRef& owner,
-                                             const std::optional<Tensor>& grad_x,
-                                             const std::optional<Tensor>& grad_weights,
-                                             const Tensor& slot_rows, const Tensor& plan_numbers) {
+Ending<TokenGradients> dispatch_backward(const DispatcherRef& owner,
+                                         const std::optional<Tensor>& grad_x,
+                                         const std::optional<Tensor>& grad_weights,
+                                         const Tensor& slot_rows, const Tensor& plan_numbers) {
   const Dispatcher& dispatcher = *owner;
-  Exchange exchange(Phase::kDispatchBackward, owner);
+  const auto shared = std::make_shared<Exchange>(Phase::kDispatchBackward, owner);
+  Exchange& exchange = *shared;
   Plan plan;
   Terms terms = terms_of(dispatcher);
   if (grad_x) terms.hidden = grad_x->size(1), terms.x_dtype = dtype_number(*grad_x);
@@ -473,17 +478,19 @@ std::tuple<Tensor, Tensor> dispatch_backward(const DispatcherRef& owner,
     if (grad_x) rows.emplace(exchange, plan, "token gradients", *grad_x);
     if (grad_weights) slots.emplace(exchange, plan, "routing weight gradients", *grad_weights);
   });
-  Tensor out_weights = at::empty({0}, slot_rows.options()), out_x = at::empty_like(out_weights);
-  const auto first = first_rows(plan.sent);
-  if (slots) {
-    slots->pending.wait();
-    out_weights = gather_slots(slots->rows, slot_rows, first);
-  }
-  if (rows) {
-    rows->pending.wait();
-    out_x = sum_rows(rows->rows, slot_rows, first);
-  }
-  return {out_x, out_weights};
+  return [shared, rows, slots, slot_rows, first = first_rows(plan.sent)]() -> TokenGradients {
+    Tensor out_weights = at::empty({0}, slot_rows.options()), out_x = at::empty_like(out_weights);
+    use_on_current_stream(slot_rows);
+    if (slots) {
+      slots->pending.wait();
+      out_weights = gather_slots(slots->rows, slot_rows, first);
+    }
+    if (rows) {
+      rows->pending.wait();
+      out_x = sum_rows(rows->rows, slot_rows, first);
+    }
+    return {out_x, out_weights};
+  };
 }
 
 }  // namespace

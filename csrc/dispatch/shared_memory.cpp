@@ -73,15 +73,6 @@ Ending<Result> begin(Phase phase, const DispatcherRef& dispatcher, const F& f) {
   return [in_flight] { return in_flight->take(); };
 }
 
-// Runs f(call) as one call of all ranks.
-template <typename F>
-auto run(Phase phase, const Dispatcher& dispatcher, const F& f) {
-  const auto call = new_call(phase, dispatcher);
-  auto result = guarded(*call, [&] { return f(*call); });
-  call->finish();
-  return result;
-}
-
 // Where the memory is that a header or a grant names; each as two words.
 class Places {
  public:
@@ -359,9 +350,19 @@ Tensor collect(Call& call, const Dispatcher& dispatcher, const Left& left,
   return sum_rows(parts, slot_rows, y.size(1), y.scalar_type());
 }
 
-Tensor combine_backward_in(Call& call, const Dispatcher& dispatcher, const Tensor& grad,
-                           const Tensor& slot_rows, const Tensor& plan_numbers,
-                           int64_t num_received) {
+// Where others write in combine_backward.
+struct Granted {
+  Tensor grad;
+  int64_t received, row_bytes = 0;
+  Block out;                   // [received, ...]
+  std::vector<int64_t> first;  // row of each rank in it
+  Plan plan;
+  std::vector<Header> headers;
+  std::exception_ptr refusal;
+};
+
+Granted grant(Call& call, const Dispatcher& dispatcher, const Tensor& grad, const Tensor& slot_rows,
+              const Tensor& plan_numbers, int64_t num_received) {
   Plan plan;
   const auto refusal = caught([&] {
     plan = Plan::read(Phase::kCombineBackward, dispatcher, plan_numbers);
@@ -386,19 +387,33 @@ Tensor combine_backward_in(Call& call, const Dispatcher& dispatcher, const Tenso
   }
   const auto headers = equal_headers(Phase::kCombineBackward, dispatcher, terms, plan, refusal);
   send_headers(call, dispatcher, headers, places);
+  return {grad, num_received, row_bytes, out, first, plan, headers, refusal};
+}
+
+Tensor fill(Call& call, const Dispatcher& dispatcher, const Granted& granted,
+            const Tensor& slot_rows) {
+  const auto& [grad, received, row_bytes, out, first, plan, headers, refusal] = granted;
   const auto agreement = read_headers(call, Phase::kCombineBackward, dispatcher, headers, refusal);
   push_rows(grad, slot_rows,
             parts_at<char>(call, dispatcher, plan.sent, row_bytes, agreement.places, 0,
                            out->data() + first[dispatcher.rank] * row_bytes));
   exchange_done(call, dispatcher);
-  return tensor_in(out, 0, {num_received, grad.size(1)}, grad.scalar_type());
+  return tensor_in(out, 0, {received, grad.size(1)}, grad.scalar_type());
 }
 
-std::tuple<Tensor, Tensor> dispatch_backward_in(Call& call, const Dispatcher& dispatcher,
-                                                const std::optional<Tensor>& grad_x,
-                                                const std::optional<Tensor>& grad_weights,
-                                                const Tensor& slot_rows,
-                                                const Tensor& plan_numbers) {
+// What a rank leaves for the others in dispatch_backward: of those that are needed.
+struct LeftGradients {
+  std::optional<Tensor> x, weights;
+  std::vector<Readable> readable;
+  Plan plan;
+  std::vector<Header> headers;
+  std::exception_ptr refusal;
+};
+
+LeftGradients leave_gradients(Call& call, const Dispatcher& dispatcher,
+                              const std::optional<Tensor>& grad_x,
+                              const std::optional<Tensor>& grad_weights, const Tensor& slot_rows,
+                              const Tensor& plan_numbers) {
   Plan plan;
   const auto refusal = caught([&] {
     plan = Plan::read(Phase::kDispatchBackward, dispatcher, plan_numbers);
@@ -424,6 +439,12 @@ std::tuple<Tensor, Tensor> dispatch_backward_in(Call& call, const Dispatcher& di
   }
   const auto headers = equal_headers(Phase::kDispatchBackward, dispatcher, terms, plan, refusal);
   send_headers(call, dispatcher, headers, places);
+  return {grad_x, grad_weights, std::move(readable), plan, headers, refusal};
+}
+
+TokenGradients collect_gradients(Call& call, const Dispatcher& dispatcher,
+                                 const LeftGradients& left, const Tensor& slot_rows) {
+  const auto& [grad_x, grad_weights, readable, plan, headers, refusal] = left;
   const auto agreement = read_headers(call, Phase::kDispatchBackward, dispatcher, headers, refusal);
   const auto parts = [&](int64_t index) {
     const Readable& rows = readable[index];
@@ -457,19 +478,26 @@ Ending<Tensor> combine(const DispatcherRef& dispatcher, const Tensor& y, const T
   });
 }
 
-Tensor combine_backward(const DispatcherRef& dispatcher, const Tensor& grad,
-                        const Tensor& slot_rows, const Tensor& plan, int64_t num_received) {
-  return run(Phase::kCombineBackward, *dispatcher, [&](Call& call) {
-    return combine_backward_in(call, *dispatcher, grad, slot_rows, plan, num_received);
+Ending<Tensor> combine_backward(const DispatcherRef& dispatcher, const Tensor& grad,
+                                const Tensor& slot_rows, const Tensor& plan, int64_t num_received) {
+  return begin<Tensor>(Phase::kCombineBackward, dispatcher, [&](Call& call) {
+    return [&call, dispatcher, slot_rows,
+            granted = grant(call, *dispatcher, grad, slot_rows, plan, num_received)] {
+      return fill(call, *dispatcher, granted, slot_rows);
+    };
   });
 }
 
-std::tuple<Tensor, Tensor> dispatch_backward(const DispatcherRef& dispatcher,
-                                             const std::optional<Tensor>& grad_x,
-                                             const std::optional<Tensor>& grad_weights,
-                                             const Tensor& slot_rows, const Tensor& plan) {
-  return run(Phase::kDispatchBackward, *dispatcher, [&](Call& call) {
-    return dispatch_backward_in(call, *dispatcher, grad_x, grad_weights, slot_rows, plan);
+Ending<TokenGradients> dispatch_backward(const DispatcherRef& dispatcher,
+                                         const std::optional<Tensor>& grad_x,
+                                         const std::optional<Tensor>& grad_weights,
+                                         const Tensor& slot_rows, const Tensor& plan) {
+  return begin<TokenGradients>(Phase::kDispatchBackward, dispatcher, [&](Call& call) {
+    const auto left = std::make_shared<LeftGradients>(
+        leave_gradients(call, *dispatcher, grad_x, grad_weights, slot_rows, plan));
+    return [&call, dispatcher, left, slot_rows] {
+      return collect_gradients(call, *dispatcher, *left, slot_rows);
+    };
   });
 }
 

@@ -376,10 +376,11 @@ class AllToAllDispatcher:
         must not be changed in place. What nobody waits for ends by itself, with the next call.
         """
         self._check_dispatch(x, topk_ids, topk_weights, extra)
-        tokens = (topk_ids, topk_weights, extra)
-        ticket = ops.dispatch_start(x.detach(), topk_ids, topk_weights.detach(), extra, self._name)
+        begun = ops.dispatch_start(x, topk_ids, topk_weights, extra, self._name)
+        tokens = (x.detach(), topk_ids, topk_weights.detach(), extra)
+        needs = (x.requires_grad, topk_weights.requires_grad)
         return Pending(
-            lambda: _dispatched(ops.dispatch_finish(x, *tokens, ticket, self._name), extra)
+            lambda: _dispatched(ops.dispatch_finish(*tokens, *begun, *needs, self._name), extra)
         )
 
     # What they raise comes with a call that has nothing right, so that the other ranks learn of it,
@@ -455,5 +456,6 @@ class AllToAllDispatcher:
     def combine_async(self, y: Tensor, handle: Handle) -> Pending[Tensor]:
         """Begin :meth:`combine`, as :meth:`dispatch_async` does dispatch; so y must not change."""
         self._check_combine(y, handle)
-        ticket = ops.combine_start(y.detach(), *handle, self._name)
-        return Pending(lambda: ops.combine_finish(y, *handle, ticket, self._name))
+        begun = ops.combine_start(y, *handle, self._name)
+        tokens = (y.detach(), *handle)
+        return Pending(lambda: ops.combine_finish(*tokens, *begun, self._name))

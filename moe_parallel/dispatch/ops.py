@@ -10,7 +10,11 @@ int64, on the CPU, the number of rows sent to each rank, of those received from 
 the dispatch, which the ranks agree on and no other dispatch of their group has, and a tag of the
 group. Between GPUs that read each other's memory U is a capacity, and ``plan`` is on the device,
 with more in it (csrc/cuda/protocol.h). ``..._start`` and ``..._finish`` are the halves of an
-exchange, joined by a ``ticket []`` int64; gradients go through the latter.
+exchange, joined by a ``ticket []`` float64 on the CPU, and an ``anchor [0]`` on the device. Of x, y
+and the weights the first half is a function, and the second one of the ticket: its backward begins
+an exchange, whose ticket is the gradient of the ticket, and the backward of the first half ends it.
+Autograd runs what was computed between the halves between their backwards. The anchor makes it run
+these on the device's stream.
 """
 
 from __future__ import annotations
@@ -57,8 +61,12 @@ def _dispatch_fake(
     )
 
 
-def _start_fake(*arguments: Any) -> Tensor:
-    return torch.empty((), dtype=torch.int64, device="cpu")
+def _ticket_fake(*arguments: Any) -> Tensor:
+    return torch.empty((), dtype=torch.float64, device="cpu")
+
+
+def _start_fake(tensor: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    return _ticket_fake(), tensor.new_empty(0, dtype=torch.float64)
 
 
 def _dispatch_finish_fake(
@@ -67,6 +75,9 @@ def _dispatch_finish_fake(
     topk_weights: Tensor,
     extra: Tensor | None,
     ticket: Tensor,
+    anchor: Tensor,
+    with_x: bool,
+    with_weights: bool,
     dispatcher: str,
 ) -> tuple[Tensor, ...]:
     return _dispatch_fake(x, topk_ids, topk_weights, extra, dispatcher)
@@ -88,12 +99,26 @@ def _dispatch_backward_fake(
     )
 
 
+def _dispatch_backward_finish_fake(
+    ticket: Tensor,
+    anchor: Tensor,
+    x_size: Any,
+    x_dtype: torch.dtype,
+    weights_size: Any,
+    weights_dtype: torch.dtype,
+    dispatcher: str,
+) -> tuple[Tensor, Tensor]:
+    sizes = ((x_size, x_dtype), (weights_size, weights_dtype))
+    x, weights = (anchor.new_empty(size or [0], dtype=dtype) for size, dtype in sizes)
+    return x, weights
+
+
 def _combine_fake(y: Tensor, slot_rows: Tensor, plan: Tensor, dispatcher: str) -> Tensor:
     return y.new_empty(slot_rows.shape[0], y.shape[1])
 
 
 def _combine_finish_fake(
-    y: Tensor, slot_rows: Tensor, plan: Tensor, ticket: Tensor, dispatcher: str
+    y: Tensor, slot_rows: Tensor, plan: Tensor, ticket: Tensor, anchor: Tensor, dispatcher: str
 ) -> Tensor:
     return _combine_fake(y, slot_rows, plan, dispatcher)
 
@@ -104,15 +129,23 @@ def _combine_backward_fake(
     return grad.new_empty(received, grad.shape[1])
 
 
+def _combine_backward_finish_fake(
+    ticket: Tensor, anchor: Tensor, received: Any, hidden: Any, dtype: torch.dtype, dispatcher: str
+) -> Tensor:
+    return anchor.new_empty(received, hidden, dtype=dtype)
+
+
 _TOKENS = "Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor? extra"
 _ARRIVED = (
     "(Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor slot_rows, Tensor plan,"
     " Tensor num_slots, Tensor extra)"
 )
 dispatch = _define(f"dispatch({_TOKENS}, str dispatcher) -> {_ARRIVED}", _dispatch_fake)
-dispatch_start = _define(f"dispatch_start({_TOKENS}, str dispatcher) -> Tensor", _start_fake)
+_BEGUN = "(Tensor ticket, Tensor anchor)"
+dispatch_start = _define(f"dispatch_start({_TOKENS}, str dispatcher) -> {_BEGUN}", _start_fake)
 dispatch_finish = _define(
-    f"dispatch_finish({_TOKENS}, Tensor ticket, str dispatcher) -> {_ARRIVED}",
+    f"dispatch_finish({_TOKENS}, Tensor ticket, Tensor anchor, bool with_x, bool with_weights,"
+    f" str dispatcher) -> {_ARRIVED}",
     _dispatch_finish_fake,
 )
 _dispatch_backward_op = _define(
@@ -120,22 +153,43 @@ _dispatch_backward_op = _define(
     " str dispatcher) -> (Tensor, Tensor)",
     _dispatch_backward_fake,
 )
+_dispatch_backward_start = _define(
+    "dispatch_backward_start(Tensor? grad_x, Tensor? grad_weights, Tensor slot_rows, Tensor plan,"
+    " str dispatcher) -> Tensor",
+    _ticket_fake,
+)
+_dispatch_backward_finish = _define(
+    "dispatch_backward_finish(Tensor ticket, Tensor anchor, SymInt[] x_size, ScalarType x_dtype,"
+    " SymInt[] weights_size, ScalarType weights_dtype, str dispatcher) -> (Tensor, Tensor)",
+    _dispatch_backward_finish_fake,
+)
 combine = _define(
     "combine(Tensor y, Tensor slot_rows, Tensor plan, str dispatcher) -> Tensor",
     _combine_fake,
 )
 combine_start = _define(
-    "combine_start(Tensor y, Tensor slot_rows, Tensor plan, str dispatcher) -> Tensor", _start_fake
+    f"combine_start(Tensor y, Tensor slot_rows, Tensor plan, str dispatcher) -> {_BEGUN}",
+    _start_fake,
 )
 combine_finish = _define(
-    "combine_finish(Tensor y, Tensor slot_rows, Tensor plan, Tensor ticket, str dispatcher)"
-    " -> Tensor",
+    "combine_finish(Tensor y, Tensor slot_rows, Tensor plan, Tensor ticket, Tensor anchor,"
+    " str dispatcher) -> Tensor",
     _combine_finish_fake,
 )
 _combine_backward_op = _define(
     "combine_backward(Tensor grad, Tensor slot_rows, Tensor plan, SymInt received,"
     " str dispatcher) -> Tensor",
     _combine_backward_fake,
+)
+_combine_backward_start = _define(
+    "combine_backward_start(Tensor grad, Tensor slot_rows, Tensor plan, SymInt received,"
+    " str dispatcher) -> Tensor",
+    _ticket_fake,
+)
+_combine_backward_finish = _define(
+    "combine_backward_finish(Tensor ticket, Tensor anchor, SymInt received, SymInt hidden,"
+    " ScalarType dtype, str dispatcher) -> Tensor",
+    _combine_backward_finish_fake,
 )
 
 
@@ -164,17 +218,52 @@ def _dispatch_backward(
     Whatever this rank's graph used of the outputs, every rank takes part: missing gradients are
     zeros here, and what requires a gradient is the same on all ranks.
     """
-    with_x, _, with_weights, *_ = ctx.needs_input_grad
-    slot_rows, plan = ctx.saved_tensors
+    with_x, _, with_weights, *rest = ctx.needs_input_grad
     dx, dweights = _dispatch_backward_op(
         _dense(grad_x) if with_x else None,
         _dense(grad_weights) if with_weights else None,
-        slot_rows,
-        plan,
+        *ctx.saved_tensors,
         ctx.dispatcher,
     )
-    rest = [None] * (len(ctx.needs_input_grad) - 3)
-    return dx if with_x else None, None, dweights if with_weights else None, *rest
+    return dx if with_x else None, None, dweights if with_weights else None, *[None] * len(rest)
+
+
+def _dispatch_finish_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _dispatch_setup(ctx, inputs, output)
+    *_, ctx.with_x, ctx.with_weights, _ = inputs
+
+
+def _dispatch_finish_backward(
+    ctx: Any, grad_x: Tensor, grad_ids: None, grad_weights: Tensor, *unused: Any
+) -> tuple[Tensor | None, ...]:
+    ticket = _dispatch_backward_start(
+        _dense(grad_x) if ctx.with_x else None,
+        _dense(grad_weights) if ctx.with_weights else None,
+        *ctx.saved_tensors,
+        ctx.dispatcher,
+    )
+    return None, None, None, None, ticket, grad_x.new_empty(0, dtype=ticket.dtype), *[None] * 3
+
+
+def _dispatch_start_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, _, weights, _, name = inputs
+    _keep_dispatcher(ctx, name)
+    ctx.like = ((x.shape, x.dtype), (weights.shape, weights.dtype))
+
+
+def _dispatch_start_backward(ctx: Any, ticket: Tensor, anchor: Tensor) -> tuple[Tensor | None, ...]:
+    with_x, _, with_weights, *rest = ctx.needs_input_grad
+    (x_size, x_dtype), (weights_size, weights_dtype) = ctx.like
+    dx, dweights = _dispatch_backward_finish(
+        ticket,
+        anchor,
+        x_size if with_x else [],
+        x_dtype,
+        weights_size if with_weights else [],
+        weights_dtype,
+        ctx.dispatcher,
+    )
+    return dx if with_x else None, None, dweights if with_weights else None, *[None] * len(rest)
 
 
 def _combine_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -186,7 +275,22 @@ def _combine_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _combine_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_y = _combine_backward_op(_dense(grad), *ctx.saved_tensors, ctx.received, ctx.dispatcher)
-    return grad_y, *[None] * (len(ctx.needs_input_grad) - 1)
+    return grad_y, None, None, None
+
+
+def _combine_finish_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    ticket = _combine_backward_start(_dense(grad), *ctx.saved_tensors, ctx.received, ctx.dispatcher)
+    return None, None, None, ticket, grad.new_empty(0, dtype=ticket.dtype), None
+
+
+def _combine_start_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    y, _, _, name = inputs
+    _keep_dispatcher(ctx, name)
+    ctx.like = (*y.shape, y.dtype)
+
+
+def _combine_start_backward(ctx: Any, ticket: Tensor, anchor: Tensor) -> tuple[Tensor | None, ...]:
+    return _combine_backward_finish(ticket, anchor, *ctx.like, ctx.dispatcher), None, None, None
 
 
 def _refuse(name: str) -> Callable[..., None]:
@@ -196,14 +300,20 @@ def _refuse(name: str) -> Callable[..., None]:
     return backward
 
 
-for _name, _backward, _setup in (
+_FORMULAS: tuple[tuple[str, Callable[..., Any], Callable[..., Any] | None], ...] = (
     ("dispatch", _dispatch_backward, _dispatch_setup),
-    ("dispatch_finish", _dispatch_backward, _dispatch_setup),
+    ("dispatch_start", _dispatch_start_backward, _dispatch_start_setup),
+    ("dispatch_finish", _dispatch_finish_backward, _dispatch_finish_setup),
     ("combine", _combine_backward, _combine_setup),
-    ("combine_finish", _combine_backward, _combine_setup),
-    ("dispatch_backward", _refuse("dispatch_backward"), None),
-    ("combine_backward", _refuse("combine_backward"), None),
-):
+    ("combine_start", _combine_start_backward, _combine_start_setup),
+    ("combine_finish", _combine_finish_backward, _combine_setup),
+    *(
+        (name, _refuse(name), None)
+        for half in ("dispatch_backward", "combine_backward")
+        for name in (half, f"{half}_start", f"{half}_finish")
+    ),
+)
+for _name, _backward, _setup in _FORMULAS:
     torch.library.register_autograd(
         f"{NAMESPACE}::{_name}", _backward, setup_context=_setup, lib=_library
     )

@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from moe_kernels import _C
 from moe_parallel import BackendConfig, MoE
-from moe_parallel.dispatch import AllToAllDispatcher, Dispatched
+from moe_parallel.dispatch import AllToAllDispatcher, Dispatched, ops
 from moe_parallel.experts import GroupedExperts
 from moe_parallel.parallelizer import ExpertParallel
 from moe_parallel.torch_internals import store_of
@@ -273,6 +273,86 @@ def test_calls_that_do_not_match_are_an_error_on_every_rank(way: str) -> None:
         assert fine[0] == "nothing"
 
 
+def note_backwards(phase: str, events: list[str]) -> None:
+    """Note when the backward of an exchange begins and when it ends."""
+    for half in ("start", "finish"):
+        name = f"_{phase}_backward_{half}"
+        op = getattr(ops, name)
+
+        def noted(*arguments: Any, op: Any = op, half: str = half) -> Any:
+            events.append(f"{phase} {half}")
+            return op(*arguments)
+
+        setattr(ops, name, noted)
+
+
+def _between(rank: int, ranks: int, way: str) -> None:
+    """What is computed between the halves of a call has its backward between those of its own."""
+    dispatcher = dispatcher_of(way, EXPERTS)
+    case = make_case(0, rank, 20 + rank, 16, 2, EXPERTS)
+    events: list[str] = []
+
+    def watched(value: Tensor, name: str) -> Tensor:
+        result = value.exp()
+        result.register_hook(lambda _: events.append(name))
+        return result
+
+    for phase in ("dispatch", "combine"):
+        note_backwards(phase, events)
+    pending, x, _ = begin(dispatcher, case)
+    first = watched(x, "first")
+    tokens = pending.wait()
+    returning = dispatcher.combine_async(apply_experts(tokens, 0), tokens.handle)
+    second = watched(x, "second")
+    y = returning.wait()
+    (first + second + y).sum().backward()
+    assert events == [
+        *("combine start", "second", "combine finish"),
+        *("dispatch start", "first", "dispatch finish"),
+    ]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_backward_computes_while_gradients_travel(way: str) -> None:
+    run_ranks(2, _between, way)
+
+
+def _some_gradients(rank: int, ranks: int, way: str) -> None:
+    """Of x alone, of the weights alone, twice through one graph: as in one piece."""
+    dispatcher = dispatcher_of(way, EXPERTS)
+    case = make_case(0, rank, 20 + rank, 16, 2, EXPERTS)
+
+    def gradients(separately: bool, of_x: bool, of_weights: bool) -> list[Tensor]:
+        x = case.x.clone().requires_grad_(of_x)
+        weights = case.weights.clone().requires_grad_(of_weights)
+        if separately:
+            tokens = dispatcher.dispatch_async(x, case.ids, weights).wait()
+            y = dispatcher.combine_async(
+                tokens.x * tokens.topk_weights.sum(1, keepdim=True), tokens.handle
+            ).wait()
+        else:
+            tokens = dispatcher.dispatch(x, case.ids, weights)
+            y = dispatcher.combine(
+                tokens.x * tokens.topk_weights.sum(1, keepdim=True), tokens.handle
+            )
+        inputs = [value for value in (x, weights) if value.requires_grad]
+        once = torch.autograd.grad(y.square().sum(), inputs, retain_graph=True)
+        again = torch.autograd.grad(y.square().sum(), inputs, retain_graph=True)
+        only = torch.autograd.grad(y.square().sum(), inputs[-1:])
+        assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+        assert torch.equal(only[0], once[-1])
+        return list(once)
+
+    for needs in ((True, False), (False, True), (True, True)):
+        found = zip(gradients(True, *needs), gradients(False, *needs), strict=True)
+        assert all(torch.equal(a, b) for a, b in found)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_some_gradients_are_those_of_a_call_in_one_piece(way: str) -> None:
+    run_ranks(2, _some_gradients, way)
+
+
 def _layer(rank: int, ranks: int, way: str) -> None:
     """Shared experts computed while the tokens travel, or before: the same bits."""
     config = make_config(n_shared_experts=1, shared_expert_gate=True, moe_latent_size=6)
@@ -292,6 +372,8 @@ def _layer(rank: int, ranks: int, way: str) -> None:
     layers[1].experts.__class__ = Before
     for name, layer in zip(("while", "before"), layers, strict=True):
         layer.shared_experts.register_forward_hook(lambda *_, name=name: calls.append(name))
+        layer.shared_experts.register_full_backward_hook(lambda *_: calls.append("backward"))
+    note_backwards("dispatch", calls)
     torch.manual_seed(rank)
     x = torch.randn(11, 13, dtype=torch.float64)
     outputs = []
@@ -300,7 +382,8 @@ def _layer(rank: int, ranks: int, way: str) -> None:
         y = layer(mine)
         y.square().sum().backward()
         outputs.append((y, mine.grad, [p.grad for p in layer.parameters()]))
-    assert calls == ["while", "before"]
+    around = ["dispatch start", "backward", "dispatch finish"]
+    assert calls == ["while", *around, "before", "backward"]
     (y, dx, grads), (other_y, other_dx, other_grads) = outputs
     assert torch.equal(y, other_y)
     assert torch.equal(dx, other_dx)

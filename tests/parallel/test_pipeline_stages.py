@@ -153,7 +153,8 @@ def _exchanges(rank: int, ranks: int, moe: dict[str, Any]) -> None:
         grads = [inputs["input_grads"][0], *(full(p.grad) for p in block.parameters())]
         runs.append((counts, grads))
     ((whole,), expected), ((first, second), actual) = runs
-    for op in ("dispatch_backward", "combine_backward", "topk_router_backward"):
+    halves = [f"dispatch_backward_{half}" for half in ("start", "finish")]
+    for op in (*halves, "combine_backward", "topk_router_backward"):
         assert (whole[op], first[op], second[op]) == (1, 1, 0), op
     assert whole["aux_loss_gradient"] == first["aux_loss_gradient"] + second["aux_loss_gradient"]
     for a, b in zip(actual, expected, strict=True):
