@@ -139,7 +139,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> fused_exp
     const std::optional<at::Tensor>& gate_up_bias, const std::optional<at::Tensor>& down_bias,
     std::string_view activation, bool interleaved, double alpha, double limit, int64_t num_rows,
     bool save_for_backward, const std::optional<at::Tensor>& /*gate_up_main_grad*/,
-    const std::optional<at::Tensor>& /*down_main_grad*/) {
+    const std::optional<at::Tensor>& /*down_main_grad*/, bool /*owns_h*/) {
   const Layer layer{Weights(gate_up),
                     Weights(down),
                     contiguous_or_undefined(gate_up_bias),

@@ -63,10 +63,11 @@ class Backward {
         activation_(activation),
         interleaved_(interleaved) {}
 
-  // dh [rows, W] and ds, and s * A [activation_rows, I] where it is needed.
-  void through_activation(const Weights& down_transposed, int64_t rows,
+  // dh [rows, W], in the place of h if it has no `rows`, and ds, and s * A [activation_rows, I]
+  // where it is needed.
+  void through_activation(const Weights& down_transposed, std::optional<int64_t> rows,
                           std::optional<int64_t> activation_rows) {
-    grad_h_ = empty_large({rows, width_}, h_.options());
+    grad_h_ = rows ? empty_large({*rows, width_}, h_.options()) : h_;
     const bool keep_activations = activation_rows.has_value();
     if (keep_activations) activations_ = empty_large({*activation_rows, inner_}, h_.options());
     // Partial sums of ds are over this many columns, whatever the number of threads.
@@ -210,56 +211,63 @@ class Backward {
   std::vector<A> products_;          // [parts, R]: parts of <dA, A>
 };
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
-           at::Tensor>
-fused_experts_backward(const at::Tensor& grad_TH, const at::Tensor& x_TH, const at::Tensor& gate_up,
-                       const at::Tensor& down, const at::Tensor& topk_weights,
-                       const at::Tensor& h_RW, const at::Tensor& row_to_slot,
-                       const at::Tensor& slot_to_row, const at::Tensor& offsets,
-                       const std::optional<at::Tensor>& gate_up_bias,
-                       const std::optional<at::Tensor>& down_bias, std::string_view activation,
-                       bool interleaved, double alpha, double limit, std::array<bool, 6> wanted,
-                       const std::optional<at::Tensor>& known_grad_h, bool keep_grad_h,
-                       bool keep_weighted_a) {
-  constexpr const char* kOp = "fused_experts_backward";
+using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
+                             at::Tensor, at::Tensor>;
+
+// What becomes of the gradient of h.
+enum class GradH { kDropped, kYielded, kOverwrites };
+
+Gradients gradients(const char* op, const at::Tensor& grad_TH, const at::Tensor& x_TH,
+                    const at::Tensor& gate_up, const at::Tensor& down,
+                    const at::Tensor& topk_weights, const at::Tensor& h_RW,
+                    const at::Tensor& row_to_slot, const at::Tensor& slot_to_row,
+                    const at::Tensor& offsets, const std::optional<at::Tensor>& gate_up_bias,
+                    const std::optional<at::Tensor>& down_bias, std::string_view activation,
+                    bool interleaved, double alpha, double limit, std::array<bool, 6> wanted,
+                    const std::optional<at::Tensor>& known_grad_h, GradH fate,
+                    bool keep_weighted_a) {
   const Needs needs{wanted[0],
                     wanted[1],
                     wanted[2],
                     wanted[3],
                     wanted[4] && gate_up_bias.has_value(),
                     wanted[5] && down_bias.has_value()};
-  const Order order(kOp, row_to_slot, slot_to_row, offsets);
-  TORCH_CHECK_VALUE(order.used <= h_RW.size(0), kOp,
+  const Order order(op, row_to_slot, slot_to_row, offsets);
+  TORCH_CHECK_VALUE(order.used <= h_RW.size(0), op,
                     ": h must have at least offsets[E] = ", order.used, " rows; got ",
                     h_RW.sizes());
   TORCH_CHECK_VALUE(!known_grad_h || (known_grad_h->sizes() == h_RW.sizes() &&
                                       known_grad_h->scalar_type() == h_RW.scalar_type()),
-                    kOp, ": grad_h must be as h, ", h_RW.sizes(), "; got ",
+                    op, ": grad_h must be as h, ", h_RW.sizes(), "; got ",
                     known_grad_h ? known_grad_h->sizes() : h_RW.sizes());
-  TORCH_CHECK_VALUE(!known_grad_h || !needs.weights, kOp,
+  TORCH_CHECK_VALUE(!known_grad_h || !needs.weights, op,
                     ": the gradient of topk_weights cannot be computed from grad_h");
+  TORCH_CHECK_VALUE(fate != GradH::kOverwrites || h_RW.is_contiguous(), op,
+                    ": h, which is overwritten, must be contiguous; got strides ", h_RW.strides());
   const at::Tensor x = with_unit_stride(x_TH), h = h_RW.contiguous();
   const at::Tensor grad = with_unit_stride(grad_TH.to(x.scalar_type()));
   const at::Tensor weights = topk_weights.to(accumulate_dtype(x.scalar_type())).contiguous();
   const at::Tensor bias = down_bias ? down_bias->contiguous() : at::Tensor();
-  const ActivationOptions options{parse_activation(kOp, activation), alpha, limit};
-  const at::Tensor none = at::empty({0}, x.options());
-  at::Tensor dx = none, dgate_up = none, ddown = none, dweights = none, dbias1 = none,
-             dbias2 = none, grad_h = none, weighted_a = none;
+  const ActivationOptions options{parse_activation(op, activation), alpha, limit};
+  at::Tensor dx, dgate_up, ddown, dweights, dbias1, dbias2, grad_h, weighted_a;
 
-  dispatch_float(x.scalar_type(), kOp, [&]<typename T>() {
+  dispatch_float(x.scalar_type(), op, [&]<typename T>() {
     Backward<T> backward(order, x, grad, h, weights, down.size(1), options, interleaved);
     if (known_grad_h) backward.take_grad_h(*known_grad_h);
     std::optional<int64_t> activation_rows;
     if (needs.down || keep_weighted_a) activation_rows = keep_weighted_a ? h.size(0) : order.used;
-    if (!known_grad_h && (needs.activations() || keep_grad_h)) {
-      const int64_t rows = keep_grad_h ? h.size(0) : order.used;
+    if (!known_grad_h && (needs.activations() || fate != GradH::kDropped)) {
+      std::optional<int64_t> rows = order.used;
+      if (fate == GradH::kYielded) rows = h.size(0);
+      if (fate == GradH::kOverwrites) rows = {};
       backward.through_activation(Weights(down.mT()), rows, activation_rows);
     } else if (activation_rows) {
       backward.recompute_activations(*activation_rows);
     }
     // An output of the op, which must be no input of it.
-    if (keep_grad_h) grad_h = known_grad_h ? known_grad_h->clone() : backward.grad_h();
+    if (fate == GradH::kYielded) {
+      grad_h = known_grad_h ? known_grad_h->clone() : backward.grad_h();
+    }
     if (keep_weighted_a) weighted_a = backward.activations();
     if (needs.weights) dweights = backward.grad_weights(bias, topk_weights);
     if (needs.x) dx = backward.grad_x(Weights(gate_up.mT()), x);
@@ -268,7 +276,41 @@ fused_experts_backward(const at::Tensor& grad_TH, const at::Tensor& x_TH, const 
     if (needs.gate_up_bias) dbias1 = backward.grad_gate_up_bias(*gate_up_bias);
     if (needs.down_bias) dbias2 = backward.grad_down_bias(*down_bias);
   });
-  return {dx, dgate_up, ddown, dweights, dbias1, dbias2, grad_h, weighted_a};
+  const auto or_empty = [&](const at::Tensor& result) {
+    return result.defined() ? result : at::empty({0}, x.options());
+  };
+  return {or_empty(dx),     or_empty(dgate_up), or_empty(ddown),  or_empty(dweights),
+          or_empty(dbias1), or_empty(dbias2),   or_empty(grad_h), or_empty(weighted_a)};
+}
+
+Gradients fused_experts_backward(
+    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& gate_up, const at::Tensor& down,
+    const at::Tensor& topk_weights, const at::Tensor& h, const at::Tensor& row_to_slot,
+    const at::Tensor& slot_to_row, const at::Tensor& offsets,
+    const std::optional<at::Tensor>& gate_up_bias, const std::optional<at::Tensor>& down_bias,
+    std::string_view activation, bool interleaved, double alpha, double limit,
+    std::array<bool, 6> wanted, const std::optional<at::Tensor>& known_grad_h, bool keep_grad_h,
+    bool keep_weighted_a) {
+  return gradients("fused_experts_backward", grad, x, gate_up, down, topk_weights, h, row_to_slot,
+                   slot_to_row, offsets, gate_up_bias, down_bias, activation, interleaved, alpha,
+                   limit, wanted, known_grad_h, keep_grad_h ? GradH::kYielded : GradH::kDropped,
+                   keep_weighted_a);
+}
+
+// The same, which leaves the gradient of h in h.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
+fused_experts_backward_(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& gate_up,
+                        const at::Tensor& down, const at::Tensor& topk_weights, at::Tensor& h,
+                        const at::Tensor& row_to_slot, const at::Tensor& slot_to_row,
+                        const at::Tensor& offsets, const std::optional<at::Tensor>& gate_up_bias,
+                        const std::optional<at::Tensor>& down_bias, std::string_view activation,
+                        bool interleaved, double alpha, double limit, std::array<bool, 6> wanted,
+                        bool keep_weighted_a) {
+  const auto [dx, dgate_up, ddown, dweights, dbias1, dbias2, grad_h, weighted_a] =
+      gradients("fused_experts_backward_", grad, x, gate_up, down, topk_weights, h, row_to_slot,
+                slot_to_row, offsets, gate_up_bias, down_bias, activation, interleaved, alpha,
+                limit, wanted, std::nullopt, GradH::kOverwrites, keep_weighted_a);
+  return {dx, dgate_up, ddown, dweights, dbias1, dbias2, weighted_a};
 }
 
 // out[e] += a[rows of e]^T grad[rows of e]; of one of them, row r is that of the slot's token.
@@ -304,6 +346,7 @@ void fused_experts_wgrad_(const at::Tensor& out_EMN, const at::Tensor& a_in,
 
 TORCH_LIBRARY_IMPL(moe_kernels, CPU, m) {
   m.impl("fused_experts_backward", fused_experts_backward);
+  m.impl("fused_experts_backward_", fused_experts_backward_);
   m.impl("fused_experts_wgrad_", fused_experts_wgrad_);
 }
 

@@ -14,7 +14,7 @@ using FusedExperts = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, 
     const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
     const std::optional<at::Tensor>&, const std::optional<at::Tensor>&, std::string_view, bool,
     double, double, c10::SymInt, bool, const std::optional<at::Tensor>&,
-    const std::optional<at::Tensor>&);
+    const std::optional<at::Tensor>&, bool);
 
 // gate_up [E, H, W] and down [E, I, H] in x's dtype.
 bool are_weights(const at::Tensor& x, const at::Tensor& gate_up, const at::Tensor& down,
@@ -51,7 +51,7 @@ PyObject* fused_experts(PyObject*, PyObject* const* values, Py_ssize_t count) {
     return THPVariable_Wrap(run([&] {
       return std::get<0>(op.call(x, gate_up, down, topk_ids, topk_weights, gate_up_bias, down_bias,
                                  activation, interleaved, alpha, limit, num_rows, false,
-                                 std::nullopt, std::nullopt));
+                                 std::nullopt, std::nullopt, /*owns_h=*/false));
     }));
   });
 }

@@ -86,8 +86,8 @@ def _lazy_triton(name: str) -> Callable[..., Any]:
 
     def call(*args: Any) -> Any:
         if not launcher:
-            module = name.removesuffix("_backward")
-            module = module.removesuffix("_").removesuffix("_wgrad").removesuffix("_dbias")
+            module = name.removesuffix("_").removesuffix("_backward")
+            module = module.removesuffix("_wgrad").removesuffix("_dbias")
             module = FILES.get(module, module)
             try:
                 loaded = importlib.import_module(f"{NAMESPACE}.triton.{module}")
@@ -271,7 +271,8 @@ def owed_gradients(ctx: Any) -> list[bool]:
     """
     owed = []
     edges = iter(ctx.next_functions)
-    for is_tensor, needed in zip(ctx.tensor_inputs, ctx.needs_input_grad, strict=True):
+    # defaults that were left out are among the former alone
+    for is_tensor, needed in zip(ctx.tensor_inputs, ctx.needs_input_grad, strict=False):
         node = next(edges)[0] if is_tensor else None
         owed.append(bool(needed and node is not None and _engine_wants(node)))
     return owed

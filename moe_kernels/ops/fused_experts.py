@@ -36,6 +36,7 @@ from moe_kernels.reference.fused_experts import (
 from moe_kernels.reference.fused_experts import (
     fused_experts_wgrad_ as fused_experts_wgrad_reference_,
 )
+from moe_kernels.reference.fused_experts import overwriting
 from moe_kernels.reference.grouped_gemm import is_transposed
 
 
@@ -55,6 +56,7 @@ def experts_fake(
     save_for_backward: bool,
     gate_up_main_grad: Tensor | None,
     down_main_grad: Tensor | None,
+    owns_h: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tokens, top_k = topk_ids.shape
     kept = save_for_backward
@@ -110,11 +112,18 @@ def backward_fake(
     return (*grads, h.new_empty(h.shape if keep_grad_h else 0), weighted_a)
 
 
+def overwriting_fake(*args: Any) -> tuple[Tensor, ...]:
+    all_args = [*args[:16], None, False, *args[16:17]]
+    *grads, _, weighted_a = backward_fake(*all_args)
+    return (*grads, weighted_a)
+
+
+# owns_h: nobody will look at the output h but backward, which may overwrite it.
 _op = define(
     "fused_experts(Tensor x, Tensor gate_up, Tensor down, Tensor topk_ids, Tensor topk_weights,"
     " Tensor? gate_up_bias, Tensor? down_bias, str activation, bool interleaved, float alpha,"
     " float limit, SymInt num_rows, bool save_for_backward, Tensor? gate_up_main_grad,"
-    " Tensor? down_main_grad)"
+    " Tensor? down_main_grad, bool owns_h=False)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=fused_experts_forward_reference,
     fake=experts_fake,
@@ -130,6 +139,15 @@ _backward_op = define(
     reference=fused_experts_backward_reference,
     fake=backward_fake,
 )
+_overwriting_op = define(
+    "fused_experts_backward_(Tensor grad, Tensor x, Tensor gate_up, Tensor down,"
+    " Tensor topk_weights, Tensor(a!) h, Tensor row_to_slot, Tensor slot_to_row, Tensor offsets,"
+    " Tensor? gate_up_bias, Tensor? down_bias, str activation, bool interleaved, float alpha,"
+    " float limit, bool[6] needs, bool keep_weighted_a=False)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference=overwriting(fused_experts_backward_reference),
+    fake=overwriting_fake,
+)
 _wgrad_op = define(
     "fused_experts_wgrad_(Tensor(a!) out, Tensor a, Tensor grad, Tensor row_to_slot,"
     " Tensor slot_to_row, Tensor offsets, bool gather_a) -> ()",
@@ -140,7 +158,7 @@ _wgrad_op = define(
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, gate_up, down, _, topk_weights, gate_up_bias, down_bias, *options = inputs
-    scales = options[8:]  # of float8 weights
+    *scales, ctx.owns_h = options[8:]  # of float8 weights
     _, h, row_to_slot, slot_to_row, offsets = output
     ctx.mark_non_differentiable(h, row_to_slot, slot_to_row, offsets)
     ctx.set_materialize_grads(False)
@@ -178,8 +196,23 @@ def _known_grad_h(ctx: Any, grad: Tensor, needs: list[bool]) -> Tensor | None:
     return grad_h if same else None
 
 
-def backward_through(op: Any) -> Callable[..., tuple[Tensor | None, ...]]:
-    """The backward of an op with the arguments of ``fused_experts``, by its backward op."""
+def _may_overwrite(ctx: Any, h: Tensor) -> bool:
+    """Whether nobody needs h after this backward: neither who has called the op, nor a further
+    backward, nor a graph that is being traced."""
+    again = torch._C._autograd._get_current_graph_task_keep_graph()
+    return ctx.owns_h and type(h) is Tensor and h.is_contiguous() and not again
+
+
+def backward_through(
+    op: Any, overwriting_op: Any, *, x_takes_h: bool = True
+) -> Callable[..., tuple[Tensor | None, ...]]:
+    """The backward of an op with the arguments of ``fused_experts``, by its backward ops.
+
+    Args:
+        op: yields the gradient of h if asked for it.
+        overwriting_op: leaves it in h, which saves the largest buffer of a backward.
+        x_takes_h: whether the gradient of x alone needs that of h in memory.
+    """
 
     def backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
         others = (None,) * (len(ctx.tensor_inputs) - 7)
@@ -197,17 +230,14 @@ def backward_through(op: Any) -> Callable[..., tuple[Tensor | None, ...]]:
         later = grad_h is None and needs[0] and _is_followed_by_weights(ctx, owed)
         keep_h = grad_h is None and (later or up_main is not None)
         saved = ctx.saved_tensors  # once: activation checkpointing gives them once
-        *results, kept, weighted_a = call_op(
-            op,
-            grad,
-            *saved[:10],
-            *ctx.options,
-            needs,
-            grad_h,
-            keep_h,
-            down_main is not None,
-            *saved[10:],
-        )
+        arguments = (grad, *saved[:10], *ctx.options, needs)
+        others_last = (down_main is not None, *saved[10:])
+        stores_h = (needs[0] and x_takes_h) or needs[1] or needs[4] or keep_h
+        if stores_h and grad_h is None and _may_overwrite(ctx, saved[4]):
+            kept = saved[4]
+            *results, weighted_a = call_op(overwriting_op, *arguments, *others_last)
+        else:
+            *results, kept, weighted_a = call_op(op, *arguments, grad_h, keep_h, *others_last)
         ctx.kept = (grad, grad._version, kept) if later else None
         x, order = saved[0], saved[5:8]
         if up_main is not None:
@@ -222,7 +252,7 @@ def backward_through(op: Any) -> Callable[..., tuple[Tensor | None, ...]]:
     return backward
 
 
-register_autograd("fused_experts", backward_through(_backward_op), setup_context)
+register_autograd("fused_experts", backward_through(_backward_op, _overwriting_op), setup_context)
 refuse_double_backward("fused_experts_backward")
 
 
@@ -256,8 +286,13 @@ def backward_flops(
     return int(low * (through_down + ddown) + up * (dx + dgate_up))
 
 
+def overwriting_flops(*args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return backward_flops(*args[:16], None, True)
+
+
 register_flop_formula(torch.ops.moe_kernels.fused_experts)(flops)
 register_flop_formula(torch.ops.moe_kernels.fused_experts_backward)(backward_flops)
+register_flop_formula(torch.ops.moe_kernels.fused_experts_backward_)(overwriting_flops)
 
 
 @register_flop_formula(torch.ops.moe_kernels.fused_experts_wgrad_)
@@ -296,9 +331,10 @@ def fused_experts(
     Differentiable in x, both weights, both biases and topk_weights. For backward it keeps x, the
     pre-activation h [num_rows, W], topk_weights and the order; activations are recomputed. The
     gradients of the weights are stored as the weights are, with either of the last two dimensions
-    contiguous. Without gradients nothing is kept. A backward for x alone that retains the graph
-    also keeps the gradient of h [num_rows, W], which the next one for the weights takes over if it
-    is of the same gradient of y: the halves of a split backward multiply no more than a whole one.
+    contiguous. Without gradients nothing is kept. A backward that does not retain the graph writes
+    the gradient of h over h, which nobody needs any more. One for x alone that retains it keeps the
+    gradient of h [num_rows, W], which the next one for the weights takes over if it is of the same
+    gradient of y: the halves of a split backward multiply no more than a whole one.
 
     Args:
         x: [T, H], bf16, fp16, fp32 (fp64 on CPU).
@@ -409,11 +445,11 @@ def fused_experts(
         main_down if save else None,
     )
     if precision is None:
-        y: Tensor = call_op(_op, *arguments)[0]
+        y: Tensor = call_op(_op, *arguments, save)[0]
     else:
         scales = (None, None) if weight_scales is None else weight_scales
         op8 = torch.ops.moe_kernels.fused_experts_fp8.default
-        y = call_op(op8, *arguments, *scales)[0]
+        y = call_op(op8, *arguments, *scales, save)[0]
     return y
 
 

@@ -4,6 +4,9 @@ T tokens, K experts a token, R = T * K rows, H hidden size, I intermediate size,
 W = 2 * I columns for gated activations, else I.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -99,6 +102,7 @@ def fused_experts_forward(
     save_for_backward: bool,
     gate_up_main_grad: Tensor | None,
     down_main_grad: Tensor | None,
+    owns_h: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``y [T, H]``; with ``save_for_backward`` also ``h [num_rows, W]`` and the order."""
     order = sort_within("fused_experts", topk_ids, gate_up.shape[0])
@@ -152,8 +156,7 @@ def fused_experts_backward(
     accumulate = accumulate_dtype(x.dtype)
     order = (row_to_slot, slot_to_row, offsets)
     num_rows = h.shape[0]
-    empty = x.new_empty(0)
-    grads = [empty] * 8
+    grads = [x.new_empty(0) for _ in range(8)]
     a = expert_activation(h, activation, None, interleaved, alpha, limit).to(accumulate)
     out = grouped_gemm(a, down, offsets, down_bias, accumulate)
     grad_out, grad_weights = unpermute_backward(
@@ -187,6 +190,20 @@ def fused_experts_backward(
             grad_rows = grouped_gemm(grad_h, gate_up.mT, offsets)
             grads[0] = unpermute(grad_rows, *order, None).to(x.dtype)
     return tuple(grads)  # type: ignore[return-value]
+
+
+def overwriting(backward: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """The backward that leaves the gradient of h in h, by one that yields it.
+
+    Its arguments are the other's but known_grad_h and keep_grad_h.
+    """
+
+    def run(*args: Any) -> tuple[Tensor, ...]:
+        *grads, grad_h, weighted_a = backward(*args[:16], None, True, *args[16:])
+        args[5].copy_(grad_h)
+        return (*grads, weighted_a)
+
+    return run
 
 
 def fused_experts_wgrad_(

@@ -114,6 +114,7 @@ def fused_experts_fp8_forward(
     down_main_grad: Tensor | None = None,
     gate_up_scales: Tensor | None = None,
     down_scales: Tensor | None = None,
+    owns_h: bool = False,
     parts: Any = PARTS,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``y [T, H]``; with ``save_for_backward`` also ``h [num_rows, W]`` and the order."""

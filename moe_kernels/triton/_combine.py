@@ -39,10 +39,20 @@ def chunk_width(rows: int, columns: int, element_size: int, least: int = 1) -> i
     return min(ceil_div(even, STEP) * STEP, columns)
 
 
+def forward_width(rows: int, inner: int, hidden: int, element_size: int) -> int:
+    """Columns of forward's buffer for rows of y, beside the activations [R, inner].
+
+    Together they stay below two buffers [R, hidden], if the activations alone do.
+    """
+    room = (2 * hidden - inner - 1) // STEP * STEP
+    return chunk_width(rows, hidden, element_size, ceil_div(hidden, room) if room > 0 else 1)
+
+
 def backward_widths(rows: int, inner: int, hidden: int, element_size: int) -> tuple[int, int]:
     """Columns of backward's buffers for activations [R, inner] and for rows of dX [R, hidden].
 
-    Beside the gradient of h there is only one of them at a time. Where experts are wide, halves
+    Beside the gradient of h, which has memory of its own unless h is overwritten, there is only one
+    of them at a time. Where experts are wide, halves
     keep both together below two buffers [R, hidden], or thirds where those would just reach them.
     Activations are whole otherwise: each chunk of them reads the gradient of the layer's output
     again, whose rows are long compared to theirs.

@@ -14,6 +14,8 @@ so that the rows of the down-projection are not needed. The weights' gradients t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -24,7 +26,7 @@ from moe_kernels.triton._activation import (
     activate_backward,
     activate_gated_backward,
 )
-from moe_kernels.triton._combine import backward_widths, multiply_and_sum
+from moe_kernels.triton._combine import backward_widths, chunk_width, multiply_and_sum
 from moe_kernels.triton._configs import Config, config
 from moe_kernels.triton._launch import (
     ceil_div,
@@ -343,7 +345,7 @@ def given_back(grad_h: Tensor | None, known_grad_h: Tensor | None) -> Tensor:
     return grad_h if known_grad_h is None else grad_h.clone()
 
 
-def fused_experts_backward(
+def _gradients(
     grad: Tensor,
     x: Tensor,
     gate_up: Tensor,
@@ -363,7 +365,9 @@ def fused_experts_backward(
     known_grad_h: Tensor | None = None,
     keep_grad_h: bool = False,
     keep_weighted_a: bool = False,
-) -> tuple[Tensor, ...]:
+    *,
+    overwrites: bool = False,
+) -> tuple[list[Tensor], Tensor, Tensor]:
     refuse_float64("fused_experts", "x", x)
     grad, x = contiguous_rows(grad), contiguous_rows(x)
     order = (row_to_slot, slot_to_row, offsets)
@@ -372,7 +376,7 @@ def fused_experts_backward(
     dx, dgate_up, ddown, dweights, dbias, ddown_bias = grads
     (E, I, H), R = down.shape, row_to_slot.numel()
     rows = min(h.shape[0], R)
-    dh = known_grad_h
+    dh = h if overwrites else known_grad_h  # every element of h is read by who then writes it
     if dh is None and (needs[0] or needs[1] or needs[4] or keep_grad_h):
         dh = h.new_empty(h.shape)
     kept = given_back(dh, known_grad_h) if keep_grad_h else x.new_empty(0)
@@ -380,7 +384,7 @@ def fused_experts_backward(
     if rows == 0 or E == 0:
         for value in (*grads, kept, kept_a):
             value.zero_()
-        return (*grads, kept, kept_a)
+        return grads, kept, kept_a
     with on_device_of(x):
         aligned = is_aligned(grad) and weight_is_aligned(down)
         cut = config("down_backward", x, rows, E, aligned=aligned, inner=min(H, I))
@@ -388,7 +392,9 @@ def fused_experts_backward(
         through_down = known_grad_h is None and (dh is not None or needs[3])
         in_gluon = through_down and has_hopper_down_backward(cut, grad, down, h)
         grad_rows, grad_source = gathered_rows(grad, order, rows, by_tma=in_gluon)
-        widths = backward_widths(rows, I, H, h.element_size())
+        widths = I, chunk_width(rows, H, h.element_size())
+        if not overwrites:
+            widths = backward_widths(rows, I, H, h.element_size())
         if through_down:
             parts = ceil_div(I, cut.block_n)
             all_parts = parts + (down_bias is not None)
@@ -443,7 +449,18 @@ def fused_experts_backward(
                 multiply_and_sum(
                     dh[:rows], gate_up.mT, None, order, None, dx, tiles, last, widths[1]
                 )
-    return (*grads, kept, kept_a)
+    return grads, kept, kept_a
+
+
+def fused_experts_backward(*args: Any) -> tuple[Tensor, ...]:
+    grads, grad_h, weighted_a = _gradients(*args)
+    return (*grads, grad_h, weighted_a)
+
+
+def fused_experts_backward_(*args: Any) -> tuple[Tensor, ...]:
+    all_args = [*args[:16], None, False, *args[16:]]
+    grads, _, weighted_a = _gradients(*all_args, overwrites=True)
+    return (*grads, weighted_a)
 
 
 def fused_experts_wgrad_(

@@ -15,10 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_kernels.triton._activation import Activation, activate, activate_gated
-from moe_kernels.triton._combine import chunk_width, multiply_and_sum
+from moe_kernels.triton._combine import forward_width, multiply_and_sum
 from moe_kernels.triton._configs import Config, config
 from moe_kernels.triton._fused_experts_backward import (
     fused_experts_backward,
+    fused_experts_backward_,
     fused_experts_wgrad_,
 )
 from moe_kernels.triton._launch import (
@@ -56,7 +57,12 @@ from moe_kernels.triton.grouped_gemm import zero_rows, zero_tail
 from moe_kernels.triton.permute import gathered_rows
 from moe_kernels.triton.sort_by_expert import sort_and_map, sort_by_expert
 
-__all__ = ["fused_experts", "fused_experts_backward", "fused_experts_wgrad_"]
+__all__ = [
+    "fused_experts",
+    "fused_experts_backward",
+    "fused_experts_backward_",
+    "fused_experts_wgrad_",
+]
 
 
 @triton.jit(do_not_specialize=["bound", "top_k", "h_rows", "E"])
@@ -233,6 +239,7 @@ def fused_experts(
     save_for_backward: bool,
     gate_up_main_grad: Tensor | None,
     down_main_grad: Tensor | None,
+    owns_h: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     refuse_float64("fused_experts", "x", x)
     x = contiguous_rows(x)
@@ -258,6 +265,6 @@ def fused_experts(
             _project_up(x, gate_up, gate_up_bias, order, h, a, act, tiles, cut)
             if cut_down.block_m != cut.block_m:
                 tiles = build_tile_map(order[2], rows, cut_down.block_m)
-            width = chunk_width(rows, H, x.element_size())
+            width = forward_width(rows, I, H, x.element_size())
             multiply_and_sum(a, down, down_bias, order, topk_weights, y, tiles, cut_down, width)
     return forward_outputs(y, h, order, save_for_backward)

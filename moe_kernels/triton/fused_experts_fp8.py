@@ -13,6 +13,8 @@ in x's dtype and in float8, to the weighted activation and to the parts of dS = 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -301,6 +303,7 @@ def fused_experts_fp8(
     down_main_grad: Tensor | None,
     gate_up_scales: Tensor | None,
     down_scales: Tensor | None,
+    owns_h: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     refuse_float64("fused_experts", "x", x)
     (E, H, W), inner = gate_up.shape, down.shape[1]
@@ -331,7 +334,7 @@ def fused_experts_fp8(
     return forward_outputs(y, h, order, save_for_backward)
 
 
-def fused_experts_fp8_backward(
+def _gradients(
     grad: Tensor,
     x: Tensor,
     gate_up: Tensor,
@@ -353,7 +356,9 @@ def fused_experts_fp8_backward(
     keep_weighted_a: bool = False,
     gate_up_scales: Tensor | None = None,
     down_scales: Tensor | None = None,
-) -> tuple[Tensor, ...]:
+    *,
+    overwrites: bool = False,
+) -> tuple[list[Tensor], Tensor, Tensor]:
     refuse_float64("fused_experts", "x", x)
     grad, x = contiguous_rows(grad), contiguous_rows(x)
     order = (row_to_slot, slot_to_row, offsets)
@@ -365,14 +370,16 @@ def fused_experts_fp8_backward(
     known, dh = known_grad_h is not None, known_grad_h
     # a half that begins within a block is quantised when it is whole
     at_once = needs[0] and not known and (interleaved or not act.gated or inner % BLOCK.value == 0)
-    if not known and (needs[1] or needs[4] or keep_grad_h or (needs[0] and not at_once)):
+    if overwrites:
+        dh = h
+    elif not known and (needs[1] or needs[4] or keep_grad_h or (needs[0] and not at_once)):
         dh = h.new_empty(h.shape)
     kept = given_back(dh, known_grad_h) if keep_grad_h else x.new_empty(0)
     kept_a = x.new_empty((h.shape[0], inner) if keep_weighted_a else 0)
     if rows == 0 or E == 0:
         for value in (*grads, kept, kept_a):
             value.zero_()
-        return (*grads, kept, kept_a)
+        return grads, kept, kept_a
     through = needs[3] or at_once or (dh is not None and not known)
     weighted_a = kept_a[:rows] if keep_weighted_a else None
     if through and needs[2] and weighted_a is None:
@@ -429,4 +436,15 @@ def fused_experts_fp8_backward(
             if last.block_m != block_m:
                 tiles = build_tile_map(offsets, rows, last.block_m)
             _multiply_and_sum(dq, w, None, order, None, dx, tiles, last)
-    return (*grads, kept, kept_a)
+    return grads, kept, kept_a
+
+
+def fused_experts_fp8_backward(*args: Any) -> tuple[Tensor, ...]:
+    grads, grad_h, weighted_a = _gradients(*args)
+    return (*grads, grad_h, weighted_a)
+
+
+def fused_experts_fp8_backward_(*args: Any) -> tuple[Tensor, ...]:
+    all_args = [*args[:16], None, False, *args[16:]]
+    grads, _, weighted_a = _gradients(*all_args, overwrites=True)
+    return (*grads, weighted_a)

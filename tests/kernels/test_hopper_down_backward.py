@@ -48,6 +48,7 @@ def through_down(
     side: int = SIDE,
     stages: int = 3,
     seed: int = 0,
+    overwrites: bool = False,
     mistake: Mistake = no_mistake,
 ) -> list[tuple[Tensor, Tensor]]:
     """What a model writes, each with the right values; rows of no expert stay NaN.
@@ -56,6 +57,7 @@ def through_down(
         counts: rows of each expert.
         columns: of the activation.
         side: of a part.
+        overwrites: dH is written over h, whose rows of no expert stay.
     """
     generator = torch.Generator().manual_seed(seed)
     rows, experts = sum(counts) + 3, len(counts)
@@ -68,11 +70,12 @@ def through_down(
     scale = torch.rand(rows, generator=generator)
     tiles, bound = tile_map(counts)
     parts = -(-columns // BLOCK_N)
-    dh, a = torch.full_like(h, torch.nan), h.new_full((rows, columns), torch.nan)
+    a = h.new_full((rows, columns), torch.nan)
+    dh = h.clone() if overwrites else torch.full_like(h, torch.nan)
     partials = torch.full((parts, rows), torch.nan)
     planes = 2 if activation.gated and not interleaved else 1
     box = (1, side, 2 * side if activation.gated and interleaved else side)
-    seen = h.unflatten(1, (planes, width // planes)).movedim(1, 0).contiguous()
+    seen = (dh if overwrites else h).unflatten(1, (planes, width // planes)).movedim(1, 0)
     constants = activation.constants(h)
     del constants["PRECISE"]
     arguments = (
@@ -87,6 +90,9 @@ def through_down(
         NEEDS_H="h" in writes, NEEDS_A="a" in writes, NEEDS_S="s" in writes, BLOCK_K=BLOCK_K,
         STAGES=stages, **constants,
     )  # fmt: skip
+    if overwrites:
+        assert torch.equal(dh[sum(counts) :], h[sum(counts) :])
+        dh[sum(counts) :] = torch.nan
     right = backward(grad, down, h, scale, activation, counts)
     sums = partials.sum(0)
     # dS is the difference of large numbers in some rows, so they are compared as one
@@ -121,11 +127,15 @@ def test_every_schedule_gives_the_gradients(
             check(out, right)
 
 
+@pytest.mark.parametrize("overwrites", [False, True])
 @pytest.mark.parametrize("epilogue", BACKWARD_EPILOGUES)
-def test_every_epilogue_is_computed(epilogue: BackwardEpilogue) -> None:
+def test_every_epilogue_is_computed(epilogue: BackwardEpilogue, overwrites: bool) -> None:
     """Of parts that are many or one of a tile."""
     for side in (SIDE, BLOCK_N):
-        for out, right in through_down([9, 4], 12, 12, epilogue=epilogue, side=side):
+        for out, right in through_down(
+            [9, 4], 12, 12, epilogue=epilogue, side=side,
+            overwrites=overwrites and "h" in epilogue.writes,
+        ):  # fmt: skip
             check(out, right)
 
 

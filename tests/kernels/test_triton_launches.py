@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -9,7 +10,11 @@ import pytest
 import torch
 
 from moe_kernels.triton._launch import TRITON_VERSION
-from moe_kernels.triton.fused_experts import fused_experts, fused_experts_backward
+from moe_kernels.triton.fused_experts import (
+    fused_experts,
+    fused_experts_backward,
+    fused_experts_backward_,
+)
 from moe_kernels.triton.fused_experts_fp8 import (
     fused_experts_fp8,
     fused_experts_fp8_backward,
@@ -61,12 +66,13 @@ def test_forward(tokens: int, sort: list[str]) -> None:
     assert launches(fused_experts, *experts(tokens, True))[0] == [*sort, *EXPERTS]
 
 
-def test_backward() -> None:
+@pytest.mark.parametrize("backward", [fused_experts_backward, fused_experts_backward_])
+def test_backward(backward: Callable[..., Any]) -> None:
     x, gate_up, down, _, weights, *options = experts(4096, True)
     y, h, *order = fused_experts_outputs = launches(fused_experts, *experts(4096, True))[1]
     assert len(fused_experts_outputs) == 5
     names, _ = launches(
-        fused_experts_backward,
+        backward,
         *(y, x, gate_up, down, weights, h, *order, *options[:6], [True] * 4 + [False] * 2),
     )
     assert names == [
