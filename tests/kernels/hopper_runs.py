@@ -10,6 +10,7 @@ E experts, Kd contracted size, N columns; a weight's gradient is [M, N].
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -354,7 +355,7 @@ def _backward_call(
     tiles: TileMap,
     device: torch.device,
 ) -> Call:
-    """All columns in two launches, as where buffers would be large."""
+    """All columns in two launches, as where buffers would be large; dH over h every second time."""
     kind, interleaved, clamps, writes = epilogue
     used, columns, cut = sum(counts), CHUNKS[-1].stop, case.cut()
     rows = 4 * ceil_div(used + 3, 4)  # so that both launches are of one kernel, of aligned parts
@@ -367,12 +368,17 @@ def _backward_call(
     a = [torch.empty(rows, len(chunk), dtype=BF16, device=device) for chunk in CHUNKS]
     partials = torch.empty(ceil_div(columns, cut.block_n), rows, device=device)
     ds = torch.empty(1, used, device=device)
+    h[used:] = torch.nan
+    overwrites = itertools.cycle([False, "h" in writes])
 
     def through_down() -> None:
         partials.fill_(torch.nan)
+        source = h
+        if next(overwrites):
+            source = dh.copy_(h)
         for chunk, part in zip(CHUNKS, a, strict=True):
             _through_down(
-                grad, None, down, h, scale, activation, chunk, dh if "h" in writes else None,
+                grad, None, down, source, scale, activation, chunk, dh if "h" in writes else None,
                 part if "a" in writes else None, partials if "s" in writes else None, tiles, cut,
             )  # fmt: skip
         assert partials[:, used:].isnan().all(), "written for rows of no expert"
