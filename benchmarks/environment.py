@@ -64,6 +64,8 @@ def describe(device: torch.device) -> dict[str, Any]:
         | _peers(),
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "load_average": os.getloadavg()[0],
+        # what ranks talk through by sockets may be slowed to the speed of a network
+        "loopback": _output("tc", "qdisc", "show", "dev", "lo"),
     }
 
 
