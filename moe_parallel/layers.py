@@ -207,8 +207,9 @@ class MoE(nn.Module):
 
             y = self.experts(latent, token_mask, weights, indices, meanwhile=compute_shared)
         else:
-            shared = self._shared(tokens)
             y = self.experts(latent, token_mask, weights, indices)
+            # Not before them: gradients of x are then added in the same order as with overlap.
+            shared = self._shared(tokens)
         if self.fc2_latent_proj is not None:
             y = self.fc2_latent_proj(y)
         if shared is not None:

@@ -220,10 +220,10 @@ def _events(rank: int, size: int) -> dict[str, list[str]]:
     return found
 
 
-def test_shared_experts_are_computed_while_tokens_travel_or_before() -> None:
+def test_shared_experts_are_computed_while_tokens_travel_or_after() -> None:
     for found in run_ranks(2, _events):
         assert found["process_group_overlap"] == ["dispatch_async", "forward", "wait"]
-        assert found["process_group_in_turn"] == ["forward", "dispatch"]
+        assert found["process_group_in_turn"] == ["dispatch", "forward"]
 
 
 def _rows(rank: int, size: int, spoil: Callable[[int], None]) -> list[dict[str, Any]]:

@@ -1,5 +1,5 @@
 """The package's MoE layer on ranks, by transport: with its shared experts computed while tokens
-travel, as the layer does it, and in turn, before they do.
+travel, as the layer does it, and in turn, after they did.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ from moe_kernels.triton._fused_experts_backward import (
     sum_partials,
 )
 from moe_kernels.triton._launch import ceil_div, on_device_of, refuse_float64
-from moe_kernels.triton._operands import Source, contiguous_rows
+from moe_kernels.triton._operands import Source, contiguous_rows, has_hopper_scaled
 from moe_kernels.triton._replay import launch
 from moe_kernels.triton._scaled_up import activates_in_product, project_up
 from moe_kernels.triton._tiles import TileMap, build_tile_map, column_halves
@@ -222,9 +222,14 @@ def _project_up(
     tiles: TileMap,
     cut: Config,
 ) -> None:
-    """Write the activation in float8, and ``h [num_rows, W]`` unless it has no rows."""
+    """Write the activation in float8, and ``h [num_rows, W]`` unless it has no rows.
+
+    A product whose warps have roles does not go through the activation. It saves more than it costs
+    to read h again, 4RI bytes, where h is written anyway.
+    """
     (rows, inner), keeps_h = a[0].shape, h.shape[0] > 0
-    if activates_in_product(act, h, inner, without_roles(cut)):
+    in_roles = keeps_h and has_hopper_scaled(cut, w[0], x[0], h[:rows])
+    if not in_roles and activates_in_product(act, h, inner, without_roles(cut)):
         project_up(x, w, bias, offsets, h, a, act, tiles, without_roles(cut))
     elif inner:
         h = h if keeps_h else h.new_empty(rows, h.shape[1])

@@ -166,3 +166,24 @@ def test_router_and_token_rounding() -> None:
         *SORT,
         "_round_tokens_kernel",
     ]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_float8_projects_up_by_warps_with_roles_where_h_is_kept(
+    training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a product does not go through the activation, and its result is then read again."""
+    from moe_kernels.triton import fused_experts_fp8 as module
+
+    asked = []
+
+    def is_made_for(cut: Any, b: torch.Tensor, a: torch.Tensor, out: torch.Tensor) -> bool:
+        asked.append((b.shape, a.shape, out.shape))
+        return True
+
+    monkeypatch.setattr(module, "has_hopper_scaled", is_made_for)
+    names, _ = launches(fused_experts_fp8, *experts(4096, training), None, None)
+    apart = ["_scaled_grouped_gemm_kernel", "_activate_quantize_kernel", "_zero_tail_kernel"]
+    assert names[4 : 5 + 2 * training] == (apart if training else ["_scaled_up_kernel"])
+    rows = 4096 * K
+    assert asked == [((E, H, 2 * INNER), (rows, H), (rows, 2 * INNER))] * training

@@ -353,9 +353,9 @@ def test_some_gradients_are_those_of_a_call_in_one_piece(way: str) -> None:
     run_ranks(2, _some_gradients, way)
 
 
-def _layer(rank: int, ranks: int, way: str) -> None:
-    """Shared experts computed while the tokens travel, or before: the same bits."""
-    config = make_config(n_shared_experts=1, shared_expert_gate=True, moe_latent_size=6)
+def _layer(rank: int, ranks: int, way: str, latent: int | None) -> None:
+    """Shared experts computed while the tokens travel, or after: the same bits."""
+    config = make_config(n_shared_experts=1, shared_expert_gate=True, moe_latent_size=latent)
     torch.manual_seed(0)
     layers = [MoE(config, BackendConfig(dispatcher=way)) for _ in range(2)]
     randomize(layers[0])
@@ -366,16 +366,16 @@ def _layer(rank: int, ranks: int, way: str) -> None:
     assert layers[0].experts.overlaps
     calls = []
 
-    class Before(GroupedExperts):
+    class After(GroupedExperts):
         overlaps = False  # type: ignore[assignment]
 
-    layers[1].experts.__class__ = Before
-    for name, layer in zip(("while", "before"), layers, strict=True):
+    layers[1].experts.__class__ = After
+    for name, layer in zip(("while", "after"), layers, strict=True):
         layer.shared_experts.register_forward_hook(lambda *_, name=name: calls.append(name))
         layer.shared_experts.register_full_backward_hook(lambda *_: calls.append("backward"))
     note_backwards("dispatch", calls)
     torch.manual_seed(rank)
-    x = torch.randn(11, 13, dtype=torch.float64)
+    x = torch.randn(200, 13, dtype=torch.float64)
     outputs = []
     for layer in layers:
         mine = x.clone().requires_grad_()
@@ -383,7 +383,7 @@ def _layer(rank: int, ranks: int, way: str) -> None:
         y.square().sum().backward()
         outputs.append((y, mine.grad, [p.grad for p in layer.parameters()]))
     around = ["dispatch start", "backward", "dispatch finish"]
-    assert calls == ["while", *around, "before", "backward"]
+    assert calls == ["while", *around, "after", "backward"]
     (y, dx, grads), (other_y, other_dx, other_grads) = outputs
     assert torch.equal(y, other_y)
     assert torch.equal(dx, other_dx)
@@ -392,6 +392,9 @@ def _layer(rank: int, ranks: int, way: str) -> None:
     copy.deepcopy(layers[0])
 
 
+@pytest.mark.parametrize("latent", [None, 6])
 @pytest.mark.parametrize("way", WAYS[:2])
-def test_a_layer_computes_its_shared_experts_while_tokens_travel(way: str) -> None:
-    run_ranks(2, _layer, way)
+def test_a_layer_computes_its_shared_experts_while_tokens_travel(
+    way: str, latent: int | None
+) -> None:
+    run_ranks(2, _layer, way, latent)
