@@ -62,10 +62,15 @@ template <typename A>
 struct ScoreKernels {
   // out = softmax, sigmoid or sqrt(softplus) of in; they may be the same.
   void (*scores)(ScoreFunc func, A* out, const A* in, int64_t n);
+  // ids = those of the k largest of n values, the largest first, of equal ones the lower id. NaN
+  // counts as the largest, as in torch.sort. `keys` has room for kMostLanes more than n.
+  void (*largest)(int32_t* ids, int64_t k, const A* values, int64_t n, A* keys);
   // grad_logits += the gradient through it.
   void (*scores_backward)(ScoreFunc func, A* grad_logits, const A* grad, const A* scores,
                           const A* logits, int64_t n);
 };
+
+constexpr int64_t kMostLanes = 16;  // of any instruction set
 
 // The matrix that rows are multiplied with: element (k, n) is at data[k * stride_k + n * stride_n].
 // One of the strides is 1, and rows are packed for matrices of either kind.

@@ -1,6 +1,9 @@
 // Functions over single rows: sums, products, conversions, router scores.
 //
 // Every sum runs in an order that depends on the row's length alone.
+#include <limits>
+#include <type_traits>
+
 #include "cpu/kernels.h"
 #include "cpu/simd.h"
 
@@ -25,6 +28,24 @@ MOE_INLINE Vec<acc_t<T>> load_n(const T* p, int64_t n) {
 template <typename T>
 MOE_INLINE void store_n(T* p, Vec<acc_t<T>> v, int64_t n) {
   n == kLanes<acc_t<T>> ? store(p, v) : store_some(p, v, n);
+}
+
+template <typename A>
+using IntOf = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
+
+// 0, 1, 2, ...
+template <typename I>
+MOE_INLINE Vec<I> lane_numbers() {
+  Vec<I> lane;
+  for (int j = 0; j < kLanes<I>; ++j) lane[j] = j;
+  return lane;
+}
+
+// The first lanes of a vector, and in the others `rest`.
+template <typename A>
+MOE_INLINE Vec<A> first_lanes(Vec<A> v, int64_t lanes, A rest) {
+  using I = IntOf<A>;
+  return lanes == kLanes<A> ? v : (lane_numbers<I>() < I(lanes) ? v : Vec<A>{} + rest);
 }
 
 template <typename T, typename Row>
@@ -101,12 +122,15 @@ A softplus(A x) {
 
 template <typename A>
 void softmax(A* out, const A* in, int64_t n) {
-  A largest = n ? in[0] : A(0);
-  for (int64_t i = 1; i < n; ++i) largest = in[i] > largest ? in[i] : largest;
+  Vec<A> tops = broadcast(n ? in[0] : A(0));
+  for_vectors<A>(n, [&](int64_t i, int64_t lanes) {
+    const Vec<A> values = first_lanes<A>(load_n(in + i, lanes), lanes, in[0]);
+    tops = values > tops ? values : tops;
+  });
+  const A largest = fold_lanes<A>(tops, [](auto a, auto b) { return a > b ? a : b; });
   Vec<A> sums{};
   for_vectors<A>(n, [&](int64_t i, int64_t lanes) {
-    Vec<A> e = exp(load_n(in + i, lanes) - largest);
-    for (int64_t j = lanes; j < kLanes<A>; ++j) e[j] = 0;
+    const Vec<A> e = first_lanes<A>(exp(load_n(in + i, lanes) - largest), lanes, A(0));
     sums += e;
     store_n(out + i, e, lanes);
   });
@@ -126,6 +150,43 @@ void scores(ScoreFunc func, A* out, const A* in, int64_t n) {
     });
   } else {
     for (int64_t i = 0; i < n; ++i) out[i] = std::sqrt(softplus(in[i]));
+  }
+}
+
+// By integers that are in the order of the values, the largest of all NaNs. Each id is found in two
+// passes over them, which no branch depends on: for the largest, and for the first that equals it,
+// which then becomes less than all.
+template <typename A>
+void largest(int32_t* ids, int64_t k, const A* values, int64_t n, A* keys) {
+  using I = IntOf<A>;
+  using V = Vec<I>;
+  constexpr int64_t L = kLanes<A>;
+  static_assert(L <= kMostLanes);
+  constexpr I kMost = std::numeric_limits<I>::max(), kTaken = std::numeric_limits<I>::min();
+  const auto larger = [](auto a, auto b) { return a > b ? a : b; };
+  const auto smaller = [](auto a, auto b) { return a < b ? a : b; };
+  const auto key_at = [&](int64_t i) { return load_raw<V>(keys + i); };
+  const V lane = lane_numbers<I>();
+  for_vectors<A>(n, [&](int64_t i, int64_t lanes) {
+    const Vec<A> value = load_n(values + i, lanes) + A(0);  // of -0 and 0, which are equal, 0
+    V key = bit_cast<V>(value);
+    key ^= (key >> (8 * sizeof(I) - 1)) & kMost;
+    key = value == value ? key : V{} + kMost;
+    key = first_lanes<I>(key, lanes, kTaken);
+    std::memcpy(keys + i, &key, sizeof(key));
+  });
+  const int64_t last = (n - 1) / L * L;
+  for (int64_t taken = 0; taken < k; ++taken) {
+    V top = key_at(0);
+    for (int64_t i = L; i <= last; i += L) top = larger(key_at(i), top);
+    const V best = V{} + fold_lanes<I>(top, larger);
+    V found = V{} + kMost;
+    for (int64_t i = last; i >= 0; i -= L) found = key_at(i) == best ? lane + I(i) : found;
+    const I id = fold_lanes<I>(found, smaller);
+    ids[taken] = static_cast<int32_t>(id);
+    const int64_t i = id / L * L;
+    const V rest = lane + I(i) == id ? V{} + kTaken : key_at(i);
+    std::memcpy(keys + i, &rest, sizeof(rest));
   }
 }
 
@@ -163,6 +224,7 @@ void fill_rows(RowKernels<T>& kernels) {
 template <typename A>
 void fill_scores(ScoreKernels<A>& kernels) {
   kernels.scores = scores<A>;
+  kernels.largest = largest<A>;
   kernels.scores_backward = scores_backward<A>;
 }
 

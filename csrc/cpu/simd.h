@@ -247,6 +247,21 @@ MOE_INLINE A sum_lanes(Vec<A> v) {
   return lanes[0];
 }
 
+// f(f(a, b), f(c, d)) ... over the lanes of a vector; in any order, as for the largest.
+template <typename I, int bytes = kVectorBytes, typename V, typename F>
+MOE_INLINE I fold_lanes(V v, F f) {
+  if constexpr (bytes > 16) {
+    typedef I Half __attribute__((vector_size(bytes / 2)));
+    Half halves[2];
+    std::memcpy(halves, &v, bytes);
+    return fold_lanes<I, bytes / 2>(f(halves[0], halves[1]), f);
+  } else {
+    I folded = v[0];
+    for (int i = 1; i < bytes / static_cast<int>(sizeof(I)); ++i) folded = f(folded, I(v[i]));
+    return folded;
+  }
+}
+
 // ---------------------------------------------------------------------- pairs and their parts
 // p[0], p[2], ... and p[1], p[3], ... of 2 * kLanes elements.
 template <typename T>

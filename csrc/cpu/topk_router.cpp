@@ -9,12 +9,12 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <numeric>
 #include <vector>
 
 #include "common/dtypes.h"
 #include "common/parallel.h"
 #include "cpu/kernel_table.h"
+#include "cpu/local_array.h"
 
 namespace moe {
 
@@ -69,49 +69,46 @@ struct Groups {
 template <typename A>
 class Selector {
  public:
-  Selector(int64_t experts, int64_t top_k, Groups groups)
-      : experts_(experts),
+  Selector(const ScoreKernels<A>& functions, int64_t experts, int64_t top_k, Groups groups)
+      : functions_(functions),
+        experts_(experts),
         top_k_(top_k),
         groups_(groups),
-        ids_(experts),
         group_ids_(groups.count),
-        group_scores_(groups.count) {}
+        group_scores_(groups.count),
+        keys_(experts + kMostLanes) {}
 
-  // Leaves the ids of the K largest of choice [E] in ids, best first, the lower id on a tie. NaN
-  // counts as the largest, as in torch.sort. Overwrites the choices of groups that lose.
+  // Leaves the ids of the K largest of choice [E] in ids. Overwrites the choices of groups that
+  // lose.
   void select(A* choice, int32_t* ids) {
     if (groups_.count > 1) drop_groups(choice);
-    take_best(choice, experts_, top_k_, ids_);
-    std::copy_n(ids_.begin(), top_k_, ids);
+    take_best(ids, top_k_, choice, experts_);
   }
 
  private:
-  static void take_best(const A* values, int64_t n, int64_t k, std::vector<int32_t>& ids) {
-    std::iota(ids.begin(), ids.begin() + n, 0);
-    std::partial_sort(ids.begin(), ids.begin() + k, ids.begin() + n, [&](int32_t a, int32_t b) {
-      const A x = values[a], y = values[b];
-      if (x != x || y != y) return (x != x) == (y != y) ? a < b : x != x;
-      return x == y ? a < b : x > y;
-    });
+  void take_best(int32_t* ids, int64_t k, const A* values, int64_t n) const {
+    functions_.largest(ids, k, values, n, keys_.data());
   }
 
   void drop_groups(A* choice) {
-    const int64_t size = experts_ / groups_.count;
+    const int64_t size = experts_ / groups_.count, taken = groups_.top2 && size > 1 ? 2 : 1;
     for (int64_t g = 0; g < groups_.count; ++g) {
       const A* member = choice + g * size;
-      take_best(member, size, std::min<int64_t>(groups_.top2 ? 2 : 1, size), ids_);
-      group_scores_[g] = member[ids_[0]] + (groups_.top2 && size > 1 ? member[ids_[1]] : A(0));
+      int32_t best[2];
+      take_best(best, taken, member, size);
+      group_scores_[g] = member[best[0]] + (taken == 2 ? member[best[1]] : A(0));
     }
-    take_best(group_scores_.data(), groups_.count, groups_.count, group_ids_);
+    take_best(group_ids_.data(), groups_.count, group_scores_.data(), groups_.count);
     for (int64_t i = groups_.kept; i < groups_.count; ++i) {
       std::fill_n(choice + group_ids_[i] * size, size, static_cast<A>(groups_.fill));
     }
   }
 
+  const ScoreKernels<A>& functions_;
   int64_t experts_, top_k_;
   Groups groups_;
-  std::vector<int32_t> ids_, group_ids_;
-  std::vector<A> group_scores_;
+  LocalArray<int32_t> group_ids_;
+  LocalArray<A> group_scores_, keys_;
 };
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> topk_router(
@@ -156,9 +153,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> topk_router(
     const auto& rows = kernels<RowKernels<T>>();
     const auto& functions = kernels<ScoreKernels<A>>();
     const A scale = static_cast<A>(route_scale);
-    parallel_rows(tokens, 16 * experts * sizeof(A), [&](int64_t begin, int64_t end) {
-      Selector<A> selector(experts, columns, groups);
-      std::vector<A> raw(experts), score(experts), choice(experts);
+    parallel_rows(tokens, 4 * experts * sizeof(A), [&](int64_t begin, int64_t end) {
+      Selector<A> selector(functions, experts, columns, groups);
+      const LocalArray<A> raw(experts), score(experts), choice(experts);
       for (int64_t t = begin; t < end; ++t) {
         rows.widen(raw.data(), data<T>(logits) + t * logits.stride(0), experts);
         if (!after_topk || return_scores) {
@@ -168,7 +165,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> topk_router(
         if (given.defined()) {
           std::copy_n(data<int64_t>(given) + t * columns, columns, id);
         } else {
-          choice = after_topk ? raw : score;
+          std::copy_n((after_topk ? raw : score).data(), experts, choice.data());
           for (int64_t e = 0; bias.defined() && e < experts; ++e) choice[e] += data<A>(bias)[e];
           selector.select(choice.data(), id);
         }
@@ -179,7 +176,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> topk_router(
         for (int64_t k = 0; k < columns; ++k) weight[k] = weight[k] / total * scale;
         if (return_scores) {
           A* out = mutable_data<A>(scores) + t * experts;
-          const A row_total = renormalize ? sum(score.data(), experts) + A(kEpsilon) : A(1);
+          const A row_total = renormalize ? sum<A>(score.data(), experts) + A(kEpsilon) : A(1);
           for (int64_t e = 0; e < experts; ++e) out[e] = score[e] / row_total;
         }
       }

@@ -3,6 +3,7 @@
 Everywhere else tests run on the widest one.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -353,3 +354,22 @@ def test_router(score_func: str) -> None:
     )
     for name, value in truth.items():
         assert_accurate(name, ours[name], value, yardstick[name])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_topk_router_chooses_as_a_stable_sort(dtype: torch.dtype) -> None:
+    """Few different values, so that most are tied; all numbers of experts about a vector's."""
+    special = torch.tensor(
+        [math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, -1.0, 1e-30], dtype=dtype
+    )
+    for experts in (*range(1, 35), 64, 100, 257):
+        for logits in (
+            special[torch.randint(len(special), (9, experts))],
+            torch.randn(9, experts).to(dtype),
+        ):
+            order = logits.sort(dim=1, descending=True, stable=True).indices
+            for top_k in {1, min(2, experts), min(9, experts), experts}:
+                ids = moe_kernels.topk_router(
+                    logits, top_k, score_func="softmax", softmax_before_topk=False
+                ).topk_ids
+                assert torch.equal(ids.long(), order[:, :top_k])
