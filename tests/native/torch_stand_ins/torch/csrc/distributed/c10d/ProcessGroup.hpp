@@ -17,12 +17,15 @@ namespace c10d {
 
 class ProcessGroup {
  public:
+  enum class BackendType { GLOO, MPI };
+
   ProcessGroup(int rank, int size, std::shared_ptr<Store> store)
       : rank_(rank), size_(size), store_(std::move(store)) {}
 
   int getRank() const { return rank_; }
   int getSize() const { return size_; }
   std::string getGroupName() const { return "stress"; }
+  BackendType getBackendType() const { return BackendType::GLOO; }
   std::shared_ptr<Store> getStore() const { return store_; }
 
  private:
