@@ -103,7 +103,8 @@ class Exchange {
       const auto left = wait_for_notices();
       // Where work runs on a stream, waiting with a time limit would block the host: there the
       // watchdog of the backend applies the limit given to the call.
-      const bool limited = output.is_cpu() && exchange->timeout_.count() > 0;
+      const bool limited =
+          (output.is_cpu() || exchange->goes_by_mpi(output)) && exchange->timeout_.count() > 0;
       try {
         TORCH_CHECK(limited ? work->wait(left) : work->wait(), "the work was aborted");
       } catch (const std::exception& error) {
@@ -162,9 +163,7 @@ class Exchange {
     if (timeout_.count() > 0) options.timeout = timeout_;
     try {
       // MPI reads and writes at once, whatever the stream has still to do.
-      if (!input.is_cpu() && group_->getBackend(input.device().type())->getBackendName() == "mpi") {
-        current_stream(input).synchronize();
-      }
+      if (!input.is_cpu() && goes_by_mpi(input)) current_stream(input).synchronize();
 #if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 13
       pending.work =
           group_->all_to_all_single(pending.output, pending.input, received, sent, options);
@@ -238,12 +237,13 @@ class Exchange {
   }
 
   // Headers of the phases whose sizes the dispatch has settled: ranks that name the same dispatch
-  // of their group have its plan. `check` reads the plan and raises for wrong arguments. On CUDA
-  // there are no headers: reading them would make the host wait for the device. There the others
-  // find a notice of what check() has raised.
+  // of their group have its plan. `check` reads the plan and raises for wrong arguments. Where
+  // `like` is on CUDA there are no headers: reading them would make the host wait for the device.
+  // There the others find a notice of what check() has raised. By MPI the host waits in any case,
+  // and there is no store for notices.
   template <typename Check>
-  void agree_on(Terms terms, bool with_headers, const Plan& plan, const Check& check) {
-    if (!with_headers) {
+  void agree_on(Terms terms, const Tensor& like, const Plan& plan, const Check& check) {
+    if (!is_native(like) && !goes_by_mpi(like)) {
       try {
         check();
       } catch (...) {
@@ -256,7 +256,8 @@ class Exchange {
     const auto refusal = caught(check);
     terms.dispatch = plan.dispatch;
     const Tensor refused = at::tensor(static_cast<int64_t>(refusal != nullptr), at::kLong);
-    auto headers = send_headers(terms, at::zeros({dispatcher_.ranks, 2}, at::kLong), refused);
+    const auto on_device = at::device(like.device()).dtype(at::kLong);
+    auto headers = send_headers(terms, at::zeros({dispatcher_.ranks, 2}, on_device), refused);
     if (refusal) {
       headers.pending.wait();
       std::rethrow_exception(refusal);
@@ -265,20 +266,29 @@ class Exchange {
   }
 
  private:
-  void check_carried(at::Device device) const {
+  bool carries(at::Device device) const {
     const auto carried = group_->getDeviceTypes();
     const auto fits = [&](at::Device other) { return other.type() == device.type(); };
-    TORCH_CHECK_VALUE(carried.empty() || std::any_of(carried.begin(), carried.end(), fits),
-                      to_string(phase_), ": group '", dispatcher_.group,
+    return carried.empty() || std::any_of(carried.begin(), carried.end(), fits);
+  }
+
+  void check_carried(at::Device device) const {
+    const auto carried = group_->getDeviceTypes();
+    TORCH_CHECK_VALUE(carries(device), to_string(phase_), ": group '", dispatcher_.group,
                       "' must have a backend for tensors on ", device.type(), "; it has them for [",
                       c10::Join(", ", carried),
                       "]. Make it with another, as 'cpu:gloo,cuda:nccl', or move the tensors.");
   }
 
+  bool goes_by(const char* backend, const Tensor& tensor) const {
+    const at::Device device = tensor.device();
+    return carries(device) && group_->getBackend(device.type())->getBackendName() == backend;
+  }
+  bool goes_by_mpi(const Tensor& tensor) const { return goes_by("mpi", tensor); }
+
   // Whether the host waits for the work that fills a tensor, and not a stream.
   bool waits_on_host(const Tensor& tensor) const {
-    return tensor.is_cpu() ||
-           group_->getBackend(tensor.device().type())->getBackendName() == "gloo";
+    return tensor.is_cpu() || goes_by("gloo", tensor) || goes_by_mpi(tensor);
   }
 
   // Until the stream has come so far, or another rank has said that it will not.
@@ -419,7 +429,7 @@ Ending<Tensor> combine(const DispatcherRef& owner, const Tensor& y, const Tensor
   Plan plan;
   Terms terms = terms_of(dispatcher);
   if (y.dim() == 2) terms.hidden = y.size(1), terms.x_dtype = dtype_number(y);
-  exchange.agree_on(terms, is_native(slot_rows), plan, [&] {
+  exchange.agree_on(terms, slot_rows, plan, [&] {
     plan = Plan::read(Phase::kCombine, dispatcher, plan_numbers);
     if (is_native(slot_rows)) check_slot_rows(Phase::kCombine, slot_rows, plan);
     TORCH_CHECK_VALUE(y.device() == slot_rows.device(), "combine: y must be on the device ",
@@ -445,7 +455,7 @@ Ending<Tensor> combine_backward(const DispatcherRef& owner, const Tensor& grad,
   Plan plan;
   Terms terms = terms_of(dispatcher);
   terms.hidden = grad.size(1), terms.x_dtype = dtype_number(grad);
-  exchange.agree_on(terms, is_native(grad), plan,
+  exchange.agree_on(terms, grad, plan,
                     [&] { plan = Plan::read(Phase::kCombineBackward, dispatcher, plan_numbers); });
   Tensor out;
   const auto pending = exchange.start_all([&] {
@@ -471,7 +481,7 @@ Ending<TokenGradients> dispatch_backward(const DispatcherRef& owner,
   if (grad_x) terms.hidden = grad_x->size(1), terms.x_dtype = dtype_number(*grad_x);
   if (grad_weights)
     terms.top_k = grad_weights->size(1), terms.weight_dtype = dtype_number(*grad_weights);
-  exchange.agree_on(terms, is_native(slot_rows), plan,
+  exchange.agree_on(terms, slot_rows, plan,
                     [&] { plan = Plan::read(Phase::kDispatchBackward, dispatcher, plan_numbers); });
   std::optional<Returning> rows, slots;
   exchange.start_all([&] {

@@ -146,7 +146,8 @@ class AllToAllDispatcher:
     zero included; the order is otherwise free, and so is that of the backward passes. Calls that
     do not match are a ValueError on every rank: another operation or direction, other sizes or
     dtypes, or the handle of another dispatch, told by the numbers of the dispatches. On CUDA that
-    is checked in dispatch alone, since reading what the others say would make the host wait.
+    is checked in dispatch alone, since reading what the others say would make the host wait; but by
+    MPI, for which it waits in any case.
 
     Dispatchers are told apart by their number in the group, for which every attempt counts to make
     one: what raises here on some ranks alone leaves the next dispatcher alike on all.
@@ -166,8 +167,8 @@ class AllToAllDispatcher:
             else the process group. But for "process_group", every rank of the group must make its
             first dispatcher together; of "cuda_ipc", with its GPU as the current device.
         timeout: seconds a rank waits for the others in each exchange, and for their first
-            dispatcher; None for the group's own timeout. NCCL's exchanges know the group's alone,
-            and its watchdog, which then ends the process.
+            dispatcher; None for the group's own timeout, which one of MPI has not. NCCL's exchanges
+            know the group's alone, and its watchdog, which then ends the process.
         placement: the rank of every expert, or the ranks that hold copies of it, of which a token
             takes its own rank's, or else each in turn; the same on all ranks. Copies are for
             inference: in training they would drift apart.
