@@ -121,7 +121,10 @@ def run_expert_parallel(
             value = whole
         if isinstance(value, DTensor):
             assert value.placements == (Shard(0),), name
-            value = value.full_tensor()
+            mine_alone = value.to_local().contiguous()
+            parts = [torch.empty_like(mine_alone) for _ in range(ranks)]
+            dist.all_gather(parts, mine_alone)  # full_tensor() needs what MPI has not
+            value = torch.cat(parts)
         else:
             dist.all_reduce(value)  # gloo adds bfloat16 in bfloat16; shards and zeros here
         result[name] = value
