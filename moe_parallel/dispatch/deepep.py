@@ -69,23 +69,53 @@ def _at_least_one(rows: Tensor) -> Tensor:
     return rows if rows.shape[0] else torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
 
 
+class _Returning:
+    """The gradients of a dispatch on their way: begun by one node of the graph, ended by another.
+
+    Args:
+        overlap: let the current stream go on meanwhile.
+    """
+
+    def __init__(self, overlap: bool) -> None:
+        self.overlap = overlap
+        self.begun: Begun[tuple[Tensor, Tensor | None]] | None = None
+        self.sent: tuple[Tensor, ...] = ()  # kept until they have arrived
+
+
 class _Outgoing(NamedTuple):
-    """A dispatch that has begun, and what in it has gradients."""
+    """A dispatch that has begun."""
 
     begun: Begun[Received]
-    x: Tensor
-    weights: Tensor
+    anchor: Tensor  # of x and the weights, which have gradients through it
+    with_weights: bool  # have one
+    returning: _Returning
     tokens: int  # T
 
 
-class _Dispatch(torch.autograd.Function):
-    """Ends a dispatch of ``x`` and ``weights`` that has begun."""
+class _BeginDispatch(torch.autograd.Function):
+    """A tensor without elements, whose gradient stands for those of ``x`` and ``weights``."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weights: Tensor, begun: Begun[Received], buffers: Buffers
-    ) -> tuple[Any, ...]:
-        received = begun.end()
+    def forward(ctx: Any, x: Tensor, weights: Tensor, returning: _Returning) -> Tensor:
+        ctx.returning = returning
+        return x.new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor) -> Any:
+        with_x, *_ = ctx.needs_input_grad
+        begun, ctx.returning.begun = ctx.returning.begun, None
+        dx, dweights = begun.end()
+        ctx.returning.sent = ()
+        return dx if with_x else None, dweights, None
+
+
+class _EndDispatch(torch.autograd.Function):
+    """Ends a dispatch. Backward begins the way back; what was computed meanwhile goes between."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, outgoing: _Outgoing, buffers: Buffers) -> tuple[Any, ...]:
+        received = outgoing.begun.end()
         here = received.topk_ids >= 0
         # ElasticBuffer brings the weights of all slots; combine adds those of all ranks.
         local_weights = received.topk_weights.masked_fill(~here, 0.0)
@@ -93,6 +123,7 @@ class _Dispatch(torch.autograd.Function):
         ctx.mark_non_differentiable(local_ids)
         ctx.save_for_backward(here)
         ctx.buffers, ctx.route = buffers, received.route
+        ctx.with_weights, ctx.returning = outgoing.with_weights, outgoing.returning
         return received.x, local_ids, local_weights, received.counts, received.route
 
     @staticmethod
@@ -100,13 +131,13 @@ class _Dispatch(torch.autograd.Function):
     def backward(ctx: Any, grad_x: Tensor, _: Any, grad_weights: Tensor, *__: Any) -> Any:
         """Every rank takes part: what its graph did not use of the outputs has a gradient of 0."""
         (here,) = ctx.saved_tensors
-        with_x, with_weights, *_ = ctx.needs_input_grad
-        dx, dweights = ctx.buffers.combine(
-            _dense(grad_x),
-            ctx.route,
-            _dense(grad_weights.masked_fill(~here, 0.0)) if with_weights else None,
-        ).end()
-        return dx if with_x else None, dweights, None, None
+        rows, weights = _dense(grad_x), None
+        if ctx.with_weights:
+            weights = _dense(grad_weights.masked_fill(~here, 0.0))
+        returning = ctx.returning
+        returning.sent = (rows,) if weights is None else (rows, weights)
+        returning.begun = ctx.buffers.combine(rows, ctx.route, weights, overlap=returning.overlap)
+        return grad_x.new_empty(0), None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -386,15 +417,17 @@ class DeepEPDispatcher:
         begun = self._buffers.dispatch(
             rows.detach(), _dense(ids), weights.detach(), self.num_experts, overlap=overlap
         )
-        return _Outgoing(begun, rows, weights, x.shape[0])
+        returning = _Returning(overlap)
+        anchor = _BeginDispatch.apply(rows, weights, returning)
+        return _Outgoing(begun, anchor, weights.requires_grad, returning, x.shape[0])
 
     @torch.compiler.disable(reason=_OPAQUE)
     def _end_dispatch(self, outgoing: _Outgoing) -> Dispatched:
-        begun, rows, sent_weights, tokens = outgoing
-        received, local_ids, weights, counts, route = _Dispatch.apply(
-            rows, sent_weights, begun, self._buffers
+        received, local_ids, weights, counts, route = _EndDispatch.apply(
+            outgoing.anchor, outgoing, self._buffers
         )
-        handle = DeepEPHandle(route, tokens, received.shape[0], self.group_name, self.interface)
+        name, tokens = self.group_name, outgoing.tokens
+        handle = DeepEPHandle(route, tokens, received.shape[0], name, self.interface)
         return Dispatched(received, local_ids, weights, handle, sum(counts))
 
     @torch.compiler.disable(reason=_OPAQUE)

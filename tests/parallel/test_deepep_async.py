@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from moe_parallel import BackendConfig, MoE
 from moe_parallel.dispatch import AllToAllDispatcher, DeepEPDispatcher, DeepEPHandle, Dispatched
+from moe_parallel.dispatch.deepep_buffers import Begun
 from moe_parallel.experts import GroupedExperts
 from moe_parallel.parallelizer import ExpertParallel
 from tests.parallel import stand_in_deep_ep as stand_in
@@ -98,7 +99,7 @@ def test_calls_may_begin_and_end_apart(interface: str) -> None:
 
 
 def _shared_experts(rank: int, ranks: int, version: int) -> None:
-    """Computed while the tokens travel, or before: the same bits."""
+    """Computed while the tokens travel, or after: the same bits, and likewise in backward."""
     prepare(version)
     options = {"n_shared_experts": 1, "shared_expert_gate": True}
     config = make_config(dtype=torch.bfloat16, dim=256, moe_inter_dim=48, **options)
@@ -108,25 +109,38 @@ def _shared_experts(rank: int, ranks: int, version: int) -> None:
     layers[1].load_state_dict(layers[0].state_dict())
     mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("ep",))
 
-    class Before(GroupedExperts):
+    class After(GroupedExperts):
         overlaps = False  # type: ignore[assignment]
 
-    layers[1].experts.__class__ = Before
+    layers[1].experts.__class__ = After
+    end = Begun.end
+
+    def noted(begun: Begun[Any]) -> Any:
+        stand_in.CALLS.append(("end", {}))
+        return end(begun)
+
+    Begun.end = noted  # type: ignore[method-assign]
     results = []
     torch.manual_seed(rank)
     x = torch.randn(11 + rank, 256).bfloat16()
-    for layer, order in zip(
-        layers, ("dispatch shared combine", "shared dispatch combine"), strict=True
-    ):
+    orders = (
+        "dispatch shared end combine end | repeat combine shared end",
+        "dispatch end combine end shared | shared repeat combine end",
+    )
+    for layer, order in zip(layers, orders, strict=True):
         ExpertParallel()._apply(layer.experts, mesh)
-        assert layer.experts.overlaps == (order[0] == "d")
+        assert layer.experts.overlaps == (layer is layers[0])
         layer.shared_experts.register_forward_hook(lambda *_: stand_in.CALLS.append(("shared", {})))
+        layer.shared_experts.register_full_backward_hook(
+            lambda *_: stand_in.CALLS.append(("shared", {}))
+        )
         mine = x.clone().requires_grad_()
         stand_in.CALLS.clear()
         y = layer(mine)
-        calls = [call for call, _ in stand_in.CALLS if call != "create"]
-        assert calls == order.split()
+        stand_in.CALLS.append(("|", {}))
         y.float().square().sum().backward()
+        calls = " ".join(call for call, _ in stand_in.CALLS if call != "create")
+        assert calls == order
         grads = [p.grad for p in layer.parameters() if p.grad is not None]
         local = [g.to_local() if hasattr(g, "to_local") else g for g in grads]
         results.append([y.detach(), mine.grad, *local])
