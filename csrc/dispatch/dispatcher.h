@@ -42,25 +42,45 @@ struct Tokens {
 template <typename Result>
 using Ending = std::function<Result()>;
 
-// Calls that have begun and not ended, by their tickets.
+// Calls that have begun, by their tickets.
 template <typename Result>
 class Begun {
  public:
-  int64_t keep(Ending<Result> ending) {
+  using Beginning = std::function<Ending<Result>()>;
+
+  // A ticket serves once, unless it is known how to begin `again`.
+  int64_t keep(Ending<Result> ending, Beginning again) {
     const std::lock_guard lock(mutex_);
-    endings_.emplace(++last_, std::move(ending));
+    calls_.emplace(++last_, Call{std::move(ending), std::move(again)});
     return last_;
   }
   // Empty for a ticket that was used.
   Ending<Result> take(int64_t ticket) {
+    Beginning again;
+    {
+      const std::lock_guard lock(mutex_);
+      const auto found = calls_.find(ticket);
+      if (found == calls_.end()) return {};
+      if (auto ending = std::exchange(found->second.ending, nullptr)) return ending;
+      again = found->second.again;
+    }
+    return again ? again() : Ending<Result>();
+  }
+  void forget(int64_t ticket) {
+    typename Calls::node_type call;  // goes after the lock
     const std::lock_guard lock(mutex_);
-    const auto found = endings_.extract(ticket);
-    return found.empty() ? Ending<Result>() : std::move(found.mapped());
+    call = calls_.extract(ticket);
   }
 
  private:
+  struct Call {
+    Ending<Result> ending;
+    Beginning again;
+  };
+  using Calls = std::unordered_map<int64_t, Call>;
+
   std::mutex mutex_;
-  std::unordered_map<int64_t, Ending<Result>> endings_;
+  Calls calls_;
   int64_t last_ = 0;
 };
 

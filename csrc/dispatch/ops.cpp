@@ -37,16 +37,15 @@ Outputs outputs_of(Arrived arrived) {
 // last of it goes what nobody can ask for any more.
 template <typename Result>
 Tensor write_ticket(const std::shared_ptr<Dispatcher>& dispatcher,
-                    Begun<Result> Dispatcher::* begun, Ending<Result> ending) {
-  auto number =
-      std::make_unique<double>(static_cast<double>((*dispatcher.*begun).keep(std::move(ending))));
-  const auto forget = [weak = std::weak_ptr(dispatcher), begun](void* data) {
-    const std::unique_ptr<double> ticket(static_cast<double*>(data));
-    if (const auto owner = weak.lock()) {
-      (*owner.*begun).take(static_cast<int64_t>(*ticket));
-    }
+                    Begun<Result> Dispatcher::* begun, Ending<Result> ending,
+                    typename Begun<Result>::Beginning again = {}) {
+  const int64_t number = (*dispatcher.*begun).keep(std::move(ending), std::move(again));
+  auto ticket = std::make_unique<double>(static_cast<double>(number));
+  const auto forget = [weak = std::weak_ptr(dispatcher), begun, number](void* data) {
+    delete static_cast<double*>(data);
+    if (const auto owner = weak.lock()) (*owner.*begun).forget(number);
   };
-  return at::from_blob(number.release(), {}, forget, at::kDouble);
+  return at::from_blob(ticket.release(), {}, forget, at::kDouble);
 }
 
 template <typename Result>
@@ -140,9 +139,14 @@ TokenGradients dispatch_backward(const std::optional<Tensor>& grad_x,
 Tensor dispatch_backward_start(const std::optional<Tensor>& grad_x,
                                const std::optional<Tensor>& grad_weights, const Tensor& slot_rows,
                                const Tensor& plan, std::string name) {
+  // Whoever computes gradients of inputs first, and of weights later, keeps the gradient of the
+  // forward ticket for the second time, as pipelines do. It also keeps the gradients that travel
+  // from autograd, which would make a present of them to a leaf if nobody else had them.
   const auto dispatcher = find_dispatcher(name);
-  return write_ticket(dispatcher, &Dispatcher::dispatch_backwards,
-                      begin_dispatch_backward(dispatcher, grad_x, grad_weights, slot_rows, plan));
+  const auto begin = [=] {
+    return begin_dispatch_backward(dispatcher, grad_x, grad_weights, slot_rows, plan);
+  };
+  return write_ticket<TokenGradients>(dispatcher, &Dispatcher::dispatch_backwards, begin(), begin);
 }
 
 TokenGradients dispatch_backward_finish(const Tensor& ticket, const Tensor&, at::IntArrayRef,

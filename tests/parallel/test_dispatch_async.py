@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
 from moe_kernels import _C
 from moe_parallel import BackendConfig, MoE
@@ -351,6 +352,53 @@ def _some_gradients(rank: int, ranks: int, way: str) -> None:
 @pytest.mark.parametrize("way", WAYS)
 def test_some_gradients_are_those_of_a_call_in_one_piece(way: str) -> None:
     run_ranks(2, _some_gradients, way)
+
+
+def _inputs_first(rank: int, ranks: int, way: str) -> None:
+    """A pipeline's backward of the inputs, then of weights that meet them at the dispatch alone."""
+    dispatcher = dispatcher_of(way, EXPERTS)
+    case = make_case(0, rank, 20 + rank, 16, 2, EXPERTS)
+
+    def gradients(separately: bool) -> tuple[Tensor | None, ...]:
+        x, scores = case.x.clone().requires_grad_(), case.weights.clone().requires_grad_()
+        if separately:
+            tokens = dispatcher.dispatch_async(x, case.ids, scores.sigmoid()).wait()
+        else:
+            tokens = dispatcher.dispatch(x, case.ids, scores.sigmoid())
+        loss = dispatcher.combine(apply_experts(tokens, 0), tokens.handle).square().sum()
+        parameters: list[Any] = [scores]
+        _, groups = stage_backward_input([loss], None, [x], iter(parameters))
+        stage_backward_weight(iter(parameters), groups)
+        return x.grad, scores.grad
+
+    for a, b in zip(gradients(True), gradients(False), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_of_inputs_and_then_of_weights(way: str) -> None:
+    run_ranks(2, _inputs_first, way)
+
+
+def _not_given_away(rank: int, ranks: int, way: str) -> None:
+    """Nobody else gets a gradient that travels for its own, as a leaf would, to change in place."""
+    dispatcher = dispatcher_of(way, EXPERTS)
+    case = make_case(0, rank, 20 + rank, 16, 2, EXPERTS)
+    rows = dispatcher.dispatch(case.x, case.ids, case.weights).x.shape
+    leaf = torch.zeros(rows, dtype=case.x.dtype, requires_grad=True)
+    pending, *_ = begin(dispatcher, case)
+    other = leaf.clone()  # its backward comes while the gradient travels
+    tokens = pending.wait()
+    travels: list[int] = []
+    tokens.x.register_hook(lambda grad: travels.append(grad.data_ptr()))
+    ((tokens.x + other) * torch.ones(16, dtype=case.x.dtype)).sum().backward()
+    assert leaf.grad is not None
+    assert travels != [leaf.grad.data_ptr()]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_gradient_that_travels_is_not_given_away(way: str) -> None:
+    run_ranks(2, _not_given_away, way)
 
 
 def _layer(rank: int, ranks: int, way: str, latent: int | None) -> None:
