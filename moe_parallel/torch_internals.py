@@ -219,6 +219,11 @@ def keep_graph(param_groups: Any, edges: list[Any]) -> None:
                 group["edges_of_outputs"] = edges
 
 
+def graph_is_kept() -> bool:
+    """In a backward: whether the graph is retained, so that another may follow."""
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+
+
 def gradient_edges(outputs: Any) -> list[Any]:
     """Where the backward of ``outputs`` starts; they own the graph."""
     tensors = outputs if isinstance(outputs, (tuple, list)) else [outputs]

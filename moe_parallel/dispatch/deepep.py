@@ -5,6 +5,7 @@ T tokens, H hidden size, K experts a token, E experts, P ranks, U tokens receive
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
@@ -34,6 +35,7 @@ from moe_parallel.dispatch.deepep_buffers import (
     load_deep_ep,
 )
 from moe_parallel.dispatch.protocol import Dispatched, OverlappingDispatcher, Pending
+from moe_parallel.torch_internals import graph_is_kept
 
 _buffers = BuffersOfGroups()  # where dispatchers find each other's; it keeps none alive
 
@@ -69,6 +71,9 @@ def _at_least_one(rows: Tensor) -> Tensor:
     return rows if rows.shape[0] else torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
 
 
+_Gradients = Begun[tuple[Tensor, Tensor | None]]
+
+
 class _Returning:
     """The gradients of a dispatch on their way: begun by one node of the graph, ended by another.
 
@@ -78,8 +83,22 @@ class _Returning:
 
     def __init__(self, overlap: bool) -> None:
         self.overlap = overlap
-        self.begun: Begun[tuple[Tensor, Tensor | None]] | None = None
-        self.sent: tuple[Tensor, ...] = ()  # kept until they have arrived
+        self._begun: _Gradients | None = None
+        self._begin: Callable[[], _Gradients] | None = None
+
+    def begin(self, begin: Callable[[], _Gradients]) -> None:
+        """Begin by ``begin``, which holds what is sent: it lives until that has arrived."""
+        self._begin, self._begun = begin, begin()
+
+    def end(self) -> tuple[Tensor, Tensor | None]:
+        begun, self._begun = self._begun, None
+        if begun is None:  # a pipeline's backward of the weights, after that of the inputs
+            assert self._begin is not None
+            begun = self._begin()
+        gradients = begun.end()
+        if not graph_is_kept():
+            self._begin = None
+        return gradients
 
 
 class _Outgoing(NamedTuple):
@@ -104,9 +123,7 @@ class _BeginDispatch(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, _: Tensor) -> Any:
         with_x, *_ = ctx.needs_input_grad
-        begun, ctx.returning.begun = ctx.returning.begun, None
-        dx, dweights = begun.end()
-        ctx.returning.sent = ()
+        dx, dweights = ctx.returning.end()
         return dx if with_x else None, dweights, None
 
 
@@ -131,12 +148,10 @@ class _EndDispatch(torch.autograd.Function):
     def backward(ctx: Any, grad_x: Tensor, _: Any, grad_weights: Tensor, *__: Any) -> Any:
         """Every rank takes part: what its graph did not use of the outputs has a gradient of 0."""
         (here,) = ctx.saved_tensors
-        rows, weights = _dense(grad_x), None
-        if ctx.with_weights:
-            weights = _dense(grad_weights.masked_fill(~here, 0.0))
-        returning = ctx.returning
-        returning.sent = (rows,) if weights is None else (rows, weights)
-        returning.begun = ctx.buffers.combine(rows, ctx.route, weights, overlap=returning.overlap)
+        rows = _dense(grad_x)
+        weights = _dense(grad_weights.masked_fill(~here, 0.0)) if ctx.with_weights else None
+        buffers, route, overlap = ctx.buffers, ctx.route, ctx.returning.overlap
+        ctx.returning.begin(lambda: buffers.combine(rows, route, weights, overlap=overlap))
         return grad_x.new_empty(0), None, None
 
 

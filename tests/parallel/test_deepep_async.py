@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
 from moe_parallel import BackendConfig, MoE
 from moe_parallel.dispatch import AllToAllDispatcher, DeepEPDispatcher, DeepEPHandle, Dispatched
@@ -152,3 +153,31 @@ def _shared_experts(rank: int, ranks: int, version: int) -> None:
 @pytest.mark.parametrize("version", [1, 2])
 def test_a_layer_computes_its_shared_experts_while_tokens_travel(version: int) -> None:
     run_ranks(2, _shared_experts, version)
+
+
+def _inputs_first(rank: int, ranks: int, interface: str) -> None:
+    """A pipeline's backward of the inputs, then of weights that meet them at the dispatch alone."""
+    prepare()
+    dispatcher = DeepEPDispatcher(dist.group.WORLD, 8, interface=interface, max_tokens=64)
+    case = make_case(0, rank, 20 + rank, 256, 3, 8)
+    results = []
+    for split in (False, True):
+        x, scores = case.x.clone().requires_grad_(), case.weights.clone().requires_grad_()
+        tokens = dispatcher.dispatch_async(x, case.ids, scores.sigmoid()).wait()
+        y = dispatcher.combine(apply_experts(tokens, rank * 8 // ranks), tokens.handle)
+        loss = y.float().square().sum()
+        if split:
+            parameters: list[Any] = [scores]
+            _, groups = stage_backward_input([loss], None, [x], iter(parameters))
+            stage_backward_weight(iter(parameters), groups)
+        else:
+            loss.backward()
+        results.append((x.grad, scores.grad))
+    for whole, halves in zip(*results, strict=True):
+        assert whole is not None
+        assert torch.equal(whole, halves)
+
+
+@pytest.mark.parametrize("interface", INTERFACES)
+def test_gradients_of_inputs_and_then_of_weights(interface: str) -> None:
+    run_ranks(2, _inputs_first, interface)
