@@ -153,9 +153,10 @@ def _count_writes(name: str, overload: torch._ops.OpOverload) -> None:
         return
 
     def run(keys: Any, *args: Any) -> Any:
-        result = overload.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *args)
-        torch.autograd.graph.increment_version([args[i] for i in written])
-        return result
+        try:
+            return overload.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *args)
+        finally:  # who runs out of memory may have written by then
+            torch.autograd.graph.increment_version([args[i] for i in written])
 
     _lib.impl(name, run, "ADInplaceOrView", with_keyset=True)
 

@@ -198,8 +198,8 @@ def _known_grad_h(ctx: Any, grad: Tensor, needs: list[bool]) -> Tensor | None:
 
 def _may_overwrite(ctx: Any, h: Tensor) -> bool:
     """Whether nobody needs h after this backward: neither who has called the op, nor a further
-    backward, nor a graph that is being traced."""
-    again = torch._C._autograd._get_current_graph_task_keep_graph()
+    backward, be it one of this one, nor a graph that is being traced."""
+    again = torch._C._autograd._get_current_graph_task_keep_graph() or torch.is_grad_enabled()
     return ctx.owns_h and type(h) is Tensor and h.is_contiguous() and not again
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import moe_kernels
@@ -153,6 +154,45 @@ def test_a_checkpointed_layer_has_the_same_gradients(
     for again in (True, False):
         found = torch.autograd.grad(y, wanted, up, retain_graph=again)
         assert all(torch.equal(a, b) for a, b in zip(found, right, strict=True))
+
+
+class Fails(TorchDispatchMode):
+    """Lets the memory end when h is overwritten and not all gradients are there."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func._opname in [f"{name}_backward_" for name in OPS]:
+            raise torch.OutOfMemoryError("the memory has ended")
+        return result
+
+
+@pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS)
+def test_a_backward_that_fails_is_not_repeated_with_what_it_has_left(
+    impl: Implementation, options: dict[str, Any]
+) -> None:
+    inputs, upstream = make_case("plain", torch.bfloat16)
+    leaves, up = leaves_of(inputs, impl), upstream.to(impl.device)
+    wanted = [value for value in leaves.values() if value.requires_grad]
+    y = moe_kernels.fused_experts(**leaves, **options)
+    with pytest.raises(torch.OutOfMemoryError), Fails():
+        torch.autograd.grad(y, wanted, up)
+    with pytest.raises(RuntimeError, match="has been modified by an inplace operation"):
+        torch.autograd.grad(y, wanted, up)
+
+
+@pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS)
+def test_gradients_are_not_differentiated_though_the_graph_is_not_retained(
+    impl: Implementation, options: dict[str, Any]
+) -> None:
+    inputs, upstream = make_case("plain", torch.bfloat16)
+    leaves, up = leaves_of(inputs, impl), upstream.to(impl.device)
+    wanted = [value for value in leaves.values() if value.requires_grad]
+    y = moe_kernels.fused_experts(**leaves, **options)
+    grad, *_ = torch.autograd.grad(y, wanted, up, retain_graph=False, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        torch.autograd.grad(grad.sum(), wanted, allow_unused=True)
 
 
 @pytest.mark.parametrize("name", OPS)
