@@ -196,10 +196,13 @@ def _known_grad_h(ctx: Any, grad: Tensor, needs: list[bool]) -> Tensor | None:
     return grad_h if same else None
 
 
-def _may_overwrite(ctx: Any, h: Tensor) -> bool:
+def _may_overwrite(ctx: Any, grad: Tensor, h: Tensor) -> bool:
     """Whether nobody needs h after this backward: neither who has called the op, nor a further
-    backward, be it one of this one, nor a graph that is being traced."""
+    backward, be it one of this one, nor a graph that is being traced, nor vmap's other gradients.
+    """
+    functorch = torch._C._functorch
     again = torch._C._autograd._get_current_graph_task_keep_graph() or torch.is_grad_enabled()
+    again = again or functorch.is_batchedtensor(grad) or functorch.is_legacy_batchedtensor(grad)
     return ctx.owns_h and type(h) is Tensor and h.is_contiguous() and not again
 
 
@@ -233,7 +236,7 @@ def backward_through(
         arguments = (grad, *saved[:10], *ctx.options, needs)
         others_last = (down_main is not None, *saved[10:])
         stores_h = (needs[0] and x_takes_h) or needs[1] or needs[4] or keep_h
-        if stores_h and grad_h is None and _may_overwrite(ctx, saved[4]):
+        if stores_h and grad_h is None and _may_overwrite(ctx, grad, saved[4]):
             kept = saved[4]
             *results, weighted_a = call_op(overwriting_op, *arguments, *others_last)
         else:

@@ -195,6 +195,22 @@ def test_gradients_are_not_differentiated_though_the_graph_is_not_retained(
         torch.autograd.grad(grad.sum(), wanted, allow_unused=True)
 
 
+@pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS)
+def test_several_gradients_at_once_do_not_share_what_is_overwritten(
+    impl: Implementation, options: dict[str, Any]
+) -> None:
+    """As of a vectorized Jacobian, which retains nothing either."""
+    inputs, upstream = make_case("plain", torch.bfloat16)
+    leaves, up = leaves_of(inputs, impl), upstream.to(impl.device)
+    wanted = [value for value in leaves.values() if value.requires_grad]
+    ups = torch.stack([up, -up])
+    y = moe_kernels.fused_experts(**leaves, **options)
+    right = [torch.autograd.grad(y, wanted, grad, retain_graph=True) for grad in ups]
+    found = torch.autograd.grad(y, wanted, ups, is_grads_batched=True)
+    for both, one, other in zip(found, *right, strict=True):
+        assert torch.equal(both, torch.stack([one, other]))
+
+
 @pytest.mark.parametrize("name", OPS)
 def test_opcheck(impl: Implementation, name: str) -> None:
     arguments, scales = arguments_of(name, impl, "dropped", torch.float32)
