@@ -69,12 +69,14 @@ def every_op() -> None:
     y = moe_kernels.fused_experts(
         x, gate_up.mT, down.mT, routed.topk_ids, routed.topk_weights.detach(), num_rows=500
     )
-    y.sum().backward()
+    for again in (True, False):
+        y.sum().backward(retain_graph=again)
     y = moe_kernels.fused_experts(
         x, gate_up.mT, down.mT, routed.topk_ids, routed.topk_weights.detach().requires_grad_(),
         num_rows=500, precision="fp8_block",
     )  # fmt: skip
-    y.sum().backward()
+    for again in (True, False):
+        y.sum().backward(retain_graph=again)
     main_grads = torch.empty(16, 256, 256), torch.empty(16, 128, 256)
     y = moe_kernels.fused_experts(
         x, gate_up.mT, down.mT, routed.topk_ids, routed.topk_weights.detach(),
