@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -83,8 +82,15 @@ def test_the_bits_are_those_of_a_backward_that_keeps_h(
         assert torch.equal(found_a[:used], weighted_a[:used])
 
 
-Layer = Callable[[], Tensor]
 LAYERS: dict[str, dict[str, Any]] = {"plain": {}, "fp8": {"precision": "fp8_block"}}
+
+
+def layer_of(impl: Implementation, case: str) -> tuple[dict[str, Tensor], list[Tensor], Tensor]:
+    """Arguments of a layer, those of them that require a gradient, and the upstream gradient."""
+    inputs, upstream = make_case(case, torch.bfloat16, bias=True)
+    leaves = leaves_of(inputs, impl)
+    wanted = [value for value in leaves.values() if value.requires_grad]
+    return leaves, wanted, upstream.to(impl.device)
 
 
 @pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS)
@@ -92,9 +98,7 @@ def test_h_is_kept_for_a_backward_that_may_follow(
     impl: Implementation, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Gradients are the same, and h is overwritten once, by the last of them."""
-    inputs, upstream = make_case("dropped", torch.bfloat16, bias=True)
-    leaves, up = leaves_of(inputs, impl), upstream.to(impl.device)
-    wanted = [value for value in leaves.values() if value.requires_grad]
+    leaves, wanted, up = layer_of(impl, "dropped")
     saved: list[Tensor] = []
 
     def unpack(value: Tensor) -> Tensor:
@@ -141,9 +145,7 @@ def differ(one: Tensor, other: Tensor) -> bool:
 def test_a_checkpointed_layer_has_the_same_gradients(
     impl: Implementation, options: dict[str, Any]
 ) -> None:
-    inputs, upstream = make_case("dropped", torch.bfloat16, bias=True)
-    leaves, up = leaves_of(inputs, impl), upstream.to(impl.device)
-    wanted = [value for value in leaves.values() if value.requires_grad]
+    leaves, wanted, up = layer_of(impl, "dropped")
 
     def layer(x: Tensor) -> Tensor:
         once = moe_kernels.fused_experts(**{**leaves, "x": x}, **options)
@@ -172,9 +174,7 @@ class Fails(TorchDispatchMode):
 def test_a_backward_that_fails_is_not_repeated_with_what_it_has_left(
     impl: Implementation, options: dict[str, Any]
 ) -> None:
-    inputs, upstream = make_case("plain", torch.bfloat16)
-    leaves, up = leaves_of(inputs, impl), upstream.to(impl.device)
-    wanted = [value for value in leaves.values() if value.requires_grad]
+    leaves, wanted, up = layer_of(impl, "plain")
     y = moe_kernels.fused_experts(**leaves, **options)
     with pytest.raises(torch.OutOfMemoryError), Fails():
         torch.autograd.grad(y, wanted, up)
@@ -186,9 +186,7 @@ def test_a_backward_that_fails_is_not_repeated_with_what_it_has_left(
 def test_gradients_are_not_differentiated_though_the_graph_is_not_retained(
     impl: Implementation, options: dict[str, Any]
 ) -> None:
-    inputs, upstream = make_case("plain", torch.bfloat16)
-    leaves, up = leaves_of(inputs, impl), upstream.to(impl.device)
-    wanted = [value for value in leaves.values() if value.requires_grad]
+    leaves, wanted, up = layer_of(impl, "plain")
     y = moe_kernels.fused_experts(**leaves, **options)
     grad, *_ = torch.autograd.grad(y, wanted, up, retain_graph=False, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward is not supported"):
@@ -200,9 +198,7 @@ def test_several_gradients_at_once_do_not_share_what_is_overwritten(
     impl: Implementation, options: dict[str, Any]
 ) -> None:
     """As of a vectorized Jacobian, which retains nothing either."""
-    inputs, upstream = make_case("plain", torch.bfloat16)
-    leaves, up = leaves_of(inputs, impl), upstream.to(impl.device)
-    wanted = [value for value in leaves.values() if value.requires_grad]
+    leaves, wanted, up = layer_of(impl, "plain")
     ups = torch.stack([up, -up])
     y = moe_kernels.fused_experts(**leaves, **options)
     right = [torch.autograd.grad(y, wanted, grad, retain_graph=True) for grad in ups]
