@@ -18,22 +18,22 @@ constexpr int64_t kHeldBytes = 1200 << 10;  // what a second-level cache keeps o
 // Transposed on the way to out.
 void multiply_vectors_in_tiles(const bf16* packed, int64_t rows, int64_t vectors, int64_t k,
                                const MatrixOf<bf16>& b, Range columns, float* out,
-                               int64_t out_stride, bool stream) {
+                               int64_t out_stride, bool stream, const bf16* after) {
   constexpr int64_t L = kTileRows, G = 2, kTile = kTileRows * kTileK;
-  // From so many vectors on it pays to copy some of k of the columns to where they stay in a
-  // first-level cache. Columns are a power of two apart as a rule: where they lie they cannot.
-  constexpr int64_t kManyVectors = 6, kStaged = 256;
-  constexpr int64_t kSum = 2 * kMaxGroups * G;  // each pass begins and ends with idle multipliers
+  // So much of k of 32 columns stays in a first-level cache while all rows meet it, unless columns
+  // are so far apart that their lines fall on each other. Then they are read again anyway, and the
+  // longest sums are best: each begins and ends with idle multipliers.
+  constexpr int64_t kPart = 256, kSum = 2 * kMaxGroups * G, kAliased = 4096;
+  const bool aliased = b.stride_n * sizeof(bf16) % kAliased == 0;
   // Packed rows that are more than a second-level cache holds are met in parts of k, each by so
   // many columns.
   constexpr int64_t kColumns = 512;
   const int64_t width = vectors * L, padded_k = group_count<bf16>(k) * G;
   const int64_t row_bytes = width * sizeof(bf16);
   const bool fit = row_bytes * padded_k <= kHeldBytes;
-  const int64_t kept_k = fit ? padded_k : max(kHeldBytes / 3 / row_bytes / kStaged, 1) * kStaged;
+  const int64_t kept_k = fit ? padded_k : max(kHeldBytes / 3 / row_bytes / kPart, 1) * kPart;
   const int64_t group = fit ? kTileColumns : kColumns;
-  const bool many = vectors >= kManyVectors;
-  const int64_t part_k = min(kept_k, many ? kStaged : kSum);
+  const int64_t part_k = min(kept_k, aliased ? kSum : kPart);
   float* result = static_cast<float*>(thread_scratch(
       Scratch::kKernel, group * width * sizeof(float) + kTileColumns * part_k * sizeof(bf16)));
   bf16* stage = reinterpret_cast<bf16*>(result + group * width);
@@ -52,7 +52,7 @@ void multiply_vectors_in_tiles(const bf16* packed, int64_t rows, int64_t vectors
     const bf16* first = b.data + c * b.stride_n + begin;
     product.steps = ceil_div(n, kTileK);
     product.accumulate = begin > 0;
-    if (many || count != tiles * L || n != product.steps * kTileK) {
+    if (count != tiles * L || n != product.steps * kTileK) {
       for (int64_t i = 0; i < count; ++i) {
         stage_row(stage + i / L * product.steps * kTile + i % L * kTileK, first + i * b.stride_n,
                   n);
@@ -85,6 +85,7 @@ void multiply_vectors_in_tiles(const bf16* packed, int64_t rows, int64_t vectors
           if (end == kept_end) {
             const int64_t next_c = ends && more ? g : c + kTileColumns;
             next = b.data + next_c * b.stride_n + (ends ? (more ? kept_end : 0) : kept);
+            if (after && group_end == columns.end && ends && !more) next = after;
           }
           multiply(c, begin, end, next, result + (c - g) * width);
         }

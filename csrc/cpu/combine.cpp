@@ -30,7 +30,7 @@ int64_t PackedBlocks<T>::lay_out() const {
 template <typename T>
 void PackedBlocks<T>::store(int64_t block, const T* first, int64_t stride, Range part) {
   const int64_t count = blocks_[block].count;
-  const T* rows[kRowsPerBlock];
+  const T* rows[kMostRows];
   for (int64_t i = 0; i < count; ++i) rows[i] = first + i * stride;
   kernels<GemmKernels<T>>().pack(k_contiguous_, address(block), rows, count, k_, part);
 }
@@ -64,7 +64,7 @@ void Combine<T>::multiply(Range columns, A* products, int64_t stride) const {
     const Range part{first, std::min(first + step, columns.end)};
     A* out = products + block.begin * stride + (first - columns.begin);
     gemm.multiply(rows.get(unit / parts), block.count, k, b.of<T>(block.expert), part, out, stride,
-                  stream);
+                  stream, nullptr);
     for (int64_t r = 0; bias && r < block.count; ++r) {
       functions.add_scaled(out + r * stride, bias + block.expert * hidden + first, A(1),
                            part.size());

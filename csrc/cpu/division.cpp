@@ -4,21 +4,15 @@
 
 namespace moe {
 
-namespace {
-
-int64_t parts_of(int64_t rows) { return (rows + kRowsPerBlock - 1) / kRowsPerBlock; }
-
-}  // namespace
-
-int64_t count_row_blocks(const int32_t* offsets, int64_t experts) {
+int64_t count_row_blocks(const int32_t* offsets, int64_t experts, int64_t most) {
   int64_t count = 0;
-  for (int64_t e = 0; e < experts; ++e) count += parts_of(offsets[e + 1] - offsets[e]);
+  for (int64_t e = 0; e < experts; ++e) count += (offsets[e + 1] - offsets[e] + most - 1) / most;
   return count;
 }
 
-void make_row_blocks(const int32_t* offsets, int64_t experts, RowBlock* blocks) {
+void make_row_blocks(const int32_t* offsets, int64_t experts, int64_t most, RowBlock* blocks) {
   for (int64_t e = 0; e < experts; ++e) {
-    const int64_t rows = offsets[e + 1] - offsets[e], parts = parts_of(rows);
+    const int64_t rows = offsets[e + 1] - offsets[e], parts = (rows + most - 1) / most;
     for (int64_t i = 0; i < parts; ++i) {
       const int64_t begin = rows * i / parts, end = rows * (i + 1) / parts;
       *blocks++ = {e, offsets[e] + begin, end - begin};
@@ -26,9 +20,9 @@ void make_row_blocks(const int32_t* offsets, int64_t experts, RowBlock* blocks) 
   }
 }
 
-std::vector<RowBlock> row_blocks(const int32_t* offsets, int64_t experts) {
-  std::vector<RowBlock> blocks(count_row_blocks(offsets, experts));
-  make_row_blocks(offsets, experts, blocks.data());
+std::vector<RowBlock> row_blocks(const int32_t* offsets, int64_t experts, int64_t most) {
+  std::vector<RowBlock> blocks(count_row_blocks(offsets, experts, most));
+  make_row_blocks(offsets, experts, most, blocks.data());
   return blocks;
 }
 

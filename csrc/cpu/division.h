@@ -8,6 +8,8 @@
 #include <span>
 #include <vector>
 
+#include "cpu/types.h"
+
 namespace moe {
 
 // Consecutive rows of one expert that are packed and multiplied together.
@@ -15,13 +17,11 @@ struct RowBlock {
   int64_t expert, begin, count;
 };
 
-constexpr int64_t kRowsPerBlock = 192;
-
-// The rows of each expert in blocks as even as possible; none for an expert without rows. Into
-// memory for count_row_blocks of them, or in memory of their own.
-int64_t count_row_blocks(const int32_t* offsets, int64_t experts);
-void make_row_blocks(const int32_t* offsets, int64_t experts, RowBlock* blocks);
-std::vector<RowBlock> row_blocks(const int32_t* offsets, int64_t experts);
+// The rows of each expert in blocks as even as possible, of `most` at most; none for an expert
+// without rows. Into memory for count_row_blocks of them, or in memory of their own.
+int64_t count_row_blocks(const int32_t* offsets, int64_t experts, int64_t most);
+void make_row_blocks(const int32_t* offsets, int64_t experts, int64_t most, RowBlock* blocks);
+std::vector<RowBlock> row_blocks(const int32_t* offsets, int64_t experts, int64_t most);
 
 // What the rows that meet one matrix cost, for all matrices. In rows: reading or writing a matrix
 // takes about as long as multiplying it with kOfMatrix of them.

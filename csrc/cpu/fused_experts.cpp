@@ -40,14 +40,12 @@ void project_up(const Layer& layer, const at::Tensor& x, const OrderView& order,
   const auto& rows = kernels<RowKernels<T>>();
   const auto& activations = kernels<ActivationKernels<T>>();
 
-  parallel_units(blocks.size() * parts, [&](int64_t unit, int thread) {
-    const RowBlock& block = blocks[unit / parts];
-    const Range range{unit % parts * step, std::min((unit % parts + 1) * step, inner)};
+  // Columns `range` of the activations of a block, from its rows, which are packed.
+  const auto project = [&](int64_t number, const void* packed, Range range) {
+    const RowBlock& block = blocks[number];
+    const MatrixOf<T> matrix = layer.gate_up.of<T>(block.expert);
     const int64_t n = range.size();
-    const void* packed = packed_rows.get(thread, unit / parts, block.count, [&](int64_t i) {
-      return data<T>(x) + order.row_to_slot[block.begin + i] / order.top_k * x.stride(0);
-    });
-    // The unit's columns of h: one piece, or one of the gate and one of the up half.
+    // Its columns of h: one piece, or one of the gate and one of the up half.
     // Halves that follow each other are read faster as one.
     const int64_t piece_stride = round_up(pairs ? 2 * n : n, kOutputColumns);
     const bool whole = gated && (pairs || (n == inner && n == piece_stride));
@@ -61,8 +59,11 @@ void project_up(const Layer& layer, const at::Tensor& x, const OrderView& order,
     for (int p = 0; p < count; ++p) {
       const Range& columns = pieces[p];
       A* sums = tile + p * piece_stride;
-      gemm.multiply(packed, block.count, hidden, layer.gate_up.of<T>(block.expert), columns, sums,
-                    stride, false);
+      // Between the halves, and back to the gate for what follows.
+      const int64_t after = p + 1 < count ? pieces[1].begin : pieces[0].end;
+      const bool ends = p + 1 == count && range.end == inner;
+      gemm.multiply(packed, block.count, hidden, matrix, columns, sums, stride, false,
+                    ends ? nullptr : matrix.data + after * matrix.stride_n);
       for (int64_t i = 0; i < block.count; ++i) {
         A* row = sums + i * stride;
         if (bias) {
@@ -76,7 +77,18 @@ void project_up(const Layer& layer, const at::Tensor& x, const OrderView& order,
       const HalvesOf<const A> halves{row, pairs ? row + 1 : row + piece_stride, pairs};
       activations.activation_wide(layer.activation, activated + i * n, halves, A(1), n);
     }
-    out.store(unit / parts, activated, n, range);
+    out.store(number, activated, n, range);
+  };
+  parallel_units(blocks.size() * parts, [&](int64_t unit, int thread) {
+    const RowBlock& block = blocks[unit / parts];
+    const void* packed = packed_rows.get(thread, unit / parts, block.count, [&](int64_t i) {
+      return data<T>(x) + order.row_to_slot[block.begin + i] / order.top_k * x.stride(0);
+    });
+    const int64_t begin = unit % parts * step, end = std::min(begin + step, inner);
+    const int64_t together = columns_together<T>(layer.gate_up, block.count, step);
+    for (int64_t c = begin; c < end; c += together) {
+      project(unit / parts, packed, Range{c, std::min(c + together, end)});
+    }
   });
 }
 
@@ -107,7 +119,7 @@ template class RoutingWeights<double>;
 template <typename T>
 void run_layer(const Layer& layer, const at::Tensor& x, const OrderView& order,
                const acc_t<T>* topk_weights, T* y, T* h) {
-  const RowBlocks blocks(order);
+  const RowBlocks blocks(order, rows_together<T>(x.size(1), layer.inner()));
   PackedBlocks<T> activated(blocks, layer.down.k_contiguous(), layer.inner());
   project_up<T>(layer, x, order, blocks, activated, h);
   const Combine<T> combine{blocks,

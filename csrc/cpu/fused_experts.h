@@ -16,11 +16,17 @@ namespace moe {
 // Those of an order, for the time of one call.
 class RowBlocks : public LocalArray<RowBlock> {
  public:
-  explicit RowBlocks(const OrderView& order)
-      : LocalArray(count_row_blocks(order.offsets, order.experts)) {
-    make_row_blocks(order.offsets, order.experts, data());
+  RowBlocks(const OrderView& order, int64_t most)
+      : LocalArray(count_row_blocks(order.offsets, order.experts, most)) {
+    make_row_blocks(order.offsets, order.experts, most, data());
   }
 };
+
+// How many rows are best together in products over either of two sizes.
+template <typename T>
+int64_t rows_together(int64_t k, int64_t other) {
+  return kernels<GemmKernels<T>>().rows_together(std::max(k, other));
+}
 
 // Packed rows of every block, [block][count, k], filled piece by piece.
 template <typename T>

@@ -55,7 +55,7 @@ class Backward {
            bool interleaved)
       : order_(order),
         rows_(order, x, grad, topk_weights),
-        blocks_(row_blocks(order.offsets(), order.experts)),
+        blocks_(row_blocks(order.offsets(), order.experts, rows_together<T>(x.size(1), h.size(1)))),
         h_(h),
         hidden_(x.size(1)),
         inner_(inner),
@@ -81,20 +81,24 @@ class Backward {
     const auto& functions = kernels<ActivationKernels<T>>();
     parallel_units(blocks_.size() * parts, [&](int64_t unit, int thread) {
       const RowBlock& block = blocks_[unit / parts];
-      const int64_t begin = unit % parts * step;
-      const int64_t n = std::min(step, inner_ - begin), stride = sums_stride(n);
       const void* packed = packed_rows.get(thread, unit / parts, block.count,
                                            [&](int64_t i) { return rows_.grad[block.begin + i]; });
-      A* tile = static_cast<A*>(thread_scratch(Scratch::kTile, block.count * stride * sizeof(A)));
-      gemm.multiply(packed, block.count, hidden_, down_transposed.of<T>(block.expert),
-                    Range{begin, begin + n}, tile, stride, false);
-      for (int64_t i = 0; i < block.count; ++i) {
-        const int64_t r = block.begin + i;
-        for (int64_t c = begin; c < begin + n; c += kSummed) {
-          products_[c / kSummed * order_.used + r] = functions.activation_backward_wide(
-              activation_, tile + i * stride + (c - begin), columns(data<T>(h_) + r * width_, c),
-              rows_.scales[r], columns(mutable_data<T>(grad_h_) + r * width_, c),
-              scaled ? scaled + r * inner_ + c : nullptr, std::min(kSummed, begin + n - c));
+      const int64_t first = unit % parts * step, last = std::min(first + step, inner_);
+      const int64_t some = columns_together<T>(down_transposed, block.count, step);
+      const int64_t together = round_up(some, kSummed);
+      for (int64_t begin = first; begin < last; begin += together) {
+        const int64_t n = std::min(together, last - begin), stride = sums_stride(n);
+        A* tile = static_cast<A*>(thread_scratch(Scratch::kTile, block.count * stride * sizeof(A)));
+        gemm.multiply(packed, block.count, hidden_, down_transposed.of<T>(block.expert),
+                      Range{begin, begin + n}, tile, stride, false, nullptr);
+        for (int64_t i = 0; i < block.count; ++i) {
+          const int64_t r = block.begin + i;
+          for (int64_t c = begin; c < begin + n; c += kSummed) {
+            products_[c / kSummed * order_.used + r] = functions.activation_backward_wide(
+                activation_, tile + i * stride + (c - begin), columns(data<T>(h_) + r * width_, c),
+                rows_.scales[r], columns(mutable_data<T>(grad_h_) + r * width_, c),
+                scaled ? scaled + r * inner_ + c : nullptr, std::min(kSummed, begin + n - c));
+          }
         }
       }
     });

@@ -268,7 +268,7 @@ template <typename T>
 void run_quantized(const QuantizedLayer& layer, const at::Tensor& x, const OrderView& order,
                    const float* topk_weights, T* y) {
   const QuantizedWeights &gate_up = layer.gate_up, &down = layer.down;
-  const RowBlocks blocks(order);
+  const RowBlocks blocks(order, kRowsPerBlock);
   const int64_t tokens = order.tokens, hidden = x.size(1), inner = down.inner;
   const int64_t top_k = order.top_k, used = order.used();
   const bool gated = layer.activation.gated(), pairs = gated && layer.interleaved;

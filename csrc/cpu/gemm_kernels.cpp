@@ -4,6 +4,8 @@
 // weights stored [n, k]) it is spread from where it lies, and vectors hold many packed rows; few
 // rows are instead multiplied with it element by element. Where a row of it is contiguous, a block
 // of the matrix is packed into vectors of columns, and rows are spread.
+#include <limits>
+
 #include "cpu/amx_products.h"
 #include "cpu/kernels.h"
 #include "cpu/panels.h"
@@ -40,7 +42,7 @@ MOE_INLINE DotFunction<T> dot_function(int64_t count, std::index_sequence<b...>)
 template <typename T>
 void multiply_vectors(const operand_t<T>* packed, int64_t rows, int64_t vectors, int64_t k,
                       const MatrixOf<T>& b, Range columns, acc_t<T>* out, int64_t out_stride,
-                      bool stream) {
+                      bool stream, const T* /*next*/) {
   using U = operand_t<T>;
   using A = acc_t<T>;
   using Tile = OuterTile<T>;
@@ -268,7 +270,7 @@ void multiply_few_spread_rows(const operand_t<T>* packed, int64_t m, int64_t k,
 
 template <typename T>
 void multiply(const void* packed_rows, int64_t m, int64_t k, const MatrixOf<T>& b, Range columns,
-              acc_t<T>* out, int64_t out_stride, bool stream) {
+              acc_t<T>* out, int64_t out_stride, bool stream, const T* next) {
   using A = acc_t<T>;
   constexpr int64_t L = kLanes<A>;
   const auto* packed = static_cast<const operand_t<T>*>(packed_rows);
@@ -304,7 +306,7 @@ void multiply(const void* packed_rows, int64_t m, int64_t k, const MatrixOf<T>& 
     for (int64_t i = 0; i < blocks.count; ++i) {
       const int64_t first = blocks.first(i), end = blocks.first(i + 1);
       run(packed + first * vector_size, min(end * L, m) - first * L, end - first, k, b, part,
-          to + first * L * out_stride, out_stride, past_caches);
+          to + first * L * out_stride, out_stride, past_caches, next);
     }
     multiply_few<T>(packed + blocks.vectors * vector_size, m - done, k, b, part,
                     to + done * out_stride, out_stride);
@@ -312,8 +314,19 @@ void multiply(const void* packed_rows, int64_t m, int64_t k, const MatrixOf<T>& 
   if (past_caches) finish_streams();
 }
 
+// In tile registers so many that they stay in a second-level cache while columns pass by.
+template <typename T>
+int64_t rows_together(int64_t k) {
+  constexpr int64_t kHalf = 1 << 20, kLeast = 128;
+  if (!kTileRegisters<T>) return kRowsPerBlock;
+  const int64_t rows = kHalf / static_cast<int64_t>(sizeof(T)) / max(k, 1) / 32 * 32;
+  return min(max(rows, kLeast), kMostRows);
+}
+
 template <typename T>
 void fill_gemm(GemmKernels<T>& kernels) {
+  kernels.rows_together = rows_together<T>;
+  kernels.columns_together = kTileRegisters<T> ? 128 : std::numeric_limits<int64_t>::max();
   kernels.packed_size = packed_size<T>;
   kernels.pack = pack<T>;
   kernels.multiply = multiply<T>;

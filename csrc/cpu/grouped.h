@@ -42,6 +42,14 @@ class Weights {
   bool k_contiguous_;
 };
 
+// So many of `all` columns of b are multiplied with a block of rows before their sums are used.
+template <typename T>
+int64_t columns_together(const Weights& b, int64_t rows, int64_t all) {
+  constexpr int64_t kFewRows = 32;
+  if (!b.k_contiguous() || rows <= kFewRows) return all;
+  return std::min(kernels<GemmKernels<T>>().columns_together, all);
+}
+
 // From a row of n sums to the next one: rows of a power of two would share the lines of a cache.
 inline int64_t sums_stride(int64_t n) { return round_up(n, kOutputColumns) + kOutputColumns; }
 
@@ -60,7 +68,7 @@ class PackedRows {
     const auto& functions = kernels<GemmKernels<T>>();
     void* packed = thread_scratch(Scratch::kRows, functions.packed_size(k_contiguous_, count, k_));
     if (std::exchange(last_[thread], block) != block) {
-      const T* rows[kRowsPerBlock];
+      const T* rows[kMostRows];
       for (int64_t i = 0; i < count; ++i) rows[i] = row(i);
       functions.pack(k_contiguous_, packed, rows, count, k_, Range{0, k_});
     }

@@ -119,32 +119,36 @@ void multiply_groups(const at::Tensor& a, const Weights& b, const int32_t* offse
                      const at::Tensor& bias, const at::Tensor& out) {
   using A = acc_t<T>;
   const int64_t columns = b.columns(), inner = b.inner();
-  const std::vector<RowBlock> blocks = row_blocks(offsets, b.experts());
+  const auto& gemm = kernels<GemmKernels<T>>();
+  const std::vector<RowBlock> blocks = row_blocks(offsets, b.experts(), gemm.rows_together(inner));
   const int64_t step = columns_per_unit(columns, blocks, at::get_num_threads(), 32);
   const int64_t parts = (columns + step - 1) / step;
   const bool narrow = out.scalar_type() == scalar_type<T>();
   PackedRows<T> packed_rows(b.k_contiguous(), inner);
-  const auto& gemm = kernels<GemmKernels<T>>();
   const auto& rows = kernels<RowKernels<T>>();
   parallel_units(blocks.size() * parts, [&](int64_t unit, int thread) {
     const RowBlock& block = blocks[unit / parts];
-    const Range range{unit % parts * step, std::min((unit % parts + 1) * step, columns)};
-    const int64_t n = range.size(), stride = sums_stride(n);
     const T* first = data<T>(a) + block.begin * a.stride(0);
     const void* packed = packed_rows.get(thread, unit / parts, block.count,
                                          [&](int64_t i) { return first + i * a.stride(0); });
-    A* tile = static_cast<A*>(thread_scratch(Scratch::kTile, block.count * stride * sizeof(A)));
-    gemm.multiply(packed, block.count, inner, b.of<T>(block.expert), range, tile, stride, false);
-    for (int64_t i = 0; i < block.count; ++i) {
-      A* sums = tile + i * stride;
-      if (bias.defined()) {
-        rows.add_scaled(sums, data<T>(bias) + block.expert * columns + range.begin, A(1), n);
-      }
-      const int64_t at = (block.begin + i) * columns + range.begin;
-      if (narrow) {
-        rows.narrow(mutable_data<T>(out) + at, sums, n);
-      } else {
-        std::copy_n(sums, n, mutable_data<A>(out) + at);
+    const int64_t begin = unit % parts * step, end = std::min(begin + step, columns);
+    const int64_t together = columns_together<T>(b, block.count, step);
+    for (int64_t c = begin; c < end; c += together) {
+      const int64_t n = std::min(together, end - c), stride = sums_stride(n);
+      A* tile = static_cast<A*>(thread_scratch(Scratch::kTile, block.count * stride * sizeof(A)));
+      gemm.multiply(packed, block.count, inner, b.of<T>(block.expert), Range{c, c + n}, tile,
+                    stride, false, nullptr);
+      for (int64_t i = 0; i < block.count; ++i) {
+        A* sums = tile + i * stride;
+        if (bias.defined()) {
+          rows.add_scaled(sums, data<T>(bias) + block.expert * columns + c, A(1), n);
+        }
+        const int64_t at = (block.begin + i) * columns + c;
+        if (narrow) {
+          rows.narrow(mutable_data<T>(out) + at, sums, n);
+        } else {
+          std::copy_n(sums, n, mutable_data<A>(out) + at);
+        }
       }
     }
   });

@@ -107,6 +107,11 @@ template <typename T>
 struct GemmKernels {
   using A = acc_t<T>;
 
+  // How many rows of k elements are best packed and multiplied together, up to kMostRows.
+  int64_t (*rows_together)(int64_t k);
+  // So many columns that are contiguous are best multiplied with many rows before the sums are
+  // used.
+  int64_t columns_together;
   // Bytes of m packed rows of k elements.
   int64_t (*packed_size)(bool k_contiguous, int64_t m, int64_t k);
   // Packs elements `part` of rows of k, from a multiple of kPackedTogether on; rows[i] is where
@@ -115,9 +120,9 @@ struct GemmKernels {
                Range part);
   // out[i, j] = sum over k of row i times column columns.begin + j of b. Columns of out up to a
   // multiple of kOutputColumns are overwritten. stream: out is a part of more than caches hold, and
-  // may be written past them.
+  // may be written past them. next: what is read after these columns, if not null.
   void (*multiply)(const void* packed, int64_t m, int64_t k, const MatrixOf<T>& b, Range columns,
-                   A* out, int64_t out_stride, bool stream);
+                   A* out, int64_t out_stride, bool stream, const T* next);
 };
 
 template <typename T>

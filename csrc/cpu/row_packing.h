@@ -52,7 +52,7 @@ constexpr int least_of_vector(bool beside) {
 // little of a vector, each padded.
 template <typename T>
 struct Blocks {
-  static constexpr int64_t kMost = kTileRegisters<T> ? 12 : OuterTile<T>::kMaxVectors;
+  static constexpr int64_t kMost = kTileRegisters<T> ? kMostRows / 16 : OuterTile<T>::kMaxVectors;
   int64_t vectors, rest, count;
 
   explicit Blocks(int64_t m) {

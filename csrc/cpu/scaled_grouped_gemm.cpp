@@ -73,7 +73,7 @@ void multiply_groups(const at::Tensor& a, const Weights& b, const at::Tensor& sc
                      const at::Tensor& out) {
   using A = acc_t<O>;
   const int64_t columns = b.columns(), blocks_k = (b.inner() + kBlock - 1) / kBlock;
-  const std::vector<RowBlock> blocks = row_blocks(offsets, b.experts());
+  const std::vector<RowBlock> blocks = row_blocks(offsets, b.experts(), kRowsPerBlock);
   Costs costs;
   for (const RowBlock& block : blocks) costs.add(block.count);
   const int64_t step = columns_per_unit(columns, costs, at::get_num_threads(), kMostColumns, 32);
@@ -98,7 +98,8 @@ void multiply_groups(const at::Tensor& a, const Weights& b, const at::Tensor& sc
     for (int64_t kb = 0; kb < blocks_k; ++kb) {
       const int64_t k = std::min(kBlock, b.inner() - kb * kBlock);
       const MatrixOf<T> matrix = widen_matrix<T>(b, block.expert, kb, range);
-      gemm.multiply(packed + kb * size, block.count, k, matrix, Range{0, n}, tile, stride, false);
+      gemm.multiply(packed + kb * size, block.count, k, matrix, Range{0, n}, tile, stride, false,
+                    nullptr);
       const A* factors = data<A>(scales_b) + (block.expert * blocks_k + kb) * scales_b.size(2);
       for (int64_t i = 0; i < block.count; ++i) {
         const A factor = data<A>(scales_a)[(block.begin + i) * blocks_k + kb];

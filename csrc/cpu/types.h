@@ -18,6 +18,9 @@ struct fp16 {
 template <typename T>
 using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
+// Rows that are packed and multiplied together: most often at most so many, and ever.
+constexpr int64_t kRowsPerBlock = 192, kMostRows = 384;
+
 enum class Activation { kSwiglu, kGeglu, kReglu, kSwigluOai, kRelu2, kSilu, kGelu };
 
 constexpr bool is_gated(Activation kind) { return kind <= Activation::kSwigluOai; }

@@ -7,13 +7,15 @@ import platform
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import moe_kernels
-from moe_kernels import _C
+from moe_kernels import _C, reference
+from tests.kernels.accuracy import assert_accurate, gradients, torch_experts
 
 EMULATED = _C.build_info()["amx_emulated"]
 OFFERED = "amx" in _C.cpu_capabilities()
@@ -111,3 +113,58 @@ def test_rows_meet_matrices_of_many_columns(rows: int, n: int) -> None:
         columns = b[..., begin:end]  # rows of it stay as far apart
         some = moe_kernels.grouped_gemm(a, columns, offsets, out_dtype=torch.float32)
         assert torch.equal(some, out[:, begin:end])
+
+
+@on_amx
+@pytest.mark.usefixtures("amx")
+@pytest.mark.parametrize("apart", [600, 2048], ids=["together", "on the same lines"])
+@pytest.mark.parametrize("rows", [33, 128, 129, 300, 384, 385, 1000])
+def test_many_rows_meet_columns(rows: int, apart: int) -> None:
+    """In blocks of rows, and with each so many columns of a matrix that is stored by columns."""
+    k, n = 600, 290
+    a, b = torch.randn(rows, k).bfloat16(), torch.randn(n, apart).bfloat16()[None, :, :k].mT
+    bias = torch.randn(1, n).bfloat16()
+    offsets = torch.tensor([0, rows], dtype=torch.int32)
+    out = moe_kernels.grouped_gemm(a, b, offsets, bias=bias, out_dtype=torch.float32)
+    error = (out.double() - a.double() @ b[0].double() - bias.double()).abs().max()
+    assert error < 1e-3
+    some = offsets.clamp(max=40)
+    few = moe_kernels.grouped_gemm(a[:40], b, some, bias=bias, out_dtype=torch.float32)
+    assert torch.equal(few[: min(rows, 40)], out[:40])
+
+
+@on_amx
+@pytest.mark.usefixtures("amx")
+@pytest.mark.parametrize("by_columns", [True, False], ids=["columns", "rows"])
+@pytest.mark.parametrize(
+    ("activation", "interleaved"), [("swiglu", False), ("swiglu", True), ("relu2", False)]
+)
+def test_experts_with_many_rows(activation: str, interleaved: bool, by_columns: bool) -> None:
+    """Several blocks of rows, and several pieces of columns for each, in both directions."""
+    tokens, hidden, inner, experts = 700, 70, 300, 2
+    width = inner if activation == "relu2" else 2 * inner
+    inputs = {
+        "x": torch.randn(tokens, hidden),
+        "gate_up": torch.randn(experts, hidden, width) / hidden**0.5,
+        "down": torch.randn(experts, inner, hidden) / inner**0.5,
+        "gate_up_bias": torch.randn(experts, width),
+        "down_bias": torch.randn(experts, hidden),
+    }
+    inputs = {name: value.bfloat16() for name, value in inputs.items()}
+    inputs["topk_ids"] = torch.randint(experts, (tokens, 1), dtype=torch.int32)
+    inputs["topk_weights"] = torch.rand(tokens, 1)
+    upstream = torch.randn(tokens, hidden).bfloat16()
+    options: dict[str, Any] = {"activation": activation, "interleaved": interleaved}
+    resolved = {**options, "alpha": 1.0, "limit": float("inf")}
+
+    def ours(**kwargs: Tensor) -> Tensor:
+        for name in ("gate_up", "down") if by_columns else ():
+            kwargs[name] = kwargs[name].mT.contiguous().mT
+        return moe_kernels.fused_experts(**kwargs, **options)
+
+    wide = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+    actual = gradients(ours, inputs, upstream)
+    truth = gradients(lambda **kw: reference.fused_experts(**kw, **resolved), wide, upstream)
+    yardstick = gradients(lambda **kw: torch_experts(**kw, **resolved), inputs, upstream)
+    for name, value in truth.items():
+        assert_accurate(name, actual[name], value, yardstick[name])

@@ -78,7 +78,7 @@ struct Expert {
     gemm.pack(k_contiguous, aligned(), from.data(), rows, k, {0, k});
     const MatrixOf<T> matrix{weight.data(), k_contiguous ? 1 : n, k_contiguous ? k : 1,
                              k_contiguous};
-    gemm.multiply(aligned(), rows, k, matrix, {0, n}, wide.data(), n, false);
+    gemm.multiply(aligned(), rows, k, matrix, {0, n}, wide.data(), n, false, nullptr);
   }
 
   void run() {

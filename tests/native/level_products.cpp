@@ -10,14 +10,16 @@
 namespace moe::test {
 namespace {
 
+// apart: from one column to the next, if k_contiguous and not 0.
 template <typename T>
-void check_multiply(const GemmKernels<T>& gemm, int64_t m, int64_t k, int64_t n,
-                    bool k_contiguous) {
+void check_multiply(const GemmKernels<T>& gemm, int64_t m, int64_t k, int64_t n, bool k_contiguous,
+                    int64_t apart = 0) {
   const Rows<T> a(m, k);
   // Lines of the matrix with one element more, of which the last line has none.
-  const int64_t lines = k_contiguous ? n : k, length = k_contiguous ? k : n, stride = length + 1;
+  const int64_t lines = k_contiguous ? n : k, length = k_contiguous ? k : n;
+  const int64_t stride = apart ? apart : length + 1;
   const int64_t first = 2;  // columns before those that are wanted
-  const int64_t size = k_contiguous ? (first + n) * stride - 1 : k * (n + first + 1) - 1;
+  const int64_t size = k_contiguous ? (first + n - 1) * stride + k : k * (n + first + 1) - 1;
   const int64_t between = k_contiguous ? stride : n + first + 1;
   std::vector<T> b(std::max<int64_t>(size, 1), nan_of<T>());
   const auto element = [&](int64_t i, int64_t c) -> T& {
@@ -42,7 +44,7 @@ void check_multiply(const GemmKernels<T>& gemm, int64_t m, int64_t k, int64_t n,
   const int64_t out_stride = (n + 15) / 16 * 16 + 16;
   std::vector<acc_t<T>> out(m * out_stride - 16, kNaN);
   gemm.multiply(packed.get(), m, k, matrix, Range{first, first + n}, out.data(), out_stride,
-                k % 2 == 0);
+                k % 2 == 0, k % 3 == 0 ? b.data() : nullptr);
   for (int64_t i = 0; i < m; ++i) {
     for (int64_t c = 0; c < n; ++c) {
       double sum = 0, magnitudes = 0;
@@ -109,10 +111,16 @@ void check_products_of() {
       }
     }
   }
-  for (bool k_contiguous : {false, true}) check_multiply(gemm, 192, 1056, 33, k_contiguous);
+  for (bool k_contiguous : {false, true}) {
+    check_multiply(gemm, 192, 1056, 33, k_contiguous);
+    check_multiply(gemm, kMostRows, 520, 33, k_contiguous);
+  }
   if constexpr (std::is_same_v<T, bf16>) {
     // More packed rows than a cache holds, and more columns than their sums.
     check_multiply(gemm, 190, 3301, 530, true);
+    // Columns whose lines fall on each other in a cache.
+    for (int64_t k : {33, 600, 2048}) check_multiply(gemm, 97, k, 67, true, 2048);
+    check_multiply(gemm, 20, 4100, 40, true, 6144);
     // All columns with 256, 128 and 64 of k, and some of them.
     for (int64_t n : {801, 1700, 3000, 3300}) check_multiply(gemm, 60, 300, n, false);
     check_multiply(gemm, 170, 300, 801, false);

@@ -56,11 +56,11 @@ void check_balance(const Case& of, const std::vector<int64_t>& rows, int64_t ste
   of.require(found <= allowed, "the time of all threads", found, allowed);
 }
 
-void check(const std::string& name, const std::vector<int64_t>& counts) {
+void check(const std::string& name, const std::vector<int64_t>& counts, int64_t most_rows) {
   std::vector<int32_t> offsets{0};
   for (int64_t count : counts) offsets.push_back(offsets.back() + static_cast<int32_t>(count));
   const int64_t experts = counts.size();
-  const std::vector<RowBlock> blocks = row_blocks(offsets.data(), experts);
+  const std::vector<RowBlock> blocks = row_blocks(offsets.data(), experts, most_rows);
 
   // Blocks are the rows of all experts, in order.
   const Case no_columns{name, 0, 0};
@@ -68,8 +68,8 @@ void check(const std::string& name, const std::vector<int64_t>& counts) {
   std::vector<int64_t> rows;
   for (const RowBlock& block : blocks) {
     no_columns.require(block.begin == row, "where a block begins", block.begin, row);
-    no_columns.require(block.count > 0 && block.count <= kRowsPerBlock, "the size of a block",
-                       block.count, kRowsPerBlock);
+    no_columns.require(block.count > 0 && block.count <= most_rows, "the size of a block",
+                       block.count, most_rows);
     no_columns.require(
         block.begin >= offsets[block.expert] && row + block.count <= offsets[block.expert + 1],
         "the expert of a block", block.expert, -1);
@@ -99,28 +99,33 @@ void check(const std::string& name, const std::vector<int64_t>& counts) {
   }
 }
 
-int run() {
-  check("no row", {0, 0, 0});
-  for (int64_t rows : {1, 8, 32, 191, 192, 193, 1024, 100'000}) {
+void check_all(int64_t most_rows) {
+  check("no row", {0, 0, 0}, most_rows);
+  for (int64_t rows : {1, 8, 32, 191, 192, 193, 385, 1024, 100'000}) {
     const std::string number = std::to_string(rows);
-    check("one expert with " + number + " rows", {rows});
+    check("one expert with " + number + " rows", {rows}, most_rows);
     for (int64_t last : {0, 511}) {
       std::vector<int64_t> counts(512, 0);
       counts[last] = rows;
-      check("one of 512 experts with " + number + " rows", counts);
+      check("one of 512 experts with " + number + " rows", counts, most_rows);
     }
     for (int64_t others : {1, 5, 6, 7, 20, 100}) {
       std::vector<int64_t> counts(1 + others, 1);
       counts.back() = rows;
-      check(number + " rows and " + std::to_string(others) + " experts with one", counts);
+      check(number + " rows and " + std::to_string(others) + " experts with one", counts,
+            most_rows);
     }
   }
   std::vector<int64_t> even(128, 8), falling;
   for (int64_t e = 0; e < 128; ++e) falling.push_back(4096 / (e + 1));
-  check("even", even);
-  check("falling", falling);
+  check("even", even, most_rows);
+  check("falling", falling, most_rows);
   std::reverse(falling.begin(), falling.end());
-  check("rising", falling);
+  check("rising", falling, most_rows);
+}
+
+int run() {
+  for (int64_t most_rows : {int64_t{128}, kRowsPerBlock, kMostRows}) check_all(most_rows);
   std::printf("%ld properties hold\n", checked);
   return 0;
 }
