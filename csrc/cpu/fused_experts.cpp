@@ -119,7 +119,7 @@ template class RoutingWeights<double>;
 template <typename T>
 void run_layer(const Layer& layer, const at::Tensor& x, const OrderView& order,
                const acc_t<T>* topk_weights, T* y, T* h) {
-  const RowBlocks blocks(order, rows_together<T>(x.size(1), layer.inner()));
+  const RowBlocks blocks(order, kernels<GemmKernels<T>>().rows_together);
   PackedBlocks<T> activated(blocks, layer.down.k_contiguous(), layer.inner());
   project_up<T>(layer, x, order, blocks, activated, h);
   const Combine<T> combine{blocks,

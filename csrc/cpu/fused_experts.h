@@ -22,12 +22,6 @@ class RowBlocks : public LocalArray<RowBlock> {
   }
 };
 
-// How many rows are best together in products over either of two sizes.
-template <typename T>
-int64_t rows_together(int64_t k, int64_t other) {
-  return kernels<GemmKernels<T>>().rows_together(std::max(k, other));
-}
-
 // Packed rows of every block, [block][count, k], filled piece by piece.
 template <typename T>
 class PackedBlocks {

@@ -55,7 +55,8 @@ class Backward {
            bool interleaved)
       : order_(order),
         rows_(order, x, grad, topk_weights),
-        blocks_(row_blocks(order.offsets(), order.experts, rows_together<T>(x.size(1), h.size(1)))),
+        blocks_(
+            row_blocks(order.offsets(), order.experts, kernels<GemmKernels<T>>().rows_together)),
         h_(h),
         hidden_(x.size(1)),
         inner_(inner),

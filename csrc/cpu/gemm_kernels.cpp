@@ -314,18 +314,9 @@ void multiply(const void* packed_rows, int64_t m, int64_t k, const MatrixOf<T>& 
   if (past_caches) finish_streams();
 }
 
-// In tile registers so many that they stay in a second-level cache while columns pass by.
-template <typename T>
-int64_t rows_together(int64_t k) {
-  constexpr int64_t kHalf = 1 << 20, kLeast = 128;
-  if (!kTileRegisters<T>) return kRowsPerBlock;
-  const int64_t rows = kHalf / static_cast<int64_t>(sizeof(T)) / max(k, 1) / 32 * 32;
-  return min(max(rows, kLeast), kMostRows);
-}
-
 template <typename T>
 void fill_gemm(GemmKernels<T>& kernels) {
-  kernels.rows_together = rows_together<T>;
+  kernels.rows_together = kTileRegisters<T> ? kMostRows : kRowsPerBlock;
   kernels.columns_together = kTileRegisters<T> ? 128 : std::numeric_limits<int64_t>::max();
   kernels.packed_size = packed_size<T>;
   kernels.pack = pack<T>;

@@ -120,7 +120,7 @@ void multiply_groups(const at::Tensor& a, const Weights& b, const int32_t* offse
   using A = acc_t<T>;
   const int64_t columns = b.columns(), inner = b.inner();
   const auto& gemm = kernels<GemmKernels<T>>();
-  const std::vector<RowBlock> blocks = row_blocks(offsets, b.experts(), gemm.rows_together(inner));
+  const std::vector<RowBlock> blocks = row_blocks(offsets, b.experts(), gemm.rows_together);
   const int64_t step = columns_per_unit(columns, blocks, at::get_num_threads(), 32);
   const int64_t parts = (columns + step - 1) / step;
   const bool narrow = out.scalar_type() == scalar_type<T>();

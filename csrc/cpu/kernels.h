@@ -107,8 +107,8 @@ template <typename T>
 struct GemmKernels {
   using A = acc_t<T>;
 
-  // How many rows of k elements are best packed and multiplied together, up to kMostRows.
-  int64_t (*rows_together)(int64_t k);
+  // So many rows are best packed and multiplied together, up to kMostRows.
+  int64_t rows_together;
   // So many columns that are contiguous are best multiplied with many rows before the sums are
   // used.
   int64_t columns_together;
