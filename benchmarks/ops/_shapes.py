@@ -69,6 +69,11 @@ def layer_sets() -> dict[str, list[Shape]]:
         # of the kinds of Mixtral and gpt-oss, small enough for two cores
         "cpu-few-experts": [layer(t, 1024, 3584, 8, 2) for t in CPU_TOKENS],
         "cpu-swigluoai": [layer(t, 2880, 2880, 32, 4, OAI) for t in CPU_TOKENS],
+        "cpu-prefill": [
+            *_set("qwen3-30b-a3b", (4096,)),
+            layer(4096, 1024, 3584, 8, 2),
+            layer(4096, 2880, 2880, 32, 4, OAI),
+        ],
         "sonicmoe": [
             layer(tokens, hidden, *rest) for tokens, hidden, wide in _FINE_GRAINED for rest in wide
         ],
