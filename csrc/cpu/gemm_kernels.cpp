@@ -317,7 +317,7 @@ void multiply(const void* packed_rows, int64_t m, int64_t k, const MatrixOf<T>& 
 template <typename T>
 void fill_gemm(GemmKernels<T>& kernels) {
   kernels.rows_together = kTileRegisters<T> ? kMostRows : kRowsPerBlock;
-  kernels.columns_together = kTileRegisters<T> ? 128 : std::numeric_limits<int64_t>::max();
+  kernels.columns_together = kTileRegisters<T> ? 256 : std::numeric_limits<int64_t>::max();
   kernels.packed_size = packed_size<T>;
   kernels.pack = pack<T>;
   kernels.multiply = multiply<T>;

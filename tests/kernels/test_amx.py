@@ -121,7 +121,7 @@ def test_rows_meet_matrices_of_many_columns(rows: int, n: int) -> None:
 @pytest.mark.parametrize("rows", [33, 128, 129, 300, 384, 385, 1000])
 def test_many_rows_meet_columns(rows: int, apart: int) -> None:
     """In blocks of rows, and with each so many columns of a matrix that is stored by columns."""
-    k, n = 600, 290
+    k, n = 600, 546
     a, b = torch.randn(rows, k).bfloat16(), torch.randn(n, apart).bfloat16()[None, :, :k].mT
     bias = torch.randn(1, n).bfloat16()
     offsets = torch.tensor([0, rows], dtype=torch.int32)
@@ -141,7 +141,7 @@ def test_many_rows_meet_columns(rows: int, apart: int) -> None:
 )
 def test_experts_with_many_rows(activation: str, interleaved: bool, by_columns: bool) -> None:
     """Several blocks of rows, and several pieces of columns for each, in both directions."""
-    tokens, hidden, inner, experts = 700, 70, 300, 2
+    tokens, hidden, inner, experts = 700, 70, 556, 2
     width = inner if activation == "relu2" else 2 * inner
     inputs = {
         "x": torch.randn(tokens, hidden),
