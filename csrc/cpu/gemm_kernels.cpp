@@ -305,8 +305,9 @@ void multiply(const void* packed_rows, int64_t m, int64_t k, const MatrixOf<T>& 
     A* to = out + (c - columns.begin);
     for (int64_t i = 0; i < blocks.count; ++i) {
       const int64_t first = blocks.first(i), end = blocks.first(i + 1);
+      const bool last = c + step >= columns.end && i + 1 == blocks.count;
       run(packed + first * vector_size, min(end * L, m) - first * L, end - first, k, b, part,
-          to + first * L * out_stride, out_stride, past_caches, next);
+          to + first * L * out_stride, out_stride, past_caches, last ? next : nullptr);
     }
     multiply_few<T>(packed + blocks.vectors * vector_size, m - done, k, b, part,
                     to + done * out_stride, out_stride);

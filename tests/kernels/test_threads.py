@@ -12,8 +12,15 @@ from torch.utils.data import DataLoader, Dataset
 
 import moe_kernels
 
-# One expert has all rows, or most, or one; more than one block of rows; others have none.
-COUNTS = [(300,), (0,) * 3 + (200,) + (0,) * 60, (192,) + (1,) * 20, (1,), (0,) * 511 + (1,)]
+# One expert has all rows, or most, or one; several blocks of rows at any level; others have none.
+COUNTS = [
+    (300,),
+    (800,),
+    (0,) * 3 + (200,) + (0,) * 60,
+    (384,) + (1,) * 20,
+    (1,),
+    (0,) * 511 + (1,),
+]
 Case = dict[str, Tensor]
 
 

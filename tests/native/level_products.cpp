@@ -118,9 +118,12 @@ void check_products_of() {
   if constexpr (std::is_same_v<T, bf16>) {
     // More packed rows than a cache holds, and more columns than their sums.
     check_multiply(gemm, 190, 3301, 530, true);
+    check_multiply(gemm, kMostRows, 1700, 40, true);
+    check_multiply(gemm, kMostRows + 1, 99, 40, true);
     // Columns whose lines fall on each other in a cache.
     for (int64_t k : {33, 600, 2048}) check_multiply(gemm, 97, k, 67, true, 2048);
     check_multiply(gemm, 20, 4100, 40, true, 6144);
+    check_multiply(gemm, 380, 2100, 40, true, 4096);
     // All columns with 256, 128 and 64 of k, and some of them.
     for (int64_t n : {801, 1700, 3000, 3300}) check_multiply(gemm, 60, 300, n, false);
     check_multiply(gemm, 170, 300, 801, false);
