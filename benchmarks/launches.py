@@ -93,13 +93,13 @@ def watched(arch: int, *, watch: bool = True) -> Iterator[list[str]]:
     """
     import moe_kernels  # noqa: F401  registers the ops
     from benchmarks.compile_only import SilentDriver, compile_only
-    from moe_kernels.ops._library import NAMESPACE, _lazy_triton
+    from moe_kernels.ops._library import NAMESPACE, triton_op
     from moe_kernels.triton import _replay
 
     launches: list[str] = []
 
     def launcher(op: str) -> Callable[..., Any]:
-        launch = _lazy_triton(op)
+        launch = triton_op(op).__call__
         if not watch:
             return launch
 
@@ -116,6 +116,8 @@ def watched(arch: int, *, watch: bool = True) -> Iterator[list[str]]:
             library.impl(op, launcher(op), "CPU", allow_override=True)
     try:
         with ExitStack() as stack:
+            for op in launcher_ops():  # plans are of what is launched within
+                stack.enter_context(mock.patch.object(triton_op(op), "_launcher", None))
             if not watch:
                 driver = SilentDriver(arch, lambda name, *rest: launches.append(name))
                 triton.runtime.driver.set_active(driver)

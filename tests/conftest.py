@@ -73,14 +73,14 @@ class Implementation:
 @contextmanager
 def triton_under_cpu() -> Iterator[None]:
     """Put the Triton launchers under the CPU key for a while, in the mended interpreter."""
-    from moe_kernels.ops._library import NAMESPACE, _lazy_triton
+    from moe_kernels.ops._library import NAMESPACE, triton_op
     from tests.kernels.interpreter import mended_interpreter
 
     library = torch.library.Library(NAMESPACE, "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that kernels are overridden is the purpose
         for op in OPS:
-            library.impl(op, _lazy_triton(op), "CPU", allow_override=True)
+            library.impl(op, triton_op(op).__call__, "CPU", allow_override=True)
     try:
         with mended_interpreter():
             yield

@@ -14,6 +14,7 @@ The extension is imported before the first op, so that the reference is register
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import warnings
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 from torch._library.autograd import Info, make_autograd_impl
+from torch.autograd import forward_ad
 
 NAMESPACE = "moe_kernels"
 BACKENDS = ("native", "reference", "triton")
@@ -80,30 +82,43 @@ def _load_native() -> Any:
 _native = _load_native()
 
 
-def _lazy_triton(name: str) -> Callable[..., Any]:
+class TritonOp:
     """The Triton launcher ``name`` of ``moe_kernels.triton.<file>``, imported when first called."""
-    launcher: list[Callable[..., Any]] = []
 
-    def call(*args: Any) -> Any:
-        if not launcher:
-            module = name.removesuffix("_").removesuffix("_backward")
-            module = module.removesuffix("_wgrad").removesuffix("_dbias")
-            module = FILES.get(module, module)
-            try:
-                loaded = importlib.import_module(f"{NAMESPACE}.triton.{module}")
-            except ModuleNotFoundError as error:
-                if error.name is None or not error.name.split(".")[0] == "triton":
-                    raise
-                raise ImportError(
-                    f"moe_kernels.{name}: CUDA tensors need Triton, which is not installed. "
-                    "Install the release your torch names (pip show torch), or set "
-                    "MOE_KERNELS_BACKEND=reference."
-                ) from error
-            replayed = importlib.import_module(f"{NAMESPACE}.triton._replay").replayed
-            launcher.append(replayed(getattr(loaded, name)))
-        return launcher[0](*args)
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._launcher: Any = None
 
-    return call
+    def __call__(self, *args: Any) -> Any:
+        if self._launcher is None:
+            self._launcher = self._load()
+        return self._launcher.call(*args)
+
+    def repeat(self, *args: Any) -> Any:
+        """See ``_replay.Replayed``."""
+        return None if self._launcher is None else self._launcher.repeat(*args)
+
+    def _load(self) -> Any:
+        module = self.name.removesuffix("_").removesuffix("_backward")
+        module = module.removesuffix("_wgrad").removesuffix("_dbias")
+        module = FILES.get(module, module)
+        try:
+            loaded = importlib.import_module(f"{NAMESPACE}.triton.{module}")
+        except ModuleNotFoundError as error:
+            if error.name is None or not error.name.split(".")[0] == "triton":
+                raise
+            raise ImportError(
+                f"moe_kernels.{self.name}: CUDA tensors need Triton, which is not installed. "
+                "Install the release your torch names (pip show torch), or set "
+                "MOE_KERNELS_BACKEND=reference."
+            ) from error
+        replayed = importlib.import_module(f"{NAMESPACE}.triton._replay").replayed
+        return replayed(getattr(loaded, self.name))
+
+
+@functools.cache
+def triton_op(name: str) -> TritonOp:
+    return TritonOp(name)
 
 
 def define(
@@ -131,7 +146,7 @@ def define(
     _lib.impl(name, reference, "CompositeExplicitAutograd")
     if _backend != "reference":
         if triton:
-            _lib.impl(name, _lazy_triton(name), "CUDA")
+            _lib.impl(name, triton_op(name).__call__, "CUDA")
         if cpu is not None:
             _lib.impl(name, cpu, "CPU")
     else:
@@ -173,6 +188,49 @@ def direct_call(name: str) -> Callable[..., Any]:
     if _backend == "reference" or _native is None:
         return lambda *args: None
     call: Callable[..., Any] = getattr(_native, name)
+    return call
+
+
+def repeated_call(op: torch._ops.OpOverload) -> Callable[..., Any]:
+    """The op on CUDA, for a call without gradients that is like an earlier one.
+
+    Checks in Python and the way through the dispatcher take longer than to launch a few kernels,
+    and what there is to check of such arguments has been found right before.
+
+    Returns:
+        A function of the op's arguments that runs it and returns its result, or None where the call
+        is not like one before, or someone is to hear of the op. Not for torch.compile.
+    """
+    if _backend == "reference":
+        return lambda *args: None
+    repeat = triton_op(op._opname).repeat
+    # kernels are not given those at the end that are as by default
+    defaults = [(a.has_default_value(), a.default_value) for a in op._schema.arguments]
+    dispatch_modes, function_modes = (
+        torch._C._len_torch_dispatch_stack,
+        torch._C._len_torch_function_stack,
+    )
+
+    def call(*args: Any) -> Any:
+        if (
+            torch.is_grad_enabled()
+            or not isinstance(args[0], torch.Tensor)
+            or dispatch_modes() > 0
+            or function_modes() > 0
+            or torch._C._functorch.peek_interpreter_stack() is not None
+            or torch.is_autocast_enabled(args[0].device.type)
+            or torch._C._autograd._profiler_enabled()
+            or torch._C._get_tracing_state() is not None
+            or forward_ad._current_level >= 0
+        ):
+            return None
+        count = len(args)
+        for value, (has_default, default) in zip(reversed(args), reversed(defaults), strict=True):
+            if not has_default or type(value) is not type(default) or value != default:
+                break
+            count -= 1
+        return repeat(*args[:count])
+
     return call
 
 

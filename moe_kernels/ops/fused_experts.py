@@ -16,6 +16,12 @@ from torch.utils.flop_counter import register_flop_formula
 from moe_kernels.ops._autocast import autocast
 from moe_kernels.ops._checks import check_count, check_rows, check_tensor, describe
 from moe_kernels.ops._fused_experts_checks import check_layer, check_main_grad, check_precision
+from moe_kernels.ops._fused_experts_flops import (
+    backward_flops,
+    flops,
+    overwriting_flops,
+    wgrad_flops,
+)
 from moe_kernels.ops._library import (
     call_op,
     define,
@@ -24,6 +30,7 @@ from moe_kernels.ops._library import (
     refuse_double_backward,
     register_autograd,
     remember_inputs,
+    repeated_call,
 )
 from moe_kernels.ops.expert_activation import resolve_activation
 from moe_kernels.ops.grouped_gemm import empty_like_weight
@@ -128,7 +135,7 @@ _op = define(
     reference=fused_experts_forward_reference,
     fake=experts_fake,
 )
-_direct = direct_call("fused_experts")
+_direct, _repeat = direct_call("fused_experts"), repeated_call(_op)
 _backward_op = define(
     "fused_experts_backward(Tensor grad, Tensor x, Tensor gate_up, Tensor down,"
     " Tensor topk_weights, Tensor h, Tensor row_to_slot, Tensor slot_to_row, Tensor offsets,"
@@ -259,52 +266,32 @@ register_autograd("fused_experts", backward_through(_backward_op, _overwriting_o
 refuse_double_backward("fused_experts_backward")
 
 
-def flops(
-    x: Any, gate_up: Any, down: Any, topk_ids: Any, *args: Any, out_shape: Any = None, **kwargs: Any
-) -> int:
-    """Two products over every slot: ``2 * R * (H * W + I * H)``."""
-    slots = topk_ids[0] * topk_ids[1]
-    num_rows = args[7] if len(args) > 7 else slots
-    return int(2 * min(slots, num_rows) * (gate_up[1] * gate_up[2] + down[1] * down[2]))
-
-
-def backward_flops(
-    grad: Any,
-    x: Any,
-    gate_up: Any,
-    down: Any,
-    topk_weights: Any,
-    h: Any,
-    *args: Any,
-    out_shape: Any = None,
-    **kwargs: Any,
-) -> int:
-    """Each of the products whose result is owed: dA, unless grad_h is known, dX, dW1, dW2."""
-    dx, dgate_up, ddown, dweights, dbias1, _ = args[9]
-    known_grad_h = args[10] if len(args) > 10 else None
-    keep_grad_h = args[11] if len(args) > 11 else False
-    up, low = 2 * h[0] * gate_up[1] * gate_up[2], 2 * h[0] * down[1] * down[2]
-    wanted = dx or dgate_up or dweights or dbias1 or keep_grad_h
-    through_down = known_grad_h is None and wanted
-    return int(low * (through_down + ddown) + up * (dx + dgate_up))
-
-
-def overwriting_flops(*args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    return backward_flops(*args[:16], None, True)
-
-
 register_flop_formula(torch.ops.moe_kernels.fused_experts)(flops)
 register_flop_formula(torch.ops.moe_kernels.fused_experts_backward)(backward_flops)
 register_flop_formula(torch.ops.moe_kernels.fused_experts_backward_)(overwriting_flops)
+register_flop_formula(torch.ops.moe_kernels.fused_experts_wgrad_)(wgrad_flops)
 
 
-@register_flop_formula(torch.ops.moe_kernels.fused_experts_wgrad_)
-def _wgrad_flops(
-    out: Any, a: Any, grad: Any, row_to_slot: Any, *args: Any, out_shape: Any = None, **kwargs: Any
-) -> int:
-    gathered = args[2]
-    rows = grad[0] if gathered else a[0]
-    return int(2 * rows * a[1] * grad[1])
+def _repeated(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    *options: Any,
+) -> Tensor | None:
+    """As ``_direct``, of a call on CUDA that is like an earlier one."""
+    if not isinstance(topk_ids, Tensor) or topk_ids.dim() != 2:
+        return None
+    *given, num_rows = options
+    slots = topk_ids.shape[0] * topk_ids.shape[1]
+    if num_rows is None:
+        num_rows = slots
+    elif type(num_rows) is not int or num_rows < 0:
+        return None
+    arguments = (x, gate_up, down, topk_ids, topk_weights, *given, min(num_rows, slots))
+    found = _repeat(*arguments, False, None, None, False)
+    return None if found is None else found[0]
 
 
 def fused_experts(
@@ -387,20 +374,11 @@ def fused_experts(
     alpha_value, limit_value = resolve_activation(op, activation, interleaved, alpha, limit)
     plain = main_grads is None and precision is None and weight_scales is None
     if plain and not torch.compiler.is_compiling():
-        found: Tensor | None = _direct(
-            x,
-            gate_up,
-            down,
-            topk_ids,
-            topk_weights,
-            gate_up_bias,
-            down_bias,
-            activation,
-            interleaved,
-            alpha_value,
-            limit_value,
-            num_rows,
-        )
+        options = (activation, interleaved, alpha_value, limit_value, num_rows)
+        usual = (x, gate_up, down, topk_ids, topk_weights, gate_up_bias, down_bias, *options)
+        found: Tensor | None = _direct(*usual)
+        if found is None:
+            found = _repeated(*usual)
         if found is not None:
             return found
     x, gate_up, down, gate_up_bias, down_bias = autocast(x, gate_up, down, gate_up_bias, down_bias)

@@ -14,15 +14,13 @@ from functools import partial
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from moe_kernels.ops._fused_experts_flops import backward_flops, flops, overwriting_flops
 from moe_kernels.ops._library import define, refuse_double_backward, register_autograd
 from moe_kernels.ops.fused_experts import (
     backward_fake,
-    backward_flops,
     backward_through,
     experts_fake,
-    flops,
     overwriting_fake,
-    overwriting_flops,
     setup_context,
 )
 from moe_kernels.reference.fused_experts import overwriting

@@ -29,6 +29,7 @@ from moe_kernels.ops._library import (
     direct_call,
     refuse_double_backward,
     register_autograd,
+    repeated_call,
 )
 from moe_kernels.reference.topk_router import GROUP_SCORES, SCORE_FUNCS
 from moe_kernels.reference.topk_router import (
@@ -98,7 +99,7 @@ _op = define(
     reference=topk_router_reference,
     fake=_fake,
 )
-_direct = direct_call("topk_router")
+_direct, _repeat = direct_call("topk_router"), repeated_call(_op)
 _backward_op = define(
     "topk_router_backward(Tensor? grad_weights, Tensor? grad_scores, Tensor logits,"
     " Tensor topk_ids, str score_func, bool softmax_before_topk, bool renormalize,"
@@ -295,7 +296,9 @@ def topk_router(
         return_scores,
         candidates,
     )
-    found = None if torch.compiler.is_compiling() else _direct(*arguments)
+    found = None
+    if not torch.compiler.is_compiling():
+        found = _direct(*arguments) or _repeat(*arguments)
     if found is None:
         _check(
             logits,

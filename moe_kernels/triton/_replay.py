@@ -33,6 +33,7 @@ KNOWN_TRITON = not INTERPRETED and torch.version.hip is None and (3, 6) <= TRITO
 SMALL = 2**16  # bytes; what is smaller, and not returned, is allocated together
 ALIGNMENT = 256
 KEPT = 512  # sets of arguments of an op that are remembered
+PLAIN = (Tensor, torch.nn.Parameter)
 
 aten = torch.ops.aten
 EMPTY = (aten.empty, aten.new_empty, aten.empty_strided, aten.new_empty_strided, aten.empty_like)
@@ -124,8 +125,8 @@ def _read(args: Sequence[Any]) -> tuple[list[Tensor], list[int], tuple[Any, ...]
             tensors.append(value)
             addresses.append(address)
             key.append((value.dtype, value.shape, value.stride(), address & 15, value.device))
-        else:
-            key.append(tuple(value) if isinstance(value, list) else value)
+        else:  # a True is no 1
+            key.append((type(value), tuple(value) if isinstance(value, list) else value))
     key += (
         torch.backends.cuda.matmul.fp32_precision if tensors[0].dtype == torch.float32 else None,
         checks_values(),
@@ -370,8 +371,20 @@ def _follow(plan: Plan, tensors: list[Any], addresses: list[int]) -> Any:
     return tuple([tensors[number] for number in plan.outputs])
 
 
-def replayed(op: Callable[..., Any]) -> Callable[..., Any]:
-    """The function of an op, whose calls are repeated; see the top of the file."""
+class Replayed(NamedTuple):
+    """An op whose calls are repeated; see the top of the file.
+
+    Attributes:
+        call: the op.
+        repeat: the same for who has not checked the arguments, if such a call was noted: it was
+            right then. Else None.
+    """
+
+    call: Callable[..., Any]
+    repeat: Callable[..., Any]
+
+
+def replayed(op: Callable[..., Any]) -> Replayed:
 
     @functools.lru_cache(maxsize=KEPT)
     def known(key: tuple[Any, ...]) -> _Known:
@@ -398,4 +411,18 @@ def replayed(op: Callable[..., Any]) -> Callable[..., Any]:
         found.plan = recorder.plan(result)
         return result
 
-    return call
+    def repeat(*args: Any) -> Any:
+        """The result where a plan is known, else None."""
+        if not is_repeated(args[0]) or _is_hooked():
+            return None
+        try:
+            tensors, addresses, key = _read(args)
+            plan = known(key).plan
+        except (RuntimeError, TypeError):  # no strides, or no hash: the checks refuse it
+            return None
+        if plan is None or any(type(t) not in PLAIN or t.is_neg() for t in tensors):
+            return None
+        with on_device_of(tensors[0]):
+            return _follow(plan, tensors, addresses)
+
+    return Replayed(call, repeat)

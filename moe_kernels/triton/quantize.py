@@ -15,12 +15,20 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_kernels.triton._fp8 import LARGEST, decode, encode, has_float8, raw
-from moe_kernels.triton._launch import ceil_div, on_device_of, refuse_float64
+from moe_kernels.triton._launch import (
+    ceil_div,
+    next_power_of_2,
+    on_device_of,
+    refuse_float64,
+)
 from moe_kernels.triton._math import divide
 from moe_kernels.triton._replay import launch
 from moe_kernels.triton._wgrad import empty_like_weight
+from moe_kernels.triton.permute import UNROLLED, load_rows_of
+from moe_kernels.triton.unpermute import SPREAD
 
 TILE = 4096  # elements a program quantises
+WIDEST = 512  # columns of tokens that it writes to their rows
 INFINITY = tl.constexpr(0x7F800000)
 SMALLEST_SCALE = tl.constexpr(0x00800000)  # 2**-126
 MAXIMUM = tl.constexpr(LARGEST)
@@ -47,36 +55,63 @@ def block_scales(largest, POWER_OF_TWO: tl.constexpr):
     return tl.where(largest == 0, 0.0, scale), tl.where(largest == 0, 0.0, reciprocal)
 
 
-@triton.jit(do_not_specialize=["rows", "R", "E", "top_k"])
+@triton.jit(do_not_specialize=["rows"])
 def _quantize_rows_kernel(
-    x, row_to_slot, offsets, values, scales, rows, R, Kd, E, top_k, stride_r, stride_k,
-    GATHERED: tl.constexpr, POWER_OF_TWO: tl.constexpr, BYTES: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    x, values, scales, rows, Kd, stride_r, stride_k,
+    POWER_OF_TWO: tl.constexpr, BYTES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     block = tl.program_id(1)
     column = block * BLOCK_K + tl.arange(0, BLOCK_K)
-    inside = (column < Kd)[None, :]
-    if GATHERED:
-        used = tl.minimum(tl.load(offsets + E), R)
-        slot = tl.load(row_to_slot + row, mask=row < used, other=-1)
-        valid = (slot >= 0) & (slot < R)
-        source = (slot // top_k).to(tl.int64)
-    else:
-        valid = row < rows
-        source = row
+    inside = (row < rows)[:, None] & (column < Kd)[None, :]
     tile = tl.load(
-        x + source[:, None] * stride_r + column[None, :].to(tl.int64) * stride_k,
-        mask=valid[:, None] & inside,
+        x + row[:, None] * stride_r + column[None, :].to(tl.int64) * stride_k,
+        mask=inside,
         other=0.0,
     ).to(tl.float32)
     scale, reciprocal = block_scales(tl.max(magnitude(tile), 1), POWER_OF_TWO)
-    tl.store(
-        values + row[:, None] * Kd + column[None, :],
-        encode(tile * reciprocal[:, None], BYTES),
-        mask=(row < rows)[:, None] & inside,
-    )
+    cell = values + row[:, None] * Kd + column[None, :]
+    tl.store(cell, encode(tile * reciprocal[:, None], BYTES), mask=inside)
     tl.store(scales + block.to(tl.int64) * rows + row, scale, mask=row < rows)
+
+
+@triton.jit(do_not_specialize=["num_rows", "T", "E", "top_k"])
+def _permute_quantize_kernel(
+    x, slot_to_row, offsets, values, scales, num_rows, T, Kd, E, top_k, stride_t, stride_k,
+    POWER_OF_TWO: tl.constexpr, BYTES: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program reads its tokens once, rounds them once, and writes them to all their rows."""
+    token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
+    column = tl.program_id(1) * BLOCKS * BLOCK + tl.arange(0, BLOCKS * BLOCK)
+    used = tl.minimum(tl.load(offsets + E), num_rows)
+    inside, exists = (column < Kd)[None, :], (block * BLOCK < Kd)[None, :]
+    tile = tl.load(
+        x + token[:, None] * stride_t + column[None, :].to(tl.int64) * stride_k,
+        mask=(token < T)[:, None] & inside,
+        other=0.0,
+    ).to(tl.float32)
+    tile = tl.reshape(tile, (BLOCK_T, BLOCKS, BLOCK))
+    scale, reciprocal = block_scales(tl.max(magnitude(tile), 2), POWER_OF_TWO)
+    codes = encode(tile * reciprocal[:, :, None], BYTES)
+    codes = tl.reshape(codes, (BLOCK_T, BLOCKS * BLOCK))
+    of_block = scales + block.to(tl.int64)[None, :] * num_rows
+    for k in range(0, top_k, UNROLLED):
+        for i in tl.static_range(UNROLLED):
+            row, valid = load_rows_of(slot_to_row, token, k + i, used, T, top_k)
+            cell = values + row[:, None] * Kd + column[None, :]
+            tl.store(cell, codes, mask=valid[:, None] & inside)
+            tl.store(of_block + row[:, None], scale, mask=valid[:, None] & exists)
+    # rows of no slot
+    none = encode(tl.zeros((BLOCK_T, BLOCKS * BLOCK), tl.float32), BYTES)
+    first = used + tl.program_id(0) * BLOCK_T
+    for start in range(first, num_rows, tl.num_programs(0) * BLOCK_T):
+        row = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_T)
+        past = (row < num_rows)[:, None]
+        tl.store(values + row[:, None] * Kd + column[None, :], none, mask=past & inside)
+        zeros = tl.zeros((BLOCK_T, BLOCKS), tl.float32)
+        tl.store(of_block + row[:, None], zeros, mask=past & exists)
 
 
 @triton.jit
@@ -118,28 +153,25 @@ def _dequantize_rows_kernel(
     tl.store(cell, wide.to(out.dtype.element_ty), mask=inside)
 
 
-def _empty_rows(
-    x: Tensor, rows: int, dtype: torch.dtype, block: int
-) -> tuple[Tensor, Tensor, tuple[int, int]]:
-    """Values, scales, and the grid that fills them."""
+def _empty_rows(x: Tensor, rows: int, dtype: torch.dtype, block: int) -> Scaled:
     Kd = x.shape[1]
     values = x.new_empty(rows, Kd, dtype=dtype)
-    scales = x.new_empty(ceil_div(Kd, block), rows, dtype=torch.float32).t()
-    return values, scales, (ceil_div(rows, TILE // block), scales.shape[1])
+    return values, x.new_empty(ceil_div(Kd, block), rows, dtype=torch.float32).t()
 
 
 def quantize_rows(
     x: Tensor, dtype: torch.dtype, block: int, power_of_two: bool
 ) -> tuple[Tensor, Tensor]:
     refuse_float64("quantize_rows", "x", x)
-    values, scales, grid = _empty_rows(x, x.shape[0], dtype, block)
+    (rows, Kd), block_r = x.shape, TILE // block
+    values, scales = _empty_rows(x, rows, dtype, block)
     if values.numel():
         with on_device_of(x):
             launch(
-                _quantize_rows_kernel, grid,
-                x, None, None, raw(values), scales, *x.shape[:1], 0, x.shape[1], 0, 1, *x.stride(),
-                GATHERED=False, POWER_OF_TWO=power_of_two, BYTES=not has_float8(x.device),
-                BLOCK_R=TILE // block, BLOCK_K=block,
+                _quantize_rows_kernel, (ceil_div(rows, block_r), scales.shape[1]),
+                x, raw(values), scales, rows, Kd, *x.stride(),
+                POWER_OF_TWO=power_of_two, BYTES=not has_float8(x.device),
+                BLOCK_R=block_r, BLOCK_K=block,
             )  # fmt: skip
     return values, scales
 
@@ -155,17 +187,21 @@ def permute_quantize(
     power_of_two: bool,
 ) -> tuple[Tensor, Tensor]:
     refuse_float64("permute_quantize", "x", x)
-    values, scales, grid = _empty_rows(x, num_rows, dtype, block)
+    values, scales = _empty_rows(x, num_rows, dtype, block)
     if values.numel() and row_to_slot.numel() == 0:
         return raw(values).zero_().view(dtype), scales.zero_()
     if values.numel():
+        (T, K), Kd = slot_to_row.shape, x.shape[1]
+        blocks = max(min(next_power_of_2(Kd), WIDEST) // block, 1)
+        # a few tokens are rounded by as many programs as there can be
+        block_t = min(TILE // (blocks * block), max(1, next_power_of_2(T) // SPREAD))
         with on_device_of(x):
             launch(
-                _quantize_rows_kernel, grid,
-                x, row_to_slot, offsets, raw(values), scales, num_rows, row_to_slot.numel(),
-                x.shape[1], offsets.numel() - 1, slot_to_row.shape[1], *x.stride(),
-                GATHERED=True, POWER_OF_TWO=power_of_two, BYTES=not has_float8(x.device),
-                BLOCK_R=TILE // block, BLOCK_K=block,
+                _permute_quantize_kernel, (ceil_div(T, block_t), ceil_div(Kd, blocks * block)),
+                x, slot_to_row, offsets, raw(values), scales, num_rows, T, Kd,
+                offsets.numel() - 1, K, *x.stride(),
+                POWER_OF_TWO=power_of_two, BYTES=not has_float8(x.device),
+                BLOCK_T=block_t, BLOCKS=blocks, BLOCK=block,
             )  # fmt: skip
     return values, scales
 

@@ -18,6 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.launches import HostReadError, launcher_ops, layer_steps, watched
+from tests.kernels import known_calls
 from tests.kernels.replay_check import check, scenarios
 
 LAYERS: dict[str, tuple[tuple[int, ...], bool]] = {
@@ -149,5 +150,5 @@ if __name__ == "__main__":
         **scenarios(),
     }
     result = {"launches": found, "caught": caught(), "reads": list(READS), "left out": left_out}
-    result["repeated"] = repeated
+    result |= {"repeated": repeated, "known": known_calls.found()}
     print(json.dumps(result))

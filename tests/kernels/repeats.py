@@ -23,8 +23,8 @@ class Repeats:
 
         replayed = _replay.replayed
 
-        def checking(op: Callable[..., Any]) -> Callable[..., Any]:
-            call = replayed(op)
+        def checking(op: Callable[..., Any]) -> _replay.Replayed:
+            call, repeat = replayed(op)
 
             @functools.wraps(op)
             def checked(*args: Any) -> Any:
@@ -36,7 +36,10 @@ class Repeats:
                 _check_same(op.__name__, decided, repeated)
                 return repeated
 
-            return checked
+            def unchecked(*args: Any) -> Any:
+                return None if self._checks else repeat(*args)
+
+            return _replay.Replayed(checked, unchecked)
 
         _replay.replayed = checking
 

@@ -53,7 +53,7 @@ GLUON = {
     "gemm_turns": Config(128, 128, 64, warps=8, stages=4, warp_specialize="gluon"),
     "down_backward": Config(128, 128, 64, warps=8, stages=4, warp_specialize="gluon"),
     "wgrad": Config(256, 128, 64, warps=8, stages=4, warp_specialize="gluon"),
-    "scaled": Config(128, 256, 128, warps=8, stages=4, warp_specialize="gluon"),
+    "scaled": Config(128, 256, 128, warps=8, stages=3, warp_specialize="gluon"),
 }
 PLAIN = {
     "up": Config(128, 128, 64, warps=8, stages=4),

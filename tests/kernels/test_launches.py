@@ -114,6 +114,24 @@ def test_only_calls_that_can_be_told_apart_are_repeated(found: dict[str, Any]) -
         assert found["repeated"][name]["different"] is None, name
 
 
+def test_calls_like_earlier_ones_are_not_checked_again(found: dict[str, Any]) -> None:
+    """But where someone is to hear of the op, or the dispatcher has something to do."""
+    known = found["known"]
+    for name in ("first calls", "router", "fewer rows"):
+        assert known[name] == [1, 1, 0, 0], name
+    assert known["again"] == 0
+    assert known["a mode"] == [1, 2 * 3 * 2 * (64 * 64 + 32 * 64)]
+    assert known["a profiler"] == [1, 1]
+    assert known["a mode of functions"] == known["a trace"] == 1
+    assert known["autocast"] == known["gradients"] == known["a negative view"] == 1
+    assert known["a subclass"] == [1] * 4
+
+
+def test_what_is_like_an_earlier_call_and_wrong_is_an_error(found: dict[str, Any]) -> None:
+    for name in ("sparse", "nested", "a flag of 1", "2.0 of experts", "no tensor", "an array"):
+        assert found["known"][name] == "TypeError", name
+
+
 def test_all_launches_can_be_noted() -> None:
     """A launch that goes past ``launch`` would be missing from a plan."""
     for path in (ROOT / "moe_kernels" / "triton").glob("*.py"):

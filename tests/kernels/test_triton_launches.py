@@ -95,7 +95,7 @@ def test_float8() -> None:
     assert names == [
         "_quantize_weights_kernel",
         *SORT,
-        "_quantize_rows_kernel",
+        "_permute_quantize_kernel",
         "_scaled_up_kernel",
         "_quantize_weights_kernel",
         "_scaled_grouped_gemm_kernel",
@@ -109,7 +109,7 @@ def test_float8() -> None:
     assert names == [
         "_quantize_weights_kernel",
         "_prepare_kernel",
-        "_quantize_rows_kernel",
+        "_permute_quantize_kernel",
         "_scaled_grouped_gemm_kernel",
         "_activate_quantize_backward_kernel",
         "_sum_partials_kernel",
