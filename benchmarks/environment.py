@@ -28,6 +28,8 @@ PEERS = (
     "liger-kernel",
     "sonic-moe",
     "sonicmoe",
+    "quack-kernels",
+    "nvidia-cutlass-dsl",
     "megablocks",
     "transformer-engine",
     "triton-kernels",
