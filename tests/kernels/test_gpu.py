@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import moe_kernels
+from moe_kernels.triton import _replay
 from moe_kernels.triton._launch import TRITON_VERSION
 from tests.conftest import HAS_GPU
 from tests.kernels import hopper_runs
@@ -146,6 +147,36 @@ def test_nothing_synchronises_with_the_host() -> None:
     everything()  # compiles
     with _synchronisation_is_an_error():
         everything()
+
+
+@pytest.mark.parametrize("tokens", [1, 33, 1000])
+def test_calls_that_are_not_checked_again_give_the_same_bits(
+    tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of other tokens and weights each time, elsewhere in memory, on another stream too."""
+    kept = []  # so that no address is used again
+
+    def call(x: Tensor, logits: Tensor, weights: tuple[Tensor, Tensor]) -> list[Tensor]:
+        with torch.inference_mode():
+            routed = moe_kernels.topk_router(logits, 4, renormalize=True)
+            args = (x, *weights, routed.topk_ids, routed.topk_weights)
+            return [*routed, moe_kernels.fused_experts(*args)]
+
+    for number in range(6):
+        layer = _layer(tokens, 16, 4, 256, 128)
+        logits = torch.randn(tokens, 16, device="cuda")
+        weights = layer["gate_up"].detach().mT, layer["down"].detach().mT
+        kept.append((layer, logits))
+        arguments = (layer["x"].detach(), logits, weights)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream() if number == 4 else torch.cuda.current_stream()):
+            found = call(*arguments)
+        torch.cuda.synchronize()
+        with monkeypatch.context() as patch:
+            patch.setattr(_replay, "is_repeated", lambda tensor: False)
+            decided = call(*arguments)
+        for i, (value, expected) in enumerate(zip(found, decided, strict=True)):
+            assert torch.equal(value, expected), (number, i)
 
 
 def test_a_graph_replays_with_other_routings() -> None:
