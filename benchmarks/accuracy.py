@@ -21,6 +21,8 @@ MAX_RATIO = 1.5
 FLOAT32_ROUNDING = 1e-6  # sums in another order differ by this much: never called wrong
 # without plain PyTorch: several times what it has on layers of unit scale
 ABSOLUTE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 2e-3}  # TF32 at the worst
+# likewise of what is rounded to float8 on the way: a rounding is wrong by 0.026
+FLOAT8_ROUNDING, FLOAT8_PRODUCT, FLOAT8_LAYER = 0.04, 0.08, 0.2
 NORM_TOLERANCE = 0.05  # relative; bf16 chains differ by less than 0.01
 ERRORS_OF_A_ROW = 4  # of few values, of which each is wrong by about the error of all: float8's 6 %
 

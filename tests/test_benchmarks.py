@@ -122,6 +122,16 @@ def test_rows_are_complete(op: str, device: str, tmp_path: Path) -> None:
     assert {row["direction"] for row in found["rows"]} == set(expected)
 
 
+@pytest.mark.usefixtures("given_limits")
+@pytest.mark.parametrize("op", [op for op in TINY if "quanti" in op or "fp8" in op])
+def test_rounding_is_no_error_without_a_yardstick(op: str, tmp_path: Path) -> None:
+    """Where plain PyTorch is not among those that are measured, or finds no memory."""
+    code, found = run(op, tmp_path / "out.json", "--provider", OURS)
+    assert code == 0
+    assert found["rows"]
+    assert all(row["error"] > 2e-2 and row["void"] == "" for row in found["rows"])
+
+
 def test_the_file_says_what_it_was_measured_on(tmp_path: Path) -> None:
     _, found = run("expert_activation", tmp_path / "out.json", "--dtype", "fp32", "--threads", "1")
     assert found["threads"] == 1

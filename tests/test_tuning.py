@@ -100,7 +100,7 @@ def test_the_default_shapes_reach_every_bucket() -> None:
     for kernel in KERNELS:
         precision = precision_class(operand_dtype(kernel, torch.bfloat16))
         for rows in (*ROWS, None):
-            for inner in ("narrow", "wide"):
+            for inner in ("slim", "narrow", "wide"):
                 if (kernel, inner) != ("grouped_gemm", "wide"):
                     assert Bucket(kernel, precision, rows, inner) in found, (kernel, rows, inner)
     for _, problems in _buckets(KERNELS, tuning_set(), "bf16"):

@@ -88,7 +88,8 @@ def layer_sets() -> dict[str, list[Shape]]:
 
 def tuning_set() -> list[Shape]:
     """A shape or more for each bucket of the tables of configurations, small to large."""
-    wide, large, narrow = LAYERS["qwen3-30b-a3b"], LAYERS["qwen3-235b-a22b"], (1536, 256, 128, 8)
-    few = [layer(t, *sizes) for t in (8, 64, 256, 1024) for sizes in (wide, narrow)]
-    many = [layer(t, *sizes) for t in (4096, 16384, 32768) for sizes in (wide, narrow)]
+    wide, large = LAYERS["qwen3-30b-a3b"], LAYERS["qwen3-235b-a22b"]
+    narrow, slim = (1536, 512, 128, 8), (1536, 256, 128, 8)
+    few = [layer(t, *sizes) for t in (8, 64, 256, 1024) for sizes in (wide, narrow, slim)]
+    many = [layer(t, *sizes) for t in (4096, 16384, 32768) for sizes in (wide, narrow, slim)]
     return [*few, *many, *(layer(t, *large) for t in (4096, 16384))]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from benchmarks.accuracy import FLOAT8_LAYER
 from benchmarks.ops.fused_experts import fused_experts
 
 fused_experts_fp8 = replace(
@@ -15,4 +16,5 @@ fused_experts_fp8 = replace(
     name="fused_experts_fp8",
     defaults={"cpu": ("cpu",), "cuda": ("qwen3-30b-a3b", "deepseek-v3")},
     dtypes={"cpu": ("bf16",), "cuda": ("bf16",)},
+    bound=FLOAT8_LAYER,
 )

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from benchmarks.accuracy import FLOAT8_ROUNDING
 from benchmarks.ops._order import INPUT_SETS, ROW_DEFAULTS, make_orders, row_sets
 from benchmarks.ops._shapes import LAYERS
 from benchmarks.registry import FORWARD_ONLY, Case, Cost, Op, Shape, Truth
@@ -121,6 +122,7 @@ quantize_rows = Op(
     cost=_rows_cost,
     truth=_rows_truth,
     directions=FORWARD_ONLY,
+    bound=FLOAT8_ROUNDING,
 )
 permute_quantize = Op(
     name="permute_quantize",
@@ -131,6 +133,7 @@ permute_quantize = Op(
     cost=_permute_cost,
     truth=_permute_truth,
     directions=FORWARD_ONLY,
+    bound=FLOAT8_ROUNDING,
 )
 quantize_weights = Op(
     name="quantize_weights",
@@ -142,4 +145,5 @@ quantize_weights = Op(
     cost=_weights_cost,
     truth=_weights_truth,
     directions=FORWARD_ONLY,
+    bound=FLOAT8_ROUNDING,
 )

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
+from benchmarks.accuracy import FLOAT8_PRODUCT
 from benchmarks.ops.grouped_gemm import grouped_gemm
 from benchmarks.ops.quantize import blocks_of
 from benchmarks.registry import FORWARD_ONLY, Case, Cost, Op, Shape, Truth
@@ -69,4 +70,5 @@ fp8_grouped_gemm = Op(
     cost=grouped_gemm.cost,
     truth=grouped_gemm.truth,
     dtypes={"cpu": ("bf16",), "cuda": ("bf16",)},
+    bound=FLOAT8_PRODUCT,
 )

@@ -9,8 +9,9 @@ what won there, and what that is known from:
 "warp_specialize" may be left out of a configuration: "no".
 
 ``rows``: the most rows an expert has on average, one of ROWS, or null for more than all of them.
-``inner``: whether the shorter of the two sides of an expert's matrix has at most NARROW elements
-("narrow"), more ("wide"), or either ("any").
+``inner``: whether the shorter of the two sides of an expert's matrix has at most SLIM elements
+("slim"), at most NARROW ("narrow"), more ("wide"), or any number ("any"). An entry for narrow ones
+also holds for slim ones that have none.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from moe_kernels.triton._launch import architecture
 VARIABLE = "MOE_KERNELS_CONFIGS"
 FORMAT = 1
 ROWS = (4, 16, 64, 256, 1024)
-NARROW = 512
-INNER = ("any", "narrow", "wide")
+SLIM, NARROW = 256, 512
+INNER = ("any", "slim", "narrow", "wide")
 PRECISIONS = ("half", "full", "fp8")
 # who may give the warps of a kernel roles, where not all of them do the same
 WARP_SPECIALIZE = {
@@ -137,7 +138,15 @@ def rows_class(rows: int, experts: int) -> int | None:
 
 
 def inner_class(inner: int) -> str:
-    return "narrow" if inner <= NARROW else "wide"
+    return "slim" if inner <= SLIM else "narrow" if inner <= NARROW else "wide"
+
+
+def inner_classes(inner: int) -> tuple[str, ...]:
+    """Whose entries hold, first the one that decides; ``inner`` is 0 where it is not told."""
+    if not inner:
+        return ("any",)
+    of = inner_class(inner)
+    return ("slim", "narrow", "any") if of == "slim" else (of, "any")
 
 
 def device_class(device: torch.device) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 from moe_kernels.triton._config_tables import (
     Bucket,
     Config,
-    inner_class,
+    inner_classes,
     precision_class,
     rows_class,
     tuned,
@@ -122,7 +122,7 @@ def config(
     precision = precision_class(tensor.dtype)
     rows_of = rows_class(rows, experts)
     if aligned:
-        inner_of = inner_class(inner) if inner else "any"
+        inner_of = inner_classes(inner)
         if found := _tuned_config(tensor.device, kernel, precision, rows_of, inner_of):
             return found
     return default_config(
@@ -132,10 +132,10 @@ def config(
 
 @functools.cache
 def _tuned_config(
-    device: torch.device, kernel: str, precision: str, rows: int | None, inner: str
+    device: torch.device, kernel: str, precision: str, rows: int | None, inner: tuple[str, ...]
 ) -> Config | None:
     for table in tuned(device, tuple(CONFIGS)):
-        for part in (inner, "any"):
+        for part in inner:
             if found := table.get(Bucket(kernel, precision, rows, part)):
                 return found
     return None

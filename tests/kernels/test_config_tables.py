@@ -70,6 +70,9 @@ def test_without_a_table_the_default_decides(monkeypatch: pytest.MonkeyPatch) ->
         (64 * 8, 768, True, None),
         (257 * 8, 768, True, None),
         (256 * 8, 512, True, dataclasses.replace(OTHER, block_m=32)),  # before "any"
+        (256 * 8, 256, True, dataclasses.replace(OTHER, block_m=32)),  # there is none for slim ones
+        (16 * 8, 256, True, dataclasses.replace(OTHER, block_m=64)),
+        (16 * 8, 257, True, None),
         (256 * 8, 0, True, OTHER),
         (256 * 8, 768, False, None),  # tables are of aligned operands
         (4096 * 8, 768, True, dataclasses.replace(OTHER, block_m=128)),
@@ -84,11 +87,12 @@ def test_a_users_table_decides_for_its_buckets(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     of = dataclasses.asdict
-    narrow, large = dataclasses.replace(OTHER, block_m=32), dataclasses.replace(OTHER, block_m=128)
+    slim, narrow, large = (dataclasses.replace(OTHER, block_m=m) for m in (64, 32, 128))
     path = write(
         tmp_path / "own.json",
         entry(),
         entry(inner="narrow", config=of(narrow)),
+        entry(rows=16, inner="slim", config=of(slim)),
         entry(rows=None, config=of(large)),
     )
     monkeypatch.setenv(tables.VARIABLE, str(path))
