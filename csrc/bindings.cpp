@@ -56,6 +56,8 @@ PYBIND11_MODULE(_C, m) {
         "Give kept buffers back to the system; returns how many bytes they had.");
   m.def("use_large_pages", &moe::use_large_pages, py::arg("tensor"),
         "Move a tensor's memory to large pages; returns how many bytes are on such pages now.");
+  m.def("has_record_callbacks", &at::hasCallbacks,
+        "Whether a profiler or another observer is told of each op.");
   if (PyModule_AddFunctions(m.ptr(), direct_calls) != 0) throw py::error_already_set();
   moe::ep::bind(m);
 }

@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from torch._library.autograd import Info, make_autograd_impl
-from torch.autograd import forward_ad
 
 NAMESPACE = "moe_kernels"
 BACKENDS = ("native", "reference", "triton")
@@ -94,9 +93,20 @@ class TritonOp:
             self._launcher = self._load()
         return self._launcher.call(*args)
 
+    @property
+    def loaded(self) -> bool:
+        """Whether there was a call; only then is there one to repeat."""
+        return self._launcher is not None
+
+    def is_repeated(self, tensor: torch.Tensor) -> bool:
+        return bool(self._launcher.is_repeated(tensor))
+
     def repeat(self, *args: Any) -> Any:
-        """See ``_replay.Replayed``."""
-        return None if self._launcher is None else self._launcher.repeat(*args)
+        """See ``_replay.Replayed``; so with ``confirm``."""
+        return self._launcher.repeat(*args)
+
+    def confirm(self, *args: Any) -> None:
+        self._launcher.confirm(*args)
 
     def _load(self) -> Any:
         module = self.name.removesuffix("_").removesuffix("_backward")
@@ -176,6 +186,18 @@ def _count_writes(name: str, overload: torch._ops.OpOverload) -> None:
     _lib.impl(name, run, "ADInplaceOrView", with_keyset=True)
 
 
+def reads_reference() -> bool:
+    """Whether the reference computes everywhere."""
+    return _backend == "reference"
+
+
+def record_callbacks() -> bool:
+    """Whether a profiler or another observer is told of each op."""
+    if _native is None:
+        return bool(torch._C._autograd._profiler_enabled())
+    return bool(_native.has_record_callbacks())
+
+
 def direct_call(name: str) -> Callable[..., Any]:
     """``moe_kernels::<name>`` for usual arguments on CPU, without gradients: checked and called in
     C++, since checks in Python and ``torch.ops`` take longer than a small op does.
@@ -188,49 +210,6 @@ def direct_call(name: str) -> Callable[..., Any]:
     if _backend == "reference" or _native is None:
         return lambda *args: None
     call: Callable[..., Any] = getattr(_native, name)
-    return call
-
-
-def repeated_call(op: torch._ops.OpOverload) -> Callable[..., Any]:
-    """The op on CUDA, for a call without gradients that is like an earlier one.
-
-    Checks in Python and the way through the dispatcher take longer than to launch a few kernels,
-    and what there is to check of such arguments has been found right before.
-
-    Returns:
-        A function of the op's arguments that runs it and returns its result, or None where the call
-        is not like one before, or someone is to hear of the op. Not for torch.compile.
-    """
-    if _backend == "reference":
-        return lambda *args: None
-    repeat = triton_op(op._opname).repeat
-    # kernels are not given those at the end that are as by default
-    defaults = [(a.has_default_value(), a.default_value) for a in op._schema.arguments]
-    dispatch_modes, function_modes = (
-        torch._C._len_torch_dispatch_stack,
-        torch._C._len_torch_function_stack,
-    )
-
-    def call(*args: Any) -> Any:
-        if (
-            torch.is_grad_enabled()
-            or not isinstance(args[0], torch.Tensor)
-            or dispatch_modes() > 0
-            or function_modes() > 0
-            or torch._C._functorch.peek_interpreter_stack() is not None
-            or torch.is_autocast_enabled(args[0].device.type)
-            or torch._C._autograd._profiler_enabled()
-            or torch._C._get_tracing_state() is not None
-            or forward_ad._current_level >= 0
-        ):
-            return None
-        count = len(args)
-        for value, (has_default, default) in zip(reversed(args), reversed(defaults), strict=True):
-            if not has_default or type(value) is not type(default) or value != default:
-                break
-            count -= 1
-        return repeat(*args[:count])
-
     return call
 
 

@@ -30,8 +30,8 @@ from moe_kernels.ops._library import (
     refuse_double_backward,
     register_autograd,
     remember_inputs,
-    repeated_call,
 )
+from moe_kernels.ops._repeated import Repeated, is_plain
 from moe_kernels.ops.expert_activation import resolve_activation
 from moe_kernels.ops.grouped_gemm import empty_like_weight
 from moe_kernels.reference.fused_experts import (
@@ -135,7 +135,7 @@ _op = define(
     reference=fused_experts_forward_reference,
     fake=experts_fake,
 )
-_direct, _repeat = direct_call("fused_experts"), repeated_call(_op)
+_direct, _repeated = direct_call("fused_experts"), Repeated(_op)
 _backward_op = define(
     "fused_experts_backward(Tensor grad, Tensor x, Tensor gate_up, Tensor down,"
     " Tensor topk_weights, Tensor h, Tensor row_to_slot, Tensor slot_to_row, Tensor offsets,"
@@ -272,7 +272,7 @@ register_flop_formula(torch.ops.moe_kernels.fused_experts_backward_)(overwriting
 register_flop_formula(torch.ops.moe_kernels.fused_experts_wgrad_)(wgrad_flops)
 
 
-def _repeated(
+def _repeat(
     x: Tensor,
     gate_up: Tensor,
     down: Tensor,
@@ -281,16 +281,16 @@ def _repeated(
     *options: Any,
 ) -> Tensor | None:
     """As ``_direct``, of a call on CUDA that is like an earlier one."""
-    if not isinstance(topk_ids, Tensor) or topk_ids.dim() != 2:
+    if not _repeated.possible or not is_plain(topk_ids) or topk_ids.dim() != 2:
         return None
     *given, num_rows = options
     slots = topk_ids.shape[0] * topk_ids.shape[1]
     if num_rows is None:
         num_rows = slots
-    elif type(num_rows) is not int or num_rows < 0:
+    elif type(num_rows) is not int or not 0 <= num_rows < 2**63:
         return None
     arguments = (x, gate_up, down, topk_ids, topk_weights, *given, min(num_rows, slots))
-    found = _repeat(*arguments, False, None, None, False)
+    found = _repeated(*arguments, False, None, None, False)
     return None if found is None else found[0]
 
 
@@ -378,7 +378,7 @@ def fused_experts(
         usual = (x, gate_up, down, topk_ids, topk_weights, gate_up_bias, down_bias, *options)
         found: Tensor | None = _direct(*usual)
         if found is None:
-            found = _repeated(*usual)
+            found = _repeat(*usual)
         if found is not None:
             return found
     x, gate_up, down, gate_up_bias, down_bias = autocast(x, gate_up, down, gate_up_bias, down_bias)
@@ -427,6 +427,8 @@ def fused_experts(
     )
     if precision is None:
         y: Tensor = call_op(_op, *arguments, save)[0]
+        if not torch.compiler.is_compiling():
+            _repeated.confirm(*arguments, save)
     else:
         scales = (None, None) if weight_scales is None else weight_scales
         op8 = torch.ops.moe_kernels.fused_experts_fp8.default

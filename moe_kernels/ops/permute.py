@@ -64,6 +64,11 @@ def check_order(op: str, order: Any, x: Tensor | None = None) -> None:
     check_tensor(op, "order.offsets", offsets, 1, "[E + 1]")
     for name, value in zip(order._fields, order, strict=True):
         check_dtype(op, f"order.{name}", value, (torch.int32,))
+        if not value.is_contiguous():
+            raise ValueError(
+                f"{op}: order.{name} must be contiguous, as sort_by_expert returns it; got strides "
+                f"{list(value.stride())}"
+            )
         check_device(op, "order.row_to_slot", row_to_slot, f"order.{name}", value)
     if x is not None and slot_to_row.shape[0] != x.shape[0]:
         raise ValueError(

@@ -29,8 +29,8 @@ from moe_kernels.ops._library import (
     direct_call,
     refuse_double_backward,
     register_autograd,
-    repeated_call,
 )
+from moe_kernels.ops._repeated import Repeated
 from moe_kernels.reference.topk_router import GROUP_SCORES, SCORE_FUNCS
 from moe_kernels.reference.topk_router import (
     topk_router as topk_router_reference,
@@ -99,7 +99,7 @@ _op = define(
     reference=topk_router_reference,
     fake=_fake,
 )
-_direct, _repeat = direct_call("topk_router"), repeated_call(_op)
+_direct, _repeated = direct_call("topk_router"), Repeated(_op)
 _backward_op = define(
     "topk_router_backward(Tensor? grad_weights, Tensor? grad_scores, Tensor logits,"
     " Tensor topk_ids, str score_func, bool softmax_before_topk, bool renormalize,"
@@ -298,7 +298,7 @@ def topk_router(
     )
     found = None
     if not torch.compiler.is_compiling():
-        found = _direct(*arguments) or _repeat(*arguments)
+        found = _direct(*arguments) or _repeated(*arguments)
     if found is None:
         _check(
             logits,
@@ -321,4 +321,6 @@ def topk_router(
         ):
             check_flag("topk_router", name, flag)
         found = call_op(_op, *arguments)
+        if not torch.compiler.is_compiling():
+            _repeated.confirm(*arguments)
     return RouterOutput(*found)

@@ -18,7 +18,9 @@ it at the earliest. The allocator gives, as any on CUDA, multiples of 16 bytes.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -33,7 +35,6 @@ KNOWN_TRITON = not INTERPRETED and torch.version.hip is None and (3, 6) <= TRITO
 SMALL = 2**16  # bytes; what is smaller, and not returned, is allocated together
 ALIGNMENT = 256
 KEPT = 512  # sets of arguments of an op that are remembered
-PLAIN = (Tensor, torch.nn.Parameter)
 
 aten = torch.ops.aten
 EMPTY = (aten.empty, aten.new_empty, aten.empty_strided, aten.new_empty_strided, aten.empty_like)
@@ -83,12 +84,13 @@ class Plan(NamedTuple):
 
 class _Known:
     """What is known of a set of arguments: nothing yet; that they were seen; their plan, or that
-    they have none."""
+    they have none. And whether they were checked: the op itself does not."""
 
-    __slots__ = ("plan", "state")
+    __slots__ = ("checked", "plan", "state")
 
     def __init__(self) -> None:
         self.state = "new"
+        self.checked = False
         self.plan: Plan | None = None
 
 
@@ -125,8 +127,11 @@ def _read(args: Sequence[Any]) -> tuple[list[Tensor], list[int], tuple[Any, ...]
             tensors.append(value)
             addresses.append(address)
             key.append((value.dtype, value.shape, value.stride(), address & 15, value.device))
-        else:  # a True is no 1
-            key.append((type(value), tuple(value) if isinstance(value, list) else value))
+        elif isinstance(value, list):
+            key.append(tuple(value))
+        else:  # a True is no 1, and a zero has a sign
+            zero = isinstance(value, float) and not value
+            key.append((type(value), str(value) if zero else value))
     key += (
         torch.backends.cuda.matmul.fp32_precision if tensors[0].dtype == torch.float32 else None,
         checks_values(),
@@ -376,19 +381,33 @@ class Replayed(NamedTuple):
 
     Attributes:
         call: the op.
-        repeat: the same for who has not checked the arguments, if such a call was noted: it was
-            right then. Else None.
+        repeat: the same for who has not checked the arguments: None unless such a call has a plan
+            and was confirmed.
+        confirm: says that the arguments of an earlier call were checked.
+        is_repeated: whether calls with a tensor may be.
     """
 
     call: Callable[..., Any]
     repeat: Callable[..., Any]
+    confirm: Callable[..., None]
+    is_repeated: Callable[[Tensor], bool]
 
 
 def replayed(op: Callable[..., Any]) -> Replayed:
+    known: OrderedDict[tuple[Any, ...], _Known] = OrderedDict()
 
-    @functools.lru_cache(maxsize=KEPT)
-    def known(key: tuple[Any, ...]) -> _Known:
-        return _Known()
+    def find(key: tuple[Any, ...]) -> _Known | None:
+        found = known.get(key)
+        if found is not None:
+            with contextlib.suppress(KeyError):  # another thread may have made place meanwhile
+                known.move_to_end(key)
+        return found
+
+    def remember(key: tuple[Any, ...]) -> _Known:
+        found = find(key) or known.setdefault(key, _Known())
+        if len(known) > KEPT:
+            known.popitem(last=False)
+        return found
 
     @functools.wraps(op)
     def call(*args: Any) -> Any:
@@ -396,7 +415,7 @@ def replayed(op: Callable[..., Any]) -> Replayed:
         if first is None or not is_repeated(first) or _is_hooked():
             return op(*args)
         tensors, addresses, key = _read(args)
-        found = known(key)
+        found = remember(key)
         if found.plan is not None:
             with on_device_of(first):
                 return _follow(found.plan, tensors, addresses)
@@ -412,17 +431,19 @@ def replayed(op: Callable[..., Any]) -> Replayed:
         return result
 
     def repeat(*args: Any) -> Any:
-        """The result where a plan is known, else None."""
-        if not is_repeated(args[0]) or _is_hooked():
+        if _is_hooked():
             return None
-        try:
-            tensors, addresses, key = _read(args)
-            plan = known(key).plan
-        except (RuntimeError, TypeError):  # no strides, or no hash: the checks refuse it
-            return None
-        if plan is None or any(type(t) not in PLAIN or t.is_neg() for t in tensors):
+        tensors, addresses, key = _read(args)
+        found = find(key)
+        if found is None or found.plan is None or not found.checked:
             return None
         with on_device_of(tensors[0]):
-            return _follow(plan, tensors, addresses)
+            return _follow(found.plan, tensors, addresses)
 
-    return Replayed(call, repeat)
+    def confirm(*args: Any) -> None:
+        found = find(_read(args)[2])
+        if found is not None:
+            found.checked = True
+
+    # looked up at each call, since it may be another one where nothing is launched
+    return Replayed(call, repeat, confirm, lambda tensor: is_repeated(tensor))

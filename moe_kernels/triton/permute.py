@@ -22,6 +22,7 @@ from moe_kernels.triton._replay import launch
 
 TILE = 4096  # elements a program copies
 UNROLLED = tl.constexpr(4)  # rows of a token that are addressed at a time
+TAIL, MOST_TAIL = 64, 1024  # steps of a program's tail; programs for the sake of it
 
 
 @triton.jit
@@ -29,6 +30,15 @@ def load_rows_of(slot_to_row, token, k, used, T, top_k):
     """The row of each token's k-th slot, and whether there is one."""
     row = tl.load(slot_to_row + token * top_k + k, mask=(token < T) & (k < top_k), other=-1)
     return row.to(tl.int64), (row >= 0) & (row < used)
+
+
+@triton.jit
+def tail_of(used, num_rows, BLOCK: tl.constexpr):
+    """The rows of no slot that a program writes: the first, and how many times which step on."""
+    first = tl.cast(used, tl.int64) + tl.program_id(0).to(tl.int64) * BLOCK
+    step = tl.num_programs(0) * BLOCK
+    turns = tl.maximum(tl.cdiv(tl.cast(num_rows, tl.int64) - first, step), 0)
+    return first, turns.to(tl.int32), step
 
 
 @triton.jit(do_not_specialize=["num_rows", "T", "E", "top_k"])
@@ -53,9 +63,9 @@ def _permute_kernel(
             tl.store(cell, tile, mask=valid[:, None] & inside)
     # rows of no slot
     zeros = tl.zeros((BLOCK_T, BLOCK_H), out.dtype.element_ty)
-    first = used + tl.program_id(0) * BLOCK_T
-    for start in range(first, num_rows, tl.num_programs(0) * BLOCK_T):
-        row = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_T)
+    first, turns, step = tail_of(used, num_rows, BLOCK_T)
+    for turn in range(turns):
+        row = first + tl.cast(turn, tl.int64) * step + tl.arange(0, BLOCK_T)
         tl.store(
             out + row[:, None] * H + column[None, :],
             zeros,
@@ -67,6 +77,11 @@ def copy_tile(columns: int) -> tuple[int, int]:
     """Rows and columns of the tile a program copies, for rows of ``columns`` elements."""
     block_columns = min(next_power_of_2(columns), 512)
     return TILE // max(block_columns, 32), block_columns
+
+
+def token_programs(tokens: int, block: int, num_rows: int) -> int:
+    """So many that each token has one, and that a long tail of rows of no slot is soon written."""
+    return max(ceil_div(tokens, block), min(ceil_div(num_rows, TAIL * block), MOST_TAIL))
 
 
 def gathered_rows(
@@ -97,7 +112,7 @@ def permute(
     block_t, block_h = copy_tile(H)
     with on_device_of(x):
         launch(
-            _permute_kernel, (ceil_div(T, block_t), ceil_div(H, block_h)),
+            _permute_kernel, (token_programs(T, block_t, num_rows), ceil_div(H, block_h)),
             raw(x), slot_to_row, offsets, raw(out), num_rows, T, H, offsets.numel() - 1, K,
             *x.stride(), BLOCK_T=block_t, BLOCK_H=block_h,
             num_warps=8 if x.element_size() == 1 else 4,

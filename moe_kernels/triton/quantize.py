@@ -24,7 +24,7 @@ from moe_kernels.triton._launch import (
 from moe_kernels.triton._math import divide
 from moe_kernels.triton._replay import launch
 from moe_kernels.triton._wgrad import empty_like_weight
-from moe_kernels.triton.permute import UNROLLED, load_rows_of
+from moe_kernels.triton.permute import UNROLLED, load_rows_of, tail_of, token_programs
 from moe_kernels.triton.unpermute import SPREAD
 
 TILE = 4096  # elements a program quantises
@@ -105,9 +105,9 @@ def _permute_quantize_kernel(
             tl.store(of_block + row[:, None], scale, mask=valid[:, None] & exists)
     # rows of no slot
     none = encode(tl.zeros((BLOCK_T, BLOCKS * BLOCK), tl.float32), BYTES)
-    first = used + tl.program_id(0) * BLOCK_T
-    for start in range(first, num_rows, tl.num_programs(0) * BLOCK_T):
-        row = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_T)
+    first, turns, step = tail_of(used, num_rows, BLOCK_T)
+    for turn in range(turns):
+        row = first + tl.cast(turn, tl.int64) * step + tl.arange(0, BLOCK_T)
         past = (row < num_rows)[:, None]
         tl.store(values + row[:, None] * Kd + column[None, :], none, mask=past & inside)
         zeros = tl.zeros((BLOCK_T, BLOCKS), tl.float32)
@@ -197,7 +197,8 @@ def permute_quantize(
         block_t = min(TILE // (blocks * block), max(1, next_power_of_2(T) // SPREAD))
         with on_device_of(x):
             launch(
-                _permute_quantize_kernel, (ceil_div(T, block_t), ceil_div(Kd, blocks * block)),
+                _permute_quantize_kernel,
+                (token_programs(T, block_t, num_rows), ceil_div(Kd, blocks * block)),
                 x, slot_to_row, offsets, raw(values), scales, num_rows, T, Kd,
                 offsets.numel() - 1, K, *x.stride(),
                 POWER_OF_TWO=power_of_two, BYTES=not has_float8(x.device),

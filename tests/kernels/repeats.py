@@ -24,7 +24,7 @@ class Repeats:
         replayed = _replay.replayed
 
         def checking(op: Callable[..., Any]) -> _replay.Replayed:
-            call, repeat = replayed(op)
+            call, repeat, confirm, is_repeated = replayed(op)
 
             @functools.wraps(op)
             def checked(*args: Any) -> Any:
@@ -39,7 +39,7 @@ class Repeats:
             def unchecked(*args: Any) -> Any:
                 return None if self._checks else repeat(*args)
 
-            return _replay.Replayed(checked, unchecked)
+            return _replay.Replayed(checked, unchecked, confirm, is_repeated)
 
         _replay.replayed = checking
 

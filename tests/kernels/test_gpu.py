@@ -16,6 +16,7 @@ from moe_kernels.triton._launch import TRITON_VERSION
 from tests.conftest import HAS_GPU
 from tests.kernels import hopper_runs
 from tests.kernels.accuracy import worst_row_error
+from tests.kernels.known_calls import Counting
 
 pytestmark = [
     pytest.mark.gpu,
@@ -162,6 +163,7 @@ def test_calls_that_are_not_checked_again_give_the_same_bits(
             args = (x, *weights, routed.topk_ids, routed.topk_weights)
             return [*routed, moe_kernels.fused_experts(*args)]
 
+    checks = []
     for number in range(6):
         layer = _layer(tokens, 16, 4, 256, 128)
         logits = torch.randn(tokens, 16, device="cuda")
@@ -169,14 +171,17 @@ def test_calls_that_are_not_checked_again_give_the_same_bits(
         kept.append((layer, logits))
         arguments = (layer["x"].detach(), logits, weights)
         torch.cuda.synchronize()
-        with torch.cuda.stream(torch.cuda.Stream() if number == 4 else torch.cuda.current_stream()):
+        stream = torch.cuda.Stream() if number == 4 else torch.cuda.current_stream()
+        with torch.cuda.stream(stream), Counting() as counting:
             found = call(*arguments)
+        checks.append(counting.count)
         torch.cuda.synchronize()
         with monkeypatch.context() as patch:
             patch.setattr(_replay, "is_repeated", lambda tensor: False)
             decided = call(*arguments)
         for i, (value, expected) in enumerate(zip(found, decided, strict=True)):
             assert torch.equal(value, expected), (number, i)
+    assert checks[2:] == [0] * 4
 
 
 def test_a_graph_replays_with_other_routings() -> None:

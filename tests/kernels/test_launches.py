@@ -120,16 +120,27 @@ def test_calls_like_earlier_ones_are_not_checked_again(found: dict[str, Any]) ->
     for name in ("first calls", "router", "fewer rows"):
         assert known[name] == [1, 1, 0, 0], name
     assert known["again"] == 0
+    assert known["inference"] == [0, 0]
+    assert known["another sign of zero"] == [1, 1, 0, 0, 1]
     assert known["a mode"] == [1, 2 * 3 * 2 * (64 * 64 + 32 * 64)]
-    assert known["a profiler"] == [1, 1]
-    assert known["a mode of functions"] == known["a trace"] == 1
-    assert known["autocast"] == known["gradients"] == known["a negative view"] == 1
+    for name in ("a profiler", "a profiler of all threads", "an observer"):
+        assert known[name] == [1, 1], name
+    for name in ("a mode of functions", "a trace", "a fake mode", "autocast", "gradients"):
+        assert known[name] == 1, name
+    for name in ("a negative view", "a zero tensor", "a functional tensor"):
+        assert known[name] == 1, name
     assert known["a subclass"] == [1] * 4
+    assert known["meta"] == [3, 2]
 
 
 def test_what_is_like_an_earlier_call_and_wrong_is_an_error(found: dict[str, Any]) -> None:
-    for name in ("sparse", "nested", "a flag of 1", "2.0 of experts", "no tensor", "an array"):
-        assert found["known"][name] == "TypeError", name
+    known = found["known"]
+    for name in ("sparse", "nested", "nested ids", "a flag of 1", "2.0 of experts"):
+        assert known[name] == "TypeError", name
+    for name in ("no tensor", "an array"):
+        assert known[name] == "TypeError", name
+    assert known["too many rows"] == known["unchecked"] == "ValueError"
+    assert not known["kept"]
 
 
 def test_all_launches_can_be_noted() -> None:
