@@ -493,6 +493,19 @@ def test_a_table_names_all_that_is_tried(
     capsys.readouterr()
 
 
+def test_a_dry_run_tries_what_a_table_has(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    cut = dataclasses.asdict(Config(64, 64, 64, warps=4, stages=3))
+    of = {"kernel": "grouped_gemm", "precision": "half", "inner": "any", "config": cut}
+    among = tmp_path / "among.json"
+    entries = [{**of, "rows": 4}, {**of, "rows": None}]
+    among.write_text(json.dumps({"format": 1, "device": "sm_90", "entries": entries}))
+    arguments = ["tune", "grouped_gemm", "--dry-run", "--among", str(among)]
+    assert main([*arguments, "--shape", "T=64,H=64,I=64,E=2,K=1", "--processes", "1"]) == 0
+    assert "1 of 1 candidates; none dropped" in capsys.readouterr().out
+
+
 def test_the_shape_sets_of_layers_can_be_tuned() -> None:
     for name, shapes in layer_sets().items():
         for shape in shapes:

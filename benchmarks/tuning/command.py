@@ -123,6 +123,19 @@ def _among(path: Path) -> dict[tuple[str, str], list[Any]]:
     return found
 
 
+def _configs_of(
+    bucket: Any,
+    problems: Sequence[tuple[str, int, Shape]],
+    among: Mapping[tuple[str, str], list[Any]] | None,
+    dtype: str,
+    arch: int,
+) -> list[Any]:
+    """What a bucket is tried with: all candidates, or those of a table."""
+    if among is None:
+        return _candidates(problems, dtype, arch)
+    return among.get((bucket.kernel, bucket.precision), [])
+
+
 def _candidates(problems: Sequence[tuple[str, int, Shape]], dtype: str, arch: int) -> list[Any]:
     """Those of the bucket's first problem that are also candidates of all others."""
     from benchmarks.tuning.candidates import candidates
@@ -151,8 +164,9 @@ def _compile(
 
 
 def _dry_run(wanted: Sequence[Any], options: argparse.Namespace) -> int:
+    among = _among(options.among) if options.among else None
     for bucket, problems in wanted:
-        configs = _candidates(problems, options.dtype, options.arch)
+        configs = _configs_of(bucket, problems, among, options.dtype, options.arch)
         made = [(p, _compile(p, options, options.arch)(configs)) for p in problems]
         # as the search does: who does not compile for all is not tried
         why = {
@@ -244,11 +258,6 @@ def _tune(wanted: Sequence[Any], options: argparse.Namespace) -> int:
         sizes = next(s for _, ps in wanted for _, _, s in ps if str(s) == shape)
         return Layer(sizes, DTYPES[options.dtype], device, options.routing)
 
-    def wanted_of(bucket: Any, problems: Sequence[tuple[str, int, Shape]]) -> list[Any]:
-        if among is None:
-            return _candidates(problems, options.dtype, arch)
-        return among.get((bucket.kernel, bucket.precision), [])
-
     def compiler(problem: tuple[str, int, Shape]) -> Callable[[Sequence[Any]], Mapping[Any, Any]]:
         if among is None:
             return _compile(problem, options, arch)
@@ -277,7 +286,7 @@ def _tune(wanted: Sequence[Any], options: argparse.Namespace) -> int:
             found = search(
                 bucket,
                 default,
-                [config for config in wanted_of(bucket, problems) if trials.ended(bucket, config)],
+                [config for config in _configs_of(bucket, problems, among, options.dtype, arch) if trials.ended(bucket, config)],
                 [
                     (f"{k} {part} {shape}", maker(k, part, shape), compiler(p))
                     for p in problems
