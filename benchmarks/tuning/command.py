@@ -286,7 +286,11 @@ def _tune(wanted: Sequence[Any], options: argparse.Namespace) -> int:
             found = search(
                 bucket,
                 default,
-                [config for config in _configs_of(bucket, problems, among, options.dtype, arch) if trials.ended(bucket, config)],
+                [
+                    config
+                    for config in _configs_of(bucket, problems, among, options.dtype, arch)
+                    if trials.ended(bucket, config)
+                ],
                 [
                     (f"{k} {part} {shape}", maker(k, part, shape), compiler(p))
                     for p in problems
