@@ -14,7 +14,6 @@ namespace {
 
 struct Level {
   const char* name;
-  bool supported;
   KernelTable table;
 };
 
@@ -23,10 +22,13 @@ struct Level {
     std::apply([](auto&... part) { (CAPABILITY::fill(part), ...); }, table); \
   }
 
+// Those of this processor, weakest first.
 std::vector<Level> make_levels() {
   std::vector<Level> levels;
+  // What fills a table is compiled for its instructions too, which a processor without them stops at.
   const auto add = [&](const char* name, bool supported, auto fill) {
-    levels.push_back({name, supported, {}});
+    if (!supported) return;
+    levels.push_back({name, {}});
     fill(levels.back().table);
   };
   add("default", true, MOE_FILL(DEFAULT));
@@ -61,7 +63,6 @@ const std::vector<Level>& levels() {
 const Level& find(const std::string& name, const char* source) {
   std::string known;
   for (const Level& level : levels()) {
-    if (!level.supported) continue;
     if (level.name == name) return level;
     known += known.empty() ? level.name : std::string(", ") + level.name;
   }
@@ -73,11 +74,7 @@ const Level& initial_level() {
   if (const char* name = std::getenv("MOE_KERNELS_CPU_CAPABILITY")) {
     return find(name, "MOE_KERNELS_CPU_CAPABILITY");
   }
-  const Level* best = nullptr;
-  for (const Level& level : levels()) {
-    if (level.supported) best = &level;
-  }
-  return *best;
+  return levels().back();
 }
 
 std::atomic<const Level*>& current() {
@@ -91,9 +88,7 @@ const KernelTable& kernel_table() { return current().load(std::memory_order_rela
 
 std::vector<std::string> cpu_capabilities() {
   std::vector<std::string> names;
-  for (const Level& level : levels()) {
-    if (level.supported) names.emplace_back(level.name);
-  }
+  for (const Level& level : levels()) names.emplace_back(level.name);
   return names;
 }
 
