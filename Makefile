@@ -28,7 +28,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
 CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/native/*.cpp' 'tests/native/*.h' 'tests/native/*.hpp')
 
 .PHONY: demo demo-modules test test-all test-modules test-amx test-aarch64 test-sanitizers \
-	test-stress test-instructions lint format bench gpu-check gpu-bench gpu-tune build clean
+	test-stress test-instructions test-older lint format bench gpu-check gpu-bench gpu-tune build clean
 
 # What a target uses and an environment given by PYTHON may lack.
 NEEDED = $(PY) -c 'import sys; from importlib.util import find_spec; \
@@ -126,6 +126,10 @@ test-stress:
 # How many instructions the AVX2 kernels take for a small layer, against the record. Needs valgrind.
 test-instructions: $(ENVIRONMENT)
 	@$(PY) -m tests.native.count_instructions
+
+# The built packages as a processor without AVX-512 runs them.
+test-older: build
+	@$(PY) -m tests.native.older_processor
 
 lint: $(ENVIRONMENT)
 	$(PY) -m ruff check .

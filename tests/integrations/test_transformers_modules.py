@@ -176,8 +176,13 @@ def test_compiles_in_one_graph(family: str) -> None:
     found.loss.backward()
     expected = run(original)
     assert relative_error(found.logits, expected.logits) < 1e-6
-    grads, expected_grads = gradients(replaced), gradients(original)
-    assert all(relative_error(grads[name], expected_grads[name]) < 5e-6 for name in grads)
+    exact = copy.deepcopy(original).double()
+    run(exact)
+    grads, expected_grads, exact_grads = map(gradients, (replaced, original, exact))
+    for name, grad in grads.items():
+        # some of gpt_oss are small sums of large numbers, where its own float32 is no better
+        limit = max(5e-6, 4 * relative_error(expected_grads[name], exact_grads[name]))
+        assert relative_error(grad, exact_grads[name]) < limit, name
 
 
 def test_a_part_compiles_in_one_graph() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from pathlib import Path
 from typing import Any
@@ -224,11 +225,19 @@ def test_replaced_layers_over_ranks(ranks: int, tmp_path: Path) -> None:
             for name, value in original.state_dict().items():
                 assert torch.equal(state[name], value), (folder, name)
         original.set_experts_implementation("eager")
-        logits = forward_and_backward(original, *batch(ranks))
+        exact = copy.deepcopy(original).double()
+        ids, upstream = batch(ranks)
+        logits = forward_and_backward(original, ids, upstream)
+        forward_and_backward(exact, ids, upstream.double())
         assert relative_error(torch.cat([r[family]["logits"] for r in found]), logits) < 1e-6
-        for name, value in original.named_parameters():
+        for (name, value), right in zip(
+            original.named_parameters(), exact.parameters(), strict=True
+        ):
             assert value.grad is not None
-            assert relative_error(found[0][family][name], value.grad) < 5e-6, (family, name)
+            assert right.grad is not None
+            # some of gpt_oss are small sums of large numbers, where its own float32 is no better
+            limit = max(5e-6, 4 * relative_error(value.grad, right.grad))
+            assert relative_error(found[0][family][name], right.grad) < limit, (family, name)
 
 
 def test_sharded_models_are_refused() -> None:
