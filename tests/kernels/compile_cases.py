@@ -386,6 +386,7 @@ CASES: dict[str, Callable[[], None]] = {
     "gluon_shared_roles": partial(_roles, {"grouped_gemm": 1}, HOPPER, **GLUON, block_n=256),
     "gluon_up_turns_roles": partial(_roles, {"up": 0}, HOPPER, **GLUON, block_n=64),
     "gluon_down_turns_roles": partial(_gluon_down, 128),
+    "gluon_down_turns_gathered_roles": partial(_gluon_down, 128, gathered=True, limit=7.0),
     "gluon_wgrad_shared_roles": partial(_roles, {"wgrad": 0}, HOPPER, **GLUON, block_n=256),
     "gluon_wgrad_copied_roles": partial(_gluon_wgrad, 256),
     "gluon_scaled_256_4_roles": partial(gluon_scaled, 256),
@@ -475,18 +476,16 @@ MORE_CASES: dict[str, Callable[[], None]] = {
     ),
     "gluon_down_turns_geglu_roles": partial(_gluon_down, 128, "geglu"),
     "gluon_down_turns_ungated_roles": partial(_gluon_down, 128, "gelu"),
-    "gluon_down_gathered_roles": partial(_gluon_down, 128, gathered=True, limit=7.0),
-    "gluon_down_64_3_gathered_roles": partial(
-        _gluon_down, 256, gathered=True, block_m=64, stages=3
+    "gluon_down_turns_64_3_gathered_roles": partial(
+        _gluon_down, 256, gathered=True, block_m=64, stages=3, limit=7.0
     ),
-    "gluon_down_shared_3_gathered_roles": partial(_gluon_down, 256, gathered=True, stages=3),
-    "gluon_down_columns_gathered_roles": partial(
+    "gluon_down_shared_128_3_gathered_roles": partial(
+        _gluon_down, 256, gathered=True, stages=3, limit=7.0
+    ),
+    "gluon_down_turns_gathered_columns_roles": partial(
         _gluon_down, 128, "geglu", transposed=True, gathered=True
     ),
-    "gluon_down_oai_gathered_roles": partial(
-        _gluon_down, 128, "swigluoai", interleaved=True, gathered=True, limit=7.0
-    ),
-    "gluon_down_ungated_gathered_roles": partial(_gluon_down, 128, "gelu", gathered=True),
+    "gluon_down_turns_gathered_ungated_roles": partial(_gluon_down, 128, "gelu", gathered=True),
     "gluon_wgrad_turns_128_6_roles": partial(
         _roles, {"wgrad": 1}, HOPPER, **GLUON | {"stages": 6}, block_n=128
     ),
