@@ -239,7 +239,7 @@ def _down_backward(layer: Layer) -> Problem:
         in_gluon = has_hopper_down_backward(cut, layer.grad, down, layer.h)
         rows = layer.grad
         source: Source | None = Source(layer.order[0], layer.shape["K"])
-        if not (in_gluon and gathers_grad(cut, rows, interleaved=False)):
+        if not (in_gluon and gathers_grad(cut, rows, False, layer.activation.limit)):
             rows, source = gathered_rows(rows, layer.order, layer.rows, by_tma=in_gluon)
         _through_down(
             rows, source, down, layer.h, layer.row_weights, layer.activation, range(I), dh,

@@ -280,7 +280,9 @@ def _through_down(
     and the parts of dS [P, rows]."""
     _, I, H = down.shape
     in_gluon = has_hopper_down_backward(cut, grad, down, h)
-    gathers = source is not None and gathers_grad(cut, grad, interleaved=activation.interleaved)
+    gathers = source is not None and gathers_grad(
+        cut, grad, activation.interleaved, activation.limit
+    )
     if in_gluon and (gathers or (source is None and is_aligned(grad))):
         from moe_kernels.triton import _hopper_down_backward  # not every Triton has Gluon
 
@@ -393,7 +395,7 @@ def _gradients(
         row_weights, tiles = prepare(topk_weights, order, rows, cut.block_m)
         through_down = known_grad_h is None and (dh is not None or needs[3])
         in_gluon = through_down and has_hopper_down_backward(cut, grad, down, h)
-        gathers = in_gluon and gathers_grad(cut, grad, interleaved=interleaved)
+        gathers = in_gluon and gathers_grad(cut, grad, interleaved, limit)
         source = Source(row_to_slot, topk_weights.shape[1])
         grad_rows, grad_source = (
             (grad, source) if gathers else gathered_rows(grad, order, rows, by_tma=in_gluon)

@@ -7,6 +7,7 @@ bytes. A ragged descriptor also fills past the end of one expert's rows.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -339,12 +340,14 @@ def load_ragged_rows(
     return tile
 
 
-def gathers_grad(cut: Config, grad: Tensor, *, interleaved: bool) -> bool:
+def gathers_grad(cut: Config, grad: Tensor, interleaved: bool, limit: float) -> bool:
     """Whether ``_hopper_down_backward.py``, where it is used, gathers the rows of ``grad`` itself.
 
-    It copies them as ``_hopper_up.py`` does. Not with gate and up in pairs, whose registers are
-    more than gathering leaves.
+    It copies them as ``_hopper_up.py`` does. Not with gate and up in pairs, nor with a clamp of 256
+    columns, which need more registers than gathering leaves.
     """
     if cut.warp_specialize != "gluon_gather" or interleaved:
+        return False
+    if cut.block_n > 128 and limit < math.inf:
         return False
     return is_aligned(grad) and grad.stride(0) < 2**31

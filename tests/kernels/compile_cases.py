@@ -477,11 +477,9 @@ MORE_CASES: dict[str, Callable[[], None]] = {
     "gluon_down_turns_geglu_roles": partial(_gluon_down, 128, "geglu"),
     "gluon_down_turns_ungated_roles": partial(_gluon_down, 128, "gelu"),
     "gluon_down_turns_64_3_gathered_roles": partial(
-        _gluon_down, 256, gathered=True, block_m=64, stages=3, limit=7.0
+        _gluon_down, 256, gathered=True, block_m=64, stages=3
     ),
-    "gluon_down_shared_128_3_gathered_roles": partial(
-        _gluon_down, 256, gathered=True, stages=3, limit=7.0
-    ),
+    "gluon_down_shared_128_3_gathered_roles": partial(_gluon_down, 256, gathered=True, stages=3),
     "gluon_down_turns_gathered_columns_roles": partial(
         _gluon_down, 128, "geglu", transposed=True, gathered=True
     ),

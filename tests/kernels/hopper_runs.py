@@ -134,9 +134,9 @@ def _cases(
 
 
 def _gathering_cases(tile: str) -> list[Case]:
-    epilogues = [epilogue for epilogue in BACKWARD_EPILOGUES if not epilogue.interleaved]
-    cases = _cases(GATHERING_TILES, tile, epilogues)
-    return [replace(case, gathered=True) for case in cases]
+    wide = DOWN_TILES[tile][1] > 128
+    epilogues = [e for e in BACKWARD_EPILOGUES if not (e.interleaved or (wide and e.clamps))]
+    return [replace(case, gathered=True) for case in _cases(GATHERING_TILES, tile, epilogues)]
 
 
 AnyCase = Case | Gradient | Scaled
@@ -412,7 +412,7 @@ def _backward_call(
 
     def selected() -> bool:
         chosen = _operands.has_hopper_down_backward(cut, grad, down, h)
-        gathers = _operands.gathers_grad(cut, grad, interleaved=interleaved)
+        gathers = _operands.gathers_grad(cut, grad, interleaved, activation.limit)
         return chosen and gathers == case.gathered
 
     return Call(

@@ -258,15 +258,20 @@ def test_it_is_used_where_it_was_asked_for_and_can_be(monkeypatch: pytest.Monkey
 
 
 def test_it_gathers_where_it_was_asked_to_and_can() -> None:
-    def gathers(by: str = "gluon_gather", grad: Tensor | None = None, pairs: bool = False) -> bool:
-        cut = Config(128, 128, 64, warps=8, stages=4, warp_specialize=by)
+    def gathers(
+        by: str = "gluon_gather", grad: Tensor | None = None, pairs: bool = False,
+        columns: int = 128, limit: float = 7.0,
+    ) -> bool:  # fmt: skip
+        cut = Config(128, columns, 64, warps=8, stages=3, warp_specialize=by)
         grad = torch.empty(64, 256, dtype=torch.bfloat16) if grad is None else grad
-        return _operands.gathers_grad(cut, grad, interleaved=pairs)
+        return _operands.gathers_grad(cut, grad, pairs, limit)
 
     assert gathers()
     assert not gathers("gluon")
     assert not gathers("no")
     assert not gathers(pairs=True)  # for want of registers
+    assert not gathers(columns=256)
+    assert gathers(columns=256, limit=math.inf)
     whole = torch.empty(64 * 256 + 1, dtype=torch.bfloat16)
     assert not gathers(grad=whole[1:].view(64, 256))
     assert not gathers(grad=whole[:256].expand(64, 256))  # of y.sum()
