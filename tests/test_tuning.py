@@ -21,6 +21,7 @@ from benchmarks.tuning.compiled import Compiled, compile_all, judge, small_shape
 from benchmarks.tuning.problems import PROBLEMS, Layer, Problem, bucket_of, operand_dtype
 from benchmarks.tuning.search import Found, search
 from moe_kernels.triton._config_tables import (
+    GLUON,
     LARGEST_TILE,
     ROWS,
     Bucket,
@@ -57,12 +58,13 @@ def test_candidates_can_work(kernel: str, rows: int | None, arch: int) -> None:
     by_triton = kernel in ("up", "down_backward", "grouped_gemm") and arch == 100
     by_triton |= kernel == "grouped_gemm" and on_hopper
     ways = {"no"} | ({"triton"} if by_triton else set()) | ({"gluon"} if on_hopper else set())
+    ways |= {"gluon_gather"} if on_hopper and kernel == "down_backward" else set()
     assert {cut.warp_specialize for cut in found} == ways
     for cut in found:
         weights = 2 if kernel == "up" else 1
         if cut.warp_specialize != "no":
             assert cut.programs == 1
-            if cut.warp_specialize == "gluon":
+            if cut.warp_specialize in GLUON:
                 assert cut.block_m * cut.block_n * weights in (LARGEST_TILE, 2 * LARGEST_TILE)
                 assert suits_gluon(kernel, cut)
             elif arch == 90:  # eight warps multiply, in two groups

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 
-from moe_kernels.triton._config_tables import LARGEST, WARP_SPECIALIZE, Config, suits_gluon
+from moe_kernels.triton._config_tables import GLUON, LARGEST, WARP_SPECIALIZE, Config, suits_gluon
 
 # bytes of shared memory that a block may have, and registers of a multiprocessor
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -118,8 +118,10 @@ def _specialized(
             if suits_gluon(kernel, wide) and n < 2 * columns:
                 yield wide
         return
-    if "gluon" in ways and sums == LARGEST_SUM and suits_gluon(kernel, gluon):
-        yield gluon
+    for way in ways:
+        other = replace(gluon, warp_specialize=way)
+        if way in GLUON and sums == LARGEST_SUM and suits_gluon(kernel, other):
+            yield other
 
 
 def refinements(config: Config, shared: int, registers: int, arch: int) -> Iterator[Config]:

@@ -26,7 +26,7 @@ from moe_kernels.triton._config_tables import (
 )
 from moe_kernels.triton._fused_experts_backward import _through_down
 from moe_kernels.triton._launch import ceil_div, on_device_of
-from moe_kernels.triton._operands import has_hopper_down_backward
+from moe_kernels.triton._operands import Source, gathers_grad, has_hopper_down_backward
 from moe_kernels.triton._tiles import TileMap, build_tile_map
 from moe_kernels.triton._wgrad import gathered_weight_gradient, weight_gradient
 from moe_kernels.triton.fused_experts import _project_up
@@ -233,13 +233,14 @@ def _down_backward(layer: Layer) -> Problem:
     dh, weighted = layer.empty(layer.rows, 2 * I), layer.empty(layer.rows, I)
     parts = layer.empty(ceil_div(I, SMALLEST_BLOCK), layer.rows, dtype=torch.float32)
     ds = layer.empty(layer.rows, dtype=torch.float32)
-    before = gathered_rows(layer.grad, layer.order, layer.rows)
 
     def run(cut: Config) -> None:
-        rows, source = before
-        if source and has_hopper_down_backward(cut, rows, down, layer.h):
-            # the copy that this kernel needs, and others may do without, is a part of its time
-            rows, source = gathered_rows(layer.grad, layer.order, layer.rows, by_tma=True)
+        # the copy of rows that some kernels need, and others do without, is a part of their time
+        in_gluon = has_hopper_down_backward(cut, layer.grad, down, layer.h)
+        rows = layer.grad
+        source: Source | None = Source(layer.order[0], layer.shape["K"])
+        if not (in_gluon and gathers_grad(cut, rows, False, layer.activation.limit)):
+            rows, source = gathered_rows(rows, layer.order, layer.rows, by_tma=in_gluon)
         _through_down(
             rows, source, down, layer.h, layer.row_weights, layer.activation, range(I), dh,
             weighted, parts, layer.tiles(cut.block_m), cut,

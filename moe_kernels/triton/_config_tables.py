@@ -39,10 +39,11 @@ PRECISIONS = ("half", "full", "fp8")
 WARP_SPECIALIZE = {
     "grouped_gemm": ("no", "triton", "gluon"),
     "up": ("no", "triton", "gluon"),
-    "down_backward": ("no", "triton", "gluon"),
+    "down_backward": ("no", "triton", "gluon", "gluon_gather"),
     "wgrad": ("no", "gluon"),
     "scaled_grouped_gemm": ("no", "gluon"),
 }
+GLUON = ("gluon", "gluon_gather")
 LARGEST_TILE = 128 * 128  # of a group of four warps: 128 sums a thread
 SCALED = 128  # columns, and contracted elements, that share a scale
 # columns and contracted elements of a tile, where they do; a kernel in Gluon takes more columns
@@ -65,7 +66,8 @@ class Config:
         programs: programs a multiprocessor holds; each walks many tiles.
         warp_specialize: whether warps have roles, to load or to multiply: "no", or given by
             "triton", its compiler, see ``_operands.specializes``, or "gluon", a kernel written so
-            (``_hopper_*.py``), whose ``warps`` are those that multiply. Never a default.
+            (``_hopper_*.py``), whose ``warps`` are those that multiply; or "gluon_gather", such a
+            kernel that gathers rows itself, which else are gathered before. Never a default.
     """
 
     block_m: int
@@ -97,7 +99,8 @@ def suits_gluon(kernel: str, cut: Config) -> bool:
     width = 2 * cut.block_n if kernel == "up" else cut.block_n
     halved = cut.block_m * width > LARGEST_TILE
     own = kernel in ("down_backward", "wgrad") and not halved  # tiles of one group
-    tallest = 128 if kernel == "up" or own else 256
+    gathers = kernel == "up" or cut.warp_specialize == "gluon_gather"
+    tallest = 128 if gathers or own else 256
     return (
         (128 if halved else 64) <= cut.block_m <= tallest
         and cut.block_n >= 64
@@ -231,7 +234,7 @@ def parse_config(document: Mapping[str, Any], kernel: str, where: str) -> Config
     for name, size in least.items():
         if values[name] < size:
             raise ValueError(f"{where}: {name} must be at least {size}; got {values[name]}")
-    for name in ("block_n", "block_k") if specialize != "gluon" else ():
+    for name in ("block_n", "block_k") if specialize not in GLUON else ():
         if values[name] > LARGEST.get(kernel, values[name]):
             raise ValueError(
                 f"{where}: {name} of {kernel} must be at most {LARGEST[kernel]}, which share a "
@@ -240,12 +243,13 @@ def parse_config(document: Mapping[str, Any], kernel: str, where: str) -> Config
     if values["warps"] > 32:
         raise ValueError(f"{where}: warps must be at most 32; got {values['warps']}")
     found = Config(**values, warp_specialize=specialize)
-    if specialize == "gluon" and not suits_gluon(kernel, found):
+    if specialize in GLUON and not suits_gluon(kernel, found):
         raise ValueError(
-            f"{where}: a tile of {kernel} with warp_specialize gluon must have block_k 64, 8 "
-            "warps, 2 or more stages, 64 or more rows and columns, and no more than two groups of "
-            "four warps can hold; of scaled_grouped_gemm block_k 128, 128 rows and 128 or 256 "
-            f"columns; as python -m benchmarks tune chooses them; got {found}"
+            f"{where}: a tile of {kernel} with warp_specialize {specialize} must have block_k 64, "
+            "8 warps, 2 or more stages, 64 or more rows and columns, and no more than two groups "
+            "of four warps can hold, and of rows that are gathered 128; of scaled_grouped_gemm "
+            "block_k 128, 128 rows and 128 or 256 columns; as python -m benchmarks tune chooses "
+            f"them; got {found}"
         )
     return found
 

@@ -38,6 +38,7 @@ from moe_kernels.triton._launch import (
 from moe_kernels.triton._operands import (
     Source,
     contiguous_rows,
+    gathers_grad,
     has_hopper_down_backward,
     is_aligned,
     load_rows,
@@ -279,12 +280,15 @@ def _through_down(
     and the parts of dS [P, rows]."""
     _, I, H = down.shape
     in_gluon = has_hopper_down_backward(cut, grad, down, h)
-    if in_gluon and source is None and is_aligned(grad):
+    gathers = source is not None and gathers_grad(
+        cut, grad, activation.interleaved, activation.limit
+    )
+    if in_gluon and (gathers or (source is None and is_aligned(grad))):
         from moe_kernels.triton import _hopper_down_backward  # not every Triton has Gluon
 
         _hopper_down_backward.through_down(
-            grad, down, h, row_weights, activation, columns, grad_h, weighted_a, partials, tiles,
-            cut, transposed=not is_aligned(down.mT),
+            grad, source, down, h, row_weights, activation, columns, grad_h, weighted_a, partials,
+            tiles, cut, transposed=not is_aligned(down.mT),
         )  # fmt: skip
         return
     g = row_operand(grad, source, cut.block_m, cut.block_k)
@@ -391,7 +395,11 @@ def _gradients(
         row_weights, tiles = prepare(topk_weights, order, rows, cut.block_m)
         through_down = known_grad_h is None and (dh is not None or needs[3])
         in_gluon = through_down and has_hopper_down_backward(cut, grad, down, h)
-        grad_rows, grad_source = gathered_rows(grad, order, rows, by_tma=in_gluon)
+        gathers = in_gluon and gathers_grad(cut, grad, interleaved, limit)
+        source = Source(row_to_slot, topk_weights.shape[1])
+        grad_rows, grad_source = (
+            (grad, source) if gathers else gathered_rows(grad, order, rows, by_tma=in_gluon)
+        )
         widths = I, chunk_width(rows, H, h.element_size())
         if not overwrites:
             widths = backward_widths(rows, I, H, h.element_size())
@@ -415,11 +423,15 @@ def _gradients(
                 )  # fmt: skip
                 if needs[2] and weighted_a is not None:
                     part = ddown[:, start : columns.stop]
-                    weight_gradient(weighted_a, None, grad_rows, grad_source, offsets, rows, part)
+                    if gathers:
+                        gathered_weight_gradient(grad, weighted_a, order, rows, part.mT)
+                    else:
+                        weight_gradient(
+                            weighted_a, None, grad_rows, grad_source, offsets, rows, part
+                        )
             del buffer, weighted_a
             if partials is not None:
                 if down_bias is not None:
-                    source = Source(row_to_slot, topk_weights.shape[1])
                     bias_dots(grad, source, down_bias, partials[parts], tiles, cut.block_m)
                 sum_partials(partials, row_to_slot, offsets, dweights)
             del partials

@@ -1,13 +1,16 @@
 """Backward through the down-projection and the activation where warps have roles, for sm_90.
 
 R rows, E experts, H contracted size, I columns of the activation, W = 2 * I of h, or I. In Gluon;
-what is computed is what ``_fused_experts_backward.py`` says, of rows of dO that are contiguous.
+what is computed is what ``_fused_experts_backward.py`` says.
 
-The protocol of the products is that of ``_hopper_gemm.py``, whose warp loads here, too. What comes
-after the sums is long: h is read, and dH and s * A, three times as much, are written. It goes by
-parts of SIDE rows and columns, so that registers suffice. For each group of warps that multiplies
-there is one more warp, which brings the parts of h by TMA, in the order in which the group wants
-them, to AHEAD slots of the group's own, while its tile is multiplied:
+The protocol of the products is that of ``_hopper_gemm.py``, whose warp loads here, too, where rows
+of dO are contiguous. Where they are gathered (GATHERED) it is that of ``_hopper_up.py``, with two
+warps that gather: beside those that bring h they are four, to which registers are given together.
+
+What comes after the sums is long: h is read, and dH and s * A, three times as much, are written. It
+goes by parts of SIDE rows and columns, so that registers suffice. For each group of warps that
+multiplies there is one more warp, which brings the parts of h by TMA, in the order in which the
+group wants them, to AHEAD slots of the group's own, while its tile is multiplied:
 
 * ``full[slot]``: phase u completes when all bytes of use u of the slot are there.
 * ``empty[slot]``: phase u completes when the group has use u in registers, by its one arrival.
@@ -46,11 +49,15 @@ from moe_kernels.triton._hopper_gemm import (
     describe_weight,
     meet,
 )
-from moe_kernels.triton._hopper_up import _halves
+from moe_kernels.triton._hopper_up import UNIT, _gather, _halves
 from moe_kernels.triton._launch import ceil_div, processors
+from moe_kernels.triton._operands import Source
 from moe_kernels.triton._replay import launch
 from moe_kernels.triton._tiles import TileMap, load_tile, tile_count, walk
 
+GATHERERS = gl.constexpr(2)  # warps that gather
+# registers a thread where they do: of eight warps, and of the four that load
+BESIDE_GATHERERS, GATHERING = gl.constexpr(224), gl.constexpr(56)
 SIDE = gl.constexpr(64)  # rows and columns of a part
 AHEAD = gl.constexpr(2)  # parts of h that a group has slots for
 
@@ -99,6 +106,25 @@ def _bring_h(
                 memory = parts.index(slot * PLANES + plane)
                 tma.async_copy_global_to_shared(h, [plane, row, column * WIDE], ready, memory)
         turns += 1  # noqa: SIM113  there is no enumerate
+
+
+@gluon.jit
+def _bring(
+    grad, row_to_slot, w, top_k, stride, problem, ring,
+    GATHERED: gl.constexpr, TRANSPOSED: gl.constexpr, EVEN_K: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The role of who brings what is multiplied."""
+    if GATHERED:
+        _gather(
+            grad, row_to_slot, w, top_k, stride, problem, ring, GATHERERS, False, TRANSPOSED,
+            EVEN_K, BLOCK_M, BLOCK_N, BLOCK_N, BLOCK_K, GROUP_M, STAGES,
+        )  # fmt: skip
+    else:
+        tiles, bound, columns, units = problem
+        BYTES: gl.constexpr = 2 * BLOCK_K * (BLOCK_M + BLOCK_N)
+        problem = (tiles, bound, columns, units * UNIT)
+        _load(grad, w, problem, ring, TRANSPOSED, BLOCK_N, BLOCK_K, GROUP_M, STAGES, BYTES)
 
 
 @gluon.jit
@@ -268,14 +294,15 @@ def _columns_of(tile, part: gl.constexpr, COLUMNS: gl.constexpr):
 @gluon.jit
 def _pass_down(
     row_weights, grad_h, weighted_a, partials, rows, I, W, alpha, limit, problem, ring, turn, own,
-    GROUP: gl.constexpr, SHARED: gl.constexpr, TRANSPOSED: gl.constexpr,
+    GROUP: gl.constexpr, GATHERED: gl.constexpr, SHARED: gl.constexpr, TRANSPOSED: gl.constexpr,
     KIND: gl.constexpr, GATED: gl.constexpr, INTERLEAVED: gl.constexpr, CLAMP: gl.constexpr,
     NEEDS_H: gl.constexpr, NEEDS_A: gl.constexpr, NEEDS_S: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
     GROUP_M: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The role of a group: half of each tile, or every other tile."""
-    tiles, bound, columns, H = problem
+    tiles, bound, columns, units = problem
+    H = units * UNIT
     ROWS: gl.constexpr = BLOCK_M // GROUPS if SHARED else BLOCK_M
     ROW: gl.constexpr = GROUP * ROWS if SHARED else 0  # of a tile, the first
     OWNERS: gl.constexpr = 1 if SHARED else GROUPS  # of the tiles, by turns
@@ -290,7 +317,7 @@ def _pass_down(
         _, first, end = load_tile(tiles, bound, tile)
         n = column_tile * BLOCK_N
         total, step, next_turn = _sum_tile(
-            ring, turn, turns, step, H, end - first, GROUP, SHARED, TRANSPOSED, False, BLOCK_M,
+            ring, turn, turns, step, H, end - first, GROUP, SHARED, TRANSPOSED, GATHERED, BLOCK_M,
             BLOCK_N, BLOCK_K, STAGES,
         )  # fmt: skip
         if ROWS == SIDE:
@@ -330,11 +357,11 @@ def _make_slots(dtype: gl.constexpr, PLANES: gl.constexpr, WIDE: gl.constexpr):
     return parts, full, empty
 
 
-@gluon.jit(do_not_specialize=["bound", "rows"])
+@gluon.jit(do_not_specialize=["bound", "rows", "top_k"])
 def _hopper_down_backward_kernel(
-    grad, w, h, row_weights, grad_h, weighted_a, partials, tiles, bound, rows, H, columns, I, W,
-    alpha, limit,
-    SHARED: gl.constexpr, TRANSPOSED: gl.constexpr,
+    grad, row_to_slot, w, h, row_weights, grad_h, weighted_a, partials, tiles, bound, rows, units,
+    columns, I, W, top_k, stride, alpha, limit,
+    GATHERED: gl.constexpr, EVEN_K: gl.constexpr, SHARED: gl.constexpr, TRANSPOSED: gl.constexpr,
     KIND: gl.constexpr, GATED: gl.constexpr, INTERLEAVED: gl.constexpr, CLAMP: gl.constexpr,
     NEEDS_H: gl.constexpr, NEEDS_A: gl.constexpr, NEEDS_S: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
@@ -342,34 +369,43 @@ def _hopper_down_backward_kernel(
 ):  # fmt: skip
     PLANES: gl.constexpr = 2 if GATED and not INTERLEAVED else 1
     WIDE: gl.constexpr = 2 * SIDE if GATED and INTERLEAVED else SIDE
-    BYTES: gl.constexpr = 2 * BLOCK_K * (BLOCK_M + BLOCK_N)
+    BRINGING: gl.constexpr = GATHERERS if GATHERED else 1
+    ARRIVALS: gl.constexpr = 32 * GATHERERS + 1 if GATHERED else 1
+    MOST: gl.constexpr = BESIDE_GATHERERS if GATHERED else MULTIPLYING
+    LEAST: gl.constexpr = GATHERING if GATHERED else LOADING
     first, second = _make_slots(h.dtype, PLANES, WIDE), _make_slots(h.dtype, PLANES, WIDE)
     # last, since it shows the barriers to TMA
-    ring, turn = _make_ring(grad.dtype, SHARED, TRANSPOSED, 1, BLOCK_M, BLOCK_N, BLOCK_K, STAGES)
-    problem = (tiles, bound, columns, H)
+    ring, turn = _make_ring(
+        w.dtype, SHARED, TRANSPOSED, ARRIVALS, BLOCK_M, BLOCK_N, BLOCK_K, STAGES
+    )
+    problem = (tiles, bound, columns, units)
     gl.warp_specialize(
         [
             (_pass_down, (
                 row_weights, grad_h, weighted_a, partials, rows, I, W, alpha, limit, problem, ring,
-                turn, first, 0, SHARED, TRANSPOSED, KIND, GATED, INTERLEAVED, CLAMP, NEEDS_H,
-                NEEDS_A, NEEDS_S, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, STAGES,
+                turn, first, 0, GATHERED, SHARED, TRANSPOSED, KIND, GATED, INTERLEAVED, CLAMP,
+                NEEDS_H, NEEDS_A, NEEDS_S, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, STAGES,
             )),
             (_pass_down, (
                 row_weights, grad_h, weighted_a, partials, rows, I, W, alpha, limit, problem, ring,
-                turn, second, 1, SHARED, TRANSPOSED, KIND, GATED, INTERLEAVED, CLAMP, NEEDS_H,
-                NEEDS_A, NEEDS_S, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, STAGES,
+                turn, second, 1, GATHERED, SHARED, TRANSPOSED, KIND, GATED, INTERLEAVED, CLAMP,
+                NEEDS_H, NEEDS_A, NEEDS_S, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, STAGES,
             )),
-            (_load, (grad, w, problem, ring, TRANSPOSED, BLOCK_N, BLOCK_K, GROUP_M, STAGES, BYTES)),
+            (_bring, (
+                grad, row_to_slot, w, top_k, stride, problem, ring, GATHERED, TRANSPOSED, EVEN_K,
+                BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, STAGES,
+            )),
             (_bring_h, (h, problem, first, 0, SHARED, PLANES, WIDE, BLOCK_M, BLOCK_N, GROUP_M)),
             (_bring_h, (h, problem, second, 1, SHARED, PLANES, WIDE, BLOCK_M, BLOCK_N, GROUP_M)),
         ],
-        [4, 1, 1, 1],
-        [MULTIPLYING, LOADING, LOADING, LOADING],
+        [4, BRINGING, 1, 1],
+        [MOST, LEAST, LEAST, LEAST],
     )  # fmt: skip
 
 
 def through_down(
     grad: Tensor,
+    source: Source | None,
     down: Tensor,
     h: Tensor,
     row_weights: Tensor,
@@ -382,9 +418,10 @@ def through_down(
     cut: Config,
     transposed: bool,
 ) -> None:
-    """As :func:`moe_kernels.triton._fused_experts_backward._through_down`, of contiguous rows.
+    """As :func:`moe_kernels.triton._fused_experts_backward._through_down`.
 
     Args:
+        grad: of rows that are gathered, or contiguous ones that TMA can bring.
         transposed: down.mT, [E, H, I], is stored [E, I, H].
     """
     (_, I, H), W = down.shape, h.shape[1]
@@ -399,12 +436,15 @@ def through_down(
     parts = partials if partials is None else partials[columns.start // cut.block_n :]
     launch(
         _hopper_down_backward_kernel, (min(steps, processors(grad.device)),),
-        describe(grad, [cut.block_m, cut.block_k]),
+        grad if source else describe(grad, [cut.block_m, cut.block_k]),
+        source and source.row_to_slot,
         describe_weight(w, cut.block_k, cut.block_n, transposed=transposed),
         describe(seen, [1, SIDE.value, SIDE.value * wide]), row_weights,
         h if grad_h is None else grad_h[:, of_h], h if weighted_a is None else weighted_a,
-        row_weights if parts is None else parts, tiles.tiles, tiles.bound, row_weights.numel(), H,
-        len(columns), I, W, activation.alpha, activation.limit,
+        row_weights if parts is None else parts, tiles.tiles, tiles.bound, row_weights.numel(),
+        H // UNIT.value, len(columns), I, W, source.top_k if source else 1,
+        grad.stride(0) // UNIT.value, activation.alpha, activation.limit,
+        GATHERED=source is not None, EVEN_K=H % cut.block_k == 0,
         SHARED=cut.block_m * cut.block_n > LARGEST_TILE, TRANSPOSED=transposed, **constants,
         NEEDS_H=grad_h is not None, NEEDS_A=weighted_a is not None, NEEDS_S=parts is not None,
         BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, BLOCK_K=cut.block_k, GROUP_M=cut.group_m,

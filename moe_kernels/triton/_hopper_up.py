@@ -51,9 +51,9 @@ UNIT = gl.constexpr(8)  # elements of 16 bytes, of which rows and their strides 
 @gluon.jit
 def _gather(
     x, row_to_slot, w, top_k, stride, problem, ring,
-    HALVES: gl.constexpr, TRANSPOSED: gl.constexpr, EVEN_K: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, WIDTH: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr,
-    STAGES: gl.constexpr,
+    WARPS: gl.constexpr, HALVES: gl.constexpr, TRANSPOSED: gl.constexpr, EVEN_K: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, WIDTH: gl.constexpr, BLOCK_K: gl.constexpr,
+    GROUP_M: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The role of the warps that load: every step of every tile of the program.
 
@@ -62,7 +62,7 @@ def _gather(
     """
     tiles, bound, I, units = problem
     rows, weights, full, empty = ring
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, UNIT], [4, 8], [LOADERS, 1], [1, 0])
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, UNIT], [4, 8], [WARPS, 1], [1, 0])
     COLUMNS: gl.constexpr = 0 if TRANSPOSED else 1  # a slot's dimension of them
     i = gl.arange(0, BLOCK_M, gl.SliceLayout(1, LAYOUT))
     column = gl.arange(0, BLOCK_K, gl.SliceLayout(0, LAYOUT))
@@ -211,8 +211,8 @@ def _hopper_up_kernel(
                 BLOCK_N, WIDTH, BLOCK_K, GROUP_M, STAGES,
             )),
             (_gather, (
-                x, row_to_slot, w, top_k, stride, problem, ring, HALVES, TRANSPOSED, EVEN_K,
-                BLOCK_M, BLOCK_N, WIDTH, BLOCK_K, GROUP_M, STAGES,
+                x, row_to_slot, w, top_k, stride, problem, ring, LOADERS, HALVES, TRANSPOSED,
+                EVEN_K, BLOCK_M, BLOCK_N, WIDTH, BLOCK_K, GROUP_M, STAGES,
             )),
         ],
         [4, LOADERS],

@@ -7,6 +7,7 @@ bytes. A ragged descriptor also fills past the end of one expert's rows.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from triton.tools.ragged_tma import create_ragged_descriptor, load_ragged
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moe_kernels.triton._config_tables import Config, suits_gluon
+from moe_kernels.triton._config_tables import GLUON, Config, suits_gluon
 from moe_kernels.triton._launch import (
     INTERPRETED,
     TRITON_VERSION,
@@ -147,7 +148,7 @@ def _has_gluon(kernel: str, cut: Config, out: Tensor) -> bool:
     They were compiled with the two releases of Triton that are named. Without them the same tiles
     are computed by warps that are all alike.
     """
-    if cut.warp_specialize != "gluon" or INTERPRETED or not (3, 6) <= TRITON_VERSION < (3, 8):
+    if cut.warp_specialize not in GLUON or INTERPRETED or not (3, 6) <= TRITON_VERSION < (3, 8):
         return False
     return suits_gluon(kernel, cut) and 90 <= architecture(out.device) < 100
 
@@ -189,8 +190,8 @@ def has_hopper_up(cut: Config, weight: Tensor, x: Tensor, out: Tensor, kind: str
 def has_hopper_down_backward(cut: Config, grad: Tensor, down: Tensor, h: Tensor) -> bool:
     """Whether ``_hopper_down_backward.py`` is asked for, and computes this of contiguous rows.
 
-    Those of ``grad``, or copies of them. Not of columns whose number is no multiple of 16, as
-    ``_hopper_up.py``.
+    Those of ``grad``, or copies of them, unless :func:`gathers_grad`. Not of columns whose number
+    is no multiple of 16, as ``_hopper_up.py``.
     """
     if not _has_gluon("down_backward", cut, h):
         return False
@@ -337,3 +338,16 @@ def load_ragged_rows(
     else:
         tile = load_ragged(a, begin, end - begin, [row - begin, column])
     return tile
+
+
+def gathers_grad(cut: Config, grad: Tensor, interleaved: bool, limit: float) -> bool:
+    """Whether ``_hopper_down_backward.py``, where it is used, gathers the rows of ``grad`` itself.
+
+    It copies them as ``_hopper_up.py`` does. Not with gate and up in pairs, nor with a clamp of 256
+    columns, which need more registers than gathering leaves.
+    """
+    if cut.warp_specialize != "gluon_gather" or interleaved:
+        return False
+    if cut.block_n > 128 and limit < math.inf:
+        return False
+    return is_aligned(grad) and grad.stride(0) < 2**31

@@ -298,13 +298,15 @@ def _gluon_down(
     transposed: bool = False,
     interleaved: bool = False,
     limit: float = math.inf,
-    **changes: int,
+    gathered: bool = False,
+    **changes: Any,
 ) -> None:
-    """Backward through the down-projection in Gluon, of rows that are contiguous."""
+    """Backward through the down-projection in Gluon, of rows that are contiguous or gathered."""
     from moe_kernels.triton._activation import Activation
     from moe_kernels.triton._config_tables import Config
     from moe_kernels.triton._fused_experts_backward import _through_down
     from moe_kernels.triton._launch import architecture
+    from moe_kernels.triton._operands import Source
     from moe_kernels.triton._tiles import build_tile_map
 
     if architecture(torch.device("cpu")) not in HOPPER:
@@ -313,9 +315,12 @@ def _gluon_down(
     h = torch.empty(T, INNER * (2 if act.gated else 1), dtype=BF16)
     down = torch.empty(E, INNER, H, dtype=BF16) if transposed else None
     down = torch.empty(E, H, INNER, dtype=BF16).mT if down is None else down
+    if gathered:
+        changes["warp_specialize"] = "gluon_gather"
     cut = Config(**GLUON | changes, block_n=block_n)
+    source = Source(torch.empty(T, dtype=torch.int32), K) if gathered else None
     _through_down(
-        torch.empty(T, H, dtype=BF16), None, down, h, torch.empty(T), act, range(INNER),
+        torch.empty(T, H, dtype=BF16), source, down, h, torch.empty(T), act, range(INNER),
         torch.empty_like(h), torch.empty(T, INNER, dtype=BF16), torch.empty(INNER // 64, T),
         build_tile_map(torch.empty(E + 1, dtype=torch.int32), T, cut.block_m), cut,
     )  # fmt: skip
@@ -381,6 +386,7 @@ CASES: dict[str, Callable[[], None]] = {
     "gluon_shared_roles": partial(_roles, {"grouped_gemm": 1}, HOPPER, **GLUON, block_n=256),
     "gluon_up_turns_roles": partial(_roles, {"up": 0}, HOPPER, **GLUON, block_n=64),
     "gluon_down_turns_roles": partial(_gluon_down, 128),
+    "gluon_down_turns_gathered_roles": partial(_gluon_down, 128, gathered=True, limit=7.0),
     "gluon_wgrad_shared_roles": partial(_roles, {"wgrad": 0}, HOPPER, **GLUON, block_n=256),
     "gluon_wgrad_copied_roles": partial(_gluon_wgrad, 256),
     "gluon_scaled_256_4_roles": partial(gluon_scaled, 256),
@@ -470,6 +476,14 @@ MORE_CASES: dict[str, Callable[[], None]] = {
     ),
     "gluon_down_turns_geglu_roles": partial(_gluon_down, 128, "geglu"),
     "gluon_down_turns_ungated_roles": partial(_gluon_down, 128, "gelu"),
+    "gluon_down_turns_64_3_gathered_roles": partial(
+        _gluon_down, 256, gathered=True, block_m=64, stages=3
+    ),
+    "gluon_down_shared_128_3_gathered_roles": partial(_gluon_down, 256, gathered=True, stages=3),
+    "gluon_down_turns_gathered_columns_roles": partial(
+        _gluon_down, 128, "geglu", transposed=True, gathered=True
+    ),
+    "gluon_down_turns_gathered_ungated_roles": partial(_gluon_down, 128, "gelu", gathered=True),
     "gluon_wgrad_turns_128_6_roles": partial(
         _roles, {"wgrad": 1}, HOPPER, **GLUON | {"stages": 6}, block_n=128
     ),

@@ -14,7 +14,7 @@ import itertools
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ GEMM_TILES = {
     "shared_256": (256, 128, 3),
 }
 DOWN_TILES = {tile: (*GEMM_TILES[tile][:2], 3) for tile in GEMM_TILES} | {"turns": (128, 128, 4)}
-
+GATHERING_TILES = [tile for tile in DOWN_TILES if DOWN_TILES[tile][0] <= 128]
 
 GRADIENT_TILES = {
     "turns": (128, 128, 6),
@@ -73,19 +73,22 @@ class Case:
         epilogue: of the up-projection, or of backward through the down-projection; else the grouped
             GEMM, ``biased`` or not.
         transposed: weights are stored [E, N, Kd].
+        gathered: backward through the down-projection gathers rows itself.
     """
 
     tile: str
     transposed: bool
     epilogue: Epilogue | BackwardEpilogue | None = None
     biased: bool = False
+    gathered: bool = False
 
     def cut(self) -> Config:
         tiles = UP_TILES if isinstance(self.epilogue, Epilogue) else GEMM_TILES
         if isinstance(self.epilogue, BackwardEpilogue):
             tiles = DOWN_TILES
         block_m, block_n, stages = tiles[self.tile]
-        return Config(block_m, block_n, 64, warps=8, stages=stages, warp_specialize="gluon")
+        by = "gluon_gather" if self.gathered else "gluon"
+        return Config(block_m, block_n, 64, warps=8, stages=stages, warp_specialize=by)
 
 
 @dataclass(frozen=True)
@@ -130,10 +133,17 @@ def _cases(
     return [Case(tile, i % 2 == 0, epilogue) for i, epilogue in enumerate(chosen)]
 
 
+def _gathering_cases(tile: str) -> list[Case]:
+    wide = DOWN_TILES[tile][1] > 128
+    epilogues = [e for e in BACKWARD_EPILOGUES if not (e.interleaved or (wide and e.clamps))]
+    return [replace(case, gathered=True) for case in _cases(GATHERING_TILES, tile, epilogues)]
+
+
 AnyCase = Case | Gradient | Scaled
 GROUPS: dict[str, list[AnyCase]] = {
     **{f"up_{tile}": list(_cases(UP_TILES, tile, EPILOGUES)) for tile in UP_TILES},
     **{f"down_{tile}": list(_cases(DOWN_TILES, tile, BACKWARD_EPILOGUES)) for tile in DOWN_TILES},
+    **{f"down_gathers_{tile}": list(_gathering_cases(tile)) for tile in GATHERING_TILES},
     "gemm_turns": [Case("turns", True, biased=True), Case("turns_64", False)],
     "gemm_shared": [Case("shared", False, biased=True), Case("shared_256", True)],
     "scaled_shared": [
@@ -360,7 +370,14 @@ def _backward_call(
     used, columns, cut = sum(counts), CHUNKS[-1].stop, case.cut()
     rows = 4 * ceil_div(used + 3, 4)  # so that both launches are of one kernel, of aligned parts
     activation = Activation(kind, interleaved, ALPHA, LIMIT if clamps else math.inf)
-    grad = _padded(rows, KD, device=device)
+    grad = rows_of_grad = _padded(rows, KD, device=device)
+    rows_source = None
+    if case.gathered:
+        slots = torch.randperm(rows, device=device).int()
+        grad = _padded(ceil_div(rows, TOP_K), KD, device=device)
+        rows_of_grad = grad[slots.long() // TOP_K]
+        slots[used:] = 2**30  # never read
+        rows_source = Source(slots, TOP_K)
     down = _weight(len(counts), columns, case, device).mT
     h = torch.randn(rows, columns * (2 if kind in GATED else 1), device=device).to(BF16)
     scale = torch.rand(rows, device=device)
@@ -378,21 +395,28 @@ def _backward_call(
             source = dh.copy_(h)
         for chunk, part in zip(CHUNKS, a, strict=True):
             _through_down(
-                grad, None, down, source, scale, activation, chunk, dh if "h" in writes else None,
-                part if "a" in writes else None, partials if "s" in writes else None, tiles, cut,
+                grad, rows_source, down, source, scale, activation, chunk,
+                dh if "h" in writes else None, part if "a" in writes else None,
+                partials if "s" in writes else None, tiles, cut,
             )  # fmt: skip
         assert partials[:, used:].isnan().all(), "written for rows of no expert"
         torch.sum(partials[:, :used], 0, keepdim=True, out=ds)
 
-    right_h, right_a, right_s = backward(grad, down, h, scale, activation, counts)
+    right_h, right_a, right_s = backward(rows_of_grad, down, h, scale, activation, counts)
     outputs = {
         "h": [(dh, right_h)],
         "a": list(zip(a, right_a.split([len(chunk) for chunk in CHUNKS], 1), strict=True)),
         # compared as one row, since some of them are the difference of large numbers
         "s": [(ds, right_s[:used].T)],
     }
+
+    def selected() -> bool:
+        chosen = _operands.has_hopper_down_backward(cut, grad, down, h)
+        gathers = _operands.gathers_grad(cut, grad, interleaved, activation.limit)
+        return chosen and gathers == case.gathered
+
     return Call(
-        lambda: _operands.has_hopper_down_backward(cut, grad, down, h),
+        selected,
         through_down,
         [pair for name in writes for pair in outputs[name]],
     )

@@ -34,6 +34,7 @@ from moe_kernels.triton._activation import Activation
 from moe_kernels.triton._config_tables import Config
 from moe_kernels.triton._fused_experts_backward import _through_down, prepare
 from moe_kernels.triton._launch import ceil_div
+from moe_kernels.triton._operands import Source
 from moe_kernels.triton._wgrad import gathered_weight_gradient, weight_gradient
 from moe_kernels.triton.fused_experts import _project_up
 from moe_kernels.triton.grouped_gemm import multiply_rows
@@ -52,6 +53,7 @@ GLUON = {
     "gemm": Config(128, 256, 64, warps=8, stages=4, warp_specialize="gluon"),
     "gemm_turns": Config(128, 128, 64, warps=8, stages=4, warp_specialize="gluon"),
     "down_backward": Config(128, 128, 64, warps=8, stages=4, warp_specialize="gluon"),
+    "down_gathers": Config(128, 128, 64, warps=8, stages=4, warp_specialize="gluon_gather"),
     "wgrad": Config(256, 128, 64, warps=8, stages=4, warp_specialize="gluon"),
     "scaled": Config(128, 256, 128, warps=8, stages=3, warp_specialize="gluon"),
 }
@@ -243,12 +245,13 @@ def kernels(
             Product(rows, weight, cut),
         )
 
-    def through_down(cut: Config) -> Kernel:
+    def through_down(cut: Config, gathers: bool = False) -> Kernel:
         parts = ceil_div(inner, cut.block_n)
+        grad, source = (upstream, Source(order[0], K)) if gathers else (grad_rows, None)
 
         def run(out: list[Tensor]) -> None:
             _through_down(
-                grad_rows, None, down, h, row_weights, activation, range(inner), *out[:2],
+                grad, source, down, h, row_weights, activation, range(inner), *out[:2],
                 out[2].view(torch.float32), tiles, cut,
             )  # fmt: skip
 
@@ -258,6 +261,7 @@ def kernels(
     made = found["down_backward"].make()
     found["down_backward"].run(made)
     dh, weighted_a, _ = made
+    found["down_backward, gathering"] = through_down(GLUON["down_gathers"], gathers=True)
     products: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {
         "down": (a, down, down_bias),
         "dx": (dh, gate_up.mT, None),
@@ -284,6 +288,12 @@ def kernels(
         )
 
     gradients("", GLUON["wgrad"])
+    found["wgrad of down, gathering"] = Kernel(
+        empty((E, H, inner)),
+        lambda out: gathered_weight_gradient(
+            upstream, weighted_a, order, R, out[0], cut=GLUON["wgrad"]
+        ),
+    )
     float8 = quantize_rows(gathered, torch.float8_e4m3fn, 128, False)
     weights = quantize_weights(gate_up, torch.float8_e4m3fn, 128, False, True)
 

@@ -13,7 +13,7 @@ from moe_kernels.triton import _hopper_down_backward, _operands
 from moe_kernels.triton._activation import Activation
 from moe_kernels.triton._config_tables import Config
 from tests.conftest import HAS_GPU
-from tests.kernels.gluon_machine import DeadlockError, RaceError
+from tests.kernels.gluon_machine import WARPS, DeadlockError, RaceError
 from tests.kernels.gluon_model import Descriptor, Pointer
 from tests.kernels.hopper_checks import (
     BACKWARD_EPILOGUES,
@@ -34,7 +34,7 @@ from tests.kernels.hopper_checks import (
 
 pytestmark = pytest.mark.skipif(HAS_GPU, reason="models what a GPU does")
 
-BLOCK_K, SIDE = 4, 4
+BLOCK_K, SIDE, UNIT, TOP_K = 4, 4, 2, 3
 
 
 def through_down(
@@ -43,6 +43,7 @@ def through_down(
     columns: int,
     *,
     epilogue: BackwardEpilogue = BACKWARD_EPILOGUES[0],
+    gathered: bool = False,
     shared: bool = False,
     transposed: bool = False,
     side: int = SIDE,
@@ -56,6 +57,7 @@ def through_down(
     Args:
         counts: rows of each expert.
         columns: of the activation.
+        gathered: rows of dO come from those of fewer tokens.
         side: of a part.
         overwrites: dH is written over h, whose rows of no expert stay.
     """
@@ -64,10 +66,16 @@ def through_down(
     kind, interleaved, clamps, writes = epilogue
     activation = Activation(kind, interleaved, 1.702, 0.5 if clamps else math.inf)
     width = columns * (2 if activation.gated else 1)
-    grad = torch.randn(rows, contracted, generator=generator).bfloat16()
+    # rows of a wider matrix, whose other columns are not read
+    tokens = rows // TOP_K + 1 if gathered else rows
+    grad = torch.randn(tokens, contracted + 8, generator=generator).bfloat16()
+    grad[:, contracted:] = torch.nan
+    slots = torch.randperm(rows, generator=generator).int()
     down = torch.randn(experts, columns, contracted, generator=generator).bfloat16()
     h = torch.randn(rows, width, generator=generator).bfloat16()
     scale = torch.rand(rows, generator=generator)
+    rows_of_grad = grad[(slots // TOP_K).long() if gathered else slice(None), :contracted]
+    slots[sum(counts) :] = 2**30  # never read
     tiles, bound = tile_map(counts)
     parts = -(-columns // BLOCK_N)
     a = h.new_full((rows, columns), torch.nan)
@@ -78,22 +86,25 @@ def through_down(
     seen = (dh if overwrites else h).unflatten(1, (planes, width // planes)).movedim(1, 0)
     constants = activation.constants(h)
     del constants["PRECISE"]
+    of_grad = Descriptor(grad[:, :contracted], (BLOCK_M, BLOCK_K))
     arguments = (
-        Descriptor(grad, (BLOCK_M, BLOCK_K)),
+        Pointer(grad.view(-1)) if gathered else of_grad, Pointer(slots) if gathered else None,
         described(down.mT.contiguous(), BLOCK_K, BLOCK_N, transposed), Descriptor(seen, box),
         Pointer(scale), Pointer(dh.view(-1)), Pointer(a.view(-1)), Pointer(partials.view(-1)),
-        Pointer(tiles), bound, rows, contracted, columns, columns, width, 1.702, activation.limit,
+        Pointer(tiles), bound, rows, contracted // UNIT, columns, columns, width, TOP_K,
+        (contracted + 8) // UNIT, 1.702, activation.limit,
     )  # fmt: skip
     launch(
         _hopper_down_backward._hopper_down_backward_kernel, arguments, seed,
-        lambda names: {"SIDE": side} | mistake(names), SHARED=shared, TRANSPOSED=transposed,
+        lambda names: {"SIDE": side, "UNIT": UNIT} | mistake(names), GATHERED=gathered,
+        EVEN_K=contracted % BLOCK_K == 0, SHARED=shared, TRANSPOSED=transposed,
         NEEDS_H="h" in writes, NEEDS_A="a" in writes, NEEDS_S="s" in writes, BLOCK_K=BLOCK_K,
         STAGES=stages, **constants,
     )  # fmt: skip
     if overwrites:
         assert torch.equal(dh[sum(counts) :], h[sum(counts) :])
         dh[sum(counts) :] = torch.nan
-    right = backward(grad, down, h, scale, activation, counts)
+    right = backward(rows_of_grad, down, h, scale, activation, counts)
     sums = partials.sum(0)
     # dS is the difference of large numbers in some rows, so they are compared as one
     used = slice(0, sum(counts))
@@ -105,6 +116,7 @@ def through_down(
     return [(found[name], wanted[name]) for name in writes]
 
 
+@pytest.mark.parametrize("gathered", [False, True])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize(
     ("counts", "contracted", "columns", "stages"),
@@ -116,12 +128,12 @@ def through_down(
     ],
 )
 def test_every_schedule_gives_the_gradients(
-    counts: list[int], contracted: int, columns: int, stages: int, shared: bool
+    counts: list[int], contracted: int, columns: int, stages: int, shared: bool, gathered: bool
 ) -> None:
     for seed in range(3):
         epilogue = BackwardEpilogue("swiglu", interleaved=seed == 1, clamps=seed == 2)
         for out, right in through_down(
-            counts, contracted, columns, epilogue=epilogue, shared=shared,
+            counts, contracted, columns, epilogue=epilogue, gathered=gathered, shared=shared,
             transposed=seed % 2 == 0, stages=stages, seed=seed,
         ):  # fmt: skip
             check(out, right)
@@ -133,7 +145,7 @@ def test_every_epilogue_is_computed(epilogue: BackwardEpilogue, overwrites: bool
     """Of parts that are many or one of a tile."""
     for side in (SIDE, BLOCK_N):
         for out, right in through_down(
-            [9, 4], 12, 12, epilogue=epilogue, side=side,
+            [9, 4], 12, 12, epilogue=epilogue, gathered=side == SIDE, side=side,
             overwrites=overwrites and "h" in epilogue.writes,
         ):  # fmt: skip
             check(out, right)
@@ -155,6 +167,39 @@ def _never_fences(names: Names) -> Names:
     return {"fence_async_shared": lambda: fences.pop()() if fences else None}
 
 
+def _gathers_unfenced(names: Names) -> Names:
+    """Barriers are shown, and parts fenced, but not what was gathered."""
+    fence, meet, arrive = names["fence_async_shared"], names["meet"], names["mbarrier"].arrive
+
+    def give_back(empty: Any) -> None:
+        fence()
+        meet()
+        arrive(empty)
+
+    return _never_fences(names) | {"_give_back": give_back}
+
+
+def _arrives_at_once(names: Names) -> Names:
+    """The threads that gather, before their copies are there."""
+
+    def arrive_now(barrier: Any, *, increment_count: bool) -> None:
+        barrier.change(32 * _hopper_down_backward.GATHERERS.value // WARPS, 0)
+
+    changed = {**vars(names["async_copy"]), "mbarrier_arrive": arrive_now}
+    return {"async_copy": type(names["async_copy"])(**changed)}
+
+
+def _counts_four_warps(names: Names) -> Names:
+    """``full`` counts the arrivals of four warps that gather, as in the up-projection."""
+    barriers = vars(names["mbarrier"])
+    init = barriers["init"]
+
+    def init_for_four(barrier: Any, count: int) -> None:
+        init(barrier, 2 * count - 1 if count > 2 else count)
+
+    return {"mbarrier": type(names["mbarrier"])(**barriers | {"init": init_for_four})}
+
+
 # what they end in
 MISTAKES: dict[str, tuple[Any, Mistake]] = {
     "parts are not waited for": ((RaceError, DeadlockError), _wait_for_no_part),
@@ -162,15 +207,23 @@ MISTAKES: dict[str, tuple[Any, Mistake]] = {
     "warps do not meet": ((RaceError, DeadlockError), lambda names: {"meet": lambda: None}),
     "parts are not handed back": (DeadlockError, lambda names: {"_give_back": lambda empty: None}),
 }
+GATHERING_MISTAKES: dict[str, tuple[Any, Mistake]] = {
+    "copies are not fenced from tensor cores": (RaceError, _gathers_unfenced),
+    "threads arrive before their copies are there": (RaceError, _arrives_at_once),
+    "more threads are waited for than gather": (DeadlockError, _counts_four_warps),
+}
 
 
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize("mistake", [*MISTAKES, *GATHERING_MISTAKES])
 def test_the_model_finds_mistakes(mistake: str, shared: bool) -> None:
-    error, made = MISTAKES[mistake]
+    gathered = mistake in GATHERING_MISTAKES
+    error, made = (GATHERING_MISTAKES if gathered else MISTAKES)[mistake]
 
     def run(seed: int) -> None:
-        through_down([9, 16], 12, 16, shared=shared, stages=2, seed=seed, mistake=made)
+        through_down(
+            [9, 16], 12, 16, gathered=gathered, shared=shared, stages=2, seed=seed, mistake=made
+        )
 
     check_that_some_schedule_ends_in(error, run)
 
@@ -202,3 +255,24 @@ def test_it_is_used_where_it_was_asked_for_and_can_be(monkeypatch: pytest.Monkey
             assert not used(cut=changed)
 
     check_where_it_is_used(monkeypatch, used, cases)
+
+
+def test_it_gathers_where_it_was_asked_to_and_can() -> None:
+    def gathers(
+        by: str = "gluon_gather", grad: Tensor | None = None, pairs: bool = False,
+        columns: int = 128, limit: float = 7.0,
+    ) -> bool:  # fmt: skip
+        cut = Config(128, columns, 64, warps=8, stages=3, warp_specialize=by)
+        grad = torch.empty(64, 256, dtype=torch.bfloat16) if grad is None else grad
+        return _operands.gathers_grad(cut, grad, pairs, limit)
+
+    assert gathers()
+    assert not gathers("gluon")
+    assert not gathers("no")
+    assert not gathers(pairs=True)  # for want of registers
+    assert not gathers(columns=256)
+    assert gathers(columns=256, limit=math.inf)
+    whole = torch.empty(64 * 256 + 1, dtype=torch.bfloat16)
+    assert not gathers(grad=whole[1:].view(64, 256))
+    assert not gathers(grad=whole[:256].expand(64, 256))  # of y.sum()
+    assert not gathers(grad=torch.empty(2, 2**31 + 8, device="meta", dtype=torch.bfloat16))
