@@ -25,7 +25,7 @@ struct Level {
 // Those of this processor, weakest first.
 std::vector<Level> make_levels() {
   std::vector<Level> levels;
-  // What fills a table is compiled for its instructions too, which a processor without them stops at.
+  // What fills a table is compiled for its instructions, too: processors without them stop there.
   const auto add = [&](const char* name, bool supported, auto fill) {
     if (!supported) return;
     levels.push_back({name, {}});
