@@ -9,6 +9,7 @@ from math import ceil, prod
 import torch
 from torch import Tensor
 
+from benchmarks.limits import product_dtype
 from benchmarks.registry import Builder, Case, Implementation, Inputs, Output, Provider
 
 FLOAT8_CAPABILITY = (8, 9)
@@ -34,11 +35,12 @@ def _products(*letters: tuple[str, ...], float8: bool = False) -> Builder:
         def random(*sizes: int) -> Tensor:
             total = prod(sizes)
             generator = torch.Generator(case.device).manual_seed(0)
-            values = torch.empty(min(total, RANDOM), dtype=case.dtype, device=case.device)
+            values = torch.empty(min(total, RANDOM), dtype=dtype, device=case.device)
             values.normal_(generator=generator)
             return values.repeat(ceil(total / len(values)))[:total].view(sizes)
 
         cuda = case.device.type == "cuda"
+        dtype = product_dtype(case.device, case.dtype)
         narrow = float8 and cuda and torch.cuda.get_device_capability() >= FLOAT8_CAPABILITY
         one = torch.ones((), device=case.device)
 
@@ -59,8 +61,9 @@ def _products(*letters: tuple[str, ...], float8: bool = False) -> Builder:
             with torch.no_grad():
                 for a, b, out in products:
                     if a.dtype == torch.float8_e4m3fn:
-                        dtype = out.dtype
-                        torch._scaled_mm(a, b, scale_a=one, scale_b=one, out_dtype=dtype, out=out)
+                        torch._scaled_mm(
+                            a, b, scale_a=one, scale_b=one, out_dtype=out.dtype, out=out
+                        )
                     else:
                         torch.mm(a, b, out=out)
 

@@ -28,6 +28,14 @@ MOE_INLINE OuterFunction<T> full_tile(int64_t count, std::index_sequence<vectors
   return table[count - 1];
 }
 
+// As many rows over a vector less.
+template <typename T, size_t... vectors>
+MOE_INLINE OuterFunction<T> narrower_tile(int64_t count, std::index_sequence<vectors...>) {
+  static constexpr OuterFunction<T> table[] = {
+      outer_tile<T, OuterTile<T>::rows_for(vectors + 1), vectors == 0 ? 1 : vectors>...};
+  return table[count - 1];
+}
+
 template <typename T>
 using DotFunction = void (*)(const DotTile<T>&);
 
@@ -38,7 +46,18 @@ MOE_INLINE DotFunction<T> dot_function(int64_t count, std::index_sequence<b...>)
 }
 
 // ------------------------------------------------------------------ matrices stored [n, k]
-// Columns [begin, end) of b for packed vectors of rows; transposed on the way to out.
+constexpr int64_t kColumns = 48;  // whose sums lie together until they are transposed
+
+// Sums of so many columns and vectors of rows. There are whole tiles, which past the last column
+// hold results that are never read.
+template <typename T>
+constexpr int64_t result_size(int64_t vectors) {
+  const int64_t tile_columns = OuterTile<T>::rows_for(vectors);
+  return ceil_div(kColumns, tile_columns) * tile_columns * vectors * kLanes<acc_t<T>>;
+}
+
+// Columns [begin, end) of b, as they lie in memory, for packed vectors of rows; transposed on the
+// way to out.
 template <typename T>
 void multiply_vectors(const operand_t<T>* packed, int64_t rows, int64_t vectors, int64_t k,
                       const MatrixOf<T>& b, Range columns, acc_t<T>* out, int64_t out_stride,
@@ -47,32 +66,25 @@ void multiply_vectors(const operand_t<T>* packed, int64_t rows, int64_t vectors,
   using A = acc_t<T>;
   using Tile = OuterTile<T>;
   constexpr int L = kLanes<A>, G = Compute<T>::G;
-  constexpr int64_t kColumns = 48;
-  const bool in_place = kNative<T> && k % G == 0;
   const int64_t width = vectors * L, tile_columns = Tile::rows_for(vectors);
   const int64_t groups = group_count<T>(k);
   // So much of k at a time that its part of the packed rows stays in the cache and sums are short.
   const int64_t parts =
       ceil_div(groups, min(kMaxGroups, kCacheBytes / static_cast<int64_t>(width * G * sizeof(U))));
   const int64_t part_groups = ceil_div(groups, parts);
-  // Whole tiles, which past the last column hold results that are never read.
-  static_assert(kColumns % L == 0);
-  const int64_t result_size = ceil_div(kColumns, tile_columns) * tile_columns * width;
-  const int64_t stage_size = in_place ? 0 : Tile::kMaxRows * part_groups * G;
-  A* result = static_cast<A*>(
-      thread_scratch(Scratch::kKernel, result_size * sizeof(A) + stage_size * sizeof(U)));
-  U* stage = reinterpret_cast<U*>(result + result_size);
+  A* result =
+      static_cast<A*>(thread_scratch(Scratch::kKernel, result_size<T>(vectors) * sizeof(A)));
   const auto run = full_tile<T>(vectors, std::make_index_sequence<Tile::kMaxVectors>());
 
   for (int64_t c = columns.begin; c < columns.end; c += kColumns) {
     const int64_t count = min(kColumns, columns.end - c);
     for (int64_t part = 0; part < parts; ++part) {
-      const int64_t g = part * part_groups, part_size = min(part_groups, groups - g);
+      const int64_t g = part * part_groups;
       Tile tile;
       tile.row_step = G;
       tile.columns = packed + g * width * G;
       tile.column_step = width * G;
-      tile.groups = part_size;
+      tile.groups = min(part_groups, groups - g);
       tile.out_stride = width;
       tile.accumulate = part > 0;
       tile.narrow = nullptr;
@@ -81,17 +93,7 @@ void multiply_vectors(const operand_t<T>* packed, int64_t rows, int64_t vectors,
         const auto column = [&](int64_t i) {
           return b.data + (c + min(t + i, count - 1)) * b.stride_n + g * G;
         };
-        if constexpr (kNative<T>) {
-          for (int64_t i = 0; in_place && i < tile_columns; ++i) tile.rows[i] = column(i);
-        }
-        if (!in_place) {
-          const int64_t n = min(part_size * G, k - g * G);
-          for (int64_t i = 0; i < tile_columns; ++i) {
-            U* row = stage + i * part_groups * G;
-            if (i == 0 || t + i < count) pack_row<T>(row, column(i), n, part_size * G);
-            tile.rows[i] = row;
-          }
-        }
+        for (int64_t i = 0; i < tile_columns; ++i) tile.rows[i] = column(i);
         tile.out = result + t * width;
         tile.prefetch = reinterpret_cast<const char*>(column(0) + tile_columns * b.stride_n);
         tile.prefetch_step = tile_columns * G * sizeof(T);
@@ -99,6 +101,66 @@ void multiply_vectors(const operand_t<T>* packed, int64_t rows, int64_t vectors,
       }
     }
     store_transposed<A>(result, width, count, rows, out + (c - columns.begin), out_stride, stream);
+  }
+}
+
+// The same where columns cannot be multiplied as they lie in memory: a tile's are made into what can,
+// part by part, for all blocks of packed rows.
+template <typename T>
+void multiply_staged(const operand_t<T>* packed, const Blocks<T>& blocks, int64_t m, int64_t k,
+                     const MatrixOf<T>& b, Range columns, acc_t<T>* out, int64_t out_stride,
+                     bool stream) {
+  using U = operand_t<T>;
+  using A = acc_t<T>;
+  using Tile = OuterTile<T>;
+  constexpr int L = kLanes<A>, G = Compute<T>::G;
+  const int64_t groups = group_count<T>(k), parts = ceil_div(groups, kMaxGroups);
+  const int64_t part_groups = ceil_div(groups, parts);
+  const int64_t widest = ceil_div(blocks.vectors, blocks.count);
+  const int64_t tile_columns = Tile::rows_for(widest), result_step = result_size<T>(widest);
+  A* results = static_cast<A*>(
+      thread_scratch(Scratch::kKernel, blocks.count * result_step * sizeof(A) +
+                                           tile_columns * part_groups * G * sizeof(U)));
+  U* stage = reinterpret_cast<U*>(results + blocks.count * result_step);
+  const auto all = std::make_index_sequence<Tile::kMaxVectors>();
+  const auto run_widest = full_tile<T>(widest, all), run_narrower = narrower_tile<T>(widest, all);
+
+  Tile tile;
+  tile.row_step = G;
+  tile.narrow = nullptr;
+  for (int64_t i = 0; i < tile_columns; ++i) tile.rows[i] = stage + i * part_groups * G;
+  for (int64_t c = columns.begin; c < columns.end; c += kColumns) {
+    const int64_t count = min(kColumns, columns.end - c);
+    for (int64_t t = 0; t < count; t += tile_columns) {
+      const int64_t own = min(tile_columns, count - t);
+      const char* next = reinterpret_cast<const char*>(b.data + (c + t + own) * b.stride_n);
+      tile.prefetch_step = own * b.stride_n * sizeof(T) / groups;
+      for (int64_t part = 0; part < parts; ++part) {
+        const int64_t g = part * part_groups;
+        tile.groups = min(part_groups, groups - g);
+        tile.accumulate = part > 0;
+        tile.prefetch = next + g * tile.prefetch_step;
+        // Results of what was there before, past the last column, are never read.
+        for (int64_t i = 0; i < own; ++i) {
+          pack_row<T>(stage + i * part_groups * G, b.data + (c + t + i) * b.stride_n + g * G,
+                      min(tile.groups * G, k - g * G), tile.groups * G);
+        }
+        for (int64_t block = 0; block < blocks.count; ++block) {
+          const int64_t first = blocks.first(block), vectors = blocks.first(block + 1) - first;
+          const int64_t width = vectors * L;
+          tile.columns = packed + (first * L * groups + g * width) * G;
+          tile.column_step = width * G;
+          tile.out_stride = width;
+          tile.out = results + block * result_step + t * width;
+          vectors == widest ? run_widest(tile) : run_narrower(tile);
+        }
+      }
+    }
+    for (int64_t block = 0; block < blocks.count; ++block) {
+      const int64_t first = blocks.first(block) * L, end = blocks.first(block + 1) * L;
+      store_transposed<A>(results + block * result_step, end - first, count, min(end, m) - first,
+                          out + first * out_stride + (c - columns.begin), out_stride, stream);
+    }
   }
 }
 
@@ -280,10 +342,8 @@ void multiply(const void* packed_rows, int64_t m, int64_t k, const MatrixOf<T>& 
     return;
   }
 #if defined(CPU_CAPABILITY_AMX)
-  constexpr auto run = multiply_vectors_in_tiles;
   constexpr auto run_spread = multiply_spread_rows_in_tiles;
 #else
-  constexpr auto run = multiply_vectors<T>;
   constexpr auto run_spread = multiply_spread_rows<T>;
 #endif
   if (!b.k_contiguous) {
@@ -299,15 +359,26 @@ void multiply(const void* packed_rows, int64_t m, int64_t k, const MatrixOf<T>& 
   int64_t step =
       max(kTogether, kCacheBytes / static_cast<int64_t>(k * sizeof(T)) / kTogether * kTogether);
   if (kTileRegisters<T> && blocks.count == 1 && done == m) step = max(columns.size(), 1);
+  const bool staged = !kTileRegisters<T> && !(kNative<T> && k % Compute<T>::G == 0);
   const bool past_caches = stream && aligned<L>(out, out_stride) && columns.size() % L == 0;
   for (int64_t c = columns.begin; c < columns.end; c += step) {
     const Range part{c, min(c + step, columns.end)};
     A* to = out + (c - columns.begin);
-    for (int64_t i = 0; i < blocks.count; ++i) {
-      const int64_t first = blocks.first(i), end = blocks.first(i + 1);
-      const bool last = c + step >= columns.end && i + 1 == blocks.count;
-      run(packed + first * vector_size, min(end * L, m) - first * L, end - first, k, b, part,
-          to + first * L * out_stride, out_stride, past_caches, last ? next : nullptr);
+    if (staged && blocks.count > 0) {
+      multiply_staged<T>(packed, blocks, done, k, b, part, to, out_stride, past_caches);
+    }
+    if constexpr (kNative<T>) {
+#if defined(CPU_CAPABILITY_AMX)
+      constexpr auto run = multiply_vectors_in_tiles;
+#else
+      constexpr auto run = multiply_vectors<T>;
+#endif
+      for (int64_t i = 0; !staged && i < blocks.count; ++i) {
+        const int64_t first = blocks.first(i), end = blocks.first(i + 1);
+        const bool last = c + step >= columns.end && i + 1 == blocks.count;
+        run(packed + first * vector_size, min(end * L, m) - first * L, end - first, k, b, part,
+            to + first * L * out_stride, out_stride, past_caches, last ? next : nullptr);
+      }
     }
     multiply_few<T>(packed + blocks.vectors * vector_size, m - done, k, b, part,
                     to + done * out_stride, out_stride);

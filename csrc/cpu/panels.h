@@ -8,7 +8,7 @@
 
 namespace moe::CPU_CAPABILITY {
 
-MOE_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+MOE_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 MOE_INLINE constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 MOE_INLINE constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 

@@ -43,7 +43,7 @@ MOE_INLINE int64_t padded(int64_t k) {
 template <typename T>
 constexpr int least_of_vector(bool beside) {
   constexpr int L = kLanes<acc_t<T>>;
-  if (kTileRegisters<T> || kRegisters < 32) return kTileRegisters<T> ? (beside ? 0 : 4) : L / 2;
+  if (kTileRegisters<T>) return beside ? 0 : 4;
   return beside ? 12 * L / 16 : (Compute<T>::G > 1 ? 15 : 13) * L / 16;
 }
 
@@ -57,10 +57,13 @@ struct Blocks {
 
   explicit Blocks(int64_t m) {
     constexpr int64_t L = kLanes<acc_t<T>>;
-    vectors = m / L;
-    rest = m % L;
-    if (rest > least_of_vector<T>(vectors > 0)) {
-      ++vectors;
+    // With few registers a block of the most vectors alone is fast, and a dozen other rows are as
+    // fast as dot products.
+    constexpr int64_t together = kRegisters < 32 && !kTileRegisters<T> ? kMost : 1;
+    vectors = m / (together * L) * together;
+    rest = m % (together * L);
+    if (rest > (together > 1 ? 3 * together * L / 4 : least_of_vector<T>(vectors > 0))) {
+      vectors += together;
       rest = 0;
     }
     count = ceil_div(vectors, kMost);

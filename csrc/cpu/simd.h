@@ -141,6 +141,9 @@ MOE_INLINE Vec<acc_t<T>> load(const T* p) {
 #if defined(MOE_AVX512)
     const __m512i wide = _mm512_cvtepu16_epi32(load_raw<__m256i>(p));
     return bit_cast<Vec<float>>(_mm512_slli_epi32(wide, 16));
+#elif defined(MOE_AVX2)
+    const __m256i wide = _mm256_cvtepu16_epi32(load_raw<__m128i>(p));
+    return bit_cast<Vec<float>>(_mm256_slli_epi32(wide, 16));
 #else
     return bit_cast<Vec<float>>(__builtin_convertvector(load_raw<HalfVecU16>(p), VecU32) << 16);
 #endif
@@ -173,6 +176,9 @@ MOE_INLINE void store(T* p, Vec<acc_t<T>> v) {
     const VecU32 chosen = v == v ? rounded : nan;
 #if defined(MOE_AVX512)
     const __m256i narrow = _mm512_cvtepi32_epi16(bit_cast<__m512i>(chosen));
+#elif defined(MOE_AVX2)
+    const __m256i wide = bit_cast<__m256i>(chosen), halves = _mm256_packus_epi32(wide, wide);
+    const __m128i narrow = _mm256_castsi256_si128(_mm256_permute4x64_epi64(halves, 0xd8));
 #else
     const HalfVecU16 narrow = __builtin_convertvector(chosen, HalfVecU16);
 #endif

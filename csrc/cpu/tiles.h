@@ -225,6 +225,19 @@ struct OuterTile {
   int64_t prefetch_step;
 };
 
+// Sums of whole vectors, rounded to where the tile's results belong. Out of line, or the constants
+// that rounding takes would be made for each vector.
+template <typename T>
+__attribute__((noinline)) void store_narrow(const OuterTile<T>& tile, const acc_t<T>* sums, int rows, int vectors) {
+  constexpr int L = kLanes<acc_t<T>>;
+  for (int r = 0; r < rows; ++r) {
+    T* narrow = tile.narrow + r * tile.narrow_stride;
+    for (int v = 0; v < vectors; ++v, sums += L) {
+      tile.stream ? stream(narrow + v * L, load(sums)) : store(narrow + v * L, load(sums));
+    }
+  }
+}
+
 template <typename T, int rows, int vectors>
 void outer_tile(const OuterTile<T>& tile) {
   using Group = Groups<T>;
@@ -257,6 +270,16 @@ void outer_tile(const OuterTile<T>& tile) {
       MOE_UNROLL
       for (int v = 0; v < vectors; ++v) sums[r][v] = Group::multiply_add(a, b[v], sums[r][v]);
     }
+  }
+  if (kRegisters < 32 && tile.narrow && !kNative<T>) {
+    // To round takes registers for constants, of which sums leave none.
+    A wide[rows][vectors * L];
+    MOE_UNROLL
+    for (int r = 0; r < rows; ++r) {
+      MOE_UNROLL
+      for (int v = 0; v < vectors; ++v) store(wide[r] + v * L, sums[r][v]);
+    }
+    return store_narrow<T>(tile, wide[0], rows, vectors);
   }
   MOE_UNROLL
   for (int r = 0; r < rows; ++r) {
@@ -306,7 +329,7 @@ constexpr int64_t kPartBytes = 2048;
 template <typename T, int nb>
 constexpr int kStreams = nb > 2 || !kNative<T> ? 1 : (kLanes<acc_t<T>> < 4 ? 2 : 4);
 template <int nb>
-constexpr int kNeighbours = kRegisters < 32 || nb <= 3 ? 1 : (nb == 6 ? 4 : 2);
+constexpr int kNeighbours = kRegisters < 32 ? (nb <= 2 ? 1 : 3) : (nb <= 3 ? 1 : nb == 6 ? 4 : 2);
 
 // Adds products of `rows` rows of the matrix, so far apart, with all packed rows, elements
 // [begin, end) of each and spread over lanes, to sums[j][at + i * step_at].
@@ -421,6 +444,11 @@ void dot_tile(const DotTile<T>& tile) {
       int64_t i = 0;
       for (; i + at_once <= count; i += at_once) {
         dot_rows<T, nb, at_once, true>(tile, a + i * stride, stride, begin, end, all, i, 1);
+      }
+      if constexpr (at_once == 3) {  // or a vector's last two would be single ones
+        for (; i + 2 <= count; i += 2) {
+          dot_rows<T, nb, 2, true>(tile, a + i * stride, stride, begin, end, all, i, 1);
+        }
       }
       for (; i < count; ++i)
         dot_rows<T, nb, 1, true>(tile, a + i * stride, 0, begin, end, all, i, 1);

@@ -65,7 +65,9 @@ void block_of(const T* const* a, const T* const* b, int64_t m, Range i_range, Ra
   T* narrow = aside ? nullptr : out.narrow;
   tile.out_stride = aside ? b_columns : out.stride;
   tile.narrow_stride = out.stride;
-  tile.stream = narrow && out.stream && aligned<kLanes<A>>(narrow, out.stride);
+  // Parts of lines would be written to memory one after the other.
+  constexpr bool kWholeLines = kPanel * sizeof(T) >= 64;
+  tile.stream = kWholeLines && narrow && out.stream && aligned<kLanes<A>>(narrow, out.stride);
   for (int64_t block = 0; block < blocks; ++block) {
     const Range part{block * block_groups * G, min((block + 1) * block_groups * G, m)};
     tile.groups = ceil_div(part.size(), G);
