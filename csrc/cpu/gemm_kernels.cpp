@@ -31,8 +31,8 @@ MOE_INLINE OuterFunction<T> full_tile(int64_t count, std::index_sequence<vectors
 // As many rows over a vector less.
 template <typename T, size_t... vectors>
 MOE_INLINE OuterFunction<T> narrower_tile(int64_t count, std::index_sequence<vectors...>) {
-  static constexpr OuterFunction<T> table[] = {
-      outer_tile<T, OuterTile<T>::rows_for(vectors + 1), vectors == 0 ? 1 : vectors>...};
+  static constexpr OuterFunction<T> table[] = {outer_tile < T, OuterTile<T>::rows_for(vectors + 1),
+                                               vectors == 0 ? 1 : vectors > ...};
   return table[count - 1];
 }
 
@@ -104,8 +104,8 @@ void multiply_vectors(const operand_t<T>* packed, int64_t rows, int64_t vectors,
   }
 }
 
-// The same where columns cannot be multiplied as they lie in memory: a tile's are made into what can,
-// part by part, for all blocks of packed rows.
+// The same where columns cannot be multiplied as they lie in memory: a tile's are made into what
+// can, part by part, for all blocks of packed rows.
 template <typename T>
 void multiply_staged(const operand_t<T>* packed, const Blocks<T>& blocks, int64_t m, int64_t k,
                      const MatrixOf<T>& b, Range columns, acc_t<T>* out, int64_t out_stride,
@@ -118,9 +118,9 @@ void multiply_staged(const operand_t<T>* packed, const Blocks<T>& blocks, int64_
   const int64_t part_groups = ceil_div(groups, parts);
   const int64_t widest = ceil_div(blocks.vectors, blocks.count);
   const int64_t tile_columns = Tile::rows_for(widest), result_step = result_size<T>(widest);
-  A* results = static_cast<A*>(
-      thread_scratch(Scratch::kKernel, blocks.count * result_step * sizeof(A) +
-                                           tile_columns * part_groups * G * sizeof(U)));
+  A* results = static_cast<A*>(thread_scratch(
+      Scratch::kKernel,
+      blocks.count * result_step * sizeof(A) + tile_columns * part_groups * G * sizeof(U)));
   U* stage = reinterpret_cast<U*>(results + blocks.count * result_step);
   const auto all = std::make_index_sequence<Tile::kMaxVectors>();
   const auto run_widest = full_tile<T>(widest, all), run_narrower = narrower_tile<T>(widest, all);

@@ -21,7 +21,7 @@ constexpr int64_t kVeryFewRows = 8;
 
 // Up to so many rows, packing a matrix [k, n] takes longer than it saves.
 template <typename T>
-constexpr int64_t kFewRows = kTileRegisters<T> ? 8 : 24;
+constexpr int64_t kFewRows = kTileRegisters<T> ? 8 : (kRegisters < 32 ? 11 : 24);
 
 // Elements of a packed row, with the zeros that follow: whole vectors and groups of kRowsTogether.
 template <typename T>

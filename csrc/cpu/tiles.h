@@ -228,7 +228,8 @@ struct OuterTile {
 // Sums of whole vectors, rounded to where the tile's results belong. Out of line, or the constants
 // that rounding takes would be made for each vector.
 template <typename T>
-__attribute__((noinline)) void store_narrow(const OuterTile<T>& tile, const acc_t<T>* sums, int rows, int vectors) {
+__attribute__((noinline)) void store_narrow(const OuterTile<T>& tile, const acc_t<T>* sums,
+                                            int rows, int vectors) {
   constexpr int L = kLanes<acc_t<T>>;
   for (int r = 0; r < rows; ++r) {
     T* narrow = tile.narrow + r * tile.narrow_stride;
@@ -329,7 +330,10 @@ constexpr int64_t kPartBytes = 2048;
 template <typename T, int nb>
 constexpr int kStreams = nb > 2 || !kNative<T> ? 1 : (kLanes<acc_t<T>> < 4 ? 2 : 4);
 template <int nb>
-constexpr int kNeighbours = kRegisters < 32 ? (nb <= 2 ? 1 : 3) : (nb <= 3 ? 1 : nb == 6 ? 4 : 2);
+constexpr int kNeighbours = kRegisters < 32 ? (nb <= 2 ? 1 : 3)
+                                            : (nb <= 3   ? 1
+                                               : nb == 6 ? 4
+                                                         : 2);
 
 // Adds products of `rows` rows of the matrix, so far apart, with all packed rows, elements
 // [begin, end) of each and spread over lanes, to sums[j][at + i * step_at].
