@@ -344,8 +344,10 @@ MOE_INLINE void dot_rows(const DotTile<T>& tile, const T* a, int64_t apart, int6
   using Group = Groups<T>;
   using A = acc_t<T>;
   constexpr int step = kLanes<A> * Group::G;
-  // What takes more instructions to load needs more sums on their way.
-  constexpr int unroll = kNative<T> || rows > 1 ? 1 : (nb == 1 ? 4 : (nb <= 3 ? 2 : 1));
+  // What takes more instructions to load needs more sums on their way. As many for a row that is
+  // left over as for neighbours, or its terms would have another order.
+  constexpr bool alone = rows == 1 && kNeighbours<nb> == 1;
+  constexpr int unroll = kNative<T> || !alone ? 1 : (nb == 1 ? 4 : (nb <= 3 ? 2 : 1));
   constexpr int64_t kAhead = 8192 / sizeof(T);  // two pages: the first of a page takes longest
   const operand_t<T>* b = tile.b;
   const int64_t b_stride = tile.b_stride, whole = end / step * step;
