@@ -31,8 +31,8 @@ MOE_INLINE OuterFunction<T> full_tile(int64_t count, std::index_sequence<vectors
 // As many rows over a vector less.
 template <typename T, size_t... vectors>
 MOE_INLINE OuterFunction<T> narrower_tile(int64_t count, std::index_sequence<vectors...>) {
-  static constexpr OuterFunction<T> table[] = {outer_tile < T, OuterTile<T>::rows_for(vectors + 1),
-                                               vectors == 0 ? 1 : vectors > ...};
+  static constexpr OuterFunction<T> table[] = {
+      outer_tile<T, OuterTile<T>::rows_for(vectors + 1), vectors + (vectors == 0)>...};
   return table[count - 1];
 }
 
@@ -52,6 +52,7 @@ constexpr int64_t kColumns = 48;  // whose sums lie together until they are tran
 // hold results that are never read.
 template <typename T>
 constexpr int64_t result_size(int64_t vectors) {
+  static_assert(kColumns % kLanes<acc_t<T>> == 0);
   const int64_t tile_columns = OuterTile<T>::rows_for(vectors);
   return ceil_div(kColumns, tile_columns) * tile_columns * vectors * kLanes<acc_t<T>>;
 }

@@ -26,7 +26,7 @@ constexpr int64_t kFewRows = kTileRegisters<T> ? 8 : (kRegisters < 32 ? 11 : 24)
 // Elements of a packed row, with the zeros that follow: whole vectors and groups of kRowsTogether.
 template <typename T>
 MOE_INLINE int64_t filled(int64_t k) {
-  constexpr int64_t multiple = max(kStep<T>, kRowsTogether);
+  constexpr int64_t multiple = max(kDotStep<T>, kRowsTogether);
   return ceil_div(k, multiple) * multiple;
 }
 
@@ -110,6 +110,28 @@ void pack_row(operand_t<T>* out, const T* row, int64_t n, int64_t whole) {
   std::memset(out + n, 0, (whole - n) * sizeof(operand_t<T>));
 }
 
+// The same for dot products.
+template <typename T>
+void pack_dot_row(operand_t<T>* out, const T* row, int64_t n, int64_t whole) {
+  if constexpr (kHalves<T> == 1) {
+    pack_row<T>(out, row, n, whole);
+  } else {
+    constexpr int64_t step = kDotStep<T>;
+    for (int64_t i = 0; i < whole; i += step) {
+      T rest[step] = {};
+      const T* from = row + i;
+      if (n - i < step) {
+        if (n > i) std::memcpy(rest, from, (n - i) * sizeof(T));
+        from = rest;
+      }
+      Vec<acc_t<T>> even, odd;
+      load_pairs(from, even, odd);
+      store(out + i, even);
+      store(out + i + step / 2, odd);
+    }
+  }
+}
+
 // A vector of so many rows, elements [0, n) of each: groups [0, groups) of it, zeros past n. From a
 // group to the next one in out, and from kLanes of them to the next.
 template <typename T>
@@ -188,7 +210,8 @@ void pack(bool k_contiguous, void* packed, const T* const* rows, int64_t m, int6
   }
   const int64_t done = min(blocks.vectors * L, m);
   out += blocks.vectors * groups * L * G + part.begin;
-  for (int64_t i = done; i < m; ++i) pack_row<T>(out + (i - done) * row_size, rows[i], n, whole);
+  const auto pack_one = k_contiguous ? pack_dot_row<T> : pack_row<T>;
+  for (int64_t i = done; i < m; ++i) pack_one(out + (i - done) * row_size, rows[i], n, whole);
 }
 
 }  // namespace moe::CPU_CAPABILITY

@@ -269,6 +269,22 @@ MOE_INLINE I fold_lanes(V v, F f) {
 }
 
 // ---------------------------------------------------------------------- pairs and their parts
+#if defined(MOE_AVX2)
+alignas(kVectorBytes) constexpr uint32_t kUpperHalves[kLanes<uint32_t>] = {
+    0xffff0000, 0xffff0000, 0xffff0000, 0xffff0000, 0xffff0000, 0xffff0000, 0xffff0000, 0xffff0000};
+#endif
+
+// The upper 16 bits of each lane in their place. Where registers are few the mask stays in memory:
+// compilers would rather move sums there.
+MOE_INLINE VecU32 upper_halves(VecU32 pairs) {
+#if defined(MOE_AVX2)
+  asm("vpand %1, %0, %0" : "+x"(pairs) : "m"(kUpperHalves));
+  return pairs;
+#else
+  return pairs & 0xffff0000u;
+#endif
+}
+
 // p[0], p[2], ... and p[1], p[3], ... of 2 * kLanes elements.
 template <typename T>
 MOE_INLINE void load_pairs(const T* p, Vec<acc_t<T>>& even, Vec<acc_t<T>>& odd) {
@@ -276,7 +292,7 @@ MOE_INLINE void load_pairs(const T* p, Vec<acc_t<T>>& even, Vec<acc_t<T>>& odd) 
   if constexpr (std::is_same_v<T, bf16>) {
     const VecU32 pairs = load_raw<VecU32>(p);
     even = bit_cast<Vec<float>>(pairs << 16);
-    odd = bit_cast<Vec<float>>(pairs & 0xffff0000u);
+    odd = bit_cast<Vec<float>>(upper_halves(pairs));
     return;
   }
   const Vec<A> low = load(p), high = load(p + kLanes<A>);

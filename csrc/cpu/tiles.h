@@ -49,6 +49,14 @@ constexpr int kWholeGroups = kTileRegisters<T> ? 16 : 1;
 template <typename T>
 constexpr bool kNative = std::is_same_v<T, operand_t<T>>;
 
+// Vectors that a load of a row of a matrix gives for dot products. bf16 that is multiplied as
+// floats is loaded in pairs, which take a shift to be their even and a mask to be their odd
+// elements: less than to widen each half.
+template <typename T>
+constexpr int kHalves = std::is_same_v<T, bf16> && !kNative<T> ? 2 : 1;
+template <typename T>
+constexpr int kDotStep = kLanes<acc_t<T>> * Compute<T>::G * kHalves<T>;
+
 // ------------------------------------------------------------------------------ rearrangements
 template <bool upper, typename V, size_t... i>
 MOE_INLINE V interleave_half(V a, V b, std::index_sequence<i...>) {
@@ -158,6 +166,17 @@ struct Groups {
     }
   }
 
+  // Of kDotStep elements as they lie in memory, the half that dot products take together.
+  template <int half>
+  static MOE_INLINE V load_half(const T* p) {
+    if constexpr (kHalves<T> == 1) {
+      return load_wide(p);
+    } else {
+      const VecU32 pairs = load_raw<VecU32>(p);
+      return bit_cast<V>(half == 0 ? pairs << 16 : upper_halves(pairs));
+    }
+  }
+
   // From vectors of two rows along the columns to the pairs of the lower and the upper columns.
   static MOE_INLINE void pair(V& first, V& second) {
     typedef uint16_t Wide __attribute__((vector_size(kVectorBytes)));
@@ -234,7 +253,7 @@ __attribute__((noinline)) void store_narrow(const OuterTile<T>& tile, const acc_
   for (int r = 0; r < rows; ++r) {
     T* narrow = tile.narrow + r * tile.narrow_stride;
     for (int v = 0; v < vectors; ++v, sums += L) {
-      tile.stream ? stream(narrow + v * L, load(sums)) : store(narrow + v * L, load(sums));
+      store(narrow + v * L, load(sums));
     }
   }
 }
@@ -272,7 +291,7 @@ void outer_tile(const OuterTile<T>& tile) {
       for (int v = 0; v < vectors; ++v) sums[r][v] = Group::multiply_add(a, b[v], sums[r][v]);
     }
   }
-  if (kRegisters < 32 && tile.narrow && !kNative<T>) {
+  if (kRegisters < 32 && !kNative<T> && tile.narrow && !tile.stream && !tile.accumulate) {
     // To round takes registers for constants, of which sums leave none.
     A wide[rows][vectors * L];
     MOE_UNROLL
@@ -299,6 +318,15 @@ void outer_tile(const OuterTile<T>& tile) {
 }
 
 // --------------------------------------------------------------------------------- dot products
+// A loaded vector that several instructions take is loaded once, not with each of them: those would
+// wait for loads.
+template <typename V>
+MOE_INLINE void keep_in_register([[maybe_unused]] V& v) {
+#if defined(MOE_AVX2)
+  asm("" : "+x"(v));
+#endif
+}
+
 // Rows of a matrix times a few packed rows, both along the contracted index. The matrix is read in
 // the order of its memory: for so few rows that is what takes the time.
 template <typename T>
@@ -310,7 +338,7 @@ struct DotTile {
 
   const T* a;
   int64_t a_stride, a_count;
-  const U* b;  // zeros after k, up to a whole number of vectors
+  const U* b;  // zeros after k, up to a whole number of kDotStep; of each, half after half
   int64_t b_stride;
   int64_t k;
   int64_t ahead[4];  // elements from what rows of the matrix read to what they fetch
@@ -325,15 +353,24 @@ constexpr int64_t kPartBytes = 2048;
 
 // Rows of the matrix that meet each packed value that is loaded. Where few packed rows wait for the
 // matrix, they come from parts of it that lie far apart: memory gives a few long streams faster
-// than one. Of more packed rows, neighbours: rows of a power of two fall on the same lines of the
-// cache, so four only where two would make loads the limit.
+// than one, and faster than what is fetched ahead. Of more packed rows, neighbours: rows of a power
+// of two fall on the same lines of the cache, so four only where two would make loads the limit.
 template <typename T, int nb>
-constexpr int kStreams = nb > 2 || !kNative<T> ? 1 : (kLanes<acc_t<T>> < 4 ? 2 : 4);
+constexpr int kStreams = nb > (kRegisters < 32 ? 4 : 2) || !(kNative<T> || kHalves<T> == 2) ? 1
+                         : nb > 2 || kLanes<acc_t<T>> < 4                                   ? 2
+                                                                                            : 4;
 template <int nb>
 constexpr int kNeighbours = kRegisters < 32 ? (nb <= 2 ? 1 : 3)
                                             : (nb <= 3   ? 1
                                                : nb == 6 ? 4
                                                          : 2);
+
+// So much of the contracted index is summed before it is added to the sums.
+template <typename T, int nb>
+int64_t dot_part(int64_t k) {
+  constexpr int64_t kPart = kPartBytes / sizeof(operand_t<T>);
+  return kNeighbours<nb> == 1 ? k : (nb <= 4 ? 2 * kPart : kPart);
+}
 
 // Adds products of `rows` rows of the matrix, so far apart, with all packed rows, elements
 // [begin, end) of each and spread over lanes, to sums[j][at + i * step_at].
@@ -343,54 +380,61 @@ MOE_INLINE void dot_rows(const DotTile<T>& tile, const T* a, int64_t apart, int6
                          int64_t step_at) {
   using Group = Groups<T>;
   using A = acc_t<T>;
-  constexpr int step = kLanes<A> * Group::G;
+  constexpr int step = kDotStep<T>, halves = kHalves<T>;
   // What takes more instructions to load needs more sums on their way. As many for a row that is
   // left over as for neighbours, or its terms would have another order.
-  constexpr bool alone = rows == 1 && kNeighbours<nb> == 1;
-  constexpr int unroll = kNative<T> || !alone ? 1 : (nb == 1 ? 4 : (nb <= 3 ? 2 : 1));
+  constexpr bool alone = kStreams<T, nb> == 1 && kNeighbours<nb> == 1;
+  constexpr int unroll = !alone || kNative<T> ? 1 : (nb == 1 ? 4 : (nb <= 3 ? 2 : 1));
   constexpr int64_t kAhead = 8192 / sizeof(T);  // two pages: the first of a page takes longest
   const operand_t<T>* b = tile.b;
   const int64_t b_stride = tile.b_stride, whole = end / step * step;
   Vec<A> partial[unroll][rows][nb] = {};
-  typename Group::V av[rows];
-  const auto load_whole = [&](int64_t k) __attribute__((always_inline)) {
+  const auto add = [&]<int half>(const T* const* from, int64_t k,
+                                 int u) __attribute__((always_inline)) {
+    typename Group::V av[rows];
     MOE_UNROLL
-    for (int i = 0; i < rows; ++i) {
-      const T* p = a + i * apart + k;
-      if (fetch) prefetch_line(p + (rows > 1 ? tile.ahead[i] : kAhead));
-      av[i] = Group::load_wide(p);
-    }
-  };
-  const auto add = [&](int64_t k, int u) __attribute__((always_inline)) {
+    for (int i = 0; i < rows; ++i) av[i] = Group::template load_half<half>(from[i]);
     MOE_UNROLL
     for (int j = 0; j < nb; ++j) {
-      const typename Group::V bv = Group::load(b + j * b_stride + k);
+      typename Group::V bv = Group::load(b + j * b_stride + k + half * (step / halves));
+      if (rows > 1) keep_in_register(bv);
       MOE_UNROLL
       for (int i = 0; i < rows; ++i) {
         partial[u][i][j] = Group::multiply_add(av[i], bv, partial[u][i][j]);
       }
     }
   };
-  int64_t k = begin;
-  for (; k + unroll * step <= whole; k += unroll * step) {
-    MOE_UNROLL
-    for (int u = 0; u < unroll; ++u) {
-      load_whole(k + u * step);
-      add(k + u * step, u);
-    }
-  }
-  for (; k < whole; k += step) {
-    load_whole(k);
-    add(k, 0);
-  }
-  if (whole < end) {
+  const auto add_step = [&](const T* const* from, int64_t k, int u) __attribute__((always_inline)) {
+    add.template operator()<0>(from, k, u);
+    if constexpr (halves == 2) add.template operator()<1>(from, k, u);
+  };
+  const auto add_whole = [&](int64_t k, int u, bool line) __attribute__((always_inline)) {
+    const T* from[rows];
     MOE_UNROLL
     for (int i = 0; i < rows; ++i) {
-      T rest[step] = {};
-      std::memcpy(rest, a + i * apart + whole, (end - whole) * sizeof(T));
-      av[i] = Group::load_wide(rest);
+      from[i] = a + i * apart + k;
+      if (fetch && line) prefetch_line(from[i] + (rows > 1 ? tile.ahead[i] : kAhead));
     }
-    add(whole, 0);
+    add_step(from, k, u);
+  };
+  // Once for each line of memory.
+  constexpr int line_steps = step * sizeof(T) < 64 ? 64 / (step * sizeof(T)) : 1;
+  constexpr int together = unroll > line_steps ? unroll : line_steps;
+  int64_t k = begin;
+  for (; k + together * step <= whole; k += together * step) {
+    MOE_UNROLL
+    for (int u = 0; u < together; ++u) add_whole(k + u * step, u % unroll, u % line_steps == 0);
+  }
+  for (; k < whole; k += step) add_whole(k, 0, true);
+  if (whole < end) {
+    T rest[rows][step] = {};
+    const T* from[rows];
+    MOE_UNROLL
+    for (int i = 0; i < rows; ++i) {
+      std::memcpy(rest[i], a + i * apart + whole, (end - whole) * sizeof(T));
+      from[i] = rest[i];
+    }
+    add_step(from, whole, 0);
   }
   MOE_UNROLL
   for (int i = 0; i < rows; ++i) {
@@ -404,21 +448,35 @@ MOE_INLINE void dot_rows(const DotTile<T>& tile, const T* a, int64_t apart, int6
   }
 }
 
+// With the instructions of vectors: what compilers make of an initializer takes longer to start.
+template <typename V, size_t count, size_t lanes>
+MOE_INLINE void set_zero(V (&v)[count][lanes]) {
+  MOE_UNROLL
+  for (size_t i = 0; i < count; ++i) {
+    MOE_UNROLL
+    for (size_t j = 0; j < lanes; ++j) v[i][j] = V{};
+  }
+}
+
 // The first rows of the matrix, as many as kStreams parts of equal length hold; returns their
 // number.
 template <typename T, int nb>
 int64_t dot_streams(const DotTile<T>& tile) {
   using A = acc_t<T>;
   constexpr int L = kLanes<A>, streams = kStreams<T, nb>, together = L / streams;
-  const int64_t length = tile.a_count / streams;
+  const int64_t length = tile.a_count / streams, part = dot_part<T, nb>(tile.k);
   if (length < L) return 0;  // too short to be streams
   for (int64_t first = 0; first < length; first += together) {
     const int64_t count = length - first < together ? length - first : together;
     const T* a = tile.a + first * tile.a_stride;
-    Vec<A> all[nb][L] = {};
+    Vec<A> all[nb][L];
+    set_zero(all);
     for (int64_t i = 0; i < count; ++i) {
-      dot_rows<T, nb, streams, false>(tile, a + i * tile.a_stride, length * tile.a_stride, 0,
-                                      tile.k, all, i, together);
+      for (int64_t begin = 0; begin < tile.k; begin += part) {
+        const int64_t end = tile.k - begin < part ? tile.k : begin + part;
+        dot_rows<T, nb, streams, false>(tile, a + i * tile.a_stride, length * tile.a_stride, begin,
+                                        end, all, i, together);
+      }
     }
     MOE_UNROLL
     for (int j = 0; j < nb; ++j) {
@@ -438,13 +496,13 @@ template <typename T, int nb>
 void dot_tile(const DotTile<T>& tile) {
   using A = acc_t<T>;
   constexpr int L = kLanes<A>, at_once = kNeighbours<nb>;
-  constexpr int64_t kPart = kPartBytes / sizeof(operand_t<T>);
-  const int64_t part = at_once == 1 ? tile.k : (nb <= 4 ? 2 * kPart : kPart);
-  const int64_t stride = tile.a_stride, done = kStreams<T, nb> > 1 ? dot_streams<T, nb>(tile) : 0;
+  const int64_t stride = tile.a_stride, part = dot_part<T, nb>(tile.k);
+  const int64_t done = kStreams<T, nb> > 1 ? dot_streams<T, nb>(tile) : 0;
   for (int64_t first = done; first < tile.a_count; first += L) {
     const int64_t count = tile.a_count - first < L ? tile.a_count - first : L;
     const T* a = tile.a + first * stride;
-    Vec<A> all[nb][L] = {};
+    Vec<A> all[nb][L];
+    set_zero(all);
     for (int64_t begin = 0; begin < tile.k; begin += part) {
       const int64_t end = tile.k - begin < part ? tile.k : begin + part;
       int64_t i = 0;

@@ -45,6 +45,16 @@ void check_multiply(const GemmKernels<T>& gemm, int64_t m, int64_t k, int64_t n,
   std::vector<acc_t<T>> out(m * out_stride - 16, kNaN);
   gemm.multiply(packed.get(), m, k, matrix, Range{first, first + n}, out.data(), out_stride,
                 k % 2 == 0, k % 3 == 0 ? b.data() : nullptr);
+  // The same bits wherever threads divide the columns.
+  const int64_t some = n / 3;
+  std::vector<acc_t<T>> part(m * out_stride - 16, kNaN);
+  gemm.multiply(packed.get(), m, k, matrix, Range{first + some, first + n}, part.data(), out_stride,
+                false, nullptr);
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t c = some; c < n; ++c) {
+      expect(part[i * out_stride + c - some], out[i * out_stride + c], 0, "a part", m, k, n);
+    }
+  }
   for (int64_t i = 0; i < m; ++i) {
     for (int64_t c = 0; c < n; ++c) {
       double sum = 0, magnitudes = 0;
@@ -114,6 +124,9 @@ void check_products_of() {
   for (bool k_contiguous : {false, true}) {
     check_multiply(gemm, 192, 1056, 33, k_contiguous);
     check_multiply(gemm, kMostRows, 520, 33, k_contiguous);
+    for (int64_t m : {3, 4, 5, 7, 11, 104}) {
+      for (int64_t k : {97, 2081}) check_multiply(gemm, m, k, 35, k_contiguous);
+    }
   }
   if constexpr (std::is_same_v<T, bf16>) {
     // More packed rows than a cache holds, and more columns than their sums.
