@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,10 +21,12 @@ class Limits:
     Attributes:
         flops: per second, of a large square product, in float32 if that is faster.
         bytes: per second, of reading memory once.
+        product: the dtype of that product; None where it is that of the rows.
     """
 
     flops: float
     bytes: float
+    product: torch.dtype | None = None
 
     def floor_ms(self, cost: Cost) -> float:
         """The time below which nothing on this machine can do this much work."""
@@ -32,14 +34,15 @@ class Limits:
 
     def best(self, other: Limits) -> Limits:
         """The fastest that the machine was seen to be."""
-        return Limits(max(self.flops, other.flops), max(self.bytes, other.bytes))
+        fastest = max(self, other, key=lambda limits: limits.flops)
+        return replace(fastest, bytes=max(self.bytes, other.bytes))
 
 
 def product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """In which matrices of ``dtype`` are multiplied fastest: it, or float32.
 
-    PyTorch's large products of 16 bits take hundreds of times as long as those of float32 on a
-    processor with AVX2 alone, which can multiply numbers of 16 bits as floats all the same.
+    PyTorch's large products of 16 bits take many times as long as those of float32 on a processor
+    with AVX2 alone, which can multiply numbers of 16 bits as floats all the same.
     """
     if device.type == "cuda" or dtype.itemsize != 2:
         return dtype
@@ -61,9 +64,9 @@ def measure_limits(clock: Clock, device: torch.device, dtype: torch.dtype) -> Li
     """The best of a few repetitions: a limit is what the machine can do, not what it did."""
     cuda = device.type == "cuda"
     size = 8192 if cuda else 2048
-    dtype = product_dtype(device, dtype)
-    a = torch.randn(size, size, device=device).to(dtype)
-    b = torch.randn(size, size, device=device).to(dtype)
+    product = product_dtype(device, dtype)
+    a = torch.randn(size, size, device=device).to(product)
+    b = torch.randn(size, size, device=device).to(product)
     c = torch.empty_like(a)
     memory = torch.ones((4 << 30 if cuda else 256 << 20) // 4, device=device)
     integers = memory.view(torch.int32)
@@ -82,4 +85,5 @@ def measure_limits(clock: Clock, device: torch.device, dtype: torch.dtype) -> Li
 
         ms[name] = min(measure(clock, call, 0, 1)[0] for _ in range(ROUNDS))
     read_ms = min(ms["sum"], ms["maximum"])
-    return Limits(2 * size**3 / ms["product"] * 1e3, memory.nbytes / read_ms * 1e3)
+    flops, read = 2 * size**3 / ms["product"] * 1e3, memory.nbytes / read_ms * 1e3
+    return Limits(flops, read, None if product == dtype else product)

@@ -76,6 +76,7 @@ class Case:
         check: further inputs of the call whose results are checked; it is not the one timed.
         group: the process group of the ranks that compute the case together, if several do.
         large_pages: the weights lie on large pages of memory; those made of them should too.
+        product: the dtype of dense products that are its limit; None where it is the case's own.
     """
 
     shape: Shape
@@ -87,6 +88,7 @@ class Case:
     check: Inputs = field(default_factory=dict)
     group: Any = None
     large_pages: bool = False
+    product: torch.dtype | None = None
 
     def leaves(self, index: int) -> dict[str, Tensor]:
         """The differentiable tensors of input set ``index``."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.limits import Limits
-from benchmarks.registry import DIRECTIONS, Cost
+from benchmarks.registry import DIRECTIONS, DTYPES, Cost
 from benchmarks.tables import grouped, vs_best_peer
 
 Row = dict[str, Any]
@@ -46,13 +46,17 @@ def document(
     return {
         "op": op,
         **environment,
-        "limits": {
-            name: {"flops_per_second": limit.flops, "bytes_per_second": limit.bytes}
-            for name, limit in limits.items()
-        },
+        "limits": {name: _rates(limit) for name, limit in limits.items()},
         "providers": dict(providers),
         "rows": full,
     }
+
+
+def _rates(limit: Limits) -> dict[str, Any]:
+    rates: dict[str, Any] = {"flops_per_second": limit.flops, "bytes_per_second": limit.bytes}
+    if limit.product is not None:
+        rates["product_dtype"] = next(name for name in DTYPES if DTYPES[name] == limit.product)
+    return rates
 
 
 def write(path: Path, value: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarks import results
 from benchmarks.limits import Limits
+from benchmarks.registry import DTYPES
 from benchmarks.runner import CaseKey, Done
 
 Row = dict[str, Any]
@@ -67,7 +68,11 @@ def earlier(path: Path, described: Mapping[str, Any]) -> Earlier:
             return found
         found.rows = document["rows"]
         found.limits = {
-            dtype: Limits(rates["flops_per_second"], rates["bytes_per_second"])
+            dtype: Limits(
+                rates["flops_per_second"],
+                rates["bytes_per_second"],
+                DTYPES.get(rates.get("product_dtype")),
+            )
             for dtype, rates in document["limits"].items()
         }
         found.crashed = dict(document.get("crashed", {}))

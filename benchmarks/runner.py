@@ -137,6 +137,7 @@ def run_op(op: Op, settings: Settings) -> Iterator[tuple[list[Row], str, Limits]
                     for weight in case.weights.values():
                         use_large_pages(weight)
                     case = replace(case, large_pages=True)
+                case = replace(case, product=limits.product)
                 cost = op.cost(case)
             except torch.OutOfMemoryError as error:  # a smaller GPU: other shapes go on
                 note = f"its inputs do not fit: {error}".split("\n")[0]

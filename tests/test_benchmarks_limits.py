@@ -117,6 +117,32 @@ def test_dense_products_compute_the_layer_and_its_gradients(
             flops.clear()
 
 
+def test_dense_products_are_those_whose_rate_is_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where PyTorch multiplies floats faster than 16 bits; the file says so, also once resumed."""
+    multiplied: list[torch.dtype] = []
+    multiply = torch.mm
+
+    def counted(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+        multiplied.append(a.dtype)
+        return multiply(a, b, out=out)
+
+    monkeypatch.setattr(torch, "mm", counted)
+    limits = Limits(flops=1e11, bytes=1e10, product=torch.float32)
+    monkeypatch.setattr("benchmarks.runner.measure_limits", lambda *arguments: limits)
+    out = tmp_path / "out.json"
+    options = ["--device", "cpu", "--dtype", "bf16", "--rounds", "1", "--out", str(out)]
+    options += ["--shape", "T=3,H=16,I=8,E=4,K=2", "--provider", DENSE, "--resume"]
+    for _ in range(2):
+        assert main(["run", "fused_experts", *options]) == 0
+        rates = results.read(out)["limits"]["bf16"]
+        assert rates == {
+            "flops_per_second": 1e11, "bytes_per_second": 1e10, "product_dtype": "fp32"
+        }  # fmt: skip
+    assert set(multiplied) == {torch.float32}
+
+
 def test_what_limits_were_measured_with_is_given_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,6 @@ from math import ceil, prod
 import torch
 from torch import Tensor
 
-from benchmarks.limits import product_dtype
 from benchmarks.registry import Builder, Case, Implementation, Inputs, Output, Provider
 
 FLOAT8_CAPABILITY = (8, 9)
@@ -40,7 +39,7 @@ def _products(*letters: tuple[str, ...], float8: bool = False) -> Builder:
             return values.repeat(ceil(total / len(values)))[:total].view(sizes)
 
         cuda = case.device.type == "cuda"
-        dtype = product_dtype(case.device, case.dtype)
+        dtype = case.product or case.dtype
         narrow = float8 and cuda and torch.cuda.get_device_capability() >= FLOAT8_CAPABILITY
         one = torch.ones((), device=case.device)
 

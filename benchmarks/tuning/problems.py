@@ -28,7 +28,7 @@ from moe_kernels.triton._fused_experts_backward import _through_down
 from moe_kernels.triton._launch import ceil_div, on_device_of
 from moe_kernels.triton._operands import Source, gathers_grad, has_hopper_down_backward
 from moe_kernels.triton._tiles import TileMap, build_tile_map
-from moe_kernels.triton._wgrad import gathered_weight_gradient, weight_gradient
+from moe_kernels.triton._wgrad import gathered_weight_gradient, rows_to_add, weight_gradient
 from moe_kernels.triton.fused_experts import _project_up
 from moe_kernels.triton.grouped_gemm import multiply_rows
 from moe_kernels.triton.permute import gathered_rows
@@ -233,18 +233,24 @@ def _down_backward(layer: Layer) -> Problem:
     dh, weighted = layer.empty(layer.rows, 2 * I), layer.empty(layer.rows, I)
     parts = layer.empty(ceil_div(I, SMALLEST_BLOCK), layer.rows, dtype=torch.float32)
     ds = layer.empty(layer.rows, dtype=torch.float32)
+    ddown = layer.empty(layer.shape["E"], H, I).mT
 
     def run(cut: Config) -> None:
-        # the copy of rows that some kernels need, and others do without, is a part of their time
+        # The copy of rows that some kernels need, and others do without, is a part of their time;
+        # and the weight gradient, which reads that copy or has to gather as well.
         in_gluon = has_hopper_down_backward(cut, layer.grad, down, layer.h)
-        rows = layer.grad
-        source: Source | None = Source(layer.order[0], layer.shape["K"])
-        if not (in_gluon and gathers_grad(cut, rows, False, layer.activation.limit)):
-            rows, source = gathered_rows(rows, layer.order, layer.rows, by_tma=in_gluon)
+        rows, order, act = layer.grad, layer.order, layer.activation
+        source: Source | None = Source(order[0], layer.shape["K"])
+        gathers = in_gluon and gathers_grad(cut, rows, act.interleaved, act.limit)
+        if not gathers:
+            rows, source = gathered_rows(rows, order, layer.rows, by_tma=in_gluon)
         _through_down(
-            rows, source, down, layer.h, layer.row_weights, layer.activation, range(I), dh,
-            weighted, parts, layer.tiles(cut.block_m), cut,
+            rows, source, down, layer.h, layer.row_weights, act, range(I), dh, weighted, parts,
+            layer.tiles(cut.block_m), cut,
         )  # fmt: skip
+        if gathers:
+            rows, source = rows_to_add(rows, weighted, order, layer.rows, ddown.mT)
+        weight_gradient(weighted, None, rows, source, order[2], layer.rows, ddown)
 
     def finish(cut: Config) -> None:
         torch.sum(parts[: ceil_div(I, cut.block_n)], 0, out=ds)
@@ -262,7 +268,7 @@ def _down_backward(layer: Layer) -> Problem:
         a = a.detach()
         return [(sample, right), (sample, a * scale), (sample, (grad * a).sum(1))]
 
-    outputs, flops = (dh, weighted, ds), 2.0 * layer.rows * H * I
+    outputs, flops = (dh, weighted, ds), 4.0 * layer.rows * H * I
     return layer.problem("down_backward", "down", H, I, run, outputs, truth, flops, finish)
 
 

@@ -65,6 +65,7 @@ from moe_kernels.triton._tiles import (
 from moe_kernels.triton._wgrad import (
     empty_like_weight,
     gathered_weight_gradient,
+    rows_to_add,
     sum_rows,
     weight_gradient,
 )
@@ -412,6 +413,7 @@ def _gradients(
             if needs[2] and buffer is None:
                 buffer = h.new_empty(rows * width)
             weighted_a = None
+            added, added_source = grad_rows, grad_source
             for start in range(0, I, max(width, 1)):
                 columns = range(start, min(start + width, I))
                 weighted_a = None
@@ -423,13 +425,10 @@ def _gradients(
                 )  # fmt: skip
                 if needs[2] and weighted_a is not None:
                     part = ddown[:, start : columns.stop]
-                    if gathers:
-                        gathered_weight_gradient(grad, weighted_a, order, rows, part.mT)
-                    else:
-                        weight_gradient(
-                            weighted_a, None, grad_rows, grad_source, offsets, rows, part
-                        )
-            del buffer, weighted_a
+                    if gathers and added_source is not None:  # copied for one part, or never
+                        added, added_source = rows_to_add(grad, weighted_a, order, rows, part.mT)
+                    weight_gradient(weighted_a, None, added, added_source, offsets, rows, part)
+            del buffer, weighted_a, added
             if partials is not None:
                 if down_bias is not None:
                     bias_dots(grad, source, down_bias, partials[parts], tiles, cut.block_m)

@@ -212,14 +212,29 @@ def gathered_weight_gradient(
     accumulate: bool = False,
     cut: Config | None = None,
 ) -> None:
-    """:func:`weight_gradient` of rows that are gathered from ``x [T, M]``.
+    """:func:`weight_gradient` of rows that are gathered from ``x [T, M]``."""
+    added, source = rows_to_add(x, grad, order, rows, out, accumulate=accumulate, cut=cut)
+    weight_gradient(added, source, grad, None, order[2], rows, out, accumulate=accumulate, cut=cut)
 
-    By the kernel that adds them up, where it is one in Gluon; else see :func:`gathered_rows`.
+
+def rows_to_add(
+    x: Tensor,
+    grad: Tensor,
+    order: tuple[Tensor, Tensor, Tensor],
+    rows: int,
+    out: Tensor,
+    *,
+    accumulate: bool = False,
+    cut: Config | None = None,
+) -> tuple[Tensor, Source | None]:
+    """What :func:`weight_gradient` takes for rows that are gathered from ``x [T, M]``.
+
+    ``x`` itself where the kernel that adds them up is one in Gluon; else :func:`gathered_rows`.
     """
-    source: Source | None = Source(order[0], order[1].shape[1])
-    if not _gathers(x, source, grad, rows, out, accumulate, cut):
-        x, source = gathered_rows(x, order, rows)
-    weight_gradient(x, source, grad, None, order[2], rows, out, accumulate=accumulate, cut=cut)
+    source = Source(order[0], order[1].shape[1])
+    if _gathers(x, source, grad, rows, out, accumulate, cut):
+        return x, source
+    return gathered_rows(x, order, rows)
 
 
 def _gathers(

@@ -180,7 +180,8 @@ def test_compiles_in_one_graph(family: str) -> None:
     run(exact)
     grads, expected_grads, exact_grads = map(gradients, (replaced, original, exact))
     for name, grad in grads.items():
-        # some of gpt_oss are small sums of large numbers, where its own float32 is no better
+        # Gradients of gpt_oss's sinks nearly cancel: how float32 rounds anywhere in the model
+        # decides their error, twice as much with one number of threads as with another.
         limit = max(5e-6, 4 * relative_error(expected_grads[name], exact_grads[name]))
         assert relative_error(grad, exact_grads[name]) < limit, name
 

@@ -235,7 +235,8 @@ def test_replaced_layers_over_ranks(ranks: int, tmp_path: Path) -> None:
         ):
             assert value.grad is not None
             assert right.grad is not None
-            # some of gpt_oss are small sums of large numbers, where its own float32 is no better
+            # Gradients of gpt_oss's sinks nearly cancel: how float32 rounds anywhere in the model
+            # decides their error, twice as much with one number of threads as with another.
             limit = max(5e-6, 4 * relative_error(value.grad, right.grad))
             assert relative_error(found[0][family][name], right.grad) < limit, (family, name)
 

@@ -17,7 +17,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from moe_kernels.triton import _combine
+import moe_kernels
+from moe_kernels.triton import _combine, permute
+from moe_kernels.triton import _fused_experts_backward as backward
 from moe_kernels.triton.fused_experts import (
     fused_experts,
     fused_experts_backward,
@@ -124,6 +126,49 @@ def test_chunks_change_no_bits(
     chunked = _run(impl, inputs, upstream)
     for name, value in whole.items():
         assert torch.equal(value, chunked[name]), name
+
+
+def test_rows_that_one_kernel_gathers_are_copied_once_for_the_others(
+    impl: Implementation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not for each part of the columns of I."""
+    inputs, upstream = _case(torch.bfloat16, hidden=272, inner=264)
+    upstream = upstream[:40].to(impl.device)
+    leaves = {name: value.to(impl.device) for name, value in inputs.items()}
+    for name in ("x", "topk_ids", "topk_weights"):
+        leaves[name] = leaves[name][:40].contiguous()
+    wanted = [leaves[name].requires_grad_() for name in ("x", "gate_up", "down", "topk_weights")]
+    y = moe_kernels.fused_experts(**leaves)
+
+    def gradients() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(y, wanted, upstream, retain_graph=True)
+
+    whole = gradients()
+    monkeypatch.setattr(_combine, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(_combine, "CHUNK", 256)
+    monkeypatch.setattr(permute, "pipelines_pointer_loads", lambda device: False)
+    through_down, copy = backward._through_down, permute.permute
+    copied: list[Tensor] = []
+    parts: list[range] = []
+
+    def plain(*args: Any) -> None:
+        parts.append(args[6])
+        with monkeypatch.context() as patch:
+            patch.setattr(backward, "has_hopper_down_backward", lambda *args: False)
+            through_down(*args)
+
+    def counted(x: Tensor, *args: Any) -> Tensor:
+        copied.append(x)
+        return copy(x, *args)
+
+    monkeypatch.setattr(backward, "has_hopper_down_backward", lambda *args: True)
+    monkeypatch.setattr(backward, "gathers_grad", lambda *args: True)
+    monkeypatch.setattr(backward, "_through_down", plain)
+    monkeypatch.setattr(permute, "permute", counted)
+    for value, right in zip(gradients(), whole, strict=True):
+        assert torch.equal(value, right)
+    assert parts == [range(256), range(256, 264)]
+    assert sum(torch.equal(x, upstream) for x in copied) == 1
 
 
 def test_chunks_are_few_and_only_of_large_buffers() -> None:
