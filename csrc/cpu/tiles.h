@@ -356,9 +356,12 @@ constexpr int64_t kPartBytes = 2048;
 // than one, and faster than what is fetched ahead. Of more packed rows, neighbours: rows of a power
 // of two fall on the same lines of the cache, so four only where two would make loads the limit.
 template <typename T, int nb>
-constexpr int kStreams = nb > (kRegisters < 32 ? 4 : 2) || !(kNative<T> || kHalves<T> == 2) ? 1
-                         : nb > 2 || kLanes<acc_t<T>> < 4                                   ? 2
-                                                                                            : 4;
+constexpr int kStreams = kRegisters < 32 ? (nb > 4                           ? 1
+                                            : nb > 2 || kLanes<acc_t<T>> < 4 ? 2
+                                                                             : 4)
+                         : nb > 2 || !(kNative<T> || kHalves<T> == 2) ? 1
+                         : kLanes<acc_t<T>> < 4                       ? 2
+                                                                      : 4;
 template <int nb>
 constexpr int kNeighbours = kRegisters < 32 ? (nb <= 2 ? 1 : 3)
                                             : (nb <= 3   ? 1
