@@ -1,4 +1,4 @@
-"""Triton's interpreter with bfloat16 and float8_e4m3fn that compute, and a little faster.
+"""Triton's interpreter with bfloat16 and float8_e4m3fn that compute, and faster.
 
 It keeps bfloat16 as uint16, and multiplies, adds and compares those bits as integers. Here operands
 are widened to float32 and results rounded to nearest even, as the hardware does. Reductions of
@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
+
+from tests.kernels.quick_interpreter import quick_interpreter
 
 
 def _round(values: Any) -> Any:
@@ -49,9 +50,7 @@ def _widen_float8(bits: Any) -> Any:
 def mended_interpreter() -> Iterator[None]:
     """Mend the interpreter for a while. Has no effect on compiled kernels."""
     import triton.language as tl
-    from triton.runtime import interpreter
-    from triton.runtime.errors import InterpreterError
-    from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     dot = InterpreterBuilder.create_dot
     cast = InterpreterBuilder.cast_impl
@@ -101,27 +100,11 @@ def mended_interpreter() -> Iterator[None]:
             return unary(self, operand, op)
         return TensorHandle(_round(op(_widen(operand.data))), tl.bfloat16)
 
-    patch = interpreter._patch_lang
-
-    def patch_all(kernel: Any) -> Any:
-        return patch(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
-
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """A device function, without patching triton.language again: that took a third of the time.
-
-        The kernel that calls it has patched all its modules.
-        """
-        try:
-            return self.rewrite()(*args, **kwargs)
-        except Exception as error:
-            raise InterpreterError(repr(error)) from error
-
     mended = (create_dot, cast_impl, create_fp_to_fp, binary_op, unary_op)
     # kernels compute on rows and columns that masks then drop, whatever they hold
     with (
         mock.patch.multiple(InterpreterBuilder, **{f.__name__: f for f in mended}),
-        mock.patch.object(InterpretedFunction, "__call__", call),
-        mock.patch.object(interpreter, "_patch_lang", patch_all),
         np.errstate(all="ignore"),
+        quick_interpreter(),
     ):
         yield

@@ -1,6 +1,9 @@
-"""The mended interpreter computes bfloat16 and float8 as PyTorch does; the plain one does not."""
+"""The mended interpreter computes bfloat16 and float8 as PyTorch does; the plain one does not.
 
-from contextlib import nullcontext
+What makes it quicker changes no bits.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ from torch import Tensor
 
 from tests.conftest import HAS_GPU
 from tests.kernels.interpreter import mended_interpreter
+from tests.kernels.quick_interpreter import quick_interpreter
 
 pytestmark = pytest.mark.skipif(HAS_GPU, reason="kernels are compiled where there is a GPU")
 
@@ -89,3 +93,53 @@ def test_float8() -> None:
     torch.testing.assert_close(dot, tile @ tile.mT, equal_nan=True)
     # once this fails, Triton's own interpreter is right and the mending can go
     assert not torch.allclose(run(False)[0], expected.float(), rtol=0, equal_nan=True)
+
+
+def test_quicker_changes_no_bits() -> None:
+    """Operands of every shape, types that change, sorts, and products beyond 32 bits."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def kernel(x, out, N: tl.constexpr):
+        p = tl.program_id(0)
+        i, j = tl.arange(0, 16), tl.arange(0, N)
+        inside = (i < 13)[:, None] & (j < N - 3)[None, :]
+        tile = tl.load(x + (p * 16 + i)[:, None] * N + j[None, :], mask=inside, other=1)
+        row = tl.sum(tile, 0)[None, :]
+        tile = tl.where(tile > row, tile * tl.max(tile) - 2, (row / 3).to(tl.float16))
+        bits = (tile.to(tl.int32, bitcast=True) * 77777)[:, :, None] ^ tl.arange(0, 2)[
+            None, None, :
+        ]
+        whole = tl.sort(tl.reshape(bits, (2 * 16 * N,)))
+        order = tl.sort(tl.reshape(bits, (32, N)), descending=True)
+        where = out + p * 4 * 16 * N + tl.arange(0, 2 * 16 * N)
+        tl.store(where, whole + tl.cumsum(whole, 0))
+        tl.store(where + 2 * 16 * N, tl.reshape(order, (2 * 16 * N,)))
+
+    def run(context: AbstractContextManager[None]) -> Tensor:
+        out = torch.zeros(2, 4, 16, 8, dtype=torch.int32)
+        with context:
+            kernel[(2,)](x, out, N=8)
+        return out
+
+    x = torch.randn(2, 16, 8)
+    quick = run(quick_interpreter())
+    assert torch.equal(quick, run(nullcontext()))
+    assert quick.unique().numel() > 500
+
+
+def test_quicker_refuses_the_same() -> None:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def kernel(out):
+        tl.store(out + tl.arange(0, 8), tl.arange(0, 8)[:, None] + tl.zeros((4, 8), tl.int32))
+
+    messages = []
+    for context in (quick_interpreter(), nullcontext()):
+        with pytest.raises(Exception, match="incompatible dimensions") as raised, context:
+            kernel[(1,)](torch.zeros(8, dtype=torch.int32))
+        messages.append(str(raised.value))
+    assert messages[0] == messages[1]
