@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "cpu/amx_products.h"
+#include "cpu/dot_tiles.h"
 #include "cpu/kernels.h"
 #include "cpu/panels.h"
 #include "cpu/row_packing.h"
