@@ -1,4 +1,4 @@
-// Dot products: a few packed rows times rows of a matrix, both along the contracted index.
+// Dot products of a few packed rows with rows of a matrix.
 #pragma once
 
 #include "cpu/tiles.h"
@@ -18,15 +18,6 @@ MOE_INLINE Vec<A> sum_each(Vec<A> (&v)[kLanes<A>]) {
     }
   }
   return v[0];
-}
-
-// A loaded vector that several instructions take is loaded once, not with each of them: those would
-// wait for loads.
-template <typename V>
-MOE_INLINE void keep_in_register([[maybe_unused]] V& v) {
-#if defined(MOE_AVX2)
-  asm("" : "+x"(v));
-#endif
 }
 
 // Rows of a matrix times a few packed rows, both along the contracted index. The matrix is read in
@@ -65,7 +56,7 @@ constexpr int kStreams = kRegisters < 32 ? (nb > 4                           ? 1
                          : kLanes<acc_t<T>> < 4                       ? 2
                                                                       : 4;
 template <int nb>
-constexpr int kNeighbours = kRegisters < 32 ? (nb <= 2 ? 1 : 3)
+constexpr int kNeighbours = kRegisters < 32 ? (nb == 1 ? 1 : 3)
                                             : (nb <= 3   ? 1
                                                : nb == 6 ? 4
                                                          : 2);
@@ -102,7 +93,7 @@ MOE_INLINE void dot_rows(const DotTile<T>& tile, const T* a, int64_t apart, int6
     MOE_UNROLL
     for (int j = 0; j < nb; ++j) {
       typename Group::V bv = Group::load(b + j * b_stride + k + half * (step / halves));
-      if (rows > 1) keep_in_register(bv);
+      if (rows > 1 && kRegisters < 32) keep_in_register(bv);
       MOE_UNROLL
       for (int i = 0; i < rows; ++i) {
         partial[u][i][j] = Group::multiply_add(av[i], bv, partial[u][i][j]);

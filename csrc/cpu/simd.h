@@ -67,6 +67,18 @@ MOE_INLINE To bit_cast(From from) {
   return to;
 }
 
+// The value is computed here, into a register. Left alone, compilers load it with each instruction
+// that takes it, which waits for loads, or add in another order, for which registers do not
+// suffice.
+template <typename V>
+MOE_INLINE void keep_in_register([[maybe_unused]] V& v) {
+#if defined(MOE_AVX2)
+  asm("" : "+x"(v));
+#elif defined(MOE_AVX512)
+  asm("" : "+v"(v));
+#endif
+}
+
 // Into the second-level cache: what is read next would often have left the first again.
 MOE_INLINE void prefetch_line(const void* p) { __builtin_prefetch(p, 0, 2); }
 

@@ -101,6 +101,36 @@ def test_fused_experts_quantized(tokens: int, format: str, dtype: torch.dtype) -
     check_quantized(inputs, format, interleaved=tokens == 7)
 
 
+@pytest.mark.parametrize("code", [0x00, 0xFF, 0x77])
+@pytest.mark.parametrize("format", FORMATS)
+def test_largest_products_of_integers(format: str, code: int) -> None:
+    """Codes and a row's planes of integers at the ends of their ranges, all of a group alike."""
+    hidden, inner = 64, 32
+    quantized = {
+        "gate_up": moe_kernels.quantize_experts(torch.randn(1, hidden, inner), format),
+        "down": moe_kernels.quantize_experts(torch.eye(inner, hidden)[None], "int8"),
+    }
+    if format == "fp8" and code == 0xFF:
+        code = 0x7E  # the others are no numbers
+    quantized["gate_up"].codes.fill_(code)
+    quantized["gate_up"].scales.fill_(1.0)
+    for dtype, largest in ((torch.bfloat16, 127 * 256), (torch.float32, 127 * 65536)):
+        # of planes of 8 bits the lowest, or the one above it, is -128 (float32 has three planes)
+        row = torch.tensor([128.0, 128 * 256.0, -128.0, -128 * 256.0])[:, None]
+        x = row.clamp(-largest, largest).expand(4, hidden).clone()
+        x[:, ::32] = largest
+        inputs = {
+            "x": x.to(dtype),
+            "topk_ids": torch.zeros(4, 1, dtype=torch.int64),
+            "topk_weights": torch.ones(4, 1),
+        }
+        y = moe_kernels.fused_experts_quantized(**inputs, **quantized, activation="relu2")
+        weights = {name: value.dequantize(torch.float64) for name, value in quantized.items()}
+        wide = {**inputs, "x": inputs["x"].double(), **weights}
+        truth = reference.fused_experts(**wide, activation="relu2", alpha=1.0, limit=math.inf)
+        torch.testing.assert_close(y, truth.to(dtype), atol=0.0, rtol=torch.finfo(dtype).eps * 8)
+
+
 def _weights_to_round(dtype: torch.dtype) -> Tensor:
     """Ordinary columns, and whatever makes a scale or a rounding special."""
     weight = torch.randn(2, 99, 67, dtype=torch.float64)
