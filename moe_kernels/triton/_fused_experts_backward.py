@@ -425,7 +425,8 @@ def _gradients(
                 )  # fmt: skip
                 if needs[2] and weighted_a is not None:
                     part = ddown[:, start : columns.stop]
-                    if gathers and added_source is not None:  # copied for one part, or never
+                    # with a source they are not copied yet: the first part that needs it does
+                    if gathers and added_source is not None:
                         added, added_source = rows_to_add(grad, weighted_a, order, rows, part.mT)
                     weight_gradient(weighted_a, None, added, added_source, offsets, rows, part)
             del buffer, weighted_a, added

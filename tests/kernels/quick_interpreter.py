@@ -18,7 +18,10 @@ import numpy as np
 
 @contextmanager
 def quick_interpreter() -> Iterator[None]:
-    """Make the interpreter quicker for a while. Has no effect on compiled kernels."""
+    """Make the interpreter quicker for a while. Has no effect on compiled kernels.
+
+    Types of blocks are made inside of it: those made before lack what it adds.
+    """
     with _types(), _calls(), _operations():
         yield
 
