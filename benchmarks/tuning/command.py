@@ -25,7 +25,8 @@ from benchmarks.sweep import DEVICE_LOST
 from benchmarks.timing import Call, Clock, make_clock, take_turns
 
 RUNS = environment.ROOT / "runs" / "tuning"
-KERNELS = ("up", "grouped_gemm", "down_backward", "wgrad", "scaled_grouped_gemm")
+# wgrad first of the two: with what is found for it backward through the down-projection is timed
+KERNELS = ("up", "grouped_gemm", "wgrad", "down_backward", "scaled_grouped_gemm")
 COMPILE_SECONDS = 120.0
 
 
@@ -236,7 +237,7 @@ def _tune(wanted: Sequence[Any], options: argparse.Namespace) -> int:
     from benchmarks.tuning.problems import PROBLEMS, Layer, Problem
     from benchmarks.tuning.search import search
     from benchmarks.tuning.trials import Trials
-    from moe_kernels.triton._config_tables import device_class
+    from moe_kernels.triton._config_tables import as_table, device_class
     from moe_kernels.triton._configs import CONFIGS, default_config
     from moe_kernels.triton._launch import architecture
 
@@ -244,7 +245,7 @@ def _tune(wanted: Sequence[Any], options: argparse.Namespace) -> int:
     name, arch = device_class(device), architecture(device)
     path = options.out or RUNS / f"{name}.json"
     document = table.load(path, name, CONFIGS)
-    known = table.buckets(document, CONFIGS)
+    known = as_table(document, CONFIGS)
     among = _among(options.among) if options.among else None
     trials = Trials(path, lambda: check_device(device, "a configuration"))
     for hung in trials.hung:
@@ -256,7 +257,7 @@ def _tune(wanted: Sequence[Any], options: argparse.Namespace) -> int:
     def layer(shape: str) -> Layer:
         torch.cuda.empty_cache()
         sizes = next(s for _, ps in wanted for _, _, s in ps if str(s) == shape)
-        return Layer(sizes, DTYPES[options.dtype], device, options.routing)
+        return Layer(sizes, DTYPES[options.dtype], device, options.routing, tuned=known)
 
     def compiler(problem: tuple[str, int, Shape]) -> Callable[[Sequence[Any]], Mapping[Any, Any]]:
         if among is None:
@@ -314,6 +315,7 @@ def _tune(wanted: Sequence[Any], options: argparse.Namespace) -> int:
             "versions": {key: described["versions"][key] for key in ("torch", "triton")},
             "routing": options.routing,
         }
+        known[bucket] = found.config
         document = table.merge(document, found, known_from, CONFIGS)
         table.write(path, document)
         done.append(found)

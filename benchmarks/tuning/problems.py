@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -100,6 +101,7 @@ class Layer:
     """The tensors of one layer; problems of it share them.
 
     Args:
+        tuned: configurations in place of the device's, of other kernels that a problem runs too.
         filled: whether they hold data; without, kernels can be compiled only.
     """
 
@@ -111,10 +113,11 @@ class Layer:
         routing: str = "uniform",
         seed: int = 0,
         *,
+        tuned: Mapping[Bucket, Config] = MappingProxyType({}),
         filled: bool = True,
     ) -> None:
         T, H, I, E, K = (shape[letter] for letter in "THIEK")  # noqa: E741
-        self.shape, self.dtype, self.device = shape, dtype, device
+        self.shape, self.dtype, self.device, self.tuned = shape, dtype, device, tuned
         generator = torch.Generator(device).manual_seed(seed)
 
         def normal(*size: int, scale: float = 1.0) -> Tensor:
@@ -151,6 +154,21 @@ class Layer:
 
     def token_of(self, rows: Tensor) -> Tensor:
         return self.order[0][rows].long() // self.shape["K"]
+
+    def grad_of(self, rows: Tensor) -> Tensor:
+        return self.grad[self.token_of(rows)].double()
+
+    def sums_of_products(
+        self, left: Callable[[Tensor], Tensor], right: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """A few experts, and for each the sum of outer products of its rows, float64."""
+        experts = self.expert_of(self.sample()).unique()[:2]
+        sums = []
+        for expert in experts.tolist():
+            first, end = self.order[2][expert : expert + 2].tolist()
+            rows = torch.arange(first, end, device=self.device)
+            sums.append(left(rows).T @ right(rows))
+        return experts, torch.stack(sums)
 
     def bucket(self, kernel: str, inner: int) -> Bucket:
         rows = rows_class(self.rows, self.shape["E"])
@@ -240,6 +258,7 @@ def _down_backward(layer: Layer) -> Problem:
         # and the weight gradient, which reads that copy or has to gather as well.
         in_gluon = has_hopper_down_backward(cut, layer.grad, down, layer.h)
         rows, order, act = layer.grad, layer.order, layer.activation
+        by = layer.tuned.get(layer.bucket("wgrad", min(H, I)))
         source: Source | None = Source(order[0], layer.shape["K"])
         gathers = in_gluon and gathers_grad(cut, rows, act.interleaved, act.limit)
         if not gathers:
@@ -249,26 +268,36 @@ def _down_backward(layer: Layer) -> Problem:
             layer.tiles(cut.block_m), cut,
         )  # fmt: skip
         if gathers:
-            rows, source = rows_to_add(rows, weighted, order, layer.rows, ddown.mT)
-        weight_gradient(weighted, None, rows, source, order[2], layer.rows, ddown)
+            rows, source = rows_to_add(rows, weighted, order, layer.rows, ddown.mT, cut=by)
+        weight_gradient(weighted, None, rows, source, order[2], layer.rows, ddown, cut=by)
 
     def finish(cut: Config) -> None:
         torch.sum(parts[: ceil_div(I, cut.block_n)], 0, out=ds)
 
+    def activated(h: Tensor) -> Tensor:
+        return reference.expert_activation(h, "swiglu", None, False, 1.0, float("inf"))
+
+    def weighted_a(rows: Tensor) -> Tensor:
+        return activated(layer.h[rows].double()) * layer.row_weights[rows].double()[:, None]
+
     def truth() -> list[tuple[Tensor, Tensor]]:
         sample = layer.sample()
         weights = layer.down[layer.expert_of(sample)].double()
-        upstream = layer.grad[layer.token_of(sample)].double()
-        grad = torch.bmm(upstream[:, None], weights)[:, 0]
+        grad = torch.bmm(layer.grad_of(sample)[:, None], weights)[:, 0]
         scale = layer.row_weights[sample].double()[:, None]
         h = layer.h[sample].double().requires_grad_()
         with torch.enable_grad():
-            a = reference.expert_activation(h, "swiglu", None, False, 1.0, float("inf"))
+            a = activated(h)
             (right,) = torch.autograd.grad(a, h, grad * scale)
         a = a.detach()
-        return [(sample, right), (sample, a * scale), (sample, (grad * a).sum(1))]
+        return [
+            (sample, right),
+            (sample, a * scale),
+            (sample, (grad * a).sum(1)),
+            layer.sums_of_products(weighted_a, layer.grad_of),
+        ]
 
-    outputs, flops = (dh, weighted, ds), 4.0 * layer.rows * H * I
+    outputs, flops = (dh, weighted, ds, ddown), 4.0 * layer.rows * H * I
     return layer.problem("down_backward", "down", H, I, run, outputs, truth, flops, finish)
 
 
@@ -291,14 +320,12 @@ def _weight_gradient(layer: Layer, part: str, a: Tensor, grad: Tensor, gather_a:
             weight_gradient(a, None, right, source, layer.order[2], layer.rows, out, cut=cut)
 
     def truth() -> list[tuple[Tensor, Tensor]]:
-        experts = layer.expert_of(layer.sample()).unique()[:2]
-        sums = []
-        for expert in experts.tolist():
-            first, end = layer.order[2][expert : expert + 2].tolist()
-            rows = torch.arange(first, end, device=layer.device)
-            x = a[layer.token_of(rows) if gather_a else rows].double()
-            sums.append(x.T @ grad[rows if gather_a else layer.token_of(rows)].double())
-        return [(experts, torch.stack(sums))]
+        return [
+            layer.sums_of_products(
+                lambda rows: a[layer.token_of(rows) if gather_a else rows].double(),
+                lambda rows: grad[rows if gather_a else layer.token_of(rows)].double(),
+            )
+        ]
 
     flops = 2.0 * layer.rows * M * N
     # what is stored by columns is written as the transposed product

@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks import results
 from benchmarks.tables import number
 from benchmarks.tuning.search import Found
-from moe_kernels.triton._config_tables import FORMAT, ROWS, Bucket, parse_entry, read_table
+from moe_kernels.triton._config_tables import FORMAT, ROWS, parse_entry, read_table
 
 PROMISE = 1.15  # the default takes at most this many times as long as the best
 
@@ -30,10 +30,6 @@ def load(path: Path, device: str, kernels: Collection[str]) -> dict[str, Any]:
             "another file with --out"
         )
     return document
-
-
-def buckets(document: dict[str, Any], kernels: Collection[str]) -> set[Bucket]:
-    return {parse_entry(entry, kernels, "table")[0] for entry in document["entries"]}
 
 
 def merge(

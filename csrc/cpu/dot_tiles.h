@@ -46,20 +46,29 @@ constexpr int64_t kPartBytes = 2048;
 
 // Rows of the matrix that meet each packed value that is loaded. Where few packed rows wait for the
 // matrix, they come from parts of it that lie far apart: memory gives a few long streams faster
-// than one, and faster than what is fetched ahead. Of more packed rows, neighbours: rows of a power
-// of two fall on the same lines of the cache, so four only where two would make loads the limit.
+// than one, and faster than what is fetched ahead.
 template <typename T, int nb>
-constexpr int kStreams = kRegisters < 32 ? (nb > 4                           ? 1
-                                            : nb > 2 || kLanes<acc_t<T>> < 4 ? 2
-                                                                             : 4)
-                         : nb > 2 || !(kNative<T> || kHalves<T> == 2) ? 1
-                         : kLanes<acc_t<T>> < 4                       ? 2
-                                                                      : 4;
+constexpr int streams() {
+  constexpr bool wide = kLanes<acc_t<T>> >= 4;
+  if (kRegisters == 32) {
+    if (nb > 2 || !(kNative<T> || kHalves<T> == 2)) return 1;  // what is loaded takes longer
+    return wide ? 4 : 2;
+  }
+  if (nb <= 2) return wide ? 4 : 2;
+  return nb <= 4 ? 2 : 1;
+}
+template <typename T, int nb>
+constexpr int kStreams = streams<T, nb>();
+
+// Of more packed rows, neighbours: rows of a power of two fall on the same lines of the cache, so
+// few of them; four only with six packed rows, where 24 sums leave registers for what is loaded.
 template <int nb>
-constexpr int kNeighbours = kRegisters < 32 ? (nb == 1 ? 1 : 3)
-                                            : (nb <= 3   ? 1
-                                               : nb == 6 ? 4
-                                                         : 2);
+constexpr int neighbours() {
+  if (kRegisters == 32) return nb <= 3 ? 1 : (nb == 6 ? 4 : 2);
+  return nb == 1 ? 1 : 3;
+}
+template <int nb>
+constexpr int kNeighbours = neighbours<nb>();
 
 // So much of the contracted index is summed before it is added to the sums.
 template <typename T, int nb>
@@ -77,8 +86,9 @@ MOE_INLINE void dot_rows(const DotTile<T>& tile, const T* a, int64_t apart, int6
   using Group = Groups<T>;
   using A = acc_t<T>;
   constexpr int step = kDotStep<T>, halves = kHalves<T>;
-  // What takes more instructions to load needs more sums on their way. As many for a row that is
-  // left over as for neighbours, or its terms would have another order.
+  // What takes more instructions to load needs more sums on their way, of a row that is alone with
+  // every packed value. Elsewhere as many for a row that is left over as for neighbours, or its
+  // terms would have another order.
   constexpr bool alone = kStreams<T, nb> == 1 && kNeighbours<nb> == 1;
   constexpr int unroll = !alone || kNative<T> ? 1 : (nb == 1 ? 4 : (nb <= 3 ? 2 : 1));
   constexpr int64_t kAhead = 8192 / sizeof(T);  // two pages: the first of a page takes longest
