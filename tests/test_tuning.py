@@ -59,7 +59,8 @@ def test_candidates_can_work(kernel: str, rows: int | None, arch: int) -> None:
     by_triton = kernel in ("up", "down_backward", "grouped_gemm") and arch == 100
     by_triton |= kernel == "grouped_gemm" and on_hopper
     ways = {"no"} | ({"triton"} if by_triton else set()) | ({"gluon"} if on_hopper else set())
-    ways |= {"gluon_gather"} if on_hopper and kernel == "down_backward" else set()
+    more = {"down_backward": {"gluon_gather"}, "scaled_grouped_gemm": {"gluon_activate"}}
+    ways |= more.get(kernel, set()) if on_hopper else set()
     assert {cut.warp_specialize for cut in found} == ways
     for cut in found:
         weights = 2 if kernel == "up" else 1
@@ -351,7 +352,7 @@ def test_a_table_of_another_device_is_not_touched(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["tune", "upp"], "kernels must be of up, grouped_gemm, down_backward, wgrad, scaled_"),
+        (["tune", "upp"], "kernels must be of up, grouped_gemm, wgrad, down_backward, scaled_"),
         (["tune", "--dry-run", "--shape", "Q=3"], "got 'Q=3'"),
         (["tune", "--dry-run", "--shape", "gpt-oss-120b"], "tuned with swiglu and without bias"),
         pytest.param(

@@ -117,6 +117,8 @@ def _specialized(
             wide = replace(gluon, block_n=n, stages=min(stages, fit))
             if suits_gluon(kernel, wide) and n < 2 * columns:
                 yield wide
+                if n > config.block_n:  # gate and up of what shares a scale
+                    yield replace(wide, warp_specialize="gluon_activate")
         return
     for way in ways:
         other = replace(gluon, warp_specialize=way)

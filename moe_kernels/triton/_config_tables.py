@@ -41,9 +41,9 @@ WARP_SPECIALIZE = {
     "up": ("no", "triton", "gluon"),
     "down_backward": ("no", "triton", "gluon", "gluon_gather"),
     "wgrad": ("no", "gluon"),
-    "scaled_grouped_gemm": ("no", "gluon"),
+    "scaled_grouped_gemm": ("no", "gluon", "gluon_activate"),
 }
-GLUON = ("gluon", "gluon_gather")
+GLUON = ("gluon", "gluon_gather", "gluon_activate")
 LARGEST_TILE = 128 * 128  # of a group of four warps: 128 sums a thread
 SCALED = 128  # columns, and contracted elements, that share a scale
 # columns and contracted elements of a tile, where they do; a kernel in Gluon takes more columns
@@ -67,7 +67,9 @@ class Config:
         warp_specialize: whether warps have roles, to load or to multiply: "no", or given by
             "triton", its compiler, see ``_operands.specializes``, or "gluon", a kernel written so
             (``_hopper_*.py``), whose ``warps`` are those that multiply; or "gluon_gather", such a
-            kernel that gathers rows itself, which else are gathered before. Never a default.
+            kernel that gathers rows itself, which else are gathered before; or "gluon_activate",
+            such a product that, where it projects up, goes through the activation, which else a
+            kernel does after it. Never a default.
     """
 
     block_m: int

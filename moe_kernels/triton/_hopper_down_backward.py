@@ -124,7 +124,7 @@ def _bring(
         tiles, bound, columns, units = problem
         BYTES: gl.constexpr = 2 * BLOCK_K * (BLOCK_M + BLOCK_N)
         problem = (tiles, bound, columns, units * UNIT)
-        _load(grad, w, problem, ring, TRANSPOSED, BLOCK_N, BLOCK_K, GROUP_M, STAGES, BYTES)
+        _load(grad, w, problem, ring, TRANSPOSED, False, BLOCK_N, BLOCK_K, GROUP_M, STAGES, BYTES)
 
 
 @gluon.jit

@@ -88,10 +88,13 @@ def _load_weight(w, expert, n, k, ready, slot, TRANSPOSED: gl.constexpr):
 @gluon.jit
 def _load(
     a, b, problem, ring,
-    TRANSPOSED: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+    TRANSPOSED: gl.constexpr, HALVES: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
     GROUP_M: gl.constexpr, STAGES: gl.constexpr, BYTES: gl.constexpr,
 ):  # fmt: skip
-    """The role of the warp that loads: every step of every tile of the program."""
+    """The role of the warp that loads: every step of every tile of the program.
+
+    With HALVES, of TRANSPOSED weights, a tile also has the BLOCK_N columns that lie N further.
+    """
     tiles, bound, N, Kd = problem
     x, w, full, empty = ring
     row_tiles, column_tiles = tile_count(tiles), gl.cdiv(N, BLOCK_N)
@@ -106,7 +109,13 @@ def _load(
             mbarrier.wait(empty.index(slot), parity ^ 1)
             mbarrier.expect(ready, BYTES)
             tma.async_copy_global_to_shared(a, [first, k], ready, x.index(slot))
-            _load_weight(b, expert, n, k, ready, w.index(slot), TRANSPOSED)
+            weight = w.index(slot)
+            if HALVES:
+                left, right = weight.slice(0, BLOCK_N, dim=0), weight.slice(BLOCK_N, BLOCK_N, dim=0)
+                _load_weight(b, expert, n, k, ready, left, TRANSPOSED)
+                _load_weight(b, expert, N + n, k, ready, right, TRANSPOSED)
+            else:
+                _load_weight(b, expert, n, k, ready, weight, TRANSPOSED)
             step += 1
 
 
@@ -329,7 +338,9 @@ def _hopper_gemm_kernel(
                 bias, out, stride_bias_e, stride_bias_n, problem, ring, turn, 1, SHARED, TRANSPOSED,
                 BIASED, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, STAGES,
             )),
-            (_load, (a, b, problem, ring, TRANSPOSED, BLOCK_N, BLOCK_K, GROUP_M, STAGES, BYTES)),
+            (_load, (
+                a, b, problem, ring, TRANSPOSED, False, BLOCK_N, BLOCK_K, GROUP_M, STAGES, BYTES,
+            )),
         ],
         [4, 1],
         [MULTIPLYING, LOADING],

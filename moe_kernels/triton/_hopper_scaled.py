@@ -187,7 +187,7 @@ def _hopper_scaled_kernel(
                 scaled, bias, out, stride_bias_e, stride_bias_n, problem, ring, 1, BIASED, BLOCK_M,
                 BLOCK_N, BLOCK, K, GROUP_M, STAGES,
             )),
-            (_load, (a, b, problem, ring, True, BLOCK_N, BLOCK, GROUP_M, STAGES, BYTES)),
+            (_load, (a, b, problem, ring, True, False, BLOCK_N, BLOCK, GROUP_M, STAGES, BYTES)),
         ],
         [4, 1],
         [MULTIPLYING, LOADING],

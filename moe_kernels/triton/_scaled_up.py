@@ -7,6 +7,7 @@ A scale of the activation is that of 128 of its columns, so a tile that has them
 has just summed: h is written for a backward alone, and read by no one before. Gate and up are two
 products of 128 columns, one after the other: together their sums, and what tensor cores sum anew
 every 128 of H, are more than the registers of a tile of 128 rows. The second finds its rows in L2.
+Where warps have roles, a tile has both: ``_hopper_scaled_up.py``.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from moe_kernels.triton._fp8 import encode
 from moe_kernels.triton._launch import architecture, ceil_div, processors
 from moe_kernels.triton._operands import (
     bias_operand,
+    has_hopper_scaled,
     pipeline_stages,
     row_operand,
     weight_operand,
@@ -139,6 +141,21 @@ def activates_in_product(activation: Activation, h: Tensor, inner: int, cut: Con
     whole = inner % (BLOCK.value if halves else 16) == 0
     fits = h.element_size() == 2 and architecture(h.device) >= 90
     return whole and fits and cut.block_n == BLOCK.value
+
+
+def activates_in_roles(
+    activation: Activation, x: Tensor, w: Tensor, h: Tensor, inner: int, cut: Config
+) -> bool:
+    """Whether ``_hopper_scaled_up.py`` is asked for, and computes this projection.
+
+    Not with gelu, whose error function needs more registers than there are beside the sums.
+    """
+    if cut.warp_specialize != "gluon_activate" or not has_hopper_scaled(cut, w, x, h):
+        return False
+    halves = activation.gated and not activation.interleaved
+    whole = inner > 0 and inner % (BLOCK.value if halves else 16) == 0
+    blocks = 2 if activation.gated else 1  # of h, for one of the activation
+    return whole and activation.kind != "gelu" and cut.block_n >= blocks * BLOCK.value
 
 
 def project_up(

@@ -41,7 +41,7 @@ from moe_kernels.triton._fused_experts_backward import (
 from moe_kernels.triton._launch import ceil_div, on_device_of, refuse_float64
 from moe_kernels.triton._operands import Source, contiguous_rows, has_hopper_scaled
 from moe_kernels.triton._replay import launch
-from moe_kernels.triton._scaled_up import activates_in_product, project_up
+from moe_kernels.triton._scaled_up import activates_in_product, activates_in_roles, project_up
 from moe_kernels.triton._tiles import TileMap, build_tile_map, column_halves
 from moe_kernels.triton._wgrad import gathered_weight_gradient, sum_rows, weight_gradient
 from moe_kernels.triton.expert_activation import expert_activation
@@ -224,10 +224,17 @@ def _project_up(
 ) -> None:
     """Write the activation in float8, and ``h [num_rows, W]`` unless it has no rows.
 
-    A product whose warps have roles does not go through the activation. It saves more than it costs
-    to read h again, 4RI bytes, where h is written anyway.
+    A product whose warps have roles goes through the activation if that is asked for. Else it saves
+    more than it costs to read h again, 4RI bytes, where h is written anyway.
     """
     (rows, inner), keeps_h = a[0].shape, h.shape[0] > 0
+    if activates_in_roles(act, x[0], w[0], h, inner, cut):
+        from moe_kernels.triton import _hopper_scaled_up  # not every Triton has Gluon
+
+        _hopper_scaled_up.project_up(x, w, bias, h, a, act, tiles, cut)
+        if keeps_h:
+            zero_tail(h, offsets)
+        return
     in_roles = keeps_h and has_hopper_scaled(cut, w[0], x[0], h[:rows])
     if not in_roles and activates_in_product(act, h, inner, without_roles(cut)):
         project_up(x, w, bias, offsets, h, a, act, tiles, without_roles(cut))

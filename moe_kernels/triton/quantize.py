@@ -42,16 +42,22 @@ def magnitude(x):
 
 
 @triton.jit
-def block_scales(largest, POWER_OF_TWO: tl.constexpr):
-    """The scales of blocks from the bits of their largest magnitudes, and the reciprocals."""
-    limit = tl.full(largest.shape, MAXIMUM, tl.float32)
-    bits = divide(largest.to(tl.float32, bitcast=True), limit).to(tl.int32, bitcast=True)
+def block_scales(largest, POWER_OF_TWO: tl.constexpr, EXACT: tl.constexpr = True):
+    """The scales of blocks from the bits of their largest magnitudes, and the reciprocals.
+
+    Without EXACT to within a few units in the last place, of quotients that take no call.
+    """
+    zero = (largest * 0).to(tl.float32)  # in largest's layout, where it has one
+    limit = zero + MAXIMUM
+    magnitudes = largest.to(tl.float32, bitcast=True)
+    quotient = divide(magnitudes, limit) if EXACT else magnitudes / limit
+    bits = quotient.to(tl.int32, bitcast=True)
     if POWER_OF_TWO:  # the next one up
         bits = (bits + 0x7FFFFF) & INFINITY
     bits = tl.maximum(bits, SMALLEST_SCALE)
     bits = tl.where(largest < INFINITY, bits, 0x7FC00000)
     scale = bits.to(tl.float32, bitcast=True)
-    reciprocal = divide(tl.full(largest.shape, 1.0, tl.float32), scale)
+    reciprocal = divide(zero + 1.0, scale) if EXACT else 1.0 / scale
     return tl.where(largest == 0, 0.0, scale), tl.where(largest == 0, 0.0, reciprocal)
 
 

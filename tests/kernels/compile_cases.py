@@ -15,12 +15,13 @@ from tests.kernels.hopper_cases import (
     GLUON,
     HOPPER,
     INNER,
+    MORE_SCALED,
     ROLES,
+    SCALED,
     E,
     H,
     T,
     gluon_biased,
-    gluon_scaled,
 )
 
 K = 8
@@ -389,7 +390,7 @@ CASES: dict[str, Callable[[], None]] = {
     "gluon_down_turns_gathered_roles": partial(_gluon_down, 128, gathered=True, limit=7.0),
     "gluon_wgrad_shared_roles": partial(_roles, {"wgrad": 0}, HOPPER, **GLUON, block_n=256),
     "gluon_wgrad_copied_roles": partial(_gluon_wgrad, 256),
-    "gluon_scaled_256_4_roles": partial(gluon_scaled, 256),
+    **SCALED,
     "quantize": partial(_quantize, BF16),
     "scaled_many": partial(_scaled_gemm, T * K),
     "experts": partial(_fused_experts, "swiglu"),
@@ -495,10 +496,7 @@ MORE_CASES: dict[str, Callable[[], None]] = {
         _gluon_wgrad, 128, False, True, block_m=256, stages=3
     ),
     "gluon_wgrad_turns_sums_roles": partial(_gluon_wgrad, 128, True, True),
-    "gluon_scaled_256_3_biased_roles": partial(gluon_scaled, 256, stages=3, biased=True),
-    "gluon_scaled_256_4_columns_roles": partial(gluon_scaled, 256, columns=H + 6, biased=True),
-    "gluon_scaled_128_6_roles": partial(gluon_scaled, 128, stages=6, dtype=torch.float16),
-    "gluon_scaled_128_5_biased_roles": partial(gluon_scaled, 128, stages=5, biased=True),
+    **MORE_SCALED,
     "experts_roles": partial(
         _roles, {"up": 0, "down_backward": 0}, range(100, 110), **ROLES, block_n=64
     ),

@@ -154,6 +154,14 @@ def _product(a: Memory, b: Memory) -> Tensor:
     return result
 
 
+def block_scales(largest: Tensor, power_of_two: bool, exact: bool) -> tuple[Tensor, Tensor]:
+    assert not power_of_two
+    magnitude = largest.view(torch.float32)
+    scale = torch.where(magnitude.isfinite(), (magnitude / 448).clamp(min=2**-126), torch.nan)
+    nothing = largest == 0
+    return scale.masked_fill(nothing, 0), (1 / scale).masked_fill(nothing, 0)
+
+
 class Language:
     """Stand-ins for the names that a kernel's module has imported."""
 
@@ -327,6 +335,7 @@ class Language:
             split=lambda tile: (tile[..., 0], tile[..., 1]),
             join=lambda left, right: torch.stack((left, right), -1),
             sum=lambda tile, axis: tile.sum(axis),
+            max=lambda tile, axis: tile.amax(axis),
             convert_layout=lambda tile, layout, **_: tile,
             load=load,
             store=store,
@@ -358,6 +367,10 @@ class Language:
             "warpgroup_mma": issue,
             "warpgroup_mma_wait": complete,
             "meet": meet,
+            # of quantize.py and _fp8.py, whose tensors change their bits' type
+            "magnitude": lambda tile: tile.float().view(torch.int32) & 0x7FFFFFFF,
+            "block_scales": block_scales,
+            "encode": lambda tile, as_bytes: tile.to(torch.float8_e4m3fn),
         }
 
 

@@ -141,7 +141,8 @@ def launch(
         names["walk"] = _walk_among_tiles(names)
         names |= mistake(names)
         function = gluon_model.as_python(kernel, names)
-        function(*arguments, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, GROUP_M=2, **constants)
+        cut = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "GROUP_M": 2}
+        function(*arguments, **cut | constants)
 
 
 def products(rows: Tensor, w: Tensor, bias: Tensor | None, counts: list[int]) -> Tensor:
@@ -192,7 +193,7 @@ def check(out: Tensor, right: Tensor, limit: float = 4e-3) -> None:
     assert frobenius_error(out[kept], right[kept]) < limit
     # a row that is wrong is lost among many; a row's largest values are a few times the usual ones
     rows = ~right.isnan().any(1)
-    assert worst_row_error(out[rows], right[rows]) < 0.05
+    assert worst_row_error(out[rows], right[rows]) < max(0.05, 2 * limit)
 
 
 def check_that_some_schedule_ends_in(

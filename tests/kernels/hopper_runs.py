@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,22 +30,20 @@ from moe_kernels.triton._tiles import TileMap, build_tile_map
 from moe_kernels.triton._wgrad import weight_gradient
 from moe_kernels.triton.fused_experts import _project_up
 from moe_kernels.triton.grouped_gemm import multiply_rows, zero_tail
-from moe_kernels.triton.scaled_grouped_gemm import multiply_scaled_rows
-from tests.kernels.accuracy import float8_limit
+from tests.kernels.hopper_calls import ALPHA, BF16, INNER, KD, LIMIT, TOP_K, Call, padded
 from tests.kernels.hopper_checks import (
     BACKWARD_EPILOGUES,
     EPILOGUES,
     BackwardEpilogue,
     Epilogue,
     backward,
-    check,
     products,
 )
+from tests.kernels.hopper_scaled_runs import Scaled, ScaledUp, scaled_up_cases
+from tests.kernels.hopper_scaled_runs import product as scaled_product
+from tests.kernels.hopper_scaled_runs import projection as scaled_projection
 
-BF16, FLOAT8 = torch.bfloat16, torch.float8_e4m3fn
-KD, INNER, TOP_K = 200, 144, 3  # neither is a multiple of a tile's side
 CHUNKS = (range(256), range(256, 272))  # of the columns of backward through the down-projection
-ALPHA, LIMIT = 1.702, 0.5
 # rows, columns and slots; of a group of warps, which take turns, or halved
 UP_TILES = {"turns": (128, 64, 4), "turns_64": (64, 128, 5), "shared": (128, 128, 4)}
 GEMM_TILES = {
@@ -92,19 +90,6 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Scaled:
-    """The product of float8, and what it is compiled for."""
-
-    columns: int
-    stages: int
-    biased: bool = False
-    dtype: torch.dtype = BF16
-
-    def cut(self) -> Config:
-        return Config(128, self.columns, 128, 8, self.stages, warp_specialize="gluon")
-
-
-@dataclass(frozen=True)
 class Gradient:
     """The weight gradient, and what it is compiled for.
 
@@ -139,7 +124,7 @@ def _gathering_cases(tile: str) -> list[Case]:
     return [replace(case, gathered=True) for case in _cases(GATHERING_TILES, tile, epilogues)]
 
 
-AnyCase = Case | Gradient | Scaled
+AnyCase = Case | Gradient | Scaled | ScaledUp
 GROUPS: dict[str, list[AnyCase]] = {
     **{f"up_{tile}": list(_cases(UP_TILES, tile, EPILOGUES)) for tile in UP_TILES},
     **{f"down_{tile}": list(_cases(DOWN_TILES, tile, BACKWARD_EPILOGUES)) for tile in DOWN_TILES},
@@ -151,6 +136,7 @@ GROUPS: dict[str, list[AnyCase]] = {
         Scaled(256, 3, biased=True, dtype=torch.float16),
         Scaled(256, 2, biased=True),
     ],
+    "scaled_up": list(scaled_up_cases()),
     "scaled_128": [Scaled(128, 6, biased=True), Scaled(128, 5, dtype=torch.float16)],
     "wgrad_shared": [
         Gradient("shared", "grad", transposed=True),
@@ -189,42 +175,10 @@ def routings(case: AnyCase, device: torch.device) -> dict[str, list[int]]:
     }
 
 
-@dataclass(frozen=True)
-class Call:
-    """A launch on tensors that are made: outputs hold NaN until ``run``.
-
-    Attributes:
-        selected: whether a kernel in Gluon computes it.
-        outputs: each with what is right, in float64.
-        limit: of their error.
-    """
-
-    selected: Callable[[], bool]
-    run: Callable[[], None]
-    outputs: list[tuple[Tensor, Tensor]]
-    limit: float = 4e-3
-
-    def poison(self) -> None:
-        for out, _ in self.outputs:
-            out.fill_(torch.nan)
-
-    def check(self) -> None:
-        for out, right in self.outputs:
-            check(out, right, self.limit)
-
-
-def _padded(*shape: int, device: torch.device, dtype: torch.dtype = BF16) -> Tensor:
-    """Random values; rows are those of a wider matrix, whose other columns hold NaN."""
-    width = shape[-1] + 16 // dtype.itemsize
-    whole = torch.full((*shape[:-1], width), torch.nan, device=device).to(dtype)
-    part = whole[..., : shape[-1]]
-    return part.copy_(torch.randn(shape, device=device))
-
-
 def _weight(experts: int, columns: int, case: Case, device: torch.device) -> Tensor:
     if case.transposed:
-        return _padded(experts, columns, KD, device=device).mT
-    return _padded(experts, KD, columns, device=device)
+        return padded(experts, columns, KD, device=device).mT
+    return padded(experts, KD, columns, device=device)
 
 
 def _gradient(case: Gradient, counts: list[int], device: torch.device) -> Call:
@@ -238,7 +192,7 @@ def _gradient(case: Gradient, counts: list[int], device: torch.device) -> Call:
     found: list[Tensor] = []
     for name, width in zip(("a", "grad"), columns, strict=True):
         gathered = name == case.gathered
-        operand = _padded(rows // TOP_K + 1 if gathered else rows, width, device=device)
+        operand = padded(rows // TOP_K + 1 if gathered else rows, width, device=device)
         if not gathered:
             operand[used:] = torch.nan
         operands.append(operand)
@@ -269,41 +223,13 @@ def _gradient(case: Gradient, counts: list[int], device: torch.device) -> Call:
     return Call(selected, add, list(zip(out, right, strict=True)))
 
 
-def _scaled(case: Scaled, counts: list[int], device: torch.device) -> Call:
-    """Scales differ by magnitudes between neighbours, so that a wrong one shows."""
-    experts, used, cut = len(counts), sum(counts), case.cut()
-    rows, inner = used + 3, KD + 8  # the last are of no expert; rows of 16 bytes, not of 128
-    columns = 2 * INNER + 6
-    offsets = torch.tensor([0, *counts], device=device).cumsum(0).int()
-    a = _padded(rows, inner, device=device, dtype=FLOAT8)
-    b = _padded(experts, columns, inner, device=device, dtype=FLOAT8).mT
-    a[used:] = torch.nan
-    blocks = ceil_div(inner, 128), ceil_div(columns, 128)
-    by_row = torch.randn(blocks[0], rows, device=device).exp().t()
-    by_column = torch.randn(experts, *blocks, device=device).exp()
-    by_row[used:] = torch.nan
-    bias = torch.randn(experts, columns, device=device).to(case.dtype) if case.biased else None
-    out = torch.empty(rows, columns, dtype=case.dtype, device=device)
-    tiles = build_tile_map(offsets, rows, cut.block_m)
-
-    def multiply() -> None:
-        multiply_scaled_rows((a, by_row), (b, by_column), bias, out, tiles, cut)
-        zero_tail(out, offsets)
-
-    left = reference.dequantize_rows(a, by_row, torch.float64)
-    weights = reference.dequantize_weights(b, by_column, torch.float64)
-    right = products(left, weights, bias, counts).nan_to_num(0.0)
-    # float16 is rounded to more closely than tensor cores sum
-    limit = 4e-3 if case.dtype == BF16 else 4e-4 + float8_limit(device)
-    selected = lambda: _operands.has_hopper_scaled(cut, b, a, out)  # noqa: E731
-    return Call(selected, multiply, [(out, right)], limit)
-
-
 def call(case: AnyCase, counts: list[int], device: torch.device) -> Call:
     if isinstance(case, Gradient):
         return _gradient(case, counts, device)
     if isinstance(case, Scaled):
-        return _scaled(case, counts, device)
+        return scaled_product(case, counts, device)
+    if isinstance(case, ScaledUp):
+        return scaled_projection(case, counts, device)
     experts, used = len(counts), sum(counts)
     rows = used + 3  # the last are of no expert
     cut = case.cut()
@@ -312,7 +238,7 @@ def call(case: AnyCase, counts: list[int], device: torch.device) -> Call:
     if case.epilogue is None:
         # columns that are no multiple of 16 bytes, where the weights' storage lets them be
         columns = 2 * INNER + 6 if case.transposed else 2 * INNER
-        a, b = _padded(rows, KD, device=device), _weight(experts, columns, case, device)
+        a, b = padded(rows, KD, device=device), _weight(experts, columns, case, device)
         bias = torch.randn(experts, columns, device=device).to(BF16) if case.biased else None
         out = torch.empty(rows, columns, dtype=BF16, device=device)
 
@@ -334,7 +260,7 @@ def call(case: AnyCase, counts: list[int], device: torch.device) -> Call:
     columns = INNER * (2 if kind in GATED else 1)
     activation = Activation(kind, interleaved, ALPHA, LIMIT)
     tokens = rows // TOP_K + 1
-    x, w = _padded(tokens, KD, device=device), _weight(experts, columns, case, device)
+    x, w = padded(tokens, KD, device=device), _weight(experts, columns, case, device)
     shift = torch.randn(experts, columns, device=device).to(BF16) if biased else None
     slots = torch.randperm(rows, device=device).int()
     slots[used:] = 2**30  # never read
@@ -370,11 +296,11 @@ def _backward_call(
     used, columns, cut = sum(counts), CHUNKS[-1].stop, case.cut()
     rows = 4 * ceil_div(used + 3, 4)  # so that both launches are of one kernel, of aligned parts
     activation = Activation(kind, interleaved, ALPHA, LIMIT if clamps else math.inf)
-    grad = rows_of_grad = _padded(rows, KD, device=device)
+    grad = rows_of_grad = padded(rows, KD, device=device)
     rows_source = None
     if case.gathered:
         slots = torch.randperm(rows, device=device).int()
-        grad = _padded(ceil_div(rows, TOP_K), KD, device=device)
+        grad = padded(ceil_div(rows, TOP_K), KD, device=device)
         rows_of_grad = grad[slots.long() // TOP_K]
         slots[used:] = 2**30  # never read
         rows_source = Source(slots, TOP_K)

@@ -37,6 +37,7 @@ from moe_kernels.triton._launch import ceil_div
 from moe_kernels.triton._operands import Source
 from moe_kernels.triton._wgrad import gathered_weight_gradient, weight_gradient
 from moe_kernels.triton.fused_experts import _project_up
+from moe_kernels.triton.fused_experts_fp8 import _project_up as project_up_float8
 from moe_kernels.triton.grouped_gemm import multiply_rows
 from moe_kernels.triton.permute import permute
 from moe_kernels.triton.quantize import quantize_rows, quantize_weights
@@ -56,6 +57,7 @@ GLUON = {
     "down_gathers": Config(128, 128, 64, warps=8, stages=4, warp_specialize="gluon_gather"),
     "wgrad": Config(256, 128, 64, warps=8, stages=4, warp_specialize="gluon"),
     "scaled": Config(128, 256, 128, warps=8, stages=3, warp_specialize="gluon"),
+    "scaled_up": Config(128, 256, 128, warps=8, stages=3, warp_specialize="gluon_activate"),
 }
 PLAIN = {
     "up": Config(128, 128, 64, warps=8, stages=4),
@@ -303,7 +305,20 @@ def kernels(
             lambda out: multiply_scaled_rows(float8, weights, None, out[0], tiles, cut),
         )
 
+    def scaled_up(out: list[Tensor]) -> None:
+        a = out[1].view(torch.float8_e4m3fn), out[2].t()
+        cut = GLUON["scaled_up"]
+        project_up_float8(float8, weights, None, order[2], out[0], a, activation, tiles, cut)
+
     found["scaled"] = scaled(GLUON["scaled"])
+    found["scaled_up"] = Kernel(
+        lambda: [
+            *empty((R, W))(),
+            torch.empty(R, inner, dtype=torch.uint8, device=device),
+            torch.empty(ceil_div(inner, 128), R, device=device),
+        ],
+        scaled_up,
+    )
     found["up, plain"] = project(PLAIN["up"])
     for name, product in products.items():
         found[f"{name}, plain"] = multiply(*product, PLAIN["gemm"])
@@ -347,7 +362,8 @@ def wait_twice() -> None:
 
 
 def _bits(value: Tensor) -> Tensor:
-    return value.view(torch.int16) if value.element_size() == 2 else value.view(torch.int32)
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32}[value.element_size()]
+    return value.view(integer)
 
 
 def stress(kernel: Kernel, offsets: Tensor, runs: int, disturb: Callable[[], None]) -> list[str]:

@@ -155,6 +155,7 @@ def test_cases_for_a_gpu_are_those_of_the_kernels_in_gluon(monkeypatch: pytest.M
     [
         *(("up_shared", "all to one"), ("gemm_turns", "ragged")),
         *(("down_turns", "ragged"), ("wgrad_sums", "ragged"), ("scaled_shared", "ragged")),
+        ("scaled_up", "all to one"),
     ],
 )
 def test_cases_for_a_gpu_are_right_of_the_plain_kernels(group: str, routing: str) -> None:

@@ -187,3 +187,36 @@ def test_float8_projects_up_by_warps_with_roles_where_h_is_kept(
     assert names[4 : 5 + 2 * training] == (apart if training else ["_scaled_up_kernel"])
     rows = 4096 * K
     assert asked == [((E, H, 2 * INNER), (rows, H), (rows, 2 * INNER))] * training
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_float8_projects_up_and_activates_by_warps_with_roles(
+    training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one launch, if that is asked for and can be; rows of h of no expert are another's."""
+    from moe_kernels.triton import _hopper_scaled_up
+    from moe_kernels.triton import fused_experts_fp8 as module
+
+    asked, made = [], []
+
+    def is_made_for(act: Any, x: Any, w: Any, h: Any, inner: int, cut: Any) -> bool:
+        asked.append((x.shape, w.shape, h.shape, inner))
+        return True
+
+    def project_up(x: Any, w: Any, bias: Any, h: Any, a: Any, *others: Any) -> None:
+        made.append((x[0].shape, w[0].shape, h.shape, a[0].shape, a[1].shape))
+
+    monkeypatch.setattr(module, "activates_in_roles", is_made_for)
+    monkeypatch.setattr(_hopper_scaled_up, "project_up", project_up)
+    names, _ = launches(fused_experts_fp8, *experts(4096, training), None, None)
+    clears = ["_zero_tail_kernel"] * training
+    assert names[4:] == [
+        *clears,
+        "_quantize_weights_kernel",
+        "_scaled_grouped_gemm_kernel",
+        "_unpermute_kernel",
+    ]
+    rows = 4096 * K
+    shapes = (rows, H), (E, H, 2 * INNER), (rows * training, 2 * INNER)
+    assert asked == [(*shapes, INNER)]
+    assert made == [(*shapes, (rows, INNER), (rows, -(-INNER // 128)))]
