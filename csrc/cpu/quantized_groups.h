@@ -14,13 +14,13 @@ typedef uint8_t VecU8 __attribute__((vector_size(kVectorBytes)));
 typedef int16_t VecI16 __attribute__((vector_size(kVectorBytes)));
 
 // ---------------------------------------------------------------------------------------- codes
-// Bytes of codes, and how they become bytes of value + kOffset, up to kLargest.
+// Bytes of codes, and how they become unsigned bytes of value + kOffset, up to kMost.
 template <Format format>
 struct Codes;
 
 template <>
 struct Codes<Format::kInt8> {
-  static constexpr int kOffset = 128, kLargest = 255, kPerByte = 1;
+  static constexpr int kOffset = 128, kPerByte = 1;
 
   static MOE_INLINE void unpack(VecU8 codes, VecU8 (&values)[kPerByte]) { values[0] = codes; }
 };
@@ -33,7 +33,7 @@ MOE_INLINE void split_nibbles(VecU8 codes, VecU8 (&values)[2]) {
 
 template <>
 struct Codes<Format::kInt4> {
-  static constexpr int kOffset = 8, kLargest = 15, kPerByte = 2;
+  static constexpr int kOffset = 8, kMost = 15, kPerByte = 2;
 
   static MOE_INLINE void unpack(VecU8 codes, VecU8 (&values)[kPerByte]) {
     split_nibbles(codes, values);
@@ -43,7 +43,7 @@ struct Codes<Format::kInt4> {
 // e2m1, twice the value: 0, 1, 2, 3, 4, 6, 8, 12, then the same negative.
 template <>
 struct Codes<Format::kMxfp4> {
-  static constexpr int kOffset = 12, kLargest = 24, kPerByte = 2;
+  static constexpr int kOffset = 12, kMost = 24, kPerByte = 2;
 
   static MOE_INLINE void unpack(VecU8 codes, VecU8 (&values)[kPerByte]) {
     split_nibbles(codes, values);
@@ -67,10 +67,12 @@ struct Codes<Format::kMxfp4> {
 };
 
 // -------------------------------------------------------------------------------- integer rows
-// How products are added: four bytes of a lane times four of a row to 32 bits where there is an
-// instruction for it; else twice two bytes to two sums of 16 bits, where those hold the products of
-// some groups of four; else twice two integers of 16 bits to 32.
-enum class Products { kFourBytes, kTwoBytes, kTwoShorts };
+// What an instruction multiplies and adds in a lane of 32 bits.
+enum class Products {
+  kFourBytes,  // with as many of a row, to 32 bits
+  kTwoBytes,  // twice, to sums of 16 bits, which hold the products of some fours of codes of 4 bits
+  kTwoShorts,  // to 32 bits: bytes are widened first
+};
 
 template <Format format>
 constexpr Products kProducts =
@@ -90,8 +92,9 @@ struct RowGroup {
 
   static constexpr int kPlanes = (wide ? 2 : 1) + (sizeof(Element) == 1);
   static constexpr int kPlaneBits = sizeof(Element) == 1 ? 8 : (wide ? 12 : 16);
-  // fits the planes, rounding included
+  // Fits the planes: with the carry of those below, the last has at most 127 in bytes.
   static constexpr float kLargest = wide ? 127 * 65536 : 127 * 256;
+  static_assert(kPlanes * kPlaneBits >= (wide ? 24 : 16));
 
   float scale;
   int32_t starts[kPlanes];              // -kOffset times the sum of a plane
@@ -159,8 +162,8 @@ template <Format format>
 struct GroupSum<format, Products::kTwoBytes> {
   using V = VecI16;
 
-  // Each adds two products of a byte up to kLargest with one from -128 on.
-  static constexpr int kFits = 32767 / (2 * 128 * Codes<format>::kLargest);
+  // Each adds two products of a byte up to kMost with one from -128 on.
+  static constexpr int kFits = 32767 / (2 * 128 * Codes<format>::kMost);
 
   static MOE_INLINE void add(V& sum, VecU8 bytes, const int8_t* four) {
     const VecI32 row = VecI32{} + four_bytes(four);
@@ -227,7 +230,8 @@ void pack_group(RowGroup<products, wide>& group, const float* row, int64_t n, in
   float largest = 0;
   for (int i = 0; i < L; ++i) largest = maxima[i] > largest ? maxima[i] : largest;
   const float finite = sum_lanes<float>(zeros);
-  const bool some = largest > 1e-30f && finite == 0;  // smaller ones have no inverse
+  // Of smaller ones the scale, or the inverse, would not be a normal number: they count as zeros.
+  const bool some = largest > 1e-30f && finite == 0;
   const float inverse = some ? Group::kLargest / largest : 0;
   group.scale = some ? largest / Group::kLargest : finite;
   int32_t rest[kGroupSize] = {};

@@ -1,10 +1,11 @@
 // Rows times quantised matrices.
 //
-// A tile of 16 columns is read once, a group of 32 of k at a time, for up to kMaxRows rows. Codes
-// are unpacked to unsigned bytes, four consecutive k of a column in a 32-bit lane, and multiplied
-// with the same four integers of a row in all lanes. What makes the bytes unsigned, an offset, is
-// subtracted where a sum starts: offset times the sum of the row's integers. Sums of a group are
-// exact, in 32 bits at the end; then the scales make floats of them.
+// A tile of 16 columns is read once, a group of 32 of k at a time, for up to kMaxRows rows, which
+// may meet it in two parts, by vectors, from the cache. Codes are unpacked to unsigned bytes, four
+// consecutive k of a column in a 32-bit lane, and multiplied with the same four integers of a row
+// in all lanes. What makes the bytes unsigned, an offset, is subtracted where a sum starts: offset
+// times the sum of the row's integers. Sums of a group are exact, in 32 bits at the end; then the
+// scales make floats of them.
 #include "cpu/kernels.h"
 #include "cpu/panels.h"
 #include "cpu/quantized_groups.h"
@@ -132,7 +133,7 @@ void integer_tile(const Tile& tile) {
   constexpr int planes = Group::kPlanes;
   constexpr int64_t group_bytes = kTileColumns * kGroupSize / Codes<format>::kPerByte;
   constexpr bool grouped = has_group_scales(format);
-  // Of so many rows the sums fit the registers.
+  // Of so many rows the sums nearly fit the registers.
   constexpr int at_once = kRegisters < 32 && planes * rows > 4 ? 2 : rows;
   const uint8_t *codes = tile.codes, *ahead = tile.ahead;
   const bf16* scales = static_cast<const bf16*>(tile.scales);
@@ -148,7 +149,7 @@ void integer_tile(const Tile& tile) {
       if (streams == 1) {
         MOE_UNROLL
         for (int64_t i = 0; i < group_bytes; i += 64) prefetch_line(ahead + i);
-        if (grouped) prefetch_line(some + tile.groups * kTileColumns);  // of the next tile
+        if (grouped) prefetch_line(some + tile.groups * kTileColumns);  // of the next tile, if any
       }
       const auto add = [&]<int first, int count>() __attribute__((always_inline)) {
         VecI32 products[kVectors][count][planes];
@@ -182,7 +183,8 @@ void integer_tile(const Tile& tile) {
 
 // -------------------------------------------------------------------------------------- e4m3
 // Its bits, moved to those of a wider number with the sign, are the value times 2^-120. Rows are
-// multiplied by 2^48 so that no product is subnormal, which some instructions make zero.
+// multiplied by 2^48, so that products of values from about 1e-15 to 1e24 are normal numbers: some
+// instructions take others for zero, and larger values become infinite.
 constexpr float kLift = 0x1p48f, kLower = 0x1p72f;
 
 // Whether rows are pairs of bf16 as the processor multiplies them, else floats.

@@ -145,8 +145,9 @@ def fused_experts_quantized(
 
     On CPU codes are multiplied as they lie in memory, and where experts have few tokens (decode)
     each needed expert is read once. x and the activations are rounded to integers of 16 bits, of 24
-    for float32, with a scale for each 32 of them, and the sums of a group are exact. The error of
-    that is below that of rounding to x's dtype. With fp8 codes they stay in bf16 (float32 where x
+    for float32, with a scale for each 32 of them, and the sums of a group are exact. That is wrong
+    by at most 1e-4 of the norm of these 32, or 4e-7 for float32; 32 values of which none is above
+    1e-30 count as zeros. With fp8 codes they stay in bf16 (float32 where x
     is not bf16, or the processor has no bf16 products). For float64 all weights are written out
     first. On CUDA and elsewhere it is the plain PyTorch definition, which writes them out too and
     waits for the device.
