@@ -136,7 +136,7 @@ GROUPS: dict[str, list[AnyCase]] = {
         Scaled(256, 3, biased=True, dtype=torch.float16),
         Scaled(256, 2, biased=True),
     ],
-    "scaled_up": list(scaled_up_cases()),
+    **{f"scaled_up_{part}": list(scaled_up_cases())[part::4] for part in range(4)},
     "scaled_128": [Scaled(128, 6, biased=True), Scaled(128, 5, dtype=torch.float16)],
     "wgrad_shared": [
         Gradient("shared", "grad", transposed=True),

@@ -32,6 +32,7 @@ from tests.kernels.hopper_checks import (
     products,
     tile_map,
 )
+from tests.kernels.hopper_scaled_runs import ScaledUp
 
 pytestmark = pytest.mark.skipif(HAS_GPU, reason="models what a GPU does")
 
@@ -144,6 +145,10 @@ def test_cases_for_a_gpu_are_those_of_the_kernels_in_gluon(monkeypatch: pytest.M
     cases = hopper_runs.GROUPS["up_turns"] + hopper_runs.GROUPS["up_turns_64"]
     cases += hopper_runs.GROUPS["up_shared"]
     assert {case.epilogue for case in cases if isinstance(case, hopper_runs.Case)} == set(EPILOGUES)
+    scaled = [hopper_runs.GROUPS[f"scaled_up_{part}"] for part in range(4)]
+    assert {case.epilogue for case in chain(*scaled) if isinstance(case, ScaledUp)} == set(
+        EPILOGUES
+    )
     down = [hopper_runs.GROUPS[f"down_{tile}"] for tile in hopper_runs.DOWN_TILES]
     assert {case.epilogue for case in chain(*down) if isinstance(case, hopper_runs.Case)} == set(
         BACKWARD_EPILOGUES
@@ -155,7 +160,7 @@ def test_cases_for_a_gpu_are_those_of_the_kernels_in_gluon(monkeypatch: pytest.M
     [
         *(("up_shared", "all to one"), ("gemm_turns", "ragged")),
         *(("down_turns", "ragged"), ("wgrad_sums", "ragged"), ("scaled_shared", "ragged")),
-        ("scaled_up", "all to one"),
+        ("scaled_up_2", "all to one"),
     ],
 )
 def test_cases_for_a_gpu_are_right_of_the_plain_kernels(group: str, routing: str) -> None:
