@@ -69,6 +69,8 @@ def test_candidates_can_work(kernel: str, rows: int | None, arch: int) -> None:
             if cut.warp_specialize in GLUON:
                 assert cut.block_m * cut.block_n * weights in (LARGEST_TILE, 2 * LARGEST_TILE)
                 assert suits_gluon(kernel, cut)
+                if cut.warp_specialize == "gluon_activate":
+                    assert cut.block_n == 256
             elif arch == 90:  # eight warps multiply, in two groups
                 assert (cut.warps, cut.block_m >= 128) == (4, True)
                 cut = dataclasses.replace(cut, warps=8)
@@ -135,8 +137,9 @@ def test_float8_is_compiled_as_the_layer_runs_it() -> None:
     shape, kernel = layer(4096, 2048, 768, 128, 8), "scaled_grouped_gemm"
     fused = default_config(kernel, 90, "fp8", 256 * 128, 128)
     apart = Config(128, 64, 128, warps=8, stages=5)
-    gluon = Config(128, 256, 128, warps=8, stages=4, warp_specialize="gluon")  # has none for this
-    configs = [fused, apart, gluon]
+    gluon = Config(128, 256, 128, warps=8, stages=4, warp_specialize="gluon")
+    in_roles = dataclasses.replace(gluon, warp_specialize="gluon_activate")
+    configs = [fused, apart, gluon, in_roles]
     found = compile_all(kernel, 0, shape, "bf16", configs, 90, processes=1, seconds=240)
     assert {made.problem for made in found.values()} == {""}
     assert found[fused].registers > found[apart].registers > 0

@@ -6,7 +6,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 
-from moe_kernels.triton._config_tables import GLUON, LARGEST, WARP_SPECIALIZE, Config, suits_gluon
+from moe_kernels.triton._config_tables import (
+    GLUON,
+    LARGEST,
+    SCALED,
+    WARP_SPECIALIZE,
+    Config,
+    suits_gluon,
+)
 
 # bytes of shared memory that a block may have, and registers of a multiprocessor
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -117,7 +124,7 @@ def _specialized(
             wide = replace(gluon, block_n=n, stages=min(stages, fit))
             if suits_gluon(kernel, wide) and n < 2 * columns:
                 yield wide
-                if n > config.block_n:  # gate and up of what shares a scale
+                if n == 2 * SCALED:  # gate and up of what shares a scale
                     yield replace(wide, warp_specialize="gluon_activate")
         return
     for way in ways:

@@ -91,7 +91,8 @@ def tune_command(options: argparse.Namespace) -> int:
             f"tune: torch {torch.__version__} finds no CUDA device; --dry-run compiles the "
             "candidates without one"
         )
-    wanted = list(_buckets(options.kernels or KERNELS, shapes(options.shape), options.dtype))
+    chosen = [kernel for kernel in KERNELS if kernel in (options.kernels or KERNELS)]
+    wanted = list(_buckets(chosen, shapes(options.shape), options.dtype))
     return _dry_run(wanted, options) if options.dry_run else _tune(wanted, options)
 
 

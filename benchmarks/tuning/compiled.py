@@ -145,8 +145,9 @@ def _answer(job: Mapping[str, Any], arch: int, kernels: list[Any]) -> dict[str, 
     kernels.clear()
     cut = Config(**job["config"])
     problem.run(cut)
-    roles = ("gemm", "up", "down_backward", "wgrad", "scaled")
-    names = [f"_hopper_{role}_kernel" for role in roles]
+    # its own: backward through the down-projection runs a weight gradient too
+    in_gluon = {"grouped_gemm": ["gemm"], "scaled_grouped_gemm": ["scaled", "scaled_up"]}
+    names = [f"_hopper_{role}_kernel" for role in in_gluon.get(job["kernel"], [job["kernel"]])]
     names += ["_scaled_up_kernel", f"_{job['kernel']}_kernel"]
     (kernel,) = (kernel for kernel in kernels if kernel.metadata.name in names)
     report = dataclasses.asdict(read(job["kernel"], kernel, family(arch)))

@@ -96,19 +96,19 @@ def gluon_scaled_up(
 
 SCALED: dict[str, Callable[[], None]] = {
     "gluon_scaled_256_4_roles": partial(gluon_scaled, 256),
-    "gluon_scaled_up_roles": partial(gluon_scaled_up, "swiglu"),
+    "gluon_scaled_up_256_4_roles": partial(gluon_scaled_up, "swiglu"),
 }
 MORE_SCALED: dict[str, Callable[[], None]] = {
     "gluon_scaled_256_3_biased_roles": partial(gluon_scaled, 256, stages=3, biased=True),
     "gluon_scaled_256_4_columns_roles": partial(gluon_scaled, 256, columns=H + 6, biased=True),
     "gluon_scaled_128_6_roles": partial(gluon_scaled, 128, stages=6, dtype=torch.float16),
     "gluon_scaled_128_5_biased_roles": partial(gluon_scaled, 128, stages=5, biased=True),
-    "gluon_scaled_up_3_h_roles": partial(gluon_scaled_up, "swiglu", stages=3, saves=True),
-    "gluon_scaled_up_4_h_roles": partial(gluon_scaled_up, "swiglu", saves=True),
-    "gluon_scaled_up_biased_roles": partial(
+    "gluon_scaled_up_256_3_h_roles": partial(gluon_scaled_up, "swiglu", stages=3, saves=True),
+    "gluon_scaled_up_256_4_h_roles": partial(gluon_scaled_up, "swiglu", saves=True),
+    "gluon_scaled_up_256_4_biased_roles": partial(
         gluon_scaled_up, "swigluoai", saves=True, limit=7.0, biased=True
     ),
-    "gluon_scaled_up_pairs_roles": partial(
+    "gluon_scaled_up_256_4_pairs_roles": partial(
         gluon_scaled_up,
         "swigluoai",
         saves=True,
@@ -117,11 +117,11 @@ MORE_SCALED: dict[str, Callable[[], None]] = {
         biased=True,
         inner=720,
     ),
-    "gluon_scaled_up_geglu_roles": partial(gluon_scaled_up, "geglu", biased=True),
-    "gluon_scaled_up_ungated_roles": partial(
+    "gluon_scaled_up_256_4_geglu_roles": partial(gluon_scaled_up, "geglu", biased=True),
+    "gluon_scaled_up_256_4_ungated_roles": partial(
         gluon_scaled_up, "silu", saves=True, biased=True, inner=720
     ),
-    "gluon_scaled_up_ungated_128_roles": partial(
+    "gluon_scaled_up_128_6_ungated_roles": partial(
         gluon_scaled_up, "relu2", 128, 6, biased=True, inner=720, dtype=torch.float16
     ),
 }

@@ -52,6 +52,7 @@ def project(
     stages: int = 3,
     seed: int = 0,
     mistake: Mistake = no_mistake,
+    codes: list[tuple[Tensor, Tensor]] | None = None,
 ) -> list[tuple[Tensor, Tensor, float]]:
     """Of a model the activation, its scales, and h, each with what is right and the limit of its
     error; rows of no expert stay NaN.
@@ -60,6 +61,7 @@ def project(
         counts: rows of each expert.
         columns: of the activation.
         parts: blocks of h in a tile; without a gate one will do.
+        codes: gets float8 and scales as they are, and of what is right, rounded as the layer does.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -99,6 +101,10 @@ def project(
     right = products(x.double() * wide, weights, bias if biased else None, counts)
     a = reference.expert_activation(right, kind, None, interleaved, 1.702, 0.5)
     found = reference.dequantize_rows(values, scales.t(), torch.float64, BLOCK)
+    if codes is not None:
+        options = (kind, None, interleaved, 1.702, 0.5)
+        rounded = reference.expert_activation(right.bfloat16().double(), *options).bfloat16()
+        codes += [(values, scales.t()), reference.quantize_rows(rounded, FLOAT8, BLOCK)]
     padded = torch.nn.functional.pad(a, (0, -columns % BLOCK)).unflatten(1, (-1, BLOCK))
     # as parts of what they should be: a few rows are far larger than all others
     of_row, of_block = a.norm(dim=1, keepdim=True), padded.abs().amax(2) / 448
@@ -140,6 +146,19 @@ def test_every_epilogue_is_computed(epilogue: Epilogue) -> None:
         options = epilogue._asdict() | {"parts": parts}
         for out, right, limit in project([9, 4], 24, 16 if halves else 20, **options):
             check(out, right, limit)
+
+
+@pytest.mark.parametrize(
+    ("kind", "interleaved"), [("swiglu", False), ("geglu", True), ("silu", False)]
+)
+def test_is_rounded_as_it_would_be_afterwards(kind: str, interleaved: bool) -> None:
+    """h to its dtype, its activation to the same, and that to float8: all but a few codes are the
+    same, whose h or activation lay between two numbers."""
+    codes: list[tuple[Tensor, Tensor]] = []
+    project([9, 24, 16], 24, 32, kind=kind, interleaved=interleaved, codes=codes)
+    (values, scales), (right, right_scales) = ([part[:49] for part in pair] for pair in codes)
+    assert (values.view(torch.uint8) == right.view(torch.uint8)).float().mean() > 0.99
+    assert ((scales / right_scales - 1).abs() < 1e-6).float().mean() > 0.95
 
 
 def test_blocks_of_zeros_and_of_no_numbers() -> None:

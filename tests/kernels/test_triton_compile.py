@@ -214,8 +214,9 @@ def test_the_weight_gradient_of_hopper_is_what_it_was_written_to_be(reports: Rep
 
 def test_the_float8_product_of_hopper_is_what_it_was_written_to_be(reports: Reports) -> None:
     """One warp loads all by TMA; each group multiplies a block of 128 columns at a time."""
-    found = [report for report in reports if report["kernel"] == "_hopper_scaled_kernel"]
-    assert bool(found) == (reports[0]["arch"] == 90)
+    names = {"_hopper_scaled_kernel", "_hopper_scaled_up_kernel"}
+    found = [report for report in reports if report["kernel"] in names]
+    assert {report["kernel"] for report in found} == (names if reports[0]["arch"] == 90 else set())
     for report in found:
         columns, stages = (int(part) for part in report["case"].split("_") if part.isdecimal())
         # 64 rows, 128 columns and 32 of 128 contracted elements at a time, for either group
@@ -223,7 +224,11 @@ def test_the_float8_product_of_hopper_is_what_it_was_written_to_be(reports: Repo
         assert (report["serialized"], report["shown"], report["detours"]) == (False, True, 0), (
             report
         )
-        assert (report["tma_load"], report["cp_async"], report["mma"]) == (2, 0, 0), report
+        # halves of the weights come as two copies
+        plain = report["kernel"] == "_hopper_scaled_kernel"
+        one_copy = plain or "pairs" in report["case"] or "ungated" in report["case"]
+        assert report["tma_load"] == (2 if one_copy else 3), report
+        assert (report["cp_async"], report["mma"]) == (0, 0), report
         assert report["role_registers"].count(240) == 2, report
         assert min(report["role_registers"]) == 24, report
         assert report["registers"] * report["warps"] >= 4 * (2 * 240 + 24), report

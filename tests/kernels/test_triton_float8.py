@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 import moe_kernels
@@ -39,6 +41,30 @@ def _numbers() -> Tensor:
     near = [middle, middle.nextafter(numbers[1:]), middle.nextafter(numbers[:-1])]
     x = torch.cat([numbers, *near])
     return torch.cat([x, -x])
+
+
+@triton.jit
+def _scales_kernel(largest, scales, reciprocals, EXACT: tl.constexpr, COUNT: tl.constexpr):
+    i = tl.arange(0, COUNT)
+    scale, reciprocal = quantize.block_scales(tl.load(largest + i), False, EXACT)
+    tl.store(scales + i, scale)
+    tl.store(reciprocals + i, reciprocal)
+
+
+def test_scales_of_quotients_that_take_no_call_are_nearly_the_exact_ones(
+    impl: Implementation,
+) -> None:
+    odd = [0.0, torch.inf, torch.nan, 1e-45, 1e-38, 2**-126 * 448, 3.4e38, 448.0]
+    magnitudes = torch.cat([torch.tensor(odd), torch.logspace(-44, 38, 120)])
+    bits = magnitudes.view(torch.int32).to(impl.device)
+    found = [torch.full((2, 128), torch.nan, device=impl.device) for _ in range(2)]
+    for exact, out in zip((True, False), found, strict=True):
+        _scales_kernel[(1,)](bits, out[0], out[1], EXACT=exact, COUNT=128)
+    right, close = (out.cpu() for out in found)
+    torch.testing.assert_close(close, right, rtol=5e-7, atol=0.0, equal_nan=True)
+    assert (close[:, 0] == 0).all()
+    assert close[:, 1:3].isnan().all()
+    assert close[0, 3] == 2**-126
 
 
 @pytest.mark.usefixtures("without_float8")
