@@ -271,7 +271,8 @@ void multiply_spread_rows(const operand_t<T>* packed, int64_t m, int64_t k, cons
 }
 
 // The same for a few rows, which read the matrix as fast as memory gives it: several of its rows at
-// a time, never packed, on sums that stay in the cache.
+// a time, never packed, on sums that stay in the cache. Where bf16 is loaded in pairs, sums of a
+// step's columns are those of even ones, then those of odd ones, until the last rows are added.
 template <typename T, int kRows>
 void multiply_few_spread_rows(const operand_t<T>* packed, int64_t m, int64_t k,
                               const MatrixOf<T>& b, Range columns, acc_t<T>* out,
@@ -279,6 +280,9 @@ void multiply_few_spread_rows(const operand_t<T>* packed, int64_t m, int64_t k,
   using Group = Groups<T>;
   using A = acc_t<T>;
   constexpr int L = kLanes<A>, G = Group::G;
+  // of a step no more columns than may be overwritten past the last one
+  constexpr int halves = 2 * L <= kOutputColumns ? kHalves<T> : 1;
+  constexpr int parts = G * halves, step = L * parts;
   constexpr int kGroups = kRows / G;
   constexpr int64_t kAhead = 2 * kRows;
   const int64_t row_size = padded<T>(k);
@@ -286,46 +290,70 @@ void multiply_few_spread_rows(const operand_t<T>* packed, int64_t m, int64_t k,
     const T* rows = b.data + row * b.stride_k + columns.begin;
     const int64_t count = min(kRows, k - row);
     const int64_t ahead = min(kAhead, k - row - count) * b.stride_k;
-    for (int64_t c = 0; c < columns.size(); c += L * G) {
-      const int64_t n = min(columns.size() - c, L * G);
-      typename Group::V vectors[kRows];
-      if (count == kRows && n == L * G) {
+    const bool last = row + kRows >= k;
+    for (int64_t c = 0; c < columns.size(); c += step) {
+      const int64_t n = min(columns.size() - c, step);
+      typename Group::V vectors[kRows][halves];
+      const auto load_row = [&](int64_t i, const T* p) __attribute__((always_inline)) {
+        if constexpr (halves == 2) {
+          vectors[i][0] = Group::template load_half<0>(p);
+          vectors[i][1] = Group::template load_half<1>(p);
+        } else {
+          vectors[i][0] = Group::load_wide(p);
+        }
+      };
+      if (count == kRows && n == step) {
         MOE_UNROLL
         for (int i = 0; i < kRows; ++i) {
           const T* p = rows + i * b.stride_k + c;
           prefetch_line(p + ahead);
-          vectors[i] = Group::load_wide(p);
+          load_row(i, p);
         }
       } else {
         for (int64_t i = 0; i < kRows; ++i) {
-          T some[L * G] = {};
+          T some[step] = {};
           if (i < count) std::memcpy(some, rows + i * b.stride_k + c, n * sizeof(T));
-          vectors[i] = Group::load_wide(some);
+          load_row(i, some);
         }
       }
       MOE_UNROLL
-      for (int g = 0; g < kGroups && G == 2; ++g) Group::pair(vectors[2 * g], vectors[2 * g + 1]);
+      for (int g = 0; g < kGroups && G == 2; ++g) {
+        Group::pair(vectors[2 * g][0], vectors[2 * g + 1][0]);
+      }
       for (int64_t r = 0; r < m; ++r) {
         const operand_t<T>* x = packed + r * row_size + row;
         A* to = out + r * out_stride + c;
-        Vec<A> sums[G];
+        Vec<A> sums[parts];
         MOE_UNROLL
-        for (int half = 0; half < G; ++half) {
-          sums[half] = Vec<A>{};
+        for (int part = 0; part < parts; ++part) {
+          sums[part] = Vec<A>{};
         }
         MOE_UNROLL
         for (int g = 0; g < kGroups; ++g) {
           const typename Group::V spread = Group::spread(x + g * G);
           MOE_UNROLL
-          for (int half = 0; half < G; ++half) {
-            sums[half] = Group::multiply_add(spread, vectors[g * G + half], sums[half]);
+          for (int part = 0; part < parts; ++part) {
+            const auto& v = halves == 2 ? vectors[g][part] : vectors[g * G + part][0];
+            sums[part] = Group::multiply_add(spread, v, sums[part]);
           }
         }
         MOE_UNROLL
-        for (int half = 0; half < G; ++half) {
-          if (n <= half * L) continue;
-          if (row > 0) sums[half] += load(to + half * L);
-          store(to + half * L, sums[half]);
+        for (int part = 0; part < parts; ++part) {
+          if (halves == 1 && n <= part * L) continue;
+          if (row > 0) sums[part] += load(to + part * L);
+        }
+        if constexpr (halves == 2) {
+          if (last) {
+            Vec<A> lower, upper;
+            interleave(sums[0], sums[1], lower, upper);
+            sums[0] = lower;
+            sums[1] = upper;
+          }
+        }
+        MOE_UNROLL
+        for (int part = 0; part < parts; ++part) {
+          if (halves == 1 && n <= part * L) continue;
+          store(to + part * L, sums[part]);
         }
       }
     }
