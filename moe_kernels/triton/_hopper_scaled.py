@@ -117,18 +117,34 @@ def _add_bias(total, bias, expert, n, N, stride_e, stride_n, BLOCK: gl.constexpr
 
 
 @gluon.jit
+def _scales_of(
+    scaled, expert, first, end, n, m, N, ROW: gl.constexpr, ROWS: gl.constexpr,
+    BLOCK: gl.constexpr, K: gl.constexpr,
+):  # fmt: skip
+    """What ``_sum_tile`` takes, of the blocks of columns from n and from m on, of N columns."""
+    scales_a, scales_b, stride_am, stride_ak, stride_be, stride_bk, stride_bn = scaled
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, K])
+    row = first + ROW + gl.arange(0, ROWS, gl.SliceLayout(1, SUMS))
+    of_column = scales_b + expert.to(gl.int64) * stride_be
+    # past the last column, the last scale
+    second = gl.minimum(m // BLOCK, (N - 1) // BLOCK)
+    return (
+        scales_a + row.to(gl.int64) * stride_am, of_column + (n // BLOCK) * stride_bn,
+        of_column + second * stride_bn, stride_ak, stride_bk, row < end,
+    )  # fmt: skip
+
+
+@gluon.jit
 def _multiply(
     scaled, bias, out, stride_bias_e, stride_bias_n, problem, ring,
     GROUP: gl.constexpr, BIASED: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     BLOCK: gl.constexpr, K: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The role of a group: half of each tile."""
-    scales_a, scales_b, stride_am, stride_ak, stride_be, stride_bk, stride_bn = scaled
     tiles, bound, N, Kd = problem
     ROWS: gl.constexpr = BLOCK_M // GROUPS
     ROW: gl.constexpr = GROUP * ROWS  # of a tile, the first
     PARTS: gl.constexpr = BLOCK_N // BLOCK
-    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, K])
     row_tiles, column_tiles = tile_count(tiles), gl.cdiv(N, BLOCK_N)
     start, step = gl.program_id(0), 0
     coming = _tile_of(tiles, bound, start, row_tiles, column_tiles, GROUP_M)
@@ -136,15 +152,8 @@ def _multiply(
         _, column_tile = walk(number, row_tiles, column_tiles, GROUP_M)
         expert, first, end = coming
         n = column_tile * BLOCK_N
-        row = first + ROW + gl.arange(0, ROWS, gl.SliceLayout(1, SUMS))
-        of_column = scales_b + expert.to(gl.int64) * stride_be
-        # past the last column, the last scale
-        block, last = n // BLOCK, (N - 1) // BLOCK
-        scales = (
-            scales_a + row.to(gl.int64) * stride_am, of_column + block * stride_bn,
-            of_column + gl.minimum(block + PARTS - 1, last) * stride_bn, stride_ak, stride_bk,
-            row < end,
-        )  # fmt: skip
+        m = n + (PARTS - 1) * BLOCK
+        scales = _scales_of(scaled, expert, first, end, n, m, N, ROW, ROWS, BLOCK, K)
         left, right, step = _sum_tile(
             ring, step, scales, Kd, end - first, GROUP, ROWS, PARTS, BLOCK, K, STAGES
         )

@@ -29,7 +29,7 @@ from moe_kernels.triton._hopper_gemm import (
     describe,
     describe_weight,
 )
-from moe_kernels.triton._hopper_scaled import _add_bias, _sum_tile
+from moe_kernels.triton._hopper_scaled import _add_bias, _scales_of, _sum_tile
 from moe_kernels.triton._launch import ceil_div, processors
 from moe_kernels.triton._operands import bias_operand
 from moe_kernels.triton._replay import launch
@@ -94,7 +94,6 @@ def _project(
     GROUP_M: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The role of a group: half of each tile."""
-    scales_x, scales_w, stride_xm, stride_xk, stride_we, stride_wk, stride_wn = scaled
     h, values, scales, stride_scales = results
     tiles, bound, N, H = problem
     HALVES: gl.constexpr = GATED and not INTERLEAVED
@@ -102,7 +101,6 @@ def _project(
     I = N // 2 if GATED and not HALVES else N
     ROWS: gl.constexpr = BLOCK_M // GROUPS
     ROW: gl.constexpr = GROUP * ROWS  # of a tile, the first
-    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, K])
     # a thread's elements lie side by side, 16 bytes of float8; or 8 of the results of pairs
     STORED: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0])
     PAIRED: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
@@ -115,14 +113,7 @@ def _project(
         # the first columns of the two blocks of h
         n = column_tile * BLOCK_N
         m = n + (N if HALVES else BLOCK)
-        row = first + ROW + gl.arange(0, ROWS, gl.SliceLayout(1, SUMS))
-        of_column = scales_w + expert.to(gl.int64) * stride_we
-        # past the last column, the last scale
-        last = (W - 1) // BLOCK
-        by_scales = (
-            scales_x + row.to(gl.int64) * stride_xm, of_column + (n // BLOCK) * stride_wn,
-            of_column + gl.minimum(m // BLOCK, last) * stride_wn, stride_xk, stride_wk, row < end,
-        )  # fmt: skip
+        by_scales = _scales_of(scaled, expert, first, end, n, m, W, ROW, ROWS, BLOCK, K)
         left, right, step = _sum_tile(
             ring, step, by_scales, H, end - first, GROUP, ROWS, PARTS, BLOCK, K, STAGES
         )
@@ -219,7 +210,7 @@ def project_up(
     tiles: TileMap,
     cut: Config,
 ) -> None:
-    """As :func:`moe_kernels.triton._scaled_up.project_up`, of what ``has_hopper_scaled_up`` admits.
+    """As :func:`moe_kernels.triton._scaled_up.project_up`, of what ``activates_in_roles`` admits.
 
     Further rows of h are left as they are.
     """
