@@ -286,18 +286,34 @@ void outer_tile(const OuterTile<T>& tile) {
     }
     return store_narrow<T>(tile, wide[0], rows, vectors);
   }
-  MOE_UNROLL
-  for (int r = 0; r < rows; ++r) {
+  // Read once: what is written could be a part of the tile, for all that compilers know.
+  A* const out = tile.out;
+  T* const narrow = tile.narrow;
+  const int64_t out_stride = tile.out_stride, narrow_stride = tile.narrow_stride;
+  if (tile.accumulate) {
     MOE_UNROLL
-    for (int v = 0; v < vectors; ++v) {
-      if (tile.accumulate) sums[r][v] += load(tile.out + r * tile.out_stride + v * L);
-      if (tile.stream) {
-        stream(tile.narrow + r * tile.narrow_stride + v * L, sums[r][v]);
-      } else if (tile.narrow) {
-        store(tile.narrow + r * tile.narrow_stride + v * L, sums[r][v]);
-      } else {
-        store(tile.out + r * tile.out_stride + v * L, sums[r][v]);
-      }
+    for (int r = 0; r < rows; ++r) {
+      MOE_UNROLL
+      for (int v = 0; v < vectors; ++v) sums[r][v] += load(out + r * out_stride + v * L);
+    }
+  }
+  if (tile.stream) {
+    MOE_UNROLL
+    for (int r = 0; r < rows; ++r) {
+      MOE_UNROLL
+      for (int v = 0; v < vectors; ++v) stream(narrow + r * narrow_stride + v * L, sums[r][v]);
+    }
+  } else if (narrow) {
+    MOE_UNROLL
+    for (int r = 0; r < rows; ++r) {
+      MOE_UNROLL
+      for (int v = 0; v < vectors; ++v) store(narrow + r * narrow_stride + v * L, sums[r][v]);
+    }
+  } else {
+    MOE_UNROLL
+    for (int r = 0; r < rows; ++r) {
+      MOE_UNROLL
+      for (int v = 0; v < vectors; ++v) store(out + r * out_stride + v * L, sums[r][v]);
     }
   }
 }

@@ -99,6 +99,174 @@ void block_of(const T* const* a, const T* const* b, int64_t m, Range i_range, Ra
   if (tile.stream) finish_streams();
 }
 
+// ------------------------------------------------------------------------ few rows to sum over
+// Writing the result takes the time then. It is written in long pieces of one or two of its rows;
+// what elements of b are multiplied with stays in registers meanwhile.
+constexpr int kPieceRows = 2, kPieceGroups = 12;  // at most
+
+// Two rows while that leaves registers for sums. First passes are the largest.
+constexpr int rows_of_piece(int groups, bool first) { return first && groups <= 6 ? 2 : 1; }
+
+template <typename T>
+struct Piece {
+  const operand_t<T>* a[kPieceRows];  // the first group of what belongs to each row
+  const operand_t<T>* b;              // [groups, b_step], vectors of groups
+  int64_t a_step, b_step;
+  int64_t columns;
+  acc_t<T>* sums[kPieceRows];  // of the groups before
+  acc_t<T>* out[kPieceRows];
+};
+
+template <typename T, int groups, bool first, bool past_caches>
+void sum_piece(const Piece<T>& piece) {
+  using Group = Groups<T>;
+  using A = acc_t<T>;
+  constexpr int L = kLanes<A>, G = Group::G, rows = rows_of_piece(groups, first);
+  typename Group::V a[rows][groups];
+  A *before[rows], *out[rows];
+  MOE_UNROLL
+  for (int r = 0; r < rows; ++r) {
+    before[r] = piece.sums[r];
+    out[r] = piece.out[r];
+    MOE_UNROLL
+    for (int g = 0; g < groups; ++g) a[r][g] = Group::spread(piece.a[r] + g * piece.a_step);
+  }
+  const operand_t<T>* b = piece.b;
+  const int64_t step = piece.b_step, columns = piece.columns;
+  for (int64_t c = 0; c < columns; c += L) {
+    Vec<A> sums[rows];
+    MOE_UNROLL
+    for (int r = 0; r < rows; ++r) sums[r] = first ? Vec<A>{} : load(before[r] + c);
+    MOE_UNROLL
+    for (int g = 0; g < groups; ++g) {
+      const typename Group::V vector = Group::load(b + g * step + c * G);
+      MOE_UNROLL
+      for (int r = 0; r < rows; ++r) {
+        sums[r] = Group::multiply_add(a[r][g], vector, sums[r]);
+      }
+    }
+    MOE_UNROLL
+    for (int r = 0; r < rows; ++r) {
+      past_caches ? stream(out[r] + c, sums[r]) : store(out[r] + c, sums[r]);
+    }
+  }
+}
+
+template <typename T, bool first, bool past_caches, size_t... g>
+MOE_INLINE auto piece_function(int64_t groups, std::index_sequence<g...>) {
+  static constexpr void (*table[])(const Piece<T>&) = {sum_piece<T, g + 1, first, past_caches>...};
+  return table[groups - 1];
+}
+
+// In pairs: of kDotStep columns the even ones, then the odd ones, which makes rounding cheap.
+template <typename T>
+constexpr bool kPaired = kHalves<T> == 2;
+
+inline void pack_paired(float* out, const bf16* row, int64_t columns) {
+  constexpr int L = kLanes<float>;
+  for (int64_t c = 0; c < columns; c += 2 * L) {
+    Vec<float> even, odd;
+    load_pairs(row + c, even, odd);
+    store(out + c, even);
+    store(out + c + L, odd);
+  }
+}
+
+// Rounds sums of products of bf16 numbers. Their NaN are those of the factors, or the processor's:
+// adding to the lower half makes no other numbers of them.
+inline void stream_paired(bf16* out, const float* sums, int64_t columns) {
+  constexpr int L = kLanes<float>;
+  const auto rounded = [](Vec<float> sum) __attribute__((always_inline)) {
+    const VecU32 bits = bit_cast<VecU32>(sum);
+    return bits + 0x7fff + ((bits >> 16) & 1);
+  };
+  for (int64_t c = 0; c < columns; c += 2 * L) {
+    const VecU32 even = rounded(load(sums + c)), odd = rounded(load(sums + c + L));
+    stream(reinterpret_cast<float*>(out + c),
+           bit_cast<Vec<float>>((even >> 16) | upper_halves(odd)));
+  }
+}
+
+template <typename T>
+void sum_few_rows(const T* const* a, const T* const* b, int64_t m, Range i_range, Range j_range,
+                  const OutputOf<T>& out) {
+  using U = operand_t<T>;
+  using A = acc_t<T>;
+  constexpr int64_t L = kLanes<A>, G = Compute<T>::G;
+  constexpr bool kUnrounded = std::is_same_v<T, A>;
+  constexpr int64_t kPieceBytes = 16 << 10;  // of b, in a first-level cache
+  constexpr auto all = std::make_index_sequence<kPieceGroups>();
+  const int64_t groups = ceil_div(m, G), rows = i_range.size();
+  const int64_t passes = ceil_div(groups, kPieceGroups), per_pass = ceil_div(groups, passes);
+  const int64_t together = rows_of_piece(per_pass, true);
+  const int64_t most = kPieceBytes / (groups * G * static_cast<int64_t>(sizeof(U))) / 64 * 64;
+  const int64_t widest = min(ceil_div(j_range.size(), 2 * L) * 2 * L, most);
+  Piece<T> piece;
+  piece.a_step = ceil_div(rows, L) * L * G;
+  piece.b_step = widest * G;
+  A* const sums = static_cast<A*>(thread_scratch(
+      Scratch::kKernel,
+      kPieceRows * widest * sizeof(A) + groups * (piece.a_step + piece.b_step) * sizeof(U)));
+  U* const a_groups = reinterpret_cast<U*>(sums + kPieceRows * widest);
+  U* const b_groups = a_groups + groups * piece.a_step;
+  const bool past_caches = out.narrow && out.stream && aligned<L>(out.narrow, out.stride);
+  const bool in_pairs = kPaired<T> && past_caches && aligned<2 * L>(out.narrow, out.stride);
+  const auto pack = [&](U* to, int64_t step, const T* const* from, Range columns, bool paired) {
+    for (int64_t g = 0; g < groups; ++g) {
+      const T* const row = from[g * G] + columns.begin;
+      if constexpr (kPaired<T>) {
+        if (paired) {
+          pack_paired(to + g * step, row, columns.size());
+          continue;
+        }
+      }
+      const T* const next = g * G + 1 < m ? from[g * G + 1] + columns.begin : nullptr;
+      pack_group<T>(to + g * step, row, next, columns.size());
+    }
+  };
+
+  pack(a_groups, piece.a_step, a, i_range, false);
+  for (int64_t j = 0; j < j_range.size(); j += widest) {
+    piece.columns = min(widest, j_range.size() - j);
+    const bool direct = kUnrounded && past_caches && piece.columns % L == 0;
+    const bool paired = in_pairs && piece.columns % (2 * L) == 0;
+    pack(b_groups, piece.b_step, b, Range{j_range.begin + j, j_range.begin + j + piece.columns},
+         paired);
+    for (int64_t i = 0; i < rows; i += together) {
+      for (int64_t pass = 0; pass < passes; ++pass) {
+        const int64_t begin = pass * per_pass, end = min(begin + per_pass, groups);
+        const bool streamed = direct && pass + 1 == passes;
+        piece.b = b_groups + begin * piece.b_step;
+        for (int64_t r = 0; r < together; ++r) {
+          const int64_t row = min(i + r, rows - 1);  // past the last one that is repeated
+          piece.a[r] = a_groups + begin * piece.a_step + row * G;
+          piece.sums[r] = piece.out[r] = sums + r * widest;
+          if constexpr (kUnrounded) {
+            if (streamed) piece.out[r] = out.narrow + row * out.stride + j;
+          }
+        }
+        const auto run = streamed
+                             ? (pass == 0 ? piece_function<T, true, kUnrounded>(end - begin, all)
+                                          : piece_function<T, false, kUnrounded>(end - begin, all))
+                             : (pass == 0 ? piece_function<T, true, false>(end - begin, all)
+                                          : piece_function<T, false, false>(end - begin, all));
+        run(piece);
+      }
+      for (int64_t r = 0; !direct && r < min(together, rows - i); ++r) {
+        const A* const row = sums + r * widest;
+        if constexpr (kPaired<T>) {
+          if (paired) {
+            stream_paired(out.narrow + (i + r) * out.stride + j, row, piece.columns);
+            continue;
+          }
+        }
+        emit(out, i + r, j, row, piece.columns, out.accumulate, past_caches);
+      }
+    }
+  }
+  if (past_caches) finish_streams();
+}
+
 #if defined(CPU_CAPABILITY_AMX)
 // The same in tile registers, which want columns of the first factor as rows.
 void block_in_tiles(const bf16* const* a, const bf16* const* b, int64_t m, Range i_range,
@@ -164,6 +332,9 @@ void block_in_tiles(const bf16* const* a, const bf16* const* b, int64_t m, Range
 template <typename T>
 void weight_grad(const T* const* a, const T* const* b, int64_t m, Range i_range, Range j_range,
                  const OutputOf<T>& out) {
+  // Tiles of more registers are larger, as are the pieces that they write.
+  constexpr int64_t kFew = kRegisters < 32 ? 20 : 0;
+  if (m > 0 && m <= kFew) return sum_few_rows(a, b, m, i_range, j_range, out);
 #if defined(CPU_CAPABILITY_AMX)
   constexpr auto run = block_in_tiles;
   const int64_t parts = m > 256 ? 2 : 1, rows = 1536 / parts, columns = 2048 / parts;

@@ -132,6 +132,26 @@ def test_wgrad_accumulates_into_a_buffer(
     torch.testing.assert_close(out.cpu().double(), expected, rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_wgrad_past_the_caches_keeps_nan_and_infinities(dtype: torch.dtype) -> None:
+    # Large results are written past the caches, where rounding is code of its own.
+    counts = torch.tensor([1, 5, 8, 20, 21])
+    offsets = torch.cat([torch.zeros(1), counts.cumsum(0)]).int()
+    a, grad = torch.randn(55, 1100).to(dtype), torch.randn(55, 2048).to(dtype)
+    infinity, nan = float("inf"), float("nan")
+    for start, count in zip(offsets.tolist(), counts.tolist(), strict=False):
+        a[start, 3], a[start + count - 1, 70], grad[start, 5] = infinity, nan, -infinity
+    a[:, 9], grad[:, 40] = 0.0, -0.0
+    if dtype == torch.bfloat16:  # every quiet NaN there is
+        patterns = torch.tensor([*range(0x7FC0, 0x8000), *range(-64, 0)], dtype=torch.int16)
+        grad[8, 100:228] = patterns.view(torch.bfloat16)
+    found = moe_kernels.grouped_gemm_wgrad(a, grad, offsets)
+    assert found.numel() * found.element_size() > 16 << 20
+    expected = wgrad_definition(a.double(), grad.double(), offsets, torch.float64, False)
+    close = {"rtol": 2e-2, "atol": 5e-2} if dtype.itemsize == 2 else {"rtol": 1e-5, "atol": 1e-4}
+    torch.testing.assert_close(found.double(), expected, equal_nan=True, **close)
+
+
 def test_autograd_knows_that_a_buffer_was_added_to(impl: Implementation) -> None:
     offsets = torch.tensor([0, 2, 5], dtype=torch.int32, device=impl.device)
     a, grad = torch.randn(5, 4, device=impl.device), torch.randn(5, 3, device=impl.device)

@@ -79,7 +79,10 @@ void check_weight_grad(const WeightGradKernels<T>& kernels, int64_t m, int64_t i
                        int64_t j_count, To to) {
   constexpr int64_t kFirst = 3;
   const Rows<T> a(m, kFirst + i_count), b(m, kFirst + j_count);
-  const int64_t stride = to == To::kStreamed ? (j_count + 15) / 16 * 16 : j_count + 1;
+  // Aligned to whole vectors of T, and for odd m not to more.
+  const int64_t multiple = m % 2 ? 8 : 16;
+  const int64_t stride =
+      to == To::kStreamed ? (j_count + multiple - 1) / multiple * multiple : j_count + 1;
   const bool narrow = to == To::kNarrow || to == To::kStreamed;
   const auto memory = aligned(i_count * stride * (narrow ? sizeof(T) : sizeof(acc_t<T>)));
   auto* wide = static_cast<acc_t<T>*>(memory.get());
@@ -144,7 +147,7 @@ void check_products_of() {
   check_multiply(gemm, 40, 70, 900, false);
   check_multiply(gemm, 40, 2500, 70, true);
   for (To to : {To::kWide, To::kSums, To::kNarrow, To::kStreamed}) {
-    for (int64_t m : {1, 2, 31, 32, 33, 100}) {
+    for (int64_t m : {1, 2, 5, 6, 7, 12, 13, 20, 21, 31, 32, 33, 100}) {
       for (int64_t i_count : {1, 16, 31, 33, 64}) {
         for (int64_t j_count : {1, 17, 32, 63, 64, 65, 150}) {
           if (m * i_count * j_count > 200'000) continue;
