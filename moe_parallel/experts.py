@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -165,9 +165,7 @@ class GroupedExperts(nn.Module):
         try:
             _check_tokens(x, token_mask, weights, indices)
         except (TypeError, ValueError):
-            with suppress(Exception):
-                # a call that has nothing right, of which the other ranks learn
-                self.token_dispatcher.dispatch(x, cast(Any, None), weights)
+            self.tell_refused()
             raise
         ids = torch.where(token_mask[:, None], indices, -1)
         start: Any = getattr(self.token_dispatcher, "dispatch_async", None)
@@ -181,6 +179,13 @@ class GroupedExperts(nn.Module):
                 meanwhile()
         y = self._compute(dispatched)
         return self.token_dispatcher.combine(y.to(x.dtype), dispatched.handle)
+
+    def tell_refused(self) -> None:
+        """What ranks do whose arguments do not fit: a call that has nothing right, of which the
+        others learn instead of waiting for this rank's tokens."""
+        nothing: Any = None
+        with suppress(Exception):
+            self.token_dispatcher.dispatch(nothing, nothing, nothing)
 
     def _compute(self, tokens: Dispatched) -> Tensor:
         def weight(parameter: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from moe_parallel.experts import GroupedExperts
 from moe_parallel.mesh import MeshError, get_submesh, groups_of, is_mesh, pipeline_of
+from moe_parallel.tensors import local_tensor
 from moe_parallel.text_module import is_module
 
 logger = logging.getLogger(__name__)
@@ -25,11 +26,13 @@ def replicate_correction_bias(gate: Any, mesh: Any) -> None:
 
     FSDP leaves buffers alone. As a plain tensor the bias would follow each rank's own load, and the
     ranks' routers would drift apart; :meth:`Gate.update_bias` sums the load over a DTensor's mesh.
+    The last mesh counts.
     """
     buffers = getattr(gate, "_buffers", None) or {}
     bias = buffers.get("e_score_correction_bias")
-    if not isinstance(bias, Tensor) or isinstance(bias, DTensor) or not is_mesh(mesh):
+    if not isinstance(bias, Tensor) or not is_mesh(mesh):
         return
+    bias = local_tensor(bias)
     local = bias if bias.is_meta else bias.to(mesh.device_type)
     buffers["e_score_correction_bias"] = DTensor.from_local(
         local, mesh, [Replicate()] * mesh.ndim, run_check=False

@@ -233,12 +233,14 @@ class Gate(nn.Module):
 
     def _record(self, load: Tensor, aux: Tensor | None) -> None:
         """Keep the load [E] of this forward for :meth:`update_bias` and for reports."""
-        load = load.detach().to(torch.int64)
+        own = load = load.detach().to(torch.int64)
         if self.training and self.bias_update_factor > 0:
             total = self._cumulative_expert_load
-            self._cumulative_expert_load = load if total is None else total + load
+            if total is not None and not total.is_meta:  # which holds no numbers
+                load = load + total.to(load.device)
+            self._cumulative_expert_load = load
         if self._track_load_balance:
-            self._last_expert_load = load
+            self._last_expert_load = own
             self._last_aux_loss = None if aux is None else aux.detach()
 
     @torch.no_grad()
@@ -296,6 +298,7 @@ class Gate(nn.Module):
         if self.bias is not None:
             local_tensor(self.bias).zero_()
         self.e_score_correction_bias_master = None
+        self._cumulative_expert_load = None
         buffer = self.e_score_correction_bias
         if buffer is None:
             return

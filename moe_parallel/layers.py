@@ -161,7 +161,8 @@ class MoE(nn.Module):
 
         Args:
             x: [..., H].
-            padding_mask: [...] bool, True for padding, which no routed expert sees.
+            padding_mask: [...] or flat, True (of integers, not 0) for padding, which no routed
+                expert sees. Of an attention mask, which is 1 for tokens: ``attention_mask == 0``.
             cp_mesh: see :attr:`cp_mesh`.
 
         Returns:
@@ -169,32 +170,22 @@ class MoE(nn.Module):
 
         Raises:
             TypeError: ``x`` or ``padding_mask`` is no tensor, ``x`` not dense and floating point.
-            ValueError: ``x`` has another hidden size, ``padding_mask`` another number of tokens.
+            ValueError: ``x`` has another hidden size, ``padding_mask`` another shape.
+            RuntimeError: arguments of another rank do not fit; it names the rank.
         """
-        if not isinstance(x, Tensor):
-            raise TypeError(f"MoE: x must be a tensor [..., H]; got {type(x).__name__}")
-        if x.layout != torch.strided or x.is_nested or not x.is_floating_point():
-            found = "that is nested" if x.is_nested else f"{x.dtype} of layout {x.layout}"
-            raise TypeError(
-                f"MoE: x must be dense and floating point; got a tensor that is {found}"
-            )
-        if x.dim() == 0 or x.shape[-1] != self.dim:
-            raise ValueError(f"MoE: x must be [..., H] with H = {self.dim}; got {list(x.shape)}")
+        try:
+            self._check(x, padding_mask)
+        except (TypeError, ValueError):
+            tell = getattr(self.experts, "tell_refused", None)
+            if tell is not None:
+                tell()
+            raise
         cp_mesh = self.cp_mesh if cp_mesh is None else cp_mesh
         tokens = x.reshape(-1, x.shape[-1])
         if padding_mask is None:
             token_mask = torch.ones(tokens.shape[0], dtype=torch.bool, device=x.device)
         else:
-            if not isinstance(padding_mask, Tensor):
-                raise TypeError(
-                    f"MoE: padding_mask must be a tensor of bool; got {type(padding_mask).__name__}"
-                )
             token_mask = ~padding_mask.reshape(-1).to(torch.bool)
-            if token_mask.shape[0] != tokens.shape[0]:
-                raise ValueError(
-                    f"MoE: padding_mask must be {list(x.shape[:-1])} for x {list(x.shape)}; got "
-                    f"{list(padding_mask.shape)}"
-                )
 
         weights, indices, _ = self.gate(tokens, token_mask, cp_mesh)
         latent = tokens if self.fc1_latent_proj is None else self.fc1_latent_proj(tokens)
@@ -217,6 +208,28 @@ class MoE(nn.Module):
         # Not a view: hooks that FSDP hangs on the output would be lost by an update in place.
         return torch.ops.aten._unsafe_view.default(y, x.shape)
 
+    def _check(self, x: Any, padding_mask: Any) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"MoE: x must be a tensor [..., H]; got {type(x).__name__}")
+        if x.layout != torch.strided or x.is_nested or not x.is_floating_point():
+            found = "that is nested" if x.is_nested else f"{x.dtype} of layout {x.layout}"
+            raise TypeError(
+                f"MoE: x must be dense and floating point; got a tensor that is {found}"
+            )
+        if x.dim() == 0 or x.shape[-1] != self.dim:
+            raise ValueError(f"MoE: x must be [..., H] with H = {self.dim}; got {list(x.shape)}")
+        if padding_mask is None:
+            return
+        if not isinstance(padding_mask, Tensor):
+            raise TypeError(
+                f"MoE: padding_mask must be a tensor of bool; got {type(padding_mask).__name__}"
+            )
+        if list(padding_mask.shape) not in (list(x.shape[:-1]), [x.numel() // x.shape[-1]]):
+            raise ValueError(
+                f"MoE: padding_mask must be {list(x.shape[:-1])} for x {list(x.shape)}, or flat; "
+                f"got {list(padding_mask.shape)}"
+            )
+
     def _shared(self, tokens: Tensor) -> Tensor | None:
         if self.shared_experts is None:
             return None
@@ -231,7 +244,8 @@ class MoE(nn.Module):
     ) -> None:
         """Draw every matrix from N(0, init_std); zero the biases and the correction bias.
 
-        Each rank draws its own part of a sharded matrix; seed all ranks alike.
+        Each rank draws its own part of a sharded matrix; seed all ranks of a pipeline stage alike,
+        and stages differently.
         """
         self.gate.init_weights(buffer_device, init_std)
         self.experts.init_weights(buffer_device, init_std)

@@ -227,6 +227,14 @@ def ranks_of_ep_shard(moe_mesh: Any, ep_axis_name: str) -> int:
     return size
 
 
+def ranks_of_stage(ep_mesh: Any, moe_mesh: Any | None) -> Any:
+    """The mesh of all ranks whose tokens experts of ``ep_mesh`` see, or copies of those experts:
+    ``moe_mesh`` without pipeline stages, ``ep_mesh`` where there is none."""
+    if moe_mesh is None or not is_mesh(moe_mesh):
+        return ep_mesh
+    return get_submesh(moe_mesh, [name for name in moe_mesh.mesh_dim_names or () if name != "pp"])
+
+
 def groups_of(mesh: DeviceMesh) -> list[Any]:
     """Process groups over which one reduction after the other covers the mesh: one, if there is."""
     for flat in flattened_meshes(mesh).values():

@@ -49,6 +49,7 @@ from moe_parallel.fsdp_preparation import (
 )
 from moe_parallel.fsdp_roots import check_ends, head_dtype, units_around_blocks
 from moe_parallel.layers import MoE
+from moe_parallel.mesh import ranks_of_stage
 from moe_parallel.model_meshes import Axes
 from moe_parallel.refusals import check_transports, refused_together
 from moe_parallel.text_module import (
@@ -179,8 +180,9 @@ class ExpertParallel(ParallelStyle):
 def apply_ep(model: nn.Module, ep_mesh: DeviceMesh, moe_mesh: DeviceMesh | None = None) -> None:
     """Shard the experts of every MoE block over ``ep_mesh``, in place.
 
-    Routers, shared experts and dense blocks stay as they are. Gradients of a rank's experts are
-    sums over the tokens of all ranks of ``ep_mesh``.
+    Shared experts and dense blocks stay as they are, and of routers all but the correction bias:
+    it becomes a DTensor, replicated over the ranks of ``moe_mesh``, else of ``ep_mesh``, whose load
+    updates it. Gradients of a rank's experts are sums over the tokens of all ranks of ``ep_mesh``.
 
     Args:
         model: the outer model.
@@ -204,6 +206,8 @@ def apply_ep(model: nn.Module, ep_mesh: DeviceMesh, moe_mesh: DeviceMesh | None 
     warn_without_experts(layers, ep_mesh)
     check_equal_experts(layers, ep_mesh, moe_mesh)
     _shard_experts(layers, ep_mesh)
+    for _, moe in layers:
+        replicate_correction_bias(getattr(moe, "gate", None), ranks_of_stage(ep_mesh, moe_mesh))
 
 
 def _shard_experts(layers: list[tuple[str, Any]], ep_mesh: DeviceMesh) -> None:
@@ -380,6 +384,7 @@ def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, cp_comm_type: str = "p2p") -
         cp_comm_type: "p2p", "all_gather" or "a2a"; sliding-window attention always all-gathers.
 
     Raises:
+        ValueError: a block's attention knows no such ``cp_comm_type``. The model is as it was.
         MeshError: a block's attention cannot work on parts of sequences. The model is as it was.
     """
     with refused_together(cp_mesh):

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from moe_parallel import BackendConfig, MoE, MoEConfig
 from moe_parallel.dispatch import AllToAllDispatcher
 from moe_parallel.fsdp_preparation import replicate_correction_bias
+from moe_parallel.mesh import build_meshes
 from moe_parallel.parallelizer import apply_ep
 from tests.kernels.accuracy import assert_accurate
 from tests.parallel import definitions
@@ -422,6 +423,55 @@ def _correction_bias(rank: int, ranks: int) -> None:
 
 def test_the_correction_bias_follows_the_load_of_all_ranks() -> None:
     run_ranks(2, _correction_bias)
+
+
+def _shared_correction_bias(rank: int, ranks: int) -> None:
+    """Ranks with other tokens keep one bias, whoever shards the rest of the model."""
+    torch.set_default_dtype(torch.float32)
+    config = make_config(gate_bias_update_factor=0.5, score_func="sigmoid", dtype=torch.float32)
+    _, moe_mesh = build_meshes(ep=2)
+    model = Model(make_layer(config))
+    apply_ep(model, moe_mesh["ep"], moe_mesh)
+    gate = model.layers[0].mlp.gate
+    torch.manual_seed(rank)
+    for _ in range(3):
+        gate(torch.randn(5, config.dim), torch.ones(5, dtype=torch.bool), None)
+        load = gate._cumulative_expert_load.clone()
+        dist.all_reduce(load)
+        before = gate.e_score_correction_bias.full_tensor().clone()
+        gate.update_bias()
+        load = load.float()
+        expected = before + 0.5 * torch.sign(load.mean() - load)
+        assert torch.equal(gate.e_score_correction_bias.to_local(), expected)
+    # FSDP's mesh, once it is known, takes the place of this one
+    replicate_correction_bias(gate, init_device_mesh("cpu", (ranks,), mesh_dim_names=("all",)))
+    assert gate.e_score_correction_bias.device_mesh.mesh_dim_names == ("all",)
+    assert torch.equal(gate.e_score_correction_bias.to_local(), expected)
+
+    alone = Model(make_layer(config))
+    apply_ep(alone, moe_mesh["ep"])
+    assert alone.layers[0].mlp.gate.e_score_correction_bias.device_mesh == moe_mesh["ep"]
+
+
+def test_ranks_share_the_correction_bias_without_fsdp() -> None:
+    run_ranks(4, _shared_correction_bias)
+
+
+def _refused_mask(rank: int, ranks: int) -> None:
+    layer, config = make_layer(make_config()), make_config()
+    apply_ep(Model(layer), mesh_of(ranks))
+    x = torch.randn(2, 3, config.dim, dtype=config.dtype)
+    mask = torch.zeros(2, 3 + rank, dtype=torch.bool)
+    error, message = ((RuntimeError, "rank 1 .* found an error"), (ValueError, "padding_mask"))[
+        rank
+    ]
+    with pytest.raises(error, match=message):
+        layer(x, mask)
+    layer(x, mask[:, :3])
+
+
+def test_a_mask_refused_on_one_rank_is_an_error_on_all() -> None:
+    run_ranks(2, _refused_mask, timeout=30)
 
 
 def _aux_loss(rank: int, ranks: int) -> None:

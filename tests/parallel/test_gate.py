@@ -217,9 +217,21 @@ def test_update_bias_follows_the_load() -> None:
     assert bias.tolist() == [-0.25, 0.25, 0, 0, -0.25, 0.25, 0.25, 0.25]
     with pytest.raises(AssertionError, match="no forward"):
         gate.update_bias()
+    gate._cumulative_expert_load = torch.ones(8, dtype=torch.int64)
     gate.init_weights()
     assert gate.e_score_correction_bias_master is None
+    assert gate._cumulative_expert_load is None
     assert not bias.any()
+
+
+def test_the_load_of_a_meta_device_is_none() -> None:
+    gate = make_gate(gate_bias_update_factor=0.25).to("meta")
+    x = torch.randn(5, gate.dim, dtype=gate.weight.dtype)
+    gate(x.to("meta"), torch.ones(5, dtype=torch.bool, device="meta"), None)
+    gate.to_empty(device="cpu")
+    torch.nn.init.normal_(gate.weight)
+    gate(x, torch.ones(5, dtype=torch.bool), None)
+    assert gate._cumulative_expert_load.sum() == 5 * gate.topk
 
 
 def test_small_bias_steps_survive_a_narrow_buffer_and_a_checkpoint_wins() -> None:

@@ -474,7 +474,14 @@ def test_moe_refuses_what_does_not_fit() -> None:
         (ValueError, rf"MoE: x must be .* H = {config.dim}; got \[2, 3, 1\]", (x[..., :1],)),
         (ValueError, r"MoE: x must be .* got \[\]", (x[0, 0, 0],)),
         (TypeError, "MoE: padding_mask must be a tensor of bool; got list", (x, [True])),
+        (
+            ValueError,
+            r"MoE: padding_mask must be \[2, 3\] .* got \[3, 2\]",
+            (x, mask.view(4, 2)[:3]),
+        ),
         (ValueError, r"MoE: padding_mask must be \[2, 3\] .* got \[2, 4\]", (x, mask)),
     ):
         with pytest.raises(error, match=message):
             layer(*arguments)
+    mask[0, 1] = True
+    assert torch.equal(layer(x, mask[:, :3].flatten()), layer(x, mask[:, :3]))
