@@ -46,6 +46,7 @@ _ALTERNATING = (
     "aten::_grouped_mm.default",
     "moe_kernels::grouped_gemm.default",
     "moe_kernels::fused_experts.default",
+    "moe_kernels::fused_experts_fp8.default",
 )
 _SAVED = (
     *_CHOICES,

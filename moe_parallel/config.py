@@ -10,7 +10,13 @@ from typing import Any
 
 import torch
 
-from moe_kernels.ops._checks import check_choice, check_count, check_flag, check_number
+from moe_kernels.ops._checks import (
+    FLOAT_DTYPES,
+    check_choice,
+    check_count,
+    check_flag,
+    check_number,
+)
 from moe_parallel.dispatch import TRANSPORTS
 from moe_parallel.dispatch.arguments import check_timeout
 
@@ -82,8 +88,9 @@ def _float_dtype(owner: str, name: str, value: Any) -> torch.dtype:
         dtype = dtype_from_str(value)
     except KeyError as error:
         raise KeyError(f"{owner}: {name}: {error.args[0]}") from None
-    if not dtype.is_floating_point:
-        raise ValueError(f"{owner}: {name} must be floating point; got {dtype}")
+    if dtype not in FLOAT_DTYPES:
+        names = ", ".join(str(one).removeprefix("torch.") for one in FLOAT_DTYPES)
+        raise ValueError(f"{owner}: {name} must be one of {names}; got {dtype}")
     return dtype
 
 
@@ -114,7 +121,8 @@ class MoEConfig:
         n_routed_experts, n_shared_experts: experts to choose from, and experts every token uses.
         n_activated_experts: experts a token, K.
         n_expert_groups, n_limited_groups: groups of consecutive experts, and how many of them a
-            token may use; 1 group (or 0) is no limit.
+            token may use; 1 group (or 0) is no limit. "softmax" and "sqrtsoftplus" choose among
+            all experts, and warn.
         train_gate: whether the router learns.
         gate_bias_update_factor: step of the correction bias, see :meth:`Gate.update_bias`; 0: none.
             "softmax" chooses without the bias: it counts the load and warns that it is of no use.
@@ -248,6 +256,14 @@ class MoEConfig:
             warnings.warn(
                 "MoEConfig: gate_bias_update_factor has no effect with score_func 'softmax', which "
                 "chooses experts without a correction bias; softmax_with_bias uses it",
+                stacklevel=3,
+            )
+
+        if self.n_expert_groups > 1 and self.score_func in ("softmax", "sqrtsoftplus"):
+            warnings.warn(
+                f"MoEConfig: n_expert_groups {self.n_expert_groups} has no effect with score_func "
+                f"{self.score_func!r}, which chooses among all experts; softmax_with_bias, sigmoid "
+                "and sigmoid_with_bias know groups",
                 stacklevel=3,
             )
 

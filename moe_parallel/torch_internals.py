@@ -122,6 +122,17 @@ def discard_accumulated_grads(module: Any) -> None:
         unit.reshard()
 
 
+def holds_unreduced_grads(module: Any) -> bool:
+    """Whether backward passes without communication left gradients in FSDP's units."""
+    return any(
+        param.unsharded_accumulated_grad is not None
+        or getattr(getattr(param, "_unsharded_param", None), "grad", None) is not None
+        for unit in fully_sharded_modules(module)
+        for group in fsdp_param_groups(unit._get_fsdp_state())
+        for param in group.fsdp_params
+    )
+
+
 def reduce_unused_parameters(unit: Any) -> None:
     """Let the ranks reduce together what some of them did not use in a batch.
 

@@ -24,6 +24,7 @@ from torch.distributed.tensor.placement_types import Placement
 
 from moe_parallel.mesh import MeshError, get_submesh, ranks_of_ep_shard
 from moe_parallel.tensors import local_tensor
+from moe_parallel.torch_internals import fully_sharded_modules, holds_unreduced_grads
 
 _PLAIN_EXPERT = re.compile(
     r"(^|\.)(mlp|moe)\.experts\.(gate_up_linear|down_linear)\.(weight|bias)\d+$"
@@ -34,8 +35,9 @@ class MoEAuxLossAutoScaler(torch.autograd.Function):
     """Joins an auxiliary loss to the graph through a tensor that the main loss uses.
 
     ``apply(output, aux)`` returns ``output``; in backward ``aux [] `` gets the gradient
-    ``main_loss_backward_scale`` (None means 1) and ``output`` its own, unchanged. The scale is that
-    of the time of backward, under torch.compile too.
+    ``main_loss_backward_scale`` (None means 1) and ``output`` its own, unchanged. It should be what
+    the loss is multiplied with: D without pipeline parallelism; with it, where losses are plain
+    sums, N. The scale is that of the time of backward, under torch.compile too.
     """
 
     main_loss_backward_scale: ClassVar[float | Tensor | None] = None
@@ -169,7 +171,9 @@ def scale_grads_and_clip_grad_norm(
         The norm before clipping; 0.0 for ``max_norm=None``.
 
     Raises:
-        MeshError: pipeline parallelism without its mesh or axis; moe_mesh without its axis.
+        ValueError: ``norm_type`` is not above 0.
+        MeshError: pipeline parallelism without its mesh or axis; moe_mesh without its axis;
+            gradients that FSDP has not reduced.
     """
     if moe_mesh is not None and dp_group_size and ep_axis_name is None:
         raise MeshError(
@@ -177,6 +181,7 @@ def scale_grads_and_clip_grad_norm(
             "which the experts' gradients, ep times too large, are found; got None. Pass the axis, "
             "or moe_mesh=None without Expert Parallelism."
         )
+    _show_sharded_parameters(model_parts)
     if pp_enabled and num_label_tokens and dp_group_size:
         tokens = float(num_label_tokens)
         _divide([p.grad for p in _parameters(model_parts)], tokens / dp_group_size, foreach)
@@ -200,6 +205,25 @@ def scale_grads_and_clip_grad_norm(
         pp_axis_name=pp_axis_name,
         foreach=foreach,
     )
+
+
+def _show_sharded_parameters(model_parts: Sequence[Any]) -> None:
+    """Have the parts' parameters be those that have gradients and that the optimizer knows.
+
+    Gathered for a forward, and not freed since, they are others.
+
+    Raises:
+        MeshError: FSDP holds gradients that no backward has reduced.
+    """
+    if any(holds_unreduced_grads(part) for part in model_parts):
+        raise MeshError(
+            "clip_grad_norm: gradients must have been reduced over the ranks; FSDP holds some that "
+            "were not. Call prepare_for_final_backward (or set_requires_gradient_sync(True)) "
+            "before the last backward of a step."
+        )
+    for part in model_parts:
+        for unit in fully_sharded_modules(part):
+            unit.reshard()
 
 
 def _is_expert(name: str, parameter: nn.Parameter, ep_axis_name: str) -> bool:
@@ -254,9 +278,13 @@ def clip_grad_norm(
         The p-norm before clipping, accumulated in float32 or wider; 0.0 without gradients.
 
     Raises:
-        MeshError: pipeline parallelism without its mesh or axis.
+        ValueError: ``norm_type`` is not above 0.
+        MeshError: pipeline parallelism without its mesh or axis; gradients that FSDP has not
+            reduced.
     """
     norm_type, pp_group = float(norm_type), None  # "inf" too, as PyTorch's own
+    if not norm_type > 0:
+        raise ValueError(f"clip_grad_norm: norm_type must be above 0; got {norm_type}")
     if pp_enabled:
         if device_mesh is None or pp_axis_name is None:
             raise MeshError(
@@ -264,6 +292,7 @@ def clip_grad_norm(
                 f"{device_mesh} and {pp_axis_name!r}"
             )
         pp_group = get_submesh(device_mesh, pp_axis_name).get_group()
+    _show_sharded_parameters(model_parts)
     groups: dict[_Group, list[nn.Parameter]] = {}
     # Ranks must walk through the same groups in the same order: that of the parameters, which they
     # share, and not that of the gradients, which may be missing on some.

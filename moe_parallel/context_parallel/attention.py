@@ -24,6 +24,13 @@ from moe_parallel.mesh import MeshError
 from moe_parallel.torch_internals import stream_key
 
 
+def _check_comm_type(cp_comm_type: str) -> None:
+    if cp_comm_type not in COMM_TYPES:
+        raise ValueError(
+            f"{NAME}: cp_comm_type must be one of {', '.join(COMM_TYPES)}; got {cp_comm_type!r}"
+        )
+
+
 class ContextParallelAttention(nn.Module):
     """Attention, on one rank or over a group of them.
 
@@ -108,10 +115,7 @@ class ContextParallelAttention(nn.Module):
             ValueError: another cp_comm_type; global_ranks of another group; or, a MeshError,
                 dropout; a window with "p2p".
         """
-        if cp_comm_type not in COMM_TYPES:
-            raise ValueError(
-                f"{NAME}: cp_comm_type must be one of {', '.join(COMM_TYPES)}; got {cp_comm_type!r}"
-            )
+        _check_comm_type(cp_comm_type)
         if group is None:
             self.group_name, self._stream = None, ""
             return
@@ -130,8 +134,10 @@ class ContextParallelAttention(nn.Module):
         """Refuse what no context parallel group can have, before one is set.
 
         Raises:
+            ValueError: a cp_comm_type that there is not.
             MeshError: dropout; a window with "p2p".
         """
+        _check_comm_type(cp_comm_type)
         if self.dropout_p > 0:
             raise MeshError(
                 f"{NAME}: dropout_p must be 0 with a context parallel group; got {self.dropout_p}. "

@@ -231,7 +231,7 @@ ALWAYS_KEPT = (
 )
 PRODUCTS = (
     *(f"aten::{op}" for op in ("mm", "linear", "_grouped_mm")),
-    *(f"moe_kernels::{op}" for op in ("grouped_gemm", "fused_experts")),
+    *(f"moe_kernels::{op}" for op in ("grouped_gemm", "fused_experts", "fused_experts_fp8")),
 )
 COMPUTED_AGAIN = (
     "aten::add.Tensor",

@@ -86,7 +86,10 @@ def test_moe_config() -> None:
         ({"aux_loss_coeff": float("nan")}, "aux_loss_coeff must be finite .*; got nan"),
         ({"gate_bias_update_factor": -0.1}, "gate_bias_update_factor must be .*; got -0.1"),
         ({"route_scale": float("inf")}, "route_scale must be finite; got inf"),
-        ({"dtype": "int32"}, "dtype must be floating point; got torch.int32"),
+        (
+            {"dtype": "int32"},
+            "dtype must be one of bfloat16, float16, float32, float64; got torch.int32",
+        ),
         (
             {"expert_activation": "tanh"},
             "expert_activation must be one of swiglu, .*, geglu, relu2; got 'tanh'",
@@ -129,6 +132,24 @@ def test_moe_config_warns_of_a_name_taken_for_another() -> None:
         make_config(score_func="sigmoid_with_bais")
 
 
+@pytest.mark.parametrize("score_func", ["softmax", "sqrtsoftplus"])
+def test_moe_config_warns_of_groups_that_nothing_reads(score_func: str) -> None:
+    with pytest.warns(UserWarning, match=rf"n_expert_groups 2 has no effect .*'{score_func}'"):
+        make_config(n_expert_groups=2, n_limited_groups=1, score_func=score_func)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_config(n_expert_groups=2, n_limited_groups=1, score_func="sigmoid")
+
+
+def test_dtypes_that_nothing_computes_in_are_refused() -> None:
+    for make in (
+        lambda: make_config(dtype=torch.float8_e4m3fn),
+        lambda: BackendConfig(gate_precision=torch.float8_e4m3fn),
+    ):
+        with pytest.raises(ValueError, match=r"must be one of bfloat16, .*; got torch\.float8"):
+            make()
+
+
 def test_moe_config_warns_of_a_bias_that_nothing_reads() -> None:
     with pytest.warns(UserWarning, match="no effect with score_func 'softmax'.*softmax_with_bias"):
         make_config(gate_bias_update_factor=0.1)
@@ -156,7 +177,10 @@ def test_moe_config_warns_of_a_bias_that_nothing_reads() -> None:
         ({"dispatcher_timeout": 0}, "dispatcher_timeout must be positive and at most .*; got 0"),
         ({"dispatcher_timeout": float("inf")}, r"at most 1e\+09, in seconds; got inf\. None is"),
         ({"dispatcher_max_tokens": 0}, "dispatcher_max_tokens must be positive; got 0"),
-        ({"gate_precision": "int8"}, "gate_precision must be floating point; got torch.int8"),
+        (
+            {"gate_precision": "int8"},
+            "gate_precision must be one of bfloat16, float16, float32, float64; got torch.int8",
+        ),
         ({"fake_gate_noise": 2.0}, r"fake_gate_noise must be in \[0, 1\]; got 2.0"),
     ],
 )

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -28,6 +29,7 @@ from moe_parallel.context_parallel import (
     unshard_sequence,
 )
 from moe_parallel.context_parallel.exchange import Ranks, Transfer
+from moe_parallel.parallelizer import apply_cp
 from tests.parallel.ranks import run_ranks
 
 COMM_TYPES = ("p2p", "all_gather", "a2a")
@@ -254,6 +256,16 @@ def _wrong_setups(rank: int, ranks: int) -> None:
         share(ContextParallelAttention(dropout_p=0.1), "p2p")
     with pytest.raises(ValueError, match=r"'p2p' does not support a window; got 3. Use"):
         share(ContextParallelAttention(window=3), "p2p")
+    model = nn.Module()
+    model.model = nn.Module()
+    model.model.layers = nn.ModuleList([nn.Module()])
+    block = model.model.layers[0]
+    block.self_attn = nn.Module()
+    block.self_attn.attn_module = ContextParallelAttention()
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("cp",))
+    with pytest.raises(ValueError, match=r"cp_comm_type must be one of p2p, .*; got 'ring'"):
+        apply_cp(model, mesh, "ring")
+    assert not hasattr(model, "_cp_enabled")
     attention = share(ContextParallelAttention(), "p2p")
     attention.set_context_parallel_group(None, None, None)
     q, k, v, _ = Case("p2p").inputs()

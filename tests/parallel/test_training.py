@@ -96,6 +96,48 @@ def test_clip_without_gradients_or_meshes() -> None:
         training.clip_grad_norm(1.0, [model], pp_enabled=True)
 
 
+@pytest.mark.parametrize("norm_type", [0, -1, "nan"])
+def test_norms_that_there_are_not(norm_type: Any) -> None:
+    with pytest.raises(ValueError, match="norm_type must be above 0; got"):
+        training.clip_grad_norm(1.0, [nn.Linear(3, 2)], norm_type=norm_type)
+
+
+def _gathered_parameters(rank: int, ranks: int) -> None:
+    """Which hide those that have gradients: a forward after backward leaves them so."""
+    world_mesh, moe_mesh = build_meshes(ep=ranks)
+    options = {"moe_mesh": moe_mesh, "ep_axis_name": "ep", "dp_group_size": ranks}
+    model = TinyLM(ModelOptions(optimizations=True))
+    parallelize_model(
+        model,
+        world_mesh,
+        moe_mesh,
+        **parallel_axis_names(world_mesh, moe_mesh),
+        mp_policy=MixedPrecisionPolicy(),
+    )
+    tokens, mask = torch.randint(0, 23, (2, 8)), torch.zeros(2, 8, dtype=torch.bool)
+    norms = []
+    for evaluates in (False, True):
+        training.prepare_for_final_backward([model])
+        model(tokens, mask).square().sum().backward()
+        if evaluates:
+            with torch.no_grad():
+                model(tokens, mask)
+        norms.append(training.scale_grads_and_clip_grad_norm(1e9, [model], **options))
+        assert norms[-1] == pytest.approx(training.clip_grad_norm(1e9, [model]))
+        model.zero_grad()
+    assert norms[1] == pytest.approx(norms[0])
+
+    training.prepare_for_grad_accumulation([model])
+    model(tokens, mask).sum().backward()
+    for call in (training.clip_grad_norm, training.scale_grads_and_clip_grad_norm):
+        with pytest.raises(MeshError, match=r"must have been reduced .* Call prepare_for"):
+            call(1.0, [model])
+
+
+def test_gradients_are_found_behind_gathered_parameters() -> None:
+    run_ranks(2, _gathered_parameters)
+
+
 def test_the_norm_is_summed_on_the_device_of_the_mesh() -> None:
     """Which its collectives need, though gradients may be offloaded."""
     weight = nn.Parameter(torch.zeros(2))
