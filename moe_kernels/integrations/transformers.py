@@ -307,8 +307,9 @@ def experts_forward(
 class QuantizedExpertsLayer(nn.Module):
     """The experts of a model in 8 or 4 bits, in place of the module that had them.
 
-    Codes and scales are buffers. Scales are stored as the integers of their bits, so that
-    converting the model to another dtype leaves them as they are; x decides what is computed in.
+    Codes and scales are buffers. Their names have the format, so that a ``state_dict`` loads into
+    no other. Scales are stored as the integers of their bits, so that converting the model to
+    another dtype leaves them as they are; x decides what is computed in.
     """
 
     def __init__(self, experts: Any, format: str, options: dict[str, Any]) -> None:
@@ -319,7 +320,7 @@ class QuantizedExpertsLayer(nn.Module):
         for name, weight in (("gate_up", first), ("down", second)):
             packed = quantize_experts(weight, format)
             self.sizes[name] = packed.shape
-            self.register_buffer(f"{name}_codes", packed.codes)
+            self.register_buffer(f"{name}_{format}", packed.codes)
             bits = torch.int32 if packed.scales.dtype == torch.float32 else torch.int16
             self.register_buffer(f"{name}_scales", packed.scales.view(bits))
         for name, bias in (("gate_up_bias", first_bias), ("down_bias", second_bias)):
@@ -328,7 +329,7 @@ class QuantizedExpertsLayer(nn.Module):
     def _packed(self, name: str) -> QuantizedExperts:
         scales = getattr(self, f"{name}_scales")
         dtype = torch.float32 if scales.dtype == torch.int32 else torch.bfloat16
-        codes = getattr(self, f"{name}_codes")
+        codes = getattr(self, f"{name}_{self.format}")
         return QuantizedExperts(codes, scales.view(dtype), self.format, self.sizes[name])
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -371,8 +372,9 @@ def quantize_experts_of(model: nn.Module, format: str = "int4") -> dict[str, Qua
     model that was quantised alike; ``save_pretrained`` is refused.
 
     Args:
-        model: of transformers, its weights loaded, on any device. All experts modules behind
-            ``use_experts_implementation`` are replaced; dense layers stay.
+        model: of transformers, its weights loaded, on any device; the outermost, which is what
+            then refuses to be saved. All experts modules behind ``use_experts_implementation`` are
+            replaced; dense layers stay.
         format: of :func:`moe_kernels.quantize_experts`.
 
     Returns:
@@ -381,8 +383,8 @@ def quantize_experts_of(model: nn.Module, format: str = "int4") -> dict[str, Qua
     Raises:
         ImportError: transformers is missing, or older than 5.7.
         ValueError: a model without such experts, or with some that cannot be replaced: a gate that
-            no activation of ours computes, weights that are sharded or on the meta device. Nothing
-            is replaced then.
+            no activation of ours computes, weights that are sharded, on the meta device or not
+            finite in float32. Nothing is replaced then.
     """
     caller = "quantize_experts_of"
     require_transformers(f"moe_kernels.integrations.transformers.{caller}")
@@ -412,16 +414,22 @@ def quantize_experts_of(model: nn.Module, format: str = "int4") -> dict[str, Qua
                 raise ValueError(f"{who}: its weights are sharded. Quantise before sharding.")
             if weight.is_meta:
                 raise ValueError(f"{who}: its weights are on the meta device. Load them first.")
+            for expert, matrix in enumerate(weight.detach()):
+                if not matrix.to(torch.float32).isfinite().all():
+                    raise ValueError(
+                        f"{who}: its weights must be finite in float32; those of expert {expert} "
+                        "are not"
+                    )
     layers: dict[str, QuantizedExpertsLayer] = {}
     while found:
         name, (module, options) = found.popitem()
         assert options is not None
         layers[name] = QuantizedExpertsLayer(module, format, options).train(module.training)
+        for part in model.modules():
+            if hasattr(part, "save_pretrained"):
+                part.save_pretrained = _refuse_to_save  # type: ignore[assignment]
         for parent in list(model.modules()):  # a module may be in several places
             for child in [key for key, part in parent._modules.items() if part is module]:
                 setattr(parent, child, layers[name])
         del module  # before the next one's codes are made
-    for part in model.modules():
-        if hasattr(part, "save_pretrained"):
-            part.save_pretrained = _refuse_to_save  # type: ignore[assignment]
     return dict(reversed(layers.items()))

@@ -85,18 +85,19 @@ def check_accumulator(op: str, name: str, buffer: Tensor) -> None:
     """Raise unless each element of ``buffer``, which is added to in place, has its own memory."""
     if buffer.numel() == 0:
         return
-    reach = 0  # of the dimensions of smaller strides, beyond the first element
-    for step, size in sorted(zip(buffer.stride(), buffer.shape, strict=True)):
+    dims = list(zip(buffer.stride(), buffer.shape, strict=True))
+    for i, (step, size) in enumerate(dims):  # not sorted, which torch.compile cannot by symbols
+        smaller = [d for d in dims[:i] if d[0] <= step] + [d for d in dims[i + 1 :] if d[0] < step]
+        reach = sum(other * (count - 1) for other, count in smaller)  # beyond the first element
         if size > 1 and step <= reach:
             raise ValueError(
                 f"{op}: {name} must have memory of its own for each element, which is added to; "
                 f"got {shape(buffer)} with strides {list(buffer.stride())}"
             )
-        reach += (size - 1) * step
 
 
 def check_choice(op: str, name: str, value: Any, choices: Sequence[str]) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{op}: {name} must be one of {', '.join(choices)}; got {value!r}")
 
 
@@ -104,10 +105,12 @@ def check_count(op: str, name: str, value: Any) -> None:
     """Raise unless ``value`` is an integer (perhaps symbolic) of at least 0 that an int64 holds."""
     if not isinstance(value, int | torch.SymInt):
         raise TypeError(f"{op}: {name} must be an integer; got {value!r}")
+    if torch.compiler.is_compiling():  # to branch on a number that only the run knows is an error
+        torch._check(value >= 0)
+        return
     if value < 0:
         raise ValueError(f"{op}: {name} must be at least 0; got {value}")
-    # Not under torch.compile, where a number that only the run knows breaks the graph.
-    if not torch.compiler.is_compiling() and isinstance(value, int) and value >= 2**63:
+    if isinstance(value, int) and value >= 2**63:
         raise ValueError(f"{op}: {name} must be below 2**63; got {value}")
 
 

@@ -91,7 +91,7 @@ def check_precision(
 def check_main_grad(op: str, name: str, main: Tensor, weight: Tensor, x: Tensor) -> None:
     name = f"main_grads: that of {name}"
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    check_tensor(op, name, main, 3, str(shape(weight)))
+    check_tensor(op, name, main, 3, f"{shape(weight)}")
     check_dtype(op, name, main, (wide,))
     check_device(op, "x", x, name, main)
     if main.shape != weight.shape:

@@ -207,10 +207,14 @@ def _may_overwrite(ctx: Any, grad: Tensor, h: Tensor) -> bool:
     """Whether nobody needs h after this backward: neither who has called the op, nor a further
     backward, be it one of this one, nor a graph that is being traced, nor vmap's other gradients.
     """
-    functorch = torch._C._functorch
     again = torch._C._autograd._get_current_graph_task_keep_graph() or torch.is_grad_enabled()
-    again = again or functorch.is_batchedtensor(grad) or functorch.is_legacy_batchedtensor(grad)
+    again = again or _is_batched(grad)
     return ctx.owns_h and type(h) is Tensor and h.is_contiguous() and not again
+
+
+def _is_batched(grad: Tensor) -> bool:
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(grad) or functorch.is_legacy_batchedtensor(grad)
 
 
 def backward_through(
@@ -236,6 +240,11 @@ def backward_through(
         needs = [owed[0], owed[1], owed[2], owed[4], owed[5], owed[6]]
         needs[1] &= up_main is None
         needs[2] &= down_main is None
+        if (up_main is not None or down_main is not None) and _is_batched(grad):
+            raise NotImplementedError(
+                f"{op._opname}: several gradients at once (is_grads_batched, vmap) cannot be added "
+                "to main_grads. Differentiate once for each, or without main_grads."
+            )
         grad_h = _known_grad_h(ctx, grad, needs)
         later = grad_h is None and needs[0] and _is_followed_by_weights(ctx, owed)
         keep_h = grad_h is None and (later or up_main is not None)

@@ -21,7 +21,7 @@ from moe_kernels.ops._checks import (
     check_tensor,
     shape,
 )
-from moe_kernels.ops._library import define, direct_call, register_autograd
+from moe_kernels.ops._library import call_op, define, direct_call, register_autograd
 from moe_kernels.ops.expert_activation import resolve_activation
 from moe_kernels.ops.quantized_experts import QuantizedExperts, check_quantized, has_sizes
 from moe_kernels.reference.expert_activation import is_gated
@@ -196,7 +196,8 @@ def fused_experts_quantized(
     x, gate_up_bias, down_bias = autocast(x, gate_up_bias, down_bias)
     _check(x, gate_up, down, topk_ids, topk_weights, activation, gate_up_bias, down_bias)
     check_rows(op, topk_ids.shape[0] * topk_ids.shape[1])
-    y: Tensor = _op(
+    y: Tensor = call_op(
+        _op,
         x,
         gate_up.codes,
         gate_up.scales,

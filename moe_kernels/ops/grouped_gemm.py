@@ -250,7 +250,7 @@ def grouped_gemm_wgrad(
     if out_dtype is not None and out_dtype not in FLOAT_DTYPES:
         raise TypeError(f"{op}: out_dtype must be a float dtype; got {out_dtype}")
     if out is None:
-        result: Tensor = _wgrad_op(a, grad, offsets, out_dtype or a.dtype, False)
+        result: Tensor = call_op(_wgrad_op, a, grad, offsets, out_dtype or a.dtype, False)
         return result
     if out_dtype is not None:
         raise ValueError(f"{op}: give out or out_dtype, not both; got {out_dtype}")

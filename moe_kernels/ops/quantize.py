@@ -21,7 +21,7 @@ from moe_kernels.ops._checks import (
     describe,
     shape,
 )
-from moe_kernels.ops._library import define, refuse_backward
+from moe_kernels.ops._library import call_op, define, refuse_backward
 from moe_kernels.ops.grouped_gemm import empty_like_weight
 from moe_kernels.ops.permute import check_order
 from moe_kernels.ops.sort_by_expert import ExpertOrder
@@ -121,7 +121,7 @@ def _check_quantize(
 
 
 def check_block(op: str, block: Any) -> None:
-    if block not in BLOCKS:
+    if type(block) is not int or block not in BLOCKS:
         raise ValueError(
             f"{op}: block must be one of {', '.join(map(str, BLOCKS))} (scaled_grouped_gemm "
             f"takes 128); got {block!r}"
@@ -161,7 +161,7 @@ def quantize_rows(
     """
     check_tensor("quantize_rows", "x", x, 2, "[R, Kd]")
     _check_quantize("quantize_rows", "x", x, dtype, block, power_of_two)
-    out: tuple[Tensor, Tensor] = _rows_op(x, dtype, block, power_of_two)
+    out: tuple[Tensor, Tensor] = call_op(_rows_op, x, dtype, block, power_of_two)
     return out
 
 
@@ -196,7 +196,7 @@ def permute_quantize(
     check_device(op, "x", x, "order", order.row_to_slot)
     rows = order.row_to_slot.shape[0] if num_rows is None else num_rows
     check_num_rows(op, rows)
-    out: tuple[Tensor, Tensor] = _permute_op(x, *order, rows, dtype, block, power_of_two)
+    out: tuple[Tensor, Tensor] = call_op(_permute_op, x, *order, rows, dtype, block, power_of_two)
     return out
 
 
@@ -229,7 +229,7 @@ def quantize_weights(
     check_tensor("quantize_weights", "w", w, 3, "[E, Kd, N]")
     _check_quantize("quantize_weights", "w", w, dtype, block, power_of_two)
     check_flag("quantize_weights", "transposed", transposed)
-    out: tuple[Tensor, Tensor] = _weights_op(w, dtype, block, power_of_two, transposed)
+    out: tuple[Tensor, Tensor] = call_op(_weights_op, w, dtype, block, power_of_two, transposed)
     return out
 
 
@@ -262,7 +262,7 @@ def check_weight_scales(op: str, scales: Any, x: Tensor, gate_up: Tensor, down: 
             )
         expected = [weight.shape[0], *(blocks_of(size, 128) for size in weight.shape[1:])]
         part = f"weight_scales: that of {name}"
-        check_tensor(op, part, its, 3, str(expected))
+        check_tensor(op, part, its, 3, f"{expected}")
         check_dtype(op, part, its, (torch.float32,))
         check_device(op, "x", x, part, its)
         if shape(its) != expected:
@@ -302,5 +302,5 @@ def dequantize_rows(
     check_row_scales(op, "scales", scales, "values", values, block)
     if dtype not in FLOAT_DTYPES:
         raise TypeError(f"{op}: dtype must be a float dtype; got {dtype}")
-    out: Tensor = _dequantize_op(values, scales, dtype, block)
+    out: Tensor = call_op(_dequantize_op, values, scales, dtype, block)
     return out

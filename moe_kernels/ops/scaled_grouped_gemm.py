@@ -85,8 +85,9 @@ _fp8_op = define(
     fake=_fp8_fake,
 )
 refuse_backward(
-    "float8 operands have no gradient. Train with fp8_grouped_gemm, which takes them unquantised "
-    "and passes their gradients straight through; or call it under torch.no_grad().",
+    "float8 operands have no gradient, which double backward of fp8_grouped_gemm would need. Train "
+    "with fp8_grouped_gemm, which takes them unquantised and passes their gradients straight "
+    "through, by single backward; or call it under torch.no_grad().",
     "scaled_grouped_gemm",
 )
 
@@ -187,7 +188,7 @@ def scaled_grouped_gemm(
         raise ValueError(f"{op}: scales_b must be {layout}; got {shape(scales_b)}")
     if out_dtype is None:
         raise TypeError(f"{op}: out_dtype must be a float dtype; got None")
-    out: Tensor = _op(a, b, scales_a, scales_b, offsets, bias, out_dtype)
+    out: Tensor = call_op(_op, a, b, scales_a, scales_b, offsets, bias, out_dtype)
     return out
 
 

@@ -117,8 +117,30 @@ def test_state_is_kept_by_models_quantised_alike(tmp_path: Path) -> None:
     for part in (model, model.model):
         with pytest.raises(RuntimeError, match=r"save_pretrained: .* quantised by quantize_exp"):
             part.save_pretrained(tmp_path)
-    with pytest.raises(RuntimeError, match=r"gate_up_proj|gate_up_codes"):
+    with pytest.raises(RuntimeError, match=r"gate_up_proj|gate_up_int4"):
         tiny_model("gpt_oss").load_state_dict(model.state_dict())
+
+
+def test_what_cannot_be_quantised_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    model = tiny_model("qwen3_moe")
+    with torch.no_grad():
+        model.model.layers[0].mlp.experts.down_proj[3, 1, 2] = float("inf")
+    for format, message in (("int8", r"layers\.0.*must be finite .* expert 3"), ("int3", "int3")):
+        with pytest.raises(ValueError, match=message):
+            quantize_experts_of(model, format)
+        assert not any(isinstance(module, QuantizedExpertsLayer) for module in model.modules())
+        with torch.no_grad():
+            model.model.layers[0].mlp.experts.down_proj[3, 1, 2] = 0.0
+    model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [("int8", "fp8"), ("mxfp4", "int4")])
+def test_codes_of_another_format_are_refused(saved: str, loaded: str) -> None:
+    state, model = tiny_model("qwen3_moe"), tiny_model("qwen3_moe")
+    quantize_experts_of(state, saved)
+    quantize_experts_of(model, loaded)
+    with pytest.raises(RuntimeError, match=f"gate_up_{loaded}"):
+        model.load_state_dict(state.state_dict())
 
 
 def test_training_is_refused() -> None:

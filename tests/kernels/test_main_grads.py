@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -67,6 +69,39 @@ def test_autograd_knows_that_they_were_added_to(impl: Implementation) -> None:
     for norm in norms:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             norm.backward()
+
+
+def test_several_gradients_at_once_are_refused(impl: Implementation) -> None:
+    inputs, upstream = make_case("plain", torch.float32)
+    leaves = leaves_of(inputs, impl)
+    main_grads = zeros_for(leaves)
+    y = moe_kernels.fused_experts(**leaves, main_grads=main_grads)
+    wanted = [leaves["x"], leaves["gate_up"]]
+    many = torch.stack([upstream, 2 * upstream]).to(impl.device)
+    with pytest.raises(NotImplementedError, match=r"several gradients at once .* to main_grads"):
+        torch.autograd.grad(y, wanted, many, is_grads_batched=True, allow_unused=True)
+    assert not any(buffer.any() for buffer in main_grads)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_plain_tensors_compile_whole(dynamic: bool | None) -> None:
+    inputs, _ = make_case("plain", torch.float32)
+    leaves = {name: value.clone() for name, value in inputs.items()}
+    leaves["x"].requires_grad_()
+    for name in WEIGHTS:
+        leaves[name].requires_grad_()
+    compiled, plain = zeros_for(leaves), zeros_for(leaves)
+
+    def layer(main_grads: Any, **leaves: Tensor) -> Tensor:
+        return moe_kernels.fused_experts(**leaves, main_grads=main_grads)
+
+    run = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    run(compiled, **leaves).sum().backward()
+    layer(plain, **leaves).sum().backward()
+    assert all(torch.equal(a, b) for a, b in zip(compiled, plain, strict=True))
+    overlapping = tuple(b[:1].expand(b.shape) for b in zeros_for(leaves))
+    with pytest.raises(Exception, match="memory of its own for each element"):
+        run(overlapping, **leaves)
 
 
 def test_micro_batches_accumulate_without_rounding(impl: Implementation) -> None:
