@@ -77,7 +77,14 @@ def shard_batch(
 
     Raises:
         ValueError: as for :func:`shard_sequence`, or tensors of different lengths, or none.
+        TypeError: what is no tensor.
     """
+    for name, tensor in batch.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"shard_batch: batch must hold tensors; got {type(tensor).__name__} as {name!r}. "
+                "Leave it out."
+            )
     lengths = {n: t.shape[_dim("shard_batch", t, dim)] for n, t in batch.items()}
     if len(set(lengths.values())) != 1:
         raise ValueError(

@@ -385,6 +385,8 @@ def _sharding(rank: int, ranks: int) -> None:
         shard_batch({"a": ids, "b": ids[:, :8]}, group)
     with pytest.raises(ValueError, match="all tensors must have one length"):
         shard_batch({}, group)
+    with pytest.raises(TypeError, match="must hold tensors; got NoneType as 'mask'. Leave it out"):
+        shard_batch({"ids": ids, "mask": None}, group)
 
 
 def cut_dim(tensor: Tensor, dim: int, balanced: bool) -> Tensor:
