@@ -385,7 +385,7 @@ def _sharding(rank: int, ranks: int) -> None:
         shard_batch({"a": ids, "b": ids[:, :8]}, group)
     with pytest.raises(ValueError, match="all tensors must have one length"):
         shard_batch({}, group)
-    with pytest.raises(TypeError, match="must hold tensors; got NoneType as 'mask'. Leave it out"):
+    with pytest.raises(TypeError, match=r"must hold tensors; got NoneType as 'mask'. Leave it"):
         shard_batch({"ids": ids, "mask": None}, group)
 
 
