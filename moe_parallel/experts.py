@@ -165,7 +165,7 @@ class GroupedExperts(nn.Module):
         try:
             _check_tokens(x, token_mask, weights, indices)
         except (TypeError, ValueError):
-            self.tell_refused()
+            self.tell_refused(x)
             raise
         ids = torch.where(token_mask[:, None], indices, -1)
         start: Any = getattr(self.token_dispatcher, "dispatch_async", None)
@@ -180,12 +180,14 @@ class GroupedExperts(nn.Module):
         y = self._compute(dispatched)
         return self.token_dispatcher.combine(y.to(x.dtype), dispatched.handle)
 
-    def tell_refused(self) -> None:
-        """What ranks do whose arguments do not fit: a call that has nothing right, of which the
-        others learn instead of waiting for this rank's tokens."""
+    def tell_refused(self, x: Any) -> None:
+        """What a rank does whose arguments do not fit: a call that has nothing right, of which the
+        others learn instead of waiting for this rank's tokens. By ``x`` the dispatcher chooses the
+        way that it takes, as they do."""
         nothing: Any = None
         with suppress(Exception):
-            self.token_dispatcher.dispatch(nothing, nothing, nothing)
+            tokens = x.new_empty(0, self.config.expert_dim) if isinstance(x, Tensor) else nothing
+            self.token_dispatcher.dispatch(tokens, nothing, nothing)
 
     def _compute(self, tokens: Dispatched) -> Tensor:
         def weight(parameter: Tensor) -> Tensor:

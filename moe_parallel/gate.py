@@ -287,6 +287,8 @@ class Gate(nn.Module):
                     value.to(buffer.device), mesh, [Replicate()] * mesh.ndim, run_check=False
                 )
             state_dict = {**state_dict, name: value}
+        elif isinstance(value, DTensor):  # of a router that shared its bias, which is replicated
+            state_dict = {**state_dict, name: local_tensor(value)}
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @torch.no_grad()

@@ -178,7 +178,7 @@ class MoE(nn.Module):
         except (TypeError, ValueError):
             tell = getattr(self.experts, "tell_refused", None)
             if tell is not None:
-                tell()
+                tell(x)
             raise
         cp_mesh = self.cp_mesh if cp_mesh is None else cp_mesh
         tokens = x.reshape(-1, x.shape[-1])

@@ -230,9 +230,10 @@ def ranks_of_ep_shard(moe_mesh: Any, ep_axis_name: str) -> int:
 def ranks_of_stage(ep_mesh: Any, moe_mesh: Any | None) -> Any:
     """The mesh of all ranks whose tokens experts of ``ep_mesh`` see, or copies of those experts:
     ``moe_mesh`` without pipeline stages, ``ep_mesh`` where there is none."""
-    if moe_mesh is None or not is_mesh(moe_mesh):
+    names = moe_mesh.mesh_dim_names if moe_mesh is not None and is_mesh(moe_mesh) else None
+    if names is None:
         return ep_mesh
-    return get_submesh(moe_mesh, [name for name in moe_mesh.mesh_dim_names or () if name != "pp"])
+    return get_submesh(moe_mesh, [name for name in names if name != "pp"])
 
 
 def groups_of(mesh: DeviceMesh) -> list[Any]:

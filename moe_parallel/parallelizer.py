@@ -48,6 +48,7 @@ from moe_parallel.fsdp_preparation import (
     warn_without_experts,
 )
 from moe_parallel.fsdp_roots import check_ends, head_dtype, units_around_blocks
+from moe_parallel.gate import Gate
 from moe_parallel.layers import MoE
 from moe_parallel.mesh import ranks_of_stage
 from moe_parallel.model_meshes import Axes
@@ -205,16 +206,21 @@ def apply_ep(model: nn.Module, ep_mesh: DeviceMesh, moe_mesh: DeviceMesh | None 
         check_transports(layers, ep_mesh, moe_mesh)
     warn_without_experts(layers, ep_mesh)
     check_equal_experts(layers, ep_mesh, moe_mesh)
-    _shard_experts(layers, ep_mesh)
-    for _, moe in layers:
-        replicate_correction_bias(getattr(moe, "gate", None), ranks_of_stage(ep_mesh, moe_mesh))
+    _shard_experts(layers, ep_mesh, moe_mesh)
 
 
-def _shard_experts(layers: list[tuple[str, Any]], ep_mesh: DeviceMesh) -> None:
+def _shard_experts(
+    layers: list[tuple[str, Any]], ep_mesh: DeviceMesh, moe_mesh: DeviceMesh | None
+) -> None:
+    stage = ranks_of_stage(ep_mesh, moe_mesh)
     for _, moe in layers:
         parallelize_module(
             module=moe.experts, device_mesh=ep_mesh, parallelize_plan=ExpertParallel()
         )
+        if isinstance(
+            getattr(moe, "gate", None), Gate
+        ):  # another class may add its bias to plain tensors
+            replicate_correction_bias(moe.gate, stage)
 
 
 def apply_ac(
@@ -491,7 +497,7 @@ def parallelize_model(
         apply_cp(model, cp_mesh)
     if ep_mesh is not None:
         if own_ep:
-            _shard_experts(_moe_layers(model), ep_mesh)  # apply_ep would hash them again
+            _shard_experts(_moe_layers(model), ep_mesh, moe_mesh)  # apply_ep would hash again
         else:
             apply_ep(model, ep_mesh, moe_mesh=moe_mesh)
     if activation_checkpointing:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from moe_parallel.mesh import MeshError, groups_of, is_mesh, pipeline_of
+from moe_parallel.mesh import MeshError, groups_of, is_mesh, pipeline_of, ranks_of_stage
 
 # what a model, a mesh or a rank is refused with; other errors reach other ranks as a MeshError
 _REFUSALS = (MeshError, ValueError, AssertionError, AttributeError, KeyError, ImportError)
@@ -96,16 +96,10 @@ def check_transports(moe_layers: Sequence[tuple[str, Any]], ep_mesh: Any, moe_me
             break
     if not any(value in _NOT_EVERYWHERE for settings in makers for _, value in settings):
         return
-    for group in groups_of(_ranks_of_stage(ep_mesh, moe_mesh)):
+    for group in groups_of(ranks_of_stage(ep_mesh, moe_mesh)):
         problems: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(problems, problem, group=group)
         problem = next((found for found in problems if found is not None), None)
     if problem is not None:
         rank, (kind, text) = problem
         raise kind(f"{text} (on rank {rank})") from cause
-
-
-def _ranks_of_stage(ep_mesh: Any, moe_mesh: Any) -> Any:
-    if not is_mesh(moe_mesh):
-        return ep_mesh
-    return moe_mesh[tuple(name for name in moe_mesh.mesh_dim_names if name != "pp")]

@@ -181,7 +181,9 @@ def scale_grads_and_clip_grad_norm(
             "which the experts' gradients, ep times too large, are found; got None. Pass the axis, "
             "or moe_mesh=None without Expert Parallelism."
         )
-    _show_sharded_parameters(model_parts)
+    refusal = _show_sharded_parameters(model_parts)
+    if refusal is not None and max_norm is None:
+        raise refusal
     if pp_enabled and num_label_tokens and dp_group_size:
         tokens = float(num_label_tokens)
         _divide([p.grad for p in _parameters(model_parts)], tokens / dp_group_size, foreach)
@@ -207,16 +209,15 @@ def scale_grads_and_clip_grad_norm(
     )
 
 
-def _show_sharded_parameters(model_parts: Sequence[Any]) -> None:
+def _show_sharded_parameters(model_parts: Sequence[Any]) -> MeshError | None:
     """Have the parts' parameters be those that have gradients and that the optimizer knows.
 
-    Gathered for a forward, and not freed since, they are others.
-
-    Raises:
-        MeshError: FSDP holds gradients that no backward has reduced.
+    Gathered for a forward, and not freed since, they are others. Returns what is to be raised where
+    FSDP holds gradients that no backward has reduced: after the ranks of other stages, which may
+    hold none, have got what they wait for.
     """
     if any(holds_unreduced_grads(part) for part in model_parts):
-        raise MeshError(
+        return MeshError(
             "clip_grad_norm: gradients must have been reduced over the ranks; FSDP holds some that "
             "were not. Call prepare_for_final_backward (or set_requires_gradient_sync(True)) "
             "before the last backward of a step."
@@ -224,6 +225,7 @@ def _show_sharded_parameters(model_parts: Sequence[Any]) -> None:
     for part in model_parts:
         for unit in fully_sharded_modules(part):
             unit.reshard()
+    return None
 
 
 def _is_expert(name: str, parameter: nn.Parameter, ep_axis_name: str) -> bool:
@@ -292,7 +294,9 @@ def clip_grad_norm(
                 f"{device_mesh} and {pp_axis_name!r}"
             )
         pp_group = get_submesh(device_mesh, pp_axis_name).get_group()
-    _show_sharded_parameters(model_parts)
+    refusal = _show_sharded_parameters(model_parts)
+    if refusal is not None and pp_group is None:
+        raise refusal
     groups: dict[_Group, list[nn.Parameter]] = {}
     # Ranks must walk through the same groups in the same order: that of the parameters, which they
     # share, and not that of the gradients, which may be missing on some.
@@ -313,6 +317,8 @@ def clip_grad_norm(
             combined = torch.zeros(())
         combined = combined.to(device_mesh.device_type, torch.float32)
         dist.all_reduce(combined, op=_reduce_op(norm_type), group=pp_group)
+    if refusal is not None:
+        raise refusal
     if combined is None:
         return 0.0
     norm = combined if math.isinf(norm_type) else combined ** (1.0 / norm_type)

@@ -21,12 +21,13 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from moe_parallel import BackendConfig, MoE, MoEConfig
 from moe_parallel.dispatch import AllToAllDispatcher
 from moe_parallel.fsdp_preparation import replicate_correction_bias
-from moe_parallel.mesh import build_meshes
-from moe_parallel.parallelizer import apply_ep
+from moe_parallel.mesh import build_meshes, parallel_axis_names
+from moe_parallel.parallelizer import apply_ep, parallelize_model
 from tests.kernels.accuracy import assert_accurate
 from tests.parallel import definitions
 from tests.parallel.definitions import make_config
 from tests.parallel.ranks import run_ranks
+from tests.parallel.tiny_lm import ModelOptions, TinyLM
 
 LAYERS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -425,11 +426,19 @@ def test_the_correction_bias_follows_the_load_of_all_ranks() -> None:
     run_ranks(2, _correction_bias)
 
 
+class OwnRouter(nn.Module):
+    """Of a user, who adds the bias to plain tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("e_score_correction_bias", torch.zeros(8))
+
+
 def _shared_correction_bias(rank: int, ranks: int) -> None:
     """Ranks with other tokens keep one bias, whoever shards the rest of the model."""
     torch.set_default_dtype(torch.float32)
     config = make_config(gate_bias_update_factor=0.5, score_func="sigmoid", dtype=torch.float32)
-    _, moe_mesh = build_meshes(ep=2)
+    world_mesh, moe_mesh = build_meshes(ep=2)
     model = Model(make_layer(config))
     apply_ep(model, moe_mesh["ep"], moe_mesh)
     gate = model.layers[0].mlp.gate
@@ -448,9 +457,28 @@ def _shared_correction_bias(rank: int, ranks: int) -> None:
     assert gate.e_score_correction_bias.device_mesh.mesh_dim_names == ("all",)
     assert torch.equal(gate.e_score_correction_bias.to_local(), expected)
 
-    alone = Model(make_layer(config))
-    apply_ep(alone, moe_mesh["ep"])
+    shared = gate.state_dict()
+    plain = make_layer(config).gate
+    plain.load_state_dict(shared)
+    assert torch.equal(plain.e_score_correction_bias, expected)
+
+    alone, own = Model(make_layer(config)), Model(make_layer(config))
+    own.layers[0].mlp.gate = OwnRouter()
+    for model in (alone, own):
+        apply_ep(model, moe_mesh["ep"])
     assert alone.layers[0].mlp.gate.e_score_correction_bias.device_mesh == moe_mesh["ep"]
+    assert type(own.layers[0].mlp.gate.e_score_correction_bias) is Tensor
+    unnamed = init_device_mesh("cpu", (ranks,))
+    apply_ep(Model(make_layer(config)), unnamed, unnamed)
+
+    without_fsdp = TinyLM(
+        ModelOptions(moe={"gate_bias_update_factor": 0.5, "score_func": "sigmoid"})
+    )
+    names = parallel_axis_names(world_mesh, moe_mesh) | {"dp_axis_names": None}
+    parallelize_model(without_fsdp, world_mesh, moe_mesh, **names)
+    for block in without_fsdp.model.layers:
+        gate = getattr(getattr(block, "mlp", None), "gate", None)
+        assert gate is None or isinstance(gate.e_score_correction_bias, DTensor)
 
 
 def test_ranks_share_the_correction_bias_without_fsdp() -> None:
