@@ -22,7 +22,9 @@ from moe_parallel.dispatch import (
     build_dispatcher,
     building,
 )
+from moe_parallel.experts import GroupedExperts
 from tests.parallel import stand_in_deep_ep as stand_in
+from tests.parallel.definitions import make_config
 from tests.parallel.ranks import run_ranks
 from tests.parallel.test_deepep import INTERFACES, assert_equal, make_case, prepare
 from tests.parallel.test_dispatch import Case, raised, round_trip
@@ -277,3 +279,26 @@ def test_auto_takes_deepep_only_between_machines() -> None:
     }.items():
         assert first[name].startswith("shared_memory carries tensors of the CPU, process_group of")
         assert f"; deepep is not used: {part}" in first[name]
+
+
+def _refused_on_the_other_way(rank: int, ranks: int) -> None:
+    """What DeepEP does not carry goes another way, and so does what a rank refuses of it."""
+    prepare()
+    group: Any = dist.group.WORLD
+    config = make_config(dtype=torch.float32)
+    experts = GroupedExperts(config)
+    experts.token_dispatcher = DeepEPDispatcher(
+        group,
+        config.n_routed_experts,
+        max_tokens=64,
+        otherwise=AllToAllDispatcher(group, config.n_routed_experts, transport="process_group"),
+    )
+    x, mask = torch.randn(6, config.dim), torch.ones(6, dtype=torch.bool)
+    ids = torch.zeros(6, 2, dtype=(torch.int64, torch.float32)[rank])
+    error, message = ((RuntimeError, "rank 1 .* its own arguments"), (TypeError, "indices"))[rank]
+    with pytest.raises(error, match=message):
+        experts(x, mask, torch.rand(6, 2), ids)
+
+
+def test_refused_arguments_are_told_by_the_way_that_tokens_take() -> None:
+    run_ranks(2, _refused_on_the_other_way, timeout=20)
