@@ -217,10 +217,9 @@ def _shard_experts(
         parallelize_module(
             module=moe.experts, device_mesh=ep_mesh, parallelize_plan=ExpertParallel()
         )
-        if isinstance(
-            getattr(moe, "gate", None), Gate
-        ):  # another class may add its bias to plain tensors
-            replicate_correction_bias(moe.gate, stage)
+        gate = getattr(moe, "gate", None)
+        if isinstance(gate, Gate):  # another class may add its bias to plain tensors
+            replicate_correction_bias(gate, stage)
 
 
 def apply_ac(

@@ -182,7 +182,7 @@ def scale_grads_and_clip_grad_norm(
             "or moe_mesh=None without Expert Parallelism."
         )
     refusal = _show_sharded_parameters(model_parts)
-    if refusal is not None and max_norm is None:
+    if refusal is not None and (max_norm is None or not pp_enabled):
         raise refusal
     if pp_enabled and num_label_tokens and dp_group_size:
         tokens = float(num_label_tokens)
