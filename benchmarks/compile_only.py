@@ -23,9 +23,9 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.jit import JITFunction
 
+from benchmarks.architectures import shared_memory
+
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-# bytes of shared memory that a block may have, by architecture
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 
 MBARRIERS = {
@@ -80,7 +80,7 @@ class SilentDriver(CompileOnlyDriver):
         self.launcher_cls = SilentLauncher
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": SHARED_MEMORY[self.target.arch]}
+        return {"max_shared_mem": shared_memory(self.target.arch)}
 
     def load_binary(self, *args: Any) -> tuple[Any, int, int, int, int]:
         return None, 0, 0, 0, 1024  # module, function, registers, spills, the most threads
@@ -244,7 +244,6 @@ def read(case: str, kernel: Any, arch: int) -> Report:
     registers = re.search(r"Used (\d+) registers", log)
     assert stack is not None
     assert registers is not None
-    limit = SHARED_MEMORY[arch]
     return Report(
         case=case,
         kernel=meta.name,
@@ -253,7 +252,7 @@ def read(case: str, kernel: Any, arch: int) -> Report:
         registers=int(registers[1]),
         spilled=sum(int(value) for value in stack.groups()),
         shared=meta.shared,
-        fits=meta.shared <= limit,
+        fits=meta.shared <= shared_memory(arch),
         wgmma=ptx.count("wgmma.mma_async"),
         tcgen05=ptx.count("tcgen05.mma"),
         mma=ptx.count("mma.sync"),

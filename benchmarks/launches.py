@@ -25,6 +25,8 @@ import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.architectures import ARCHITECTURES
+
 # what makes the host wait for a value of the device, or for a copy
 READS = (
     *("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "allclose"),
@@ -225,7 +227,7 @@ def add_parser(commands: Any) -> None:
         "launches", help="kernels that a layer launches, counted without a GPU"
     )
     parser.add_argument("--shape", default="T=1", help="sizes such as T=16,E=64")
-    parser.add_argument("--arch", type=int, choices=(80, 90, 100), default=90, help="default 90")
+    parser.add_argument("--arch", type=int, choices=ARCHITECTURES, default=90, help="default 90")
     parser.add_argument("--biased", action="store_true", help="experts with biases")
     parser.set_defaults(command=launches_command)
 

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.architectures import ARCHITECTURES, shared_memory
 from benchmarks.cli import main
 from benchmarks.ops._shapes import layer, layer_sets, tuning_set
 from benchmarks.tuning import table
-from benchmarks.tuning.candidates import GROUPS, LARGEST_SUM, SHARED_MEMORY, candidates, refinements
+from benchmarks.tuning.candidates import GROUPS, LARGEST_SUM, candidates, refinements
 from benchmarks.tuning.command import KERNELS, _buckets, _candidates
 from benchmarks.tuning.compiled import Compiled, compile_all, judge, small_shape
 from benchmarks.tuning.problems import PROBLEMS, Problem, bucket_of, operand_dtype
@@ -44,7 +45,7 @@ DEFAULT = Config(128, 128, 64, warps=8, stages=4)
 # ----------------------------------------------------------------------------------- what is tried
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("rows", [*ROWS, None])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_candidates_can_work(kernel: str, rows: int | None, arch: int) -> None:
@@ -75,7 +76,7 @@ def test_candidates_can_work(kernel: str, rows: int | None, arch: int) -> None:
                 assert (cut.warps, cut.block_m >= 128) == (4, True)
                 cut = dataclasses.replace(cut, warps=8)
         stage = itemsize * (cut.block_m * cut.block_k + cut.block_k * cut.block_n * weights)
-        assert stage * cut.stages * cut.programs <= SHARED_MEMORY[arch]
+        assert stage * cut.stages * cut.programs <= shared_memory(arch)
         held = 2 if kernel == "scaled_grouped_gemm" and cut.block_n <= 128 else weights
         assert cut.block_m * cut.block_n * held <= LARGEST_SUM * 32 * cut.warps
         assert cut.stages >= 2
@@ -126,7 +127,7 @@ def test_the_compiler_drops_what_spills_or_does_not_fit() -> None:
     )
     assert found[good].problem == ""
     assert 0 < found[good].registers <= 255
-    assert 100_000 < found[good].shared <= SHARED_MEMORY[90]
+    assert 100_000 < found[good].shared <= shared_memory(90)
     assert "spills" in found[spills].problem
     assert "bytes of shared memory; there are 232448" in found[large].problem
     assert "does not compile" in found[refused].problem

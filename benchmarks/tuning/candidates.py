@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 
+from benchmarks.architectures import shared_memory
 from moe_kernels.triton._config_tables import (
     GLUON,
     LARGEST,
@@ -15,19 +16,13 @@ from moe_kernels.triton._config_tables import (
     suits_gluon,
 )
 
-# bytes of shared memory that a block may have, and registers of a multiprocessor
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-REGISTERS = 65536
+REGISTERS = 65536  # of a multiprocessor
 LARGEST_SUM = 128  # float32 sums that a thread can hold besides all else
 SMALLEST_SUM = 4  # fewer leave most of a thread's time to addresses
 DEEPEST = 6
 BESIDE_RING = 81 * 1024  # bytes that backward in Gluon needs, for h and for what it writes
 GROUPS = (1, 4, 8, 16, 32)
 PROGRAMS = (1, 2, 3, 4)
-
-
-def family(arch: int) -> int:
-    return 100 if arch >= 100 else 90 if arch >= 90 else 80
 
 
 def next_power_of_2(n: int) -> int:
@@ -56,7 +51,7 @@ def candidates(
         contracted, columns: of a product. Of "up", columns of the activation; of "wgrad", which
             contracts rows, the two sides of the gradient.
     """
-    memory = SHARED_MEMORY[family(arch)]
+    memory = shared_memory(arch)
     widths = 2 if kernel == "up" else 1  # weights of gate and up for a column
     # float8 products are summed anew at each step, beside the sum of the steps
     held = 2 if kernel == "scaled_grouped_gemm" else widths
@@ -79,7 +74,7 @@ def candidates(
         sums = m * n * held / (32 * warps)
         if not SMALLEST_SUM <= sums <= LARGEST_SUM:
             continue
-        if arch >= 90 and itemsize <= 2 and warps == 8 and m < 128 and kernel != "wgrad":
+        if 90 <= arch < 120 and itemsize <= 2 and warps == 8 and m < 128 and kernel != "wgrad":
             continue  # two groups of warps would share 64 rows
         stage = (m * k + k * n * widths) * itemsize
         fit = min(DEEPEST, memory // stage)
@@ -139,7 +134,7 @@ def refinements(config: Config, shared: int, registers: int, arch: int) -> Itera
     Args:
         shared, registers: bytes a program and registers a thread that the compiler needs.
     """
-    memory = SHARED_MEMORY[family(arch)]
+    memory = shared_memory(arch)
     for group_m, programs in product(GROUPS, PROGRAMS):
         resident = (
             programs * shared <= memory

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks import environment
+from benchmarks.architectures import ARCHITECTURES
 from benchmarks.ops._shapes import layer_sets, tuning_set
 from benchmarks.registry import DTYPES, Shape
 from benchmarks.routing import ROUTINGS
@@ -63,7 +64,7 @@ def add_parser(commands: Any) -> None:
         "--dry-run", action="store_true", help="compile the candidates only; needs no GPU"
     )
     tune.add_argument(
-        "--arch", type=int, choices=(80, 90, 100), default=90, help="of a dry run; default 90"
+        "--arch", type=int, choices=ARCHITECTURES, default=90, help="of a dry run; default 90"
     )
     tune.set_defaults(command=tune_command)
 

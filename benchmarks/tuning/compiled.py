@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.architectures import shared_memory
 from benchmarks.environment import ROOT
 from benchmarks.registry import DTYPES, Shape
 from moe_kernels.triton._config_tables import Config
@@ -137,7 +138,6 @@ def _answer(job: Mapping[str, Any], arch: int, kernels: list[Any]) -> dict[str, 
     import torch
 
     from benchmarks.compile_only import read
-    from benchmarks.tuning.candidates import SHARED_MEMORY, family
     from benchmarks.tuning.problems import PROBLEMS, Layer
 
     layer = Layer(Shape(job["sizes"]), DTYPES[job["dtype"]], torch.device("cpu"), filled=False)
@@ -150,11 +150,11 @@ def _answer(job: Mapping[str, Any], arch: int, kernels: list[Any]) -> dict[str, 
     names = [f"_hopper_{role}_kernel" for role in in_gluon.get(job["kernel"], [job["kernel"]])]
     names += ["_scaled_up_kernel", f"_{job['kernel']}_kernel"]
     (kernel,) = (kernel for kernel in kernels if kernel.metadata.name in names)
-    report = dataclasses.asdict(read(job["kernel"], kernel, family(arch)))
+    report = dataclasses.asdict(read(job["kernel"], kernel, arch))
     # the activation in float8 is left to warps that are all alike
     specialized = cut.warp_specialize != "no" and kernel.metadata.name != "_scaled_up_kernel"
     return {
-        "problem": judge(report, SHARED_MEMORY[family(arch)], specialized),
+        "problem": judge(report, shared_memory(arch), specialized),
         "registers": report["registers"],
         "shared": report["shared"],
     }

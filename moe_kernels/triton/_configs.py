@@ -43,6 +43,10 @@ CONFIGS: dict[str, dict[tuple[int, str, str], Config]] = {
         (100, "half", "few"): Config(16, 64, 128, warps=4, stages=6, programs=2),
         (100, "half", "some"): Config(64, 128, 64, warps=4, stages=4),
         (100, "half", "many"): Config(128, 256, 64, warps=8, stages=3),
+        (86, "half", "few"): Config(16, 128, 64, warps=4, stages=3, programs=2),
+        (120, "half", "few"): Config(16, 64, 128, warps=4, stages=3, programs=2),
+        (120, "half", "some"): Config(64, 128, 32, warps=4, stages=4, programs=2),
+        (120, "half", "many"): Config(128, 128, 64, warps=8, stages=3),
     },
     # at most 128 columns and contracted elements, which share a scale
     "scaled_grouped_gemm": {
@@ -58,6 +62,9 @@ CONFIGS: dict[str, dict[tuple[int, str, str], Config]] = {
         (100, "fp8", "few"): Config(16, 128, 128, warps=4, stages=4, programs=2),
         (100, "fp8", "some"): Config(64, 128, 128, warps=4, stages=4),
         (100, "fp8", "many"): Config(128, 128, 128, warps=8, stages=5),
+        (120, "fp8", "few"): Config(16, 128, 128, warps=4, stages=3, programs=2),
+        (120, "fp8", "some"): Config(64, 128, 128, warps=4, stages=3),
+        (120, "fp8", "many"): Config(128, 128, 128, warps=8, stages=4),
     },
     "up": {
         (80, "full", "any"): Config(64, 32, 16, warps=4, stages=2, programs=2),
@@ -73,6 +80,11 @@ CONFIGS: dict[str, dict[tuple[int, str, str], Config]] = {
         (100, "half", "few"): Config(16, 32, 128, warps=4, stages=6, programs=2),
         (100, "half", "some"): Config(64, 64, 64, warps=4, stages=4),
         (100, "half", "many"): Config(128, 64, 64, warps=8, stages=3),
+        (86, "half", "few"): Config(16, 64, 64, warps=4, stages=3, programs=2),
+        (120, "half", "unaligned"): Config(64, 64, 32, warps=8, stages=2),
+        (120, "half", "few"): Config(16, 32, 128, warps=4, stages=3, programs=2),
+        (120, "half", "some"): Config(64, 64, 32, warps=4, stages=4, programs=2),
+        (120, "half", "many"): Config(128, 64, 64, warps=8, stages=3),
     },
     "down_backward": {
         (80, "full", "any"): Config(64, 32, 16, warps=4, stages=2, programs=2),
@@ -88,6 +100,9 @@ CONFIGS: dict[str, dict[tuple[int, str, str], Config]] = {
         (100, "half", "few"): Config(16, 64, 128, warps=4, stages=4),
         (100, "half", "some"): Config(64, 64, 64, warps=4, stages=4),
         (100, "half", "many"): Config(128, 128, 64, warps=8, stages=3),
+        (120, "half", "few"): Config(16, 64, 128, warps=4, stages=3),
+        (120, "half", "some"): Config(64, 64, 32, warps=4, stages=4, programs=2),
+        (120, "half", "many"): Config(128, 64, 64, warps=8, stages=3),
     },
     "wgrad": {
         (80, "full", "any"): Config(64, 64, 32, warps=4, stages=2, programs=2),
@@ -103,6 +118,9 @@ CONFIGS: dict[str, dict[tuple[int, str, str], Config]] = {
         (100, "half", "few"): Config(128, 128, 16, warps=8, stages=4),
         (100, "half", "some"): Config(128, 256, 64, warps=8, stages=3),
         (100, "half", "many"): Config(128, 256, 64, warps=8, stages=3),
+        (120, "half", "few"): Config(128, 128, 16, warps=8, stages=4),
+        (120, "half", "some"): Config(128, 128, 32, warps=8, stages=4),
+        (120, "half", "many"): Config(128, 128, 64, warps=8, stages=4),
     },
 }
 
@@ -147,9 +165,20 @@ def default_config(
     """The untuned configuration."""
     if precision == "full":
         return CONFIGS[kernel][80, "full", "any"]
-    family = 100 if arch >= 100 else 90 if arch >= 90 else 80
     mean = rows / max(experts, 1)
     size = "few" if mean <= FEW else "some" if mean <= SOME else "many"
     if not aligned and (size != "few" or precision == "fp8"):
         size = "unaligned"
-    return CONFIGS[kernel][family, precision, size]
+    of = CONFIGS[kernel]
+    return of.get((_family(arch), precision, size)) or of[80, precision, size]
+
+
+def _family(arch: int) -> int:
+    """Whose row holds; those of 80 hold where there is none.
+
+    GPUs that are not for servers have 99 KB of shared memory a block, from sm_120 on too, where
+    tensor cores are those of sm_80, whose sums are in registers, and TMA copies.
+    """
+    if arch >= 120:
+        return 120
+    return 100 if arch >= 100 else 90 if arch >= 90 else 86 if arch in (86, 89) else 80

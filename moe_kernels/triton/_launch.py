@@ -16,6 +16,7 @@ from torch import Tensor
 
 TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 INTERPRETED: bool = triton.knobs.runtime.interpret
+OLDEST = 80  # architecture whose tensor cores Triton multiplies with
 # few, so that a persistent kernel's loop takes several turns where it is tested
 INTERPRETED_PROCESSORS = 3
 UNCHANGED = contextlib.nullcontext()
@@ -64,22 +65,32 @@ def float_type(tensor: Tensor) -> tl.dtype:
 
 @functools.cache
 def architecture(device: torch.device) -> int:
-    """The compute capability that is compiled for, times ten; interpreted kernels play sm_90."""
+    """The compute capability that is compiled for, times ten; interpreted kernels play sm_90.
+
+    Raises:
+        ValueError: it is below 8.0; Triton multiplies without tensor cores there.
+    """
     if INTERPRETED:
         return 90
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        return int(triton.runtime.driver.active.get_current_target().arch)
+        arch = int(triton.runtime.driver.active.get_current_target().arch)
+    if arch < OLDEST:
+        raise ValueError(
+            f"moe_kernels: {device} must be a GPU of compute capability {OLDEST / 10} or later; "
+            f"got {arch / 10}. Set MOE_KERNELS_BACKEND=reference for the plain PyTorch definitions."
+        )
+    return arch
 
 
 def pipelines_pointer_loads(device: torch.device) -> bool:
     """Whether loads by pointer may be pipelined into asynchronous tensor cores.
 
-    Pipelined, they are copied to shared memory by ``cp.async``, and from sm_90 on the tensor cores
-    read it through another proxy: without a fence between, they may read it before it is written.
+    Pipelined, they are copied to shared memory by ``cp.async``, and from sm_90 to sm_110 the tensor
+    cores read it through another proxy: without a fence, they may read it before it is written.
     Triton emits that fence since 3.7. Before, such loads go through registers, and rows that would
     be gathered in a GEMM's prologue are gathered to a buffer first, which TMA reads.
     """
-    return TRITON_VERSION >= (3, 7) or architecture(device) < 90
+    return TRITON_VERSION >= (3, 7) or not 90 <= architecture(device) < 120
 
 
 def dot_precision(tensor: Tensor) -> str:

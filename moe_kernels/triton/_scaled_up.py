@@ -133,13 +133,14 @@ def _scaled_up_kernel(
 def activates_in_product(activation: Activation, h: Tensor, inner: int, cut: Config) -> bool:
     """Whether a tile has all that a scale of the activation needs, in two blocks of h.
 
-    Activations of float32 take more registers than the sums leave, and before sm_90 the sums do.
+    Activations of float32 take more registers than the sums leave, and where tensor cores add to
+    registers alone, before sm_90 and from sm_120 on, the sums do.
     So do the addresses of columns that Triton does not know to be a multiple of 16, which are
     stored one at a time.
     """
     halves = activation.gated and not activation.interleaved
     whole = inner % (BLOCK.value if halves else 16) == 0
-    fits = h.element_size() == 2 and architecture(h.device) >= 90
+    fits = h.element_size() == 2 and 90 <= architecture(h.device) < 120
     return whole and fits and cut.block_n == BLOCK.value
 
 

@@ -18,7 +18,8 @@ from dataclasses import asdict
 
 os.environ.pop("TRITON_INTERPRET", None)  # read when kernels are decorated
 
-from benchmarks.compile_only import SHARED_MEMORY, Report, compile_only, read
+from benchmarks.architectures import ARCHITECTURES
+from benchmarks.compile_only import Report, compile_only, read
 
 
 def check(names: list[str], arch: int) -> Iterator[Report]:
@@ -39,7 +40,7 @@ def check(names: list[str], arch: int) -> Iterator[Report]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--arch", type=int, default=90, choices=SHARED_MEMORY)
+    parser.add_argument("--arch", type=int, default=90, choices=ARCHITECTURES)
     parser.add_argument("cases", nargs="*")
     options = parser.parse_args()
     for report in check(options.cases, options.arch):

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from triton.backends.compiler import GPUTarget
 
 from moe_kernels.triton import _config_tables as tables
-from moe_kernels.triton import _configs
+from moe_kernels.triton import _configs, _launch
 from moe_kernels.triton._config_tables import Config
 from moe_kernels.triton.scaled_grouped_gemm import scaled_config
 
@@ -234,6 +235,20 @@ def test_a_bad_table_is_an_error_that_names_it(
     monkeypatch.setenv(tables.VARIABLE, str(path))
     with pytest.raises(ValueError, match=f"(?s)bad.json.*{message}"):
         _configs.config("up", BF16, 2048, 8, aligned=True)
+
+
+def test_an_older_gpu_is_refused_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Driver:
+        active = property(lambda self: self)
+
+        def get_current_target(self) -> Any:
+            return GPUTarget("cuda", 75, 32)
+
+    monkeypatch.setattr(_launch, "INTERPRETED", False)
+    monkeypatch.setattr(_launch.triton.runtime, "driver", Driver())
+    message = r"cpu must be a GPU of compute capability 8.0 or later; got 7.5. Set MOE_KERNELS_"
+    with pytest.raises(ValueError, match=message):
+        _launch.architecture.__wrapped__(torch.device("cpu"))
 
 
 def test_a_missing_table_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

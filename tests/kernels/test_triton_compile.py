@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.architectures import ARCHITECTURES
 from tests.kernels.compile_cases import CASES, MORE_CASES
 
 ROOT = Path(__file__).parents[2]
@@ -33,8 +34,11 @@ Reports = list[dict[str, Any]]
     params=[
         pytest.param((90, tuple(CASES)), id="sm_90"),
         pytest.param((90, tuple(MORE_CASES)), id="sm_90-more", marks=pytest.mark.slow),
-        pytest.param((80, ()), id="sm_80", marks=pytest.mark.slow),
-        pytest.param((100, ()), id="sm_100", marks=pytest.mark.slow),
+        *(
+            pytest.param((arch, ()), id=f"sm_{arch}", marks=pytest.mark.slow)
+            for arch in ARCHITECTURES
+            if arch != 90
+        ),
     ],
 )
 def reports(request: pytest.FixtureRequest) -> Reports:
@@ -56,8 +60,8 @@ def reports(request: pytest.FixtureRequest) -> Reports:
 
 def _gemms(reports: Reports) -> Reports:
     found = [report for report in reports if report["kernel"] in GEMMS]
-    since_90 = {"_scaled_up_kernel"} if reports[0]["arch"] < 90 else set()
-    assert {report["kernel"] for report in found} == GEMMS - since_90
+    without = set() if 90 <= reports[0]["arch"] < 120 else {"_scaled_up_kernel"}
+    assert {report["kernel"] for report in found} == GEMMS - without
     return found
 
 
@@ -66,9 +70,11 @@ def test_kernels_keep_their_values_in_registers_and_fit(
 ) -> None:
     for report in reports:
         record_property(f"registers {report['case']} {report['kernel']}", report["registers"])
-        # with TF32, not the default, ptxas of Triton 3.6 stops at 64 registers on sm_100
+        # with TF32, not the default, ptxas of Triton 3.6 stops at 64 registers on sm_100; elsewhere
+        # it may leave some words of memory-bound kernels for another block beside them
         if report["arch"] != 100 or not report["case"].endswith("_tf32"):
-            assert report["spilled"] == 0, report
+            beside = report["arch"] in (86, 89, 120) and report["kernel"] not in GEMMS
+            assert report["spilled"] <= (48 if beside else 0), report
         assert report["fits"], report
 
 
@@ -80,7 +86,7 @@ def test_products_run_on_tensor_cores(reports: Reports) -> None:
     for report in _gemms(reports):
         if report["case"].endswith("_full") or "_full_" in report["case"]:
             continue  # exact float32 has none
-        kind = {80: "mma", 90: "wgmma", 100: "tcgen05"}[report["arch"]]
+        kind = {90: "wgmma", 100: "tcgen05"}.get(report["arch"], "mma")
         if report["arch"] == 90 and report["case"].endswith(WITHOUT_WGMMA):
             assert report["mma"] + report["wgmma"] > 0, report
         elif report["arch"] == 100 and report["case"].endswith(WITHOUT_WGMMA):
@@ -258,7 +264,8 @@ def test_float8_is_multiplied_as_such(reports: Reports) -> None:
     """
     for report in _gemms(reports):
         if report["kernel"] in ("_scaled_grouped_gemm_kernel", "_scaled_up_kernel"):
-            assert report["float8"] == report["wgmma"] + report["tcgen05"], report
+            others = report["mma"] if report["arch"] in (89, 120) else 0
+            assert report["float8"] == report["wgmma"] + report["tcgen05"] + others, report
 
 
 def test_copied_tiles_are_fenced_from_tensor_cores(reports: Reports) -> None:
