@@ -155,10 +155,8 @@ def inner_classes(inner: int) -> tuple[str, ...]:
 
 
 def device_class(device: torch.device) -> str:
-    """The name of a device's table: ``sm_90-h200``, or ``sm_90`` for an unlisted GPU."""
+    """The name of a GPU's table: ``sm_90-h200``, or ``sm_90`` for an unlisted one."""
     arch = f"sm_{architecture(device)}"
-    if device.type != "cuda":
-        return arch
     words = torch.cuda.get_device_properties(device).name.lower().replace("-", " ").split()
     model = next((name for name in MODELS if name in words), "")
     return f"{arch}-{model}" if model else arch
@@ -265,7 +263,8 @@ def tuned(device: torch.device, kernels: tuple[str, ...]) -> tuple[Table, ...]:
     """The tables that hold on a device, first the one that decides.
 
     That is the file that ``MOE_KERNELS_CONFIGS`` names, whatever device it was measured on; then
-    the shipped ones of the exact model and of its architecture. Read at the first launch.
+    the shipped ones of the exact model and of its architecture; none of what is interpreted, or
+    compiled alone. Read at the first launch.
 
     Raises:
         ValueError, OSError: as :func:`read_table`; what is asked for is never ignored.
@@ -279,7 +278,8 @@ def tuned(device: torch.device, kernels: tuple[str, ...]) -> tuple[Table, ...]:
                 f"writes it; there is no file {own}"
             )
         paths.append(Path(own))
-    name = device_class(device)
-    shipped = [FOLDER / f"{part}.json" for part in dict.fromkeys((name, name.split("-")[0]))]
-    paths += [path for path in shipped if path.exists()]
+    if device.type == "cuda":
+        name = device_class(device)
+        shipped = [FOLDER / f"{part}.json" for part in dict.fromkeys((name, name.split("-")[0]))]
+        paths += [path for path in shipped if path.exists()]
     return tuple(as_table(read_table(path, kernels), kernels) for path in paths)

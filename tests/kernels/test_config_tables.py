@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -55,6 +56,20 @@ def test_the_shipped_tables_are_valid() -> None:
     for path in files:
         document = tables.read_table(path, _configs.CONFIGS)
         assert document["device"] == path.stem
+
+
+@pytest.mark.parametrize("name", ["NVIDIA GH200 480GB", "NVIDIA H800", "NVIDIA of tomorrow"])
+def test_every_gpu_of_hopper_has_the_shipped_tables(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(tables.VARIABLE, raising=False)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(name=name)
+    )
+    monkeypatch.setattr(tables, "architecture", lambda device: 90)
+    found = tables.tuned(torch.device("cuda"), tuple(_configs.CONFIGS))
+    assert found
+    assert found[-1][tables.Bucket("up", "half", None, "wide")].warp_specialize == "gluon"
 
 
 def test_without_a_table_the_default_decides(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,8 +157,13 @@ def test_a_users_table_comes_before_the_shipped_ones(
     )
     own = write(tmp_path / "own.json", entry(rows=64, config=of(by_stages[3])))
     monkeypatch.setenv(tables.VARIABLE, str(own))
+    gpu, inner = torch.device("cuda"), tables.inner_classes(768)
+    found = [_configs._tuned_config(gpu, "up", "half", r, inner) for r in rows]
+    assert [cut.stages for cut in found if cut] == [3, 2, 1]
+    # what is interpreted, or compiled without a GPU, has no table but the user's
     stages = [_configs.config("up", BF16, r, 1, aligned=True, inner=768).stages for r in rows]
-    assert stages == [3, 2, 1]
+    default = _configs.default_config("up", 90, "half", 256, 1).stages
+    assert stages == [3, default, default]
 
 
 def test_roles_of_warps_are_only_what_a_table_asks_for(
@@ -270,11 +290,7 @@ def test_a_missing_table_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_device_classes(
     name: str, arch: int, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Properties:
-        pass
-
-    properties = Properties()
-    properties.name = name  # type: ignore[attr-defined]
+    properties = SimpleNamespace(name=name)
     monkeypatch.setattr(tables, "architecture", lambda device: arch)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     assert tables.device_class(torch.device("cuda")) == expected
