@@ -85,6 +85,21 @@ def raise_together(problem: str | None) -> None:
         raise CheckpointError(summary(problems))
 
 
+def check_same(caller: str, **arguments: Any) -> None:
+    """Raise a CheckpointError on all ranks unless they were given equal ``arguments``. Collective.
+
+    Where one rank decides for all, another's argument would be passed over in silence.
+    """
+    everyone = all_gathered(arguments)
+    for name, first in everyone[0].items():
+        for number, others in enumerate(everyone):
+            if others[name] != first:
+                raise CheckpointError(
+                    f"{caller}: {name} must be the same on all ranks; got {first} on rank 0 and "
+                    f"{others[name]} on rank {number}"
+                )
+
+
 def describe(error: BaseException) -> str:
     """An error in one line; of those that say what is to be done, no more than that."""
     text = str(error).strip() or "no message"

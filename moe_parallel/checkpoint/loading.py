@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 from moe_parallel.checkpoint import folders
 from moe_parallel.checkpoint.agreement import (
     CheckpointError,
+    all_gathered,
     describe,
     on_all_ranks,
     on_no_rank,
@@ -22,6 +24,7 @@ from moe_parallel.checkpoint.optimizers import (
     OptimizerState,
     by_parameter,
     check_fits,
+    check_optimized_alike,
     groups_of,
     restore,
     tensors_to_fill,
@@ -35,7 +38,7 @@ from moe_parallel.checkpoint.state import (
     model_state,
     set_gates,
 )
-from moe_parallel.checkpoint.storage import read, read_sizes
+from moe_parallel.checkpoint.storage import METADATA, read, read_sizes
 from moe_parallel.tensors import local_tensor
 
 
@@ -86,8 +89,8 @@ def load_checkpoint(
     those of optimizers theirs.
 
     Args:
-        checkpoint: a folder that :func:`save_checkpoint` returned; :func:`latest_checkpoint` finds
-            the last one.
+        checkpoint: a folder that :func:`save_checkpoint` returned, the same on every rank;
+            :func:`latest_checkpoint` finds the last one.
         model_parts: the model, or this rank's stages of it, sharded as this run wants.
         optimizers: those of the model's parameters, new or used; none to load the model alone. The
             groups may be cut otherwise than when saved, if what is one group now had equal options.
@@ -101,10 +104,13 @@ def load_checkpoint(
             unknown names, other shapes; on all ranks alike, and then nothing has been changed. Or a
             failure to read; then what was read stays.
     """
-    checkpoint = Path(checkpoint)
-    optimizers, schedulers = as_list(optimizers, Optimizer), as_list(schedulers)
     info = on_all_ranks(lambda: read_checkpoint(checkpoint))
+    checkpoint = Path(checkpoint)
     sizes = on_all_ranks(lambda: read_sizes(checkpoint))
+    _check_one(checkpoint, info.step)
+    optimizers, schedulers = on_all_ranks(
+        lambda: (as_list(optimizers, Optimizer), as_list(schedulers))
+    )
     saved = by_parameter(sizes)
     model = on_all_ranks(lambda: model_state(as_list(model_parts, nn.Module)))
     groups = on_all_ranks(lambda: groups_of(optimizers, model.names))
@@ -116,8 +122,12 @@ def load_checkpoint(
 
     on_all_ranks(check)
     _check_all_used(model, sizes)
-    if optimizers:
-        _check_all_optimized({name for group in groups for name in group.names}, info)
+    optimized = {name for group in groups for name in group.names}
+    check_optimized_alike(model.names.values(), optimized)
+    _check_schedulers_alike(len(schedulers) if optimizers else None)
+    # with a pipeline, one of a frozen stage has no optimizer to give
+    if any(all_gathered(bool(optimizers))):
+        _check_all_optimized(optimized, info)
 
     gates = empty_gate_tensors(model.gates, sizes)
     tensors = {MODEL + name: tensor for name, tensor in model.tensors.items()} | gates
@@ -129,6 +139,23 @@ def load_checkpoint(
     for scheduler, state in zip(schedulers, info.schedulers, strict=False):
         scheduler.load_state_dict(state)
     return info
+
+
+def _check_one(checkpoint: Path, step: int) -> None:
+    """All ranks have the same checkpoint, by whatever path. Collective.
+
+    A folder that ranks list at different times, or of which one has a copy, may give them others.
+    """
+    names = (folders.ABOUT, METADATA)
+    files = on_all_ranks(lambda: [(checkpoint / name).read_bytes() for name in names])
+    digest = hashlib.sha256(b"".join(files)).hexdigest()
+    everyone = all_gathered((digest, f"{checkpoint} (step {step})"))
+    for number, (other, name) in enumerate(everyone):
+        if other != everyone[0][0]:
+            raise CheckpointError(
+                f"all ranks must load the same checkpoint; rank 0 was given {everyone[0][1]}, rank "
+                f"{number} another: {name}. Let one rank choose it, and broadcast its path."
+            )
 
 
 def _check_model(model: ModelState, sizes: Mapping[str, Any]) -> None:
@@ -167,6 +194,17 @@ def _check_schedulers(
                 f"a scheduler must have as many groups as in the checkpoint, {len(rates)}; got "
                 f"{len(now)}"
             )
+
+
+def _check_schedulers_alike(given: int | None) -> None:
+    """All ranks with optimizers are given as many schedulers. Collective."""
+    counts = {count: rank for rank, count in enumerate(all_gathered(given)) if count is not None}
+    if len(counts) > 1:
+        (first, one), (second, other), *_ = counts.items()
+        raise CheckpointError(
+            f"all ranks must be given as many schedulers; rank {one} has {first}, rank {other} "
+            f"{second}"
+        )
 
 
 def _check_all_used(model: ModelState, sizes: Mapping[str, Any]) -> None:

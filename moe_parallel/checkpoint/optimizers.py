@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from moe_parallel.checkpoint.agreement import CheckpointError
+from moe_parallel.checkpoint.agreement import CheckpointError, all_gathered
 
 OPTIMIZER = "optimizer."
 Sizes = Mapping[str, tuple[torch.Size, torch.dtype]]
@@ -152,6 +152,32 @@ def merge(states: Sequence[OptimizerState]) -> OptimizerState:
         else:
             merged.groups.append((values, [name]))
     return merged
+
+
+def check_optimized_alike(parameters: Iterable[str], optimized: Container[str]) -> None:
+    """What one rank optimizes, every rank that has it must. Collective.
+
+    Args:
+        parameters: names of those of this rank's model.
+        optimized: names of those that its optimizers have.
+
+    Raises:
+        CheckpointError: a rank was given no optimizer of some.
+    """
+    without = {name: name in optimized for name in parameters}
+    everyone = all_gathered(without)
+    owners: dict[str, int] = {}
+    for rank, found in enumerate(everyone):
+        for name, has_one in found.items():
+            if has_one:
+                owners.setdefault(name, rank)
+    for rank, found in enumerate(everyone):
+        for name, has_one in found.items():
+            if not has_one and name in owners:
+                raise CheckpointError(
+                    f"all ranks must be given the optimizers of their parameters; rank "
+                    f"{owners[name]} has one of {name}, rank {rank} has none"
+                )
 
 
 def by_parameter(sizes: Sizes) -> dict[str, Sizes]:

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from moe_parallel.checkpoint import folders
 from moe_parallel.checkpoint.agreement import (
     CheckpointError,
+    check_same,
     gathered,
     is_coordinator,
     on_all_ranks,
@@ -25,6 +26,7 @@ from moe_parallel.checkpoint.agreement import (
 from moe_parallel.checkpoint.optimizers import (
     OPTIMIZER,
     OptimizerState,
+    check_optimized_alike,
     groups_of,
     merge,
     optimizer_state,
@@ -63,7 +65,8 @@ def save_checkpoint(
     folder is called ``step-N.partial``: an interrupted save leaves the checkpoints before it.
 
     Args:
-        folder: of all checkpoints of a run; on a file system that all ranks share.
+        folder: of all checkpoints of a run, the same on every rank; on a file system that all
+            share.
         step: number of steps taken.
         model_parts: the model, or this rank's stages of it, with the names of the whole model.
         optimizers, schedulers: one or several; schedulers have a ``state_dict()``, the same on
@@ -81,10 +84,11 @@ def save_checkpoint(
         CheckpointError: names or state that cannot be saved, or a failure to write; on all ranks
             alike. The earlier checkpoints are all there.
     """
-    folder = Path(folder)
-    optimizers = as_list(optimizers, Optimizer)
     model, optim = on_all_ranks(lambda: _collect(step, keep, piece_bytes, model_parts, optimizers))
+    folder = on_all_ranks(lambda: Path(folder))
+    check_same("save_checkpoint", folder=folder, step=step, keep=keep)
     check_names(model.tensors)
+    check_optimized_alike(model.names.values(), optim.options())
     tensors = {MODEL + name: tensor for name, tensor in model.tensors.items()}
     tensors |= gate_tensors(model.gates)
     tensors |= {OPTIMIZER + name: tensor for name, tensor in optim.tensors.items()}
@@ -120,7 +124,7 @@ def _collect(
     keep: int | None,
     piece_bytes: int,
     model_parts: Any,
-    optimizers: list[Optimizer],
+    optimizers: Any,
 ) -> tuple[ModelState, OptimizerState]:
     for name, value, least in (("step", step, 0), ("piece_bytes", piece_bytes, 16)):
         if not isinstance(value, int) or value < least:
@@ -130,7 +134,7 @@ def _collect(
     if keep is not None and (not isinstance(keep, int) or keep < 1):
         raise CheckpointError(f"save_checkpoint: keep must be at least 1, or None; got {keep!r}")
     model = model_state(as_list(model_parts, nn.Module))
-    return model, optimizer_state(groups_of(optimizers, model.names))
+    return model, optimizer_state(groups_of(as_list(optimizers, Optimizer), model.names))
 
 
 def _pack(

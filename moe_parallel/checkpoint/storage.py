@@ -44,6 +44,8 @@ from moe_parallel.checkpoint.pieces import (
 from moe_parallel.tensors import local_tensor
 from moe_parallel.torch_internals import data_offset, local_region, storage_extents, stored_at
 
+METADATA = ".metadata"  # of torch.distributed.checkpoint; it has an id of its own in each save
+
 
 def write(tensors: Mapping[str, Tensor], folder: Path, most_bytes: int) -> None:
     """Write every rank's part of ``tensors``, and what all have once. Collective.
