@@ -58,9 +58,11 @@ def build_meshes(
         ``ep_shard`` and ``ep``; it is None for ``ep = 1``.
 
     Raises:
-        MeshError: sizes that do not fit; on every rank, before any communication.
+        MeshError: sizes that do not fit, or, where the default group has gloo, that are others on
+            another rank; on every rank, before any mesh is made.
     """
     sizes = {"dp_replicate": dp_replicate, "cp": cp, "tp": tp, "pp": pp, "ep": ep}
+    _check_same_sizes({**sizes, "device_type": device_type})
     world_size = _world_size(world_size)
     dp = _data_parallel_size(sizes, world_size)
     device_type = _device_type() if device_type is None else _checked(device_type)
@@ -92,6 +94,22 @@ def _world_size(given: int | None) -> int:
     size = actual if given is None else given
     assert size is not None
     return size
+
+
+def _check_same_sizes(sizes: dict[str, Any]) -> None:
+    """Ranks that divide the world otherwise would wait for each other. Collective where tensors on
+    the CPU can travel: before there is a mesh, NCCL may not know which GPU is whose."""
+    if not dist.is_initialized() or "gloo" not in dist.get_backend_config():
+        return
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, sizes)
+    for rank, others in enumerate(everyone):
+        for name, size in everyone[0].items():
+            if others[name] != size:
+                raise MeshError(
+                    f"build_meshes: {name} must be the same on all ranks; got {size!r} on rank 0 "
+                    f"and {others[name]!r} on rank {rank}"
+                )
 
 
 def _data_parallel_size(sizes: dict[str, int], world_size: int) -> int:

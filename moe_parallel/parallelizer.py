@@ -52,7 +52,7 @@ from moe_parallel.gate import Gate
 from moe_parallel.layers import MoE
 from moe_parallel.mesh import ranks_of_stage
 from moe_parallel.model_meshes import Axes
-from moe_parallel.refusals import check_transports, refused_together
+from moe_parallel.refusals import check_alike, check_transports, refused_together
 from moe_parallel.text_module import (
     _is_deepseek_v4_model,
     _is_selective_ac,
@@ -458,9 +458,10 @@ def parallelize_model(
     Raises:
         AssertionError: tensor parallelism; or experts that Expert Parallelism cannot spread evenly.
         KeyError: ``lm_head_precision`` is a name of no dtype.
-        MeshError: axes that leave parameters without a reduction of their gradients, and all that
-            :func:`apply_cp`, :func:`apply_ep` and :func:`apply_fsdp` refuse. The model is as it
-            was.
+        MeshError: axes that leave parameters without a reduction of their gradients; another model
+            (names, shapes, dtypes, what is trained, settings of MoE layers) or other options on
+            another rank; and all that :func:`apply_cp`, :func:`apply_ep` and :func:`apply_fsdp`
+            refuse. The model is as it was.
         ValueError, ImportError: see :func:`apply_ep` and :func:`apply_ac`. Likewise.
     """
     axes = Axes(dp_axis_names, cp_axis_name, tp_axis_name, ep_axis_name, ep_shard_axis_names)
@@ -469,6 +470,12 @@ def parallelize_model(
     )
     ep_shard_enabled = ep_shard_mesh is not None and ep_shard_mesh.size() > 1
     selective = _is_selective_ac(activation_checkpointing)
+    options: dict[str, Any] = {
+        "mp_policy": mp_policy,
+        "reshard_after_forward": reshard_after_forward,
+        "lm_head_precision": lm_head_precision,
+        "wrap_outer_model": wrap_outer_model,
+    }
 
     # What this module's steps would refuse half-way; a model for others may have no such parts.
     own_ep, own_fsdp = _is_own(apply_ep), _is_own(apply_fsdp)
@@ -488,6 +495,11 @@ def parallelize_model(
         saves_router = activation_checkpointing and ignore_router_for_ac and not selective
         if saves_router and _is_own(apply_ac):
             router_sizes(model, None, None)
+        if own_ep and own_fsdp:
+            sharing = fsdp_mesh if ep_mesh is None else ranks_of_stage(ep_mesh, moe_mesh)
+            kept = {"ignore_router_for_ac": ignore_router_for_ac}
+            given = {**options, "activation_checkpointing": activation_checkpointing, **kept}
+            check_alike(sharing, model, _moe_layers(model), given)
         check_transports(layers, ep_mesh, moe_mesh)
     if ep_mesh is not None and own_ep:
         check_equal_experts(layers, ep_mesh, moe_mesh)
@@ -508,8 +520,5 @@ def parallelize_model(
             ep_enabled=ep_mesh is not None,
             ep_shard_enabled=ep_shard_enabled,
             ep_shard_mesh=ep_shard_mesh,
-            mp_policy=mp_policy,
-            reshard_after_forward=reshard_after_forward,
-            lm_head_precision=lm_head_precision,
-            wrap_outer_model=wrap_outer_model,
+            **options,
         )
