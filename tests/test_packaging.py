@@ -226,6 +226,56 @@ def test_import_refuses_with_the_remedy(tmp_path, extension, said):
         assert torch.__version__ in message
 
 
+def test_a_missing_extension_is_told_from_one_of_another_python(tmp_path):
+    result = import_alone(tmp_path, ("_C.cpython-27-x86_64-linux-gnu.so", ""))
+    message = result.stderr.splitlines()[-1]
+    said = f"missing in {tmp_path / 'moe_kernels'}, where _C.cpython-27-x86_64-linux-gnu.so is for"
+    assert said in message
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_the_definitions_need_no_extension_that_loads(tmp_path, backend):
+    code = """
+import sys, torch
+print(moe_kernels.topk_router(torch.tensor([[1.0, 3.0, 2.0]]), 2).topk_ids.tolist())
+from moe_parallel.dispatch.native import extension
+try:
+    extension()
+except ImportError as error:
+    print(error)
+"""
+    damaged = ("_C.abi3.so", "no shared library")
+    shutil.copytree(ROOT / "moe_parallel", tmp_path / "moe_parallel")
+    result = import_alone(tmp_path, damaged, code, MOE_KERNELS_BACKEND=backend)
+    assert result.stdout.startswith("[[1, 2]]\nAllToAllDispatcher: "), result.stderr
+    assert "does not load" in result.stdout
+    assert "pip install --no-build-isolation ." in result.stdout
+
+
+def test_the_definitions_do_not_hide_an_extension_of_another_torch(tmp_path):
+    extension = ("_C.py", "def build_info():\n    return {'torch': '1.13.1'}\n")
+    result = import_alone(tmp_path, extension, MOE_KERNELS_BACKEND="reference")
+    message = result.stderr.splitlines()[-1]
+    assert message.startswith("ImportError: moe_kernels: the compiled extension was built for")
+    assert f"remove {tmp_path / 'moe_kernels' / '_C.py'}" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("MOE_KERNELS_BACKEND", "cuda"),
+        ("MOE_KERNELS_CHECK", "true"),
+        ("MOE_KERNELS_CPU_CAPABILITY", "avx3"),
+        ("MOE_KERNELS_KEEP_BUFFERS", "no"),
+    ],
+)
+def test_import_refuses_settings_that_would_be_ignored(name, value):
+    result = run("-c", "import moe_kernels", PYTHONPATH=str(ROOT), **{name: value})
+    message = result.stderr.splitlines()[-1]
+    assert message.startswith(f"ValueError: {name} must be ")
+    assert message.endswith((f"got {value!r}", f'got "{value}"'))
+
+
 def test_triton_alone_needs_no_extension(tmp_path):
     """CUDA tensors have the Triton kernels then, and those of a CPU the definitions."""
     code = """

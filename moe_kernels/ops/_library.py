@@ -8,7 +8,8 @@
     ADInplaceOrView             of ops that write to an argument: counts that for autograd
 
 ``MOE_KERNELS_BACKEND=reference``, read once at import, puts the reference under CPU and CUDA too.
-With ``triton`` the extension may be missing: the reference serves CPU then, and Triton CUDA.
+With ``triton`` the extension may be missing: the reference serves CPU then, and Triton CUDA. An
+extension that does not load counts as missing with either.
 The extension is imported before the first op, so that the reference is registered over it.
 """
 
@@ -19,6 +20,7 @@ import importlib
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -49,33 +51,62 @@ def _read_backend() -> str:
 _backend = _read_backend()
 
 
+def _check_settings() -> None:
+    """Refuse at import what would be taken for the default later."""
+    for name in ("MOE_KERNELS_CHECK", "MOE_KERNELS_KEEP_BUFFERS"):
+        value = os.environ.get(name, "")
+        if value not in ("", "0", "1"):
+            raise ValueError(f"{name} must be 0 or 1; got {value!r}")
+
+
+_check_settings()
+
+
 def _load_native() -> Any:
     """Import the extension, which registers the CPU kernels, or say what to do about it."""
-    remedy = (
+    build = (
         "Build it in this environment: pip install --no-build-isolation . (or, in a checkout, "
-        "python setup.py build_ext --inplace). MOE_KERNELS_BACKEND=reference runs the slow plain "
-        "PyTorch definitions without it; MOE_KERNELS_BACKEND=triton those on CPU alone."
+        "python setup.py build_ext --inplace)."
+    )
+    remedy = (
+        f"{build} MOE_KERNELS_BACKEND=reference runs the slow plain PyTorch definitions without "
+        "it; MOE_KERNELS_BACKEND=triton those on CPU alone."
     )
     try:
         native = importlib.import_module(f"{NAMESPACE}._C")
-    except ModuleNotFoundError as error:
-        if error.name != f"{NAMESPACE}._C":
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError)
+        if missing and error.name != f"{NAMESPACE}._C":
             raise
         if _backend != "native":
             return None
-        raise ImportError(f"moe_kernels: the compiled extension is missing. {remedy}") from error
-    except ImportError as error:
+        if missing:
+            raise ImportError(
+                f"moe_kernels: the compiled extension is missing in {_what_is_there()}. {remedy}"
+            ) from error
         raise ImportError(
             f"moe_kernels: the compiled extension does not load with torch {torch.__version__}; "
             f"it was built for another torch or Python ({error}). {remedy}"
         ) from error
     built = native.build_info()["torch"]
     if built.split("+")[0] != torch.__version__.split("+")[0]:
+        # Its kernels are registered by now, so that no backend goes without them.
         raise ImportError(
             f"moe_kernels: the compiled extension was built for torch {built} and this is torch "
-            f"{torch.__version__}. {remedy}"
+            f"{torch.__version__}. {build} To go without it, remove {native.__file__} and set "
+            "MOE_KERNELS_BACKEND=reference, or triton."
         )
+    if "MOE_KERNELS_CPU_CAPABILITY" in os.environ:
+        native.cpu_capability()  # a wrong one is refused here, not by the first op
     return native
+
+
+def _what_is_there() -> str:
+    """The package's folder, which may be a checkout that hides what pip installed, and the
+    extensions in it that this Python does not look for."""
+    folder = Path(__file__).parents[1]
+    others = ", ".join(sorted(path.name for path in folder.glob("_C.*")))
+    return f"{folder}{others and f', where {others} is for another Python'}"
 
 
 _native = _load_native()
