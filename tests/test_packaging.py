@@ -80,6 +80,12 @@ def test_every_requirement_has_one_pin():
     assert sorted(pins) == sorted(names)
 
 
+def test_numpy_is_required_for_the_bytes_of_tensors():
+    sources = [*ROOT.glob("moe_kernels/**/*.py"), *ROOT.glob("moe_parallel/**/*.py")]
+    assert [path for path in sources if ".numpy()" in path.read_text()]
+    assert "numpy" in PYPROJECT["project"]["dependencies"]
+
+
 def requirements_of(extra: str) -> list[Requirement]:
     """What an extra asks for, with that of the extras it names."""
     found = []
