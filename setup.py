@@ -3,7 +3,7 @@
 Metadata is in pyproject.toml; sources, flags and CUDA architectures are in CMakeLists.txt.
 
 Environment:
-    CXX                     the C++ compiler (C++20: GCC 11, Clang 14 or newer).
+    CXX                     the C++ compiler (C++20: GCC 11, Clang 14 or newer), and flags after it.
     MOE_KERNELS_CUDA        auto (default): use CUDA if torch and a toolkit have it; on: fail if
                             they do not; off; compile: as off, and compile the CUDA sources
                             without linking them, a check where torch has no CUDA.
@@ -11,8 +11,12 @@ Environment:
     MOE_KERNELS_EMULATE_AMX 1: the CPU kernels for AMX call an emulation of its instructions. For
                             tests, on a processor with AVX-512 BF16.
     CUDACXX, CUDA_HOME      where nvcc is, if it is not on PATH.
-    CXXFLAGS                more flags for the compiler; builds with others lie beside each other.
-    MAX_JOBS                parallel compilations; all processors by default.
+    CXXFLAGS, LDFLAGS, CUDAFLAGS
+                            more flags; builds with others lie beside each other.
+    MAX_JOBS                parallel compilations, or CMAKE_BUILD_PARALLEL_LEVEL; all processors by
+                            default.
+
+One that is empty counts as unset.
 """
 
 import hashlib
@@ -25,11 +29,12 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 try:
     from setuptools import Extension, __version__, setup
     from setuptools.command.build_ext import build_ext
+    from setuptools.command.build_py import build_py
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] != "setuptools":
         raise
@@ -45,6 +50,14 @@ def stop(message: str) -> NoReturn:
     raise SystemExit(f"\nmoe-kernels: {message}\n")
 
 
+def setting(name: str, default: str, pattern: str, requirement: str) -> str:
+    """An environment variable whose whole value fits ``pattern``; empty is as good as unset."""
+    value = os.environ.get(name) or default
+    if not re.fullmatch(pattern, value):
+        stop(f"{name} must be {requirement}; got {value!r}")
+    return value
+
+
 def find_tool(program: str) -> str:
     """A program beside this interpreter (pip installs cmake and ninja there), or else on PATH."""
     path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
@@ -54,12 +67,13 @@ def find_tool(program: str) -> str:
 
 
 def find_cxx() -> str:
-    """The C++ compiler that $CXX names, or else one on PATH. CMakeLists.txt adds ccache itself."""
+    """The C++ compiler that $CXX names and the flags after it, or else one on PATH, as a list of
+    CMake's. CMakeLists.txt adds ccache itself."""
     words = shlex.split(os.environ.get("CXX", ""))
-    named = [word for word in words if Path(word).name not in ("ccache", "sccache")][:1]
-    for name in named or ["c++", "g++", "clang++"]:
+    named = [word for word in words if Path(word).name not in ("ccache", "sccache")]
+    for name in named[:1] or ["c++", "g++", "clang++"]:
         if path := shutil.which(name):
-            return path
+            return ";".join([path, *named[1:]])
     stop(
         f"building needs a C++20 compiler; {f'CXX={named[0]}' if named else 'c++, g++ or clang++'} "
         "was not found. Remedy: install one (the package g++ of most systems), or set CXX to one."
@@ -103,6 +117,24 @@ def standard_library() -> str:
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
+        mode = setting(
+            "MOE_KERNELS_CUDA", "auto", "(?i:auto|on|off|compile)", "auto, on, off or compile"
+        ).lower()
+        arch = r"[0-9]+[af]?(-real|-virtual)?"
+        architectures = setting(
+            "MOE_KERNELS_CUDA_ARCHS",
+            "",
+            rf"(|all|all-major|native|{arch}(;{arch})*)",
+            'architectures as CMake writes them, "90a-real" or "80;90a-real" for example',
+        )
+        emulated = setting("MOE_KERNELS_EMULATE_AMX", "0", "[01]", "0 or 1") == "1"
+        jobs = setting(
+            "MAX_JOBS" if os.environ.get("MAX_JOBS") else "CMAKE_BUILD_PARALLEL_LEVEL",
+            str(os.cpu_count() or 1),
+            "0*[1-9][0-9]*",
+            "how many compilations may run side by side, 1 or more",
+        )
+
         import torch
         from torch.utils import cpp_extension
 
@@ -112,9 +144,6 @@ class CMakeBuild(build_ext):
                 f"{sysconfig.get_path('include')}/Python.h does not exist. Remedy: install your "
                 "system's package python3-dev (python3-devel), or use another Python."
             )
-        mode = os.environ.get("MOE_KERNELS_CUDA", "auto").lower()
-        if mode not in ("auto", "on", "off", "compile"):
-            stop(f"MOE_KERNELS_CUDA must be auto, on, off or compile; got {mode!r}")
         nvcc = None if mode == "off" else find_nvcc()
         reason = why_no_cuda(nvcc, torch.version.cuda) if mode != "off" else "as asked"
         if mode == "on" and reason:
@@ -133,7 +162,7 @@ class CMakeBuild(build_ext):
             "Python_EXECUTABLE": sys.executable,
             "MOE_KERNELS_VERSION": self.distribution.get_version(),
             "MOE_KERNELS_CUDA": cuda,
-            "MOE_KERNELS_CUDA_ARCHS": os.environ.get("MOE_KERNELS_CUDA_ARCHS", ""),
+            "MOE_KERNELS_CUDA_ARCHS": architectures,
             "TORCH_VERSION": torch.__version__,
             "TORCH_INCLUDE_DIRS": ";".join(cpp_extension.include_paths()),
             "TORCH_LIBRARY_DIR": cpp_extension.TORCH_LIB_PATH,
@@ -151,14 +180,13 @@ class CMakeBuild(build_ext):
             sys.executable,
             cpp_extension.TORCH_LIB_PATH,
         ]
-        if flags := os.environ.get("CXXFLAGS"):  # which CMake reads once, when it makes the folder
-            parts += [flags, settings["CMAKE_BUILD_TYPE"]]
+        # CMake reads these once, when it makes the folder.
+        if flags := [f for n in ("CXXFLAGS", "LDFLAGS", "CUDAFLAGS") if (f := os.environ.get(n))]:
+            parts += [*flags, settings["CMAKE_BUILD_TYPE"]]
         digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:8]
         tag = f"{sys.implementation.cache_tag}-torch{torch.__version__}-{digest}"
         build = ROOT / "build" / "cmake" / tag
         defines = [f"-D{name}={value}" for name, value in settings.items()]
-        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-        emulated = os.environ.get("MOE_KERNELS_EMULATE_AMX") == "1"
         target = "_C_emulated" if emulated else "all"
         cmake = find_tool("cmake")
         configure = [cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "--log-level=NOTICE"]
@@ -174,13 +202,36 @@ class CMakeBuild(build_ext):
         self.force = True  # copy whatever the dates say: another torch may have been here before
         self.copy_file(str((build / "emulated" if emulated else build) / path.name), str(path))
 
+    def copy_file(self, infile: str, outfile: str, *args: Any, **kwargs: Any) -> tuple[str, bool]:
+        """Put the extension there at once: what imports it meanwhile finds the old or the new one,
+        whole."""
+        path = Path(outfile)
+        part = path.with_name(f".{os.getpid()}.{path.name}")
+        super().copy_file(infile, str(part), *args, **kwargs)
+        os.replace(part, path)
+        return outfile, True
+
+
+class FreshPackages(build_py):
+    def run(self) -> None:
+        """Without modules and tables that an earlier build copied and that are no more."""
+        if not self.editable_mode and Path(self.build_lib).resolve() != ROOT:
+            for package in ("moe_kernels", "moe_parallel"):
+                shutil.rmtree(Path(self.build_lib, package), ignore_errors=True)
+        super().run()
+
 
 if importlib.util.find_spec("torch") is None:
     stop(
-        "the extension is built against the torch you will use, and this Python finds no torch.\n"
+        "the extension is built against the torch you will use, and this Python finds no torch;\n"
+        "pip's and build's own environments for building never have one.\n"
         "Remedy: pip install torch setuptools cmake ninja pybind11\n"
-        "        pip install --no-build-isolation ."
+        "        pip install --no-build-isolation .\n"
+        "        (or python -m build --no-isolation)"
     )
 if int(__version__.split(".")[0]) < 77:
     stop(f"building needs setuptools 77; found {__version__}. Remedy: pip install -U setuptools")
-setup(ext_modules=[Extension("moe_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+setup(
+    ext_modules=[Extension("moe_kernels._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild, "build_py": FreshPackages},
+)

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import json
 import os
 import re
 import shutil
@@ -157,8 +158,11 @@ def test_wheel_holds_both_packages_and_nothing_else(tmp_path):
         ),
         ({"MOE_KERNELS_CUDA": "compile", "CUDA_HOME": "/nonexistent"}, ["no nvcc", "CUDA_HOME"]),
         ({"MOE_KERNELS_CUDA": "maybe"}, ["auto, on, off or compile", "'maybe'"]),
+        ({"MOE_KERNELS_CUDA_ARCHS": "9.0a"}, ["MOE_KERNELS_CUDA_ARCHS must", "'9.0a'"]),
+        ({"MOE_KERNELS_EMULATE_AMX": "yes"}, ["MOE_KERNELS_EMULATE_AMX must", "'yes'"]),
+        ({"MAX_JOBS": "0"}, ["MAX_JOBS must", "'0'"]),
     ],
-    ids=["compiler", "cuda", "nvcc", "mode"],
+    ids=["compiler", "cuda", "nvcc", "mode", "architectures", "emulation", "jobs"],
 )
 def test_build_refuses_with_one_message(tmp_path, environment, said):
     result = build(tmp_path, **environment)
@@ -176,12 +180,87 @@ def test_cuda_auto_goes_without_and_says_why(tmp_path):
     assert re.search(f"moe-kernels: CUDA off: .*{reason}", result.stdout), result.stdout
 
 
+def configuration(**environment: str) -> list[str]:
+    """The command by which a build without CUDA has CMake configure."""
+    code = """
+import json, runpy, subprocess, sys
+sys.argv = ["setup.py", "-q", "build_ext"]
+subprocess.run = lambda command, **options: sys.exit(json.dumps(command))
+runpy.run_path("setup.py", run_name="__main__")
+"""
+    result = run("-c", code, MOE_KERNELS_CUDA="off", **environment)
+    return json.loads(result.stderr.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", ["CXXFLAGS", "LDFLAGS", "CUDAFLAGS"])
+def test_builds_with_other_flags_lie_beside_each_other(name):
+    flags = dict.fromkeys(("CXXFLAGS", "LDFLAGS", "CUDAFLAGS"), "")
+    folders = [
+        command[command.index("-B") + 1]
+        for command in (configuration(**flags), configuration(**flags | {name: "-g"}))
+    ]
+    assert folders[0] != folders[1]
+
+
+def test_flags_after_the_compiler_reach_cmake():
+    command = configuration(CXX="ccache sh -DA=1 -g")  # a compiler is only looked for here
+    assert f"-DCMAKE_CXX_COMPILER={shutil.which('sh')};-DA=1;-g" in command
+
+
+def test_an_old_cmake_is_told_what_to_install(tmp_path):
+    script = tmp_path / "old.cmake"
+    script.write_text(f'set(CMAKE_VERSION 3.25.1)\ninclude("{ROOT}/CMakeLists.txt")\n')
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    command = [shutil.which("cmake", path=path), "-P", script]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert "3.25.1; building needs 3.26" in " ".join(result.stderr.split())
+    assert "pip install 'cmake>=3.26'" in result.stderr
+
+
+def test_an_extension_is_replaced_as_a_whole(tmp_path):
+    """What imports it meanwhile may not find half of it."""
+    code = """
+import os, runpy, setuptools, sys
+from pathlib import Path
+given = {}
+setuptools.setup = given.update
+runpy.run_path("setup.py")
+new, old = map(Path, sys.argv[1:])
+moved = os.replace
+def replace(*paths):
+    print(old.read_text(), end=" ")
+    moved(*paths)
+os.replace = replace
+build = given["cmdclass"]["build_ext"](setuptools.Distribution())
+build.copy_file(str(new), str(old))
+print(old.read_text(), os.listdir(old.parent) == [old.name])
+"""
+    new, old = tmp_path / "new.so", tmp_path / "place" / "_C.so"
+    new.write_text("new")
+    old.parent.mkdir()
+    old.write_text("old")
+    assert run("-c", code, new, old).stdout.split() == ["old", "new", "True"]
+
+
+def test_what_is_no_more_is_not_shipped(tmp_path):
+    stale = [tmp_path / "moe_kernels/triton/configs/sm_1.json", tmp_path / "moe_parallel/gone.py"]
+    for path in stale:
+        path.parent.mkdir(parents=True)
+        path.write_text("{}")
+    result = run("setup.py", "-q", "build_py", "--build-lib", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert not [path for path in stale if path.exists()]
+    assert (tmp_path / "moe_kernels/triton/configs/sm_90-h200.json").exists()
+    assert (tmp_path / "moe_parallel/layers.py").exists()
+
+
 def test_build_without_torch_names_the_command():
     hide = "import runpy, sys; sys.modules['torch'] = None; sys.argv = ['setup.py', '--version']; "
     result = run("-c", hide + "runpy.run_path('setup.py')")
     assert result.returncode != 0
     assert "no torch" in result.stderr
     assert "pip install --no-build-isolation ." in result.stderr
+    assert "python -m build --no-isolation" in result.stderr
     assert "Traceback" not in result.stderr
 
 
