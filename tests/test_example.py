@@ -230,6 +230,8 @@ def test_a_resumed_run_must_not_be_contradicted(trained: Path) -> None:
     [
         (["--batch", "0"], "--batch must be at least 1; got 0"),
         (["--lr", "nan"], "--lr must be finite"),
+        (["--weight-decay", "-1"], "--weight-decay must be finite and not negative; got -1.0"),
+        (["--top-k", "0"], "--top-k must be at least 1; got 0"),
         (["--top-k", "17"], "--top-k must be at most experts = 16; got 17"),
         (["--hidden", "20"], "--hidden must be a multiple of 2 . heads = 8; got 20"),
         (["--steps", "0"], "--steps and --save-every must be at least 1"),

@@ -42,12 +42,12 @@ class Settings:
     def check(self) -> None:
         """Raise ValueError unless the values make sense together."""
         for field in fields(self):
-            value = getattr(self, field.name)
+            value, option = getattr(self, field.name), "--" + field.name.replace("_", "-")
             least = 0 if field.name in ("seed", "weight_decay", "balance") else 1
             if isinstance(value, int) and value < least:
-                raise ValueError(f"--{field.name} must be at least {least}; got {value}")
+                raise ValueError(f"{option} must be at least {least}; got {value}")
             if isinstance(value, float) and not 0 <= value < float("inf"):
-                raise ValueError(f"--{field.name} must be finite and not negative; got {value}")
+                raise ValueError(f"{option} must be finite and not negative; got {value}")
         if self.hidden % (2 * self.heads):
             raise ValueError(
                 f"--hidden must be a multiple of 2 * heads = {2 * self.heads}; got {self.hidden}"
