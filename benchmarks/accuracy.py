@@ -63,8 +63,12 @@ class Accuracy:
         if self.wrong:
             return self.wrong
         if yardstick is None or not yardstick.errors:
-            above = [name for name, error in self.errors.items() if not error <= bound]
-            return f"error of {above[0]} is above {bound:.0e}" if above else ""
+            for name, error in self.errors.items():
+                exact = self.roundings.get(name) == 0  # integers, which are right or wrong
+                allowed = 0.0 if exact else bound
+                if not error <= allowed:
+                    return f"error of {name} is above {allowed:.0e}"
+            return ""
         for name, error in self.errors.items():
             theirs = yardstick.errors[name]
             chance = yardstick.spreads[name] * max(theirs, yardstick.roundings[name])
@@ -72,6 +76,8 @@ class Accuracy:
             if not error <= allowed:
                 return f"error of {name} {error:.2e} is above {allowed:.2e}"
             own, other = self.norms[name], yardstick.norms[name]
+            if len(own) != len(other):
+                return f"{name} has {len(own)} rows instead of {len(other)}"
             slack = (NORM_TOLERANCE + ERRORS_OF_A_ROW * theirs) * (other + other.mean())
             bad = ((own - other).abs() > slack).nonzero().flatten()
             if len(bad):

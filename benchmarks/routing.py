@@ -8,6 +8,12 @@ from torch import Tensor
 ROUTINGS = ("uniform", "balanced", "zipf", "one")
 
 
+def check_top_k(top_k: int, experts: int) -> None:
+    """Raise ValueError unless a token can have so many experts."""
+    if top_k > experts:
+        raise ValueError(f"K must be at most E = {experts}; got {top_k}")
+
+
 def make_topk_ids(
     tokens: int, experts: int, top_k: int, routing: str, generator: torch.Generator
 ) -> Tensor:
@@ -23,8 +29,7 @@ def make_topk_ids(
     Returns:
         [T, K] int64, on the CPU.
     """
-    if top_k > experts:
-        raise ValueError(f"K must be at most E = {experts}; got {top_k}")
+    check_top_k(top_k, experts)
     if routing == "one":
         return torch.arange(top_k).expand(tokens, top_k).contiguous()
     if routing == "balanced":

@@ -43,6 +43,11 @@ class DeviceLostError(RuntimeError):
     """A provider left the device in a state in which nothing can run in this process any more."""
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """On a CPU PyTorch has no class for it."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 def unwatched(case: CaseKey, provider: str | None) -> None:
     """Nobody wants to know what is tried."""
 
@@ -134,12 +139,13 @@ def run_op(op: Op, settings: Settings) -> Iterator[tuple[list[Row], str, Limits]
             try:
                 case = op.make_case(shape, DTYPES[dtype], device, routing, settings.seed)
                 if settings.large_pages:
-                    for weight in case.weights.values():
-                        use_large_pages(weight)
-                    case = replace(case, large_pages=True)
+                    case = on_large_pages(case)
                 case = replace(case, product=limits.product)
                 cost = op.cost(case)
-            except torch.OutOfMemoryError as error:  # a smaller GPU: other shapes go on
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                # a smaller GPU: other shapes go on
                 note = f"its inputs do not fit: {error}".split("\n")[0]
                 nobody = {name: Contender(note=note) for name in usable}
                 for direction in left:
@@ -164,6 +170,12 @@ def run_op(op: Op, settings: Settings) -> Iterator[tuple[list[Row], str, Limits]
             free(device)
 
 
+def on_large_pages(case: Case) -> Case:
+    for weight in case.weights.values():
+        use_large_pages(weight)
+    return replace(case, large_pages=True)
+
+
 def _compete(
     op: Op,
     case: Case,
@@ -176,7 +188,9 @@ def _compete(
     """Try every provider once, then time those that work in turns."""
     try:
         truth = op.truth(case, 0, training)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         note = f"the right answer does not fit: {error}".split("\n")[0]
         return {name: Contender(note=note) for name in names}
     contenders = {}

@@ -134,7 +134,7 @@ def take_turns(
         first: milliseconds of the stages of a call of each, from when they were tried.
         seconds: for all of them together, at least 3 rounds. One whose call takes more than its
             share, ``seconds / 3 / len(calls)``, is not called again: ``first`` is its sample.
-        max_rounds: at most.
+        max_rounds: at most; with none there are no samples.
         turn: is told whose turn it is; what it returns is around that turn.
         failed: is told whose turn raised, before anybody else's is: who broke the device would
             not be known after that. What it raises ends the measurement.
@@ -148,7 +148,7 @@ def take_turns(
     for name, laps in first.items():
         wanted = 1 if isinstance(clock, CudaClock) else MIN_LAP_MS / max(sum(laps), 1e-3)
         repeats[name] = max(1, min(MAX_CALLS, math.ceil(wanted)))
-        if sum(laps) > share_ms:
+        if max_rounds and sum(laps) > share_ms:
             samples[name].add(laps)
     order = [name for name in calls if not samples[name].stages]
     start = time.perf_counter()

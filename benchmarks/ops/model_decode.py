@@ -40,6 +40,8 @@ def _make_case(
     shape: Shape, dtype: torch.dtype, device: torch.device, routing: str, seed: int
 ) -> Case:
     T, L, C = shape["T"], shape["L"], shape["C"]
+    if shape["K"] >= shape["E"]:  # how clear a router's choice is needs one that it leaves out
+        raise ValueError(f"K must be below E = {shape['E']}; got {shape['K']}")
     generator = torch.Generator(device).manual_seed(seed + 1)
     context = torch.randn(L, 2, T, KEY_HEADS, C, HEAD, device=device, generator=generator)
     tokens = torch.randint(0, VOCABULARY, (CANDIDATES, T, 1), device=device, generator=generator)

@@ -8,6 +8,7 @@ import torch
 
 from benchmarks.ops._order import INPUT_SETS, ROW_DEFAULTS, slot_sets
 from benchmarks.registry import Case, Cost, Op, Shape, Truth
+from benchmarks.routing import check_top_k
 from moe_kernels import reference
 
 
@@ -15,6 +16,7 @@ def _make_case(
     shape: Shape, dtype: torch.dtype, device: torch.device, routing: str, seed: int
 ) -> Case:
     T, E, K = (shape[letter] for letter in "TEK")
+    check_top_k(K, E)
     generator = torch.Generator().manual_seed(seed)
     inputs = []
     for _ in range(INPUT_SETS):

@@ -1,0 +1,75 @@
+"""What the benchmark commands refuse, leave out and write, whatever they measure."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import results
+from benchmarks.accuracy import judge
+from benchmarks.cli import main
+from benchmarks.limits import Limits
+from benchmarks.providers import PROVIDERS
+from benchmarks.registry import Case, Implementation, Truth
+
+QUICK = ("--device", "cpu", "--dtype", "fp32", "--direction", "forward", "--provider", "torch")
+
+
+@pytest.fixture(autouse=True)
+def given_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = Limits(flops=1e11, bytes=1e10)
+    monkeypatch.setattr("benchmarks.runner.measure_limits", lambda *arguments: limits)
+
+
+def run(out: Path, *options: str) -> int:
+    return main(["run", *options, *QUICK, "--rounds", "1", "--out", str(out)])
+
+
+@pytest.mark.parametrize("shape", ["T=3,E=4,K=5", "T=3,H=4,E=4,K=5"])
+def test_more_experts_a_token_than_there_are(
+    shape: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path, "permute" if "H" in shape else "topk_router", "--shape", shape) == 2
+    assert "K must be at most E = 4; got 5" in capsys.readouterr().err
+
+
+def test_a_shape_that_does_not_fit_leaves_the_others(tmp_path: Path) -> None:
+    shapes = ("T=3,H=100000000000000,E=4,K=2", "T=3,H=4,E=4,K=2")
+    assert run(tmp_path, "permute", "--shape", *shapes) == 0
+    rows = results.read(tmp_path / "permute.json")["rows"]
+    assert rows[0]["note"].startswith("its inputs do not fit: ")
+    assert rows[1]["ms"] > 0
+
+
+def test_a_result_with_rows_too_many_is_void(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(case: Case) -> Implementation:
+        right: Any = PROVIDERS["torch"].builders["permute"](case)
+        return Implementation(lambda inputs: torch.cat([right.run(inputs)] * 2))
+
+    wide = dataclasses.replace(PROVIDERS["torch"], name="wide", builders={"permute": build})
+    monkeypatch.setitem(PROVIDERS, "wide", wide)
+    shape = ("--shape", "T=3,H=4,E=4,K=2")
+    out = ("--out", str(tmp_path), "--rounds", "1")
+    assert main(["run", "permute", *QUICK, "wide", *shape, *out]) == 0
+    voids = {r["provider"]: r["void"] for r in results.read(tmp_path / "permute.json")["rows"]}
+    assert voids == {"torch": "", "wide": "rows has 12 rows instead of 6"}
+
+
+def test_integers_are_exact_without_a_yardstick() -> None:
+    right = torch.arange(4000)
+    truth = {"ids": Truth(right, right.double())}
+    assert judge({"ids": right}, truth).verdict(None, 1e-2) == ""
+    assert "error of ids" in judge({"ids": right + (right == 7)}, truth).verdict(None, 1e-2)
+
+
+def test_without_rounds_nothing_has_a_time(tmp_path: Path) -> None:
+    few = ("--shape", "T=3,H=4,E=4,K=2", "--rounds", "0", "--seconds", "0")
+    assert main(["run", "permute", *QUICK, *few, "--out", str(tmp_path)]) == 0
+    (row,) = results.read(tmp_path / "permute.json")["rows"]
+    assert (row["ms"], row["rounds"], row["void"], row["error"]) == (None, 0, "", 0.0)
