@@ -222,24 +222,26 @@ def _run_one(op: Op, settings: Settings, options: argparse.Namespace) -> list[st
     path = options.out or RUNS / environment.slug(described["device"])
     if path.suffix != ".json":
         path = path / f"{op.name}.json"
+    described |= {"large_pages": settings.large_pages}
+    counts: list[int] = []
+    if op.on_ranks:
+        counts = _possible_ranks(op, settings, options.ranks)
+        described |= {"ranks": {str(n): ranks.placement(n, settings.threads) for n in counts}}
     left = resume.earlier(path, described) if options.resume else resume.Earlier()
+    settings = dataclasses.replace(settings, done=left.done)
     limits, rows, crashed = left.limits, left.rows, {"crashed": left.crashed}
     document: dict[str, Any] = {"rows": rows}
     if not op.on_ranks:
         settings = dataclasses.replace(
-            settings,
-            done=left.done,
-            crashed=left.crashed,
-            watch=functools.partial(resume.watch, path),
+            settings, crashed=left.crashed, watch=functools.partial(resume.watch, path)
         )
     if left.crashed:  # kept even if this run ends before its first row
         results.write(path, results.document(op.name, described, why, limits, rows) | crashed)
     if op.on_ranks:
-        counts = _possible_ranks(op, settings, options.ranks)
-        described |= {"ranks": {n: ranks.placement(n, settings.threads) for n in counts}}
+        described["ranks"] = left.ranks | described["ranks"]
         described["threads"] = max((d["threads"] for d in described["ranks"].values()), default=1)
     try:
-        for new, dtype, seen in _measured(op, settings, list(described.get("ranks", ()))):
+        for new, dtype, seen in _measured(op, settings, counts):
             if seen is not None:
                 limits[dtype] = limits[dtype].best(seen) if dtype in limits else seen
             rows += new

@@ -42,6 +42,7 @@ from benchmarks.runner import (
     free,
     make_rows,
     named_results,
+    on_large_pages,
 )
 from benchmarks.timing import MAX_CALLS, MIN_LAP_MS, Samples
 
@@ -70,7 +71,12 @@ def run_rank(op: Op, settings: Settings) -> Iterator[list[Row]]:
         for base in op.shapes(device.type, settings.shapes):
             shape = Shape({**base.sizes, "P": ranks})
             for routing in settings.routings(op, shape):
+                key = (str(shape), dtype, routing)
+                if all((key, direction) in settings.done for direction in directions):
+                    continue
                 case = op.make_case(shape, DTYPES[dtype], device, routing, settings.seed)
+                if settings.large_pages:
+                    case = on_large_pages(case)
                 cost = op.cost(case)
                 # about what is copied at a time
                 copying = Copying(control, case, int(cost["forward"].bytes / 4))
@@ -79,7 +85,8 @@ def run_rank(op: Op, settings: Settings) -> Iterator[list[Row]]:
                 common |= {"threads": torch.get_num_threads()}
                 common |= op.details(case)
                 rows: list[Row] = []
-                for training, wanted in modes.items():
+                for training, asked in modes.items():
+                    wanted = [d for d in asked if (key, d) not in settings.done]
                     if not wanted:
                         continue
                     contenders = _compete(op, case, groups, control, settings, training, copying)
@@ -327,6 +334,8 @@ def _take_turns(
             everyone: list[Any] = [None] * dist.get_world_size(control)
             dist.all_gather_object(everyone, errors[name], group=control)
             contenders[name].note = _named(everyone)
+            continue
+        if not taken[name]:
             continue
         slowest = torch.tensor(taken[name], dtype=torch.float64)
         totals = slowest.sum(1, keepdim=True)

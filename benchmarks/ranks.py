@@ -24,6 +24,7 @@ import torch.distributed as dist
 from benchmarks.ops import OPS
 from benchmarks.rank_runner import run_rank
 from benchmarks.registry import Op
+from benchmarks.routing import check_top_k
 from benchmarks.runner import Row, Settings
 
 GRACE = 5.0  # seconds that the other ranks have to say why, after one has failed
@@ -47,6 +48,7 @@ def impossible(op: Op, settings: Settings, ranks: int) -> str:
         ValueError: the op's shapes cannot be shared by that many.
     """
     for shape in op.shapes(settings.device.type, settings.shapes):
+        check_top_k(shape["K"], shape["E"])
         if shape["E"] % ranks:
             raise ValueError(
                 f"E must be a multiple of the number of ranks; got {shape} and {ranks} ranks"

@@ -30,8 +30,7 @@ def watch(path: Path, case: CaseKey, provider: str | None) -> None:
     if provider is None:
         marker(path).unlink(missing_ok=True)
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    marker(path).write_text(json.dumps({"case": list(case), "provider": provider}))
+    results.write(marker(path), {"case": list(case), "provider": provider})
 
 
 @dataclass
@@ -40,11 +39,13 @@ class Earlier:
 
     Attributes:
         rows, limits: of its file.
+        ranks: how those of an op on ranks were placed, by their number.
         crashed: by provider why it is not tried again.
     """
 
     rows: list[Row] = field(default_factory=list)
     limits: dict[str, Limits] = field(default_factory=dict)
+    ranks: dict[str, Any] = field(default_factory=dict)
     crashed: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -55,18 +56,19 @@ class Earlier:
 
 
 def earlier(path: Path, described: Mapping[str, Any]) -> Earlier:
-    """What the run that wrote ``path`` left, if it was of this commit, device and packages.
+    """What the run that wrote ``path`` left, if it was of this commit, device and packages, and had
+    these threads and settings.
 
     Another's file is moved aside, to one that ends in ".old".
     """
     found = Earlier()
     if path.exists():
         document = results.read(path)
-        if _identity(document) != _identity(described):
+        if not _same(document, described):
             path.replace(path.with_suffix(".old"))
             marker(path).unlink(missing_ok=True)
             return found
-        found.rows = document["rows"]
+        found.rows, found.ranks = document["rows"], document.get("ranks", {})
         found.limits = {
             dtype: Limits(
                 rates["flops_per_second"],
@@ -84,5 +86,19 @@ def earlier(path: Path, described: Mapping[str, Any]) -> Earlier:
     return found
 
 
+def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether rows of both may stand in one file, whose head says all this once."""
+    ranks = [{str(n): of for n, of in each.get("ranks", {}).items()} for each in (one, other)]
+    both = ranks[0].keys() & ranks[1].keys()
+    return _identity(one) == _identity(other) and all(ranks[0][n] == ranks[1][n] for n in both)
+
+
 def _identity(document: Mapping[str, Any]) -> tuple[Any, ...]:
-    return document["commit"], document["versions"], document["device"]["name"]
+    return (
+        document["commit"],
+        document["versions"],
+        document["device"]["name"],
+        document.get("environment", {}),
+        document.get("large_pages", False),
+        None if "ranks" in document else document["threads"],
+    )

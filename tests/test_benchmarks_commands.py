@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import results
+from benchmarks import results, resume
 from benchmarks.accuracy import judge
 from benchmarks.cli import main
 from benchmarks.limits import Limits
 from benchmarks.providers import PROVIDERS
 from benchmarks.registry import Case, Implementation, Truth
+from benchmarks.tuning.trials import Trials
 
 QUICK = ("--device", "cpu", "--dtype", "fp32", "--direction", "forward", "--provider", "torch")
 
@@ -27,6 +29,58 @@ def given_limits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(out: Path, *options: str) -> int:
     return main(["run", *options, *QUICK, "--rounds", "1", "--out", str(out)])
+
+
+@pytest.fixture
+def measured(tmp_path: Path) -> Path:
+    out = tmp_path / "permute.json"
+    assert run(out, "permute", "--shape", "T=3,H=4,E=4,K=2") == 0
+    return out
+
+
+# --------------------------------------------------------------------------------- resumed runs
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("threads", 99),
+        ("large_pages", True),
+        ("environment", {"MOE_KERNELS_BACKEND": "reference"}),
+        ("ranks", {"2": {"threads": 7}}),
+    ],
+)
+def test_rows_of_other_settings_are_moved_aside(key: str, value: Any, measured: Path) -> None:
+    document = json.loads(measured.read_text())
+    if key == "ranks":
+        document["ranks"] = {"2": {"threads": 1}, "4": {"threads": 1}}
+        measured.write_text(json.dumps(document))
+        more = {"2": {"threads": 1}, "8": {"threads": 1}}
+        assert resume.earlier(measured, document | {"ranks": more}).rows
+    assert resume.earlier(measured, document).rows == document["rows"]
+    assert not resume.earlier(measured, document | {key: value}).rows
+    assert json.loads(measured.with_suffix(".old").read_text()) == document
+
+
+def test_a_process_that_is_killed_leaves_no_half_of_a_marker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(self: Path, text: str) -> None:
+        self.open("w").close()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", killed)
+    out = tmp_path / "out.json"
+    with pytest.raises(KeyboardInterrupt):
+        resume.watch(out, ("T1", "fp32", "uniform"), "torch")
+    assert not resume.marker(out).exists()
+    config, bucket = (dataclasses.make_dataclass("Any", [])() for _ in range(2))
+    with pytest.raises(KeyboardInterrupt), Trials(out).of(bucket, config):
+        pytest.fail("it is not written what is tried")
+    assert not out.with_suffix(".trying").exists()
+
+
+# ----------------------------------------------------------------------------- what does not count
 
 
 @pytest.mark.parametrize("shape", ["T=3,E=4,K=5", "T=3,H=4,E=4,K=5"])

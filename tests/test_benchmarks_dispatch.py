@@ -83,6 +83,22 @@ def test_rows_are_complete(measured: Path) -> None:
     assert {row["sizes"]["T"] for row in found["rows"]} == {1, 6}
 
 
+def test_a_resumed_run_does_what_is_left(measured: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    out.write_text(measured.read_text())
+    before = results.read(out)["rows"]
+    shapes = ("--shape", *TINY, "T=2,H=16,E=8,K=3")
+    arguments = ["run", "dispatch", "--device", "cpu", "--ranks", "2", *shapes, "--out", str(out)]
+    assert main([*arguments, "--resume", "--rounds", "0"]) == 0
+    after = results.read(out)["rows"]
+    assert after[: len(before)] == before
+    for row in after[len(before) :]:
+        assert row["shape"] == "T2 H16 E8 K3 P2"
+        assert row["note"] == row["void"] == ""
+        assert (row["ms"], row["rounds"]) == (None, 0)  # checked and not timed
+    assert {row["provider"] for row in after[len(before) :]} == {row["provider"] for row in before}
+
+
 def sizes(tokens: int) -> dict[str, int]:
     return {"T": tokens, "H": 16, "E": 8, "K": 3, "P": 2}
 
@@ -412,6 +428,7 @@ def test_a_gpu_for_every_rank(
     [
         (["--ranks", "3"], "multiple of the number of ranks; got T1 H2048 E128 K8 and 3 ranks"),
         (["--ranks", "0"], "--ranks must be at least 1; got 0"),
+        (["--shape", "K=200"], "K must be at most E = 128; got 200"),
         (["--shape", "P=4"], "got 'P=4'"),
     ],
 )

@@ -41,7 +41,7 @@ SETTINGS = Settings(
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("moe_overlap") / "out.json"
     arguments = ["run", OP.name, "--device", "cpu", "--ranks", "2", "--shape", TEXT]
-    code = main([*arguments, "--seconds", "0", "--rounds", "2", "--out", str(out)])
+    code = main([*arguments, "--large-pages", "--seconds", "0", "--rounds", "2", "--out", str(out)])
     assert code == 0
     return out
 

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from benchmarks import results
 from moe_kernels.triton._config_tables import Bucket, Config
 
 SECONDS = 60.0  # a run takes milliseconds, and what it needs is compiled by then
@@ -41,8 +42,7 @@ class Trials:
     def of(self, bucket: Bucket, config: Config, seconds: float = SECONDS) -> Iterator[None]:
         """Around a run and its synchronisation; where warps have roles, ends the process after
         ``seconds``."""
-        self._trying.parent.mkdir(parents=True, exist_ok=True)
-        self._trying.write_text(json.dumps(_entry(bucket, config)) + "\n")
+        results.write(self._trying, _entry(bucket, config))  # in one step: never half of it
         if config.warp_specialize != "no":
             faulthandler.dump_traceback_later(seconds, exit=True)
         try:
