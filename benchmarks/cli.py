@@ -167,7 +167,9 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
 def _device(options: argparse.Namespace) -> torch.device:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device cuda: torch {torch.__version__} finds no CUDA device")
-    if options.threads:
+    if options.threads is not None:
+        if options.threads < 1:
+            raise ValueError(f"--threads must be at least 1; got {options.threads}")
         torch.set_num_threads(options.threads)
     return torch.device(options.device)
 
@@ -187,7 +189,7 @@ def _run(options: argparse.Namespace) -> int:
         large_pages=options.large_pages,
         threads=options.threads,
     )
-    if settings.seconds < 0 or settings.max_rounds < 0:
+    if not settings.seconds >= 0 or settings.max_rounds < 0:  # NaN is not, either
         raise ValueError(
             "--seconds and --rounds must be at least 0; got "
             f"{settings.seconds} and {settings.max_rounds}"
@@ -197,6 +199,9 @@ def _run(options: argparse.Namespace) -> int:
     ops = list(OPS) if "all" in options.ops else list(dict.fromkeys(options.ops))
     if options.out and options.out.suffix == ".json" and len(ops) > 1:
         raise ValueError(f"--out must be a folder for {len(ops)} ops; got {options.out}")
+    shapeless = [why for name in ops if (why := _no_shape(OPS[name], settings))]
+    if len(shapeless) == len(ops):
+        raise ValueError(shapeless[0])
     cannot = [why for name in ops if (why := _no_provider(OPS[name], settings))]
     if len(cannot) == len(ops):
         raise ValueError(f"--provider must name one that can run here; {'; '.join(cannot)}")
@@ -211,7 +216,7 @@ def _run_one(op: Op, settings: Settings, options: argparse.Namespace) -> list[st
     if missing := [module for module in op.requires if not find_spec(module.split(".")[0])]:
         print(f"{op.name}: not run: needs {', '.join(missing)}", flush=True)
         return []
-    if reason := _no_provider(op, settings):
+    if reason := _no_shape(op, settings) or _no_provider(op, settings):
         print(f"{op.name}: not run: {reason}", flush=True)
         return []
     described = environment.describe(settings.device)
@@ -222,6 +227,7 @@ def _run_one(op: Op, settings: Settings, options: argparse.Namespace) -> list[st
     path = options.out or RUNS / environment.slug(described["device"])
     if path.suffix != ".json":
         path = path / f"{op.name}.json"
+    results.make_way(path)
     described |= {"large_pages": settings.large_pages}
     counts: list[int] = []
     if op.on_ranks:
@@ -263,6 +269,15 @@ def _run_one(op: Op, settings: Settings, options: argparse.Namespace) -> list[st
     ]
 
 
+def _no_shape(op: Op, settings: Settings) -> str:
+    """Why ``op`` has not the shapes that were asked for, or ""."""
+    try:
+        op.shapes(settings.device.type, settings.shapes)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def _no_provider(op: Op, settings: Settings) -> str:
     """Why none of the providers that were asked for can run ``op`` here, or ""."""
     why = available(op, settings.device.type, settings.providers)
@@ -302,11 +317,12 @@ def _possible_ranks(op: Op, settings: Settings, wanted: Sequence[int]) -> list[i
 def _memory(options: argparse.Namespace) -> int:
     device = _device(options)
     shape = activation_checkpointing.SHAPES[options.device].replace(options.shape)
-    rows, held = activation_checkpointing.measure(device, options.dtype, shape)
     described = environment.describe(device)
     path = options.out or RUNS / environment.slug(described["device"])
     if path.suffix != ".json":
         path = path / f"{activation_checkpointing.NAME}.json"
+    results.make_way(path)
+    rows, held = activation_checkpointing.measure(device, options.dtype, shape)
     found = {"op": activation_checkpointing.NAME, **described, "limits": {}, "providers": {}}
     results.write(path, {**found, **held, "rows": rows})
     print(f"{activation_checkpointing.table(rows, held)}\n\nwritten: {path}", flush=True)
@@ -314,15 +330,14 @@ def _memory(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    files = _result_files(options.files)
-    options.out.mkdir(parents=True, exist_ok=True)
+    documents = _documents(options.files)
+    results.make_way(options.out / "report.md")
     pictures = not options.tables and find_spec("matplotlib") is not None
     if not pictures and not options.tables:
         print("benchmarks: no plots, which need matplotlib", file=sys.stderr)
     parts = []
     on_gpus: dict[str, list[dict[str, Any]]] = {}
-    for file in files:
-        found = results.read(file)
+    for found in documents:
         device, commit = found["device"], found["commit"]
         if device["type"] == "cuda":
             on_gpus.setdefault(device["name"], []).extend(found["rows"])
@@ -354,18 +369,26 @@ def _absent(providers: Mapping[str, str]) -> list[str]:
     return [f"Not measured: {', '.join(missing)}."] if missing else []
 
 
-def _result_files(wanted: Sequence[Path]) -> list[Path]:
-    """Files as they are named, and those in folders that hold rows."""
+def _documents(wanted: Sequence[Path]) -> list[dict[str, Any]]:
+    """The files that are named, and those in folders that hold rows; says which of these do not."""
     if not wanted:
         wanted = [folder for folder in (COMMITTED, RUNS) if folder.is_dir()]
-    files = []
+    found = []
     for path in wanted:
-        inside = sorted(path.rglob("*.json")) if path.is_dir() else [path]
-        files += [file for file in inside if file == path or '"rows": [' in file.read_text()]
-    if not files:
+        if not path.is_dir():
+            found.append(results.read(path))
+            continue
+        for file in sorted(path.rglob("*.json")):
+            if '"rows": [' not in file.read_text(errors="replace"):
+                continue
+            try:
+                found.append(results.read(file))
+            except ValueError as error:  # figures of another kind may lie beside
+                print(f"benchmarks: left out: {error}", file=sys.stderr)
+    if not found:
         places = " or ".join(map(str, wanted)) or RUNS
         raise FileNotFoundError(f"no results in {places}; python -m benchmarks run all")
-    return files
+    return found
 
 
 def _list(options: argparse.Namespace) -> int:

@@ -303,9 +303,11 @@ def with_settings(machine: Machine, settings: Mapping[str, float]) -> Machine:
     for name, value in settings.items():
         if name not in known:
             raise ValueError(f"--set must name one of {', '.join(sorted(known))}; got {name!r}")
-        if not value > 0:
-            raise ValueError(f"--set {name} must be positive; got {value}")
+        if not 0 < value < float("inf"):
+            raise ValueError(f"--set {name} must be positive and finite; got {value}")
         first, _, second = name.partition(".")
+        if first == "gpus_per_node" and value != int(value):
+            raise ValueError(f"--set {name} must be a whole number; got {value}")
         new: Any = int(value) if first == "gpus_per_node" else value
         if second:
             new = replace(getattr(machine, first), **{second: value})

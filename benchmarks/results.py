@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from benchmarks.limits import Limits
@@ -14,10 +15,17 @@ from benchmarks.tables import grouped, vs_best_peer
 
 Row = dict[str, Any]
 ROW_KEYS = (
-    *("op", "shape", "direction", "provider", "ms", "ms_min", "tflops", "over_floor"),
-    *("peak_bytes", "error", "void", "note"),
+    *("op", "shape", "dtype", "routing", "direction", "provider", "ms", "ms_min", "rounds"),
+    *("tflops", "gbs", "floor_ms", "over_floor", "peak_bytes", "error", "void", "note"),
 )
-HEADER_KEYS = ("device", "threads", "versions", "commit", "limits", "providers", "rows")
+# what a reader looks up in each part of a file
+HEADER_KEYS: Mapping[str, Sequence[str]] = {
+    **dict.fromkeys(("op", "date", "threads", "versions", "limits", "providers", "rows"), ()),
+    "device": ("type", "name"),
+    "commit": ("hash", "dirty"),
+}
+NOT_RESULTS = (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError, KeyError)
+TABLES = ("device", "commit", "versions", "limits", "providers")
 
 
 def document(
@@ -59,6 +67,22 @@ def _rates(limit: Limits) -> dict[str, Any]:
     return rates
 
 
+def make_way(path: Path) -> None:
+    """Make the folder of ``path``, before anything is measured that is to be written there.
+
+    Raises:
+        ValueError: nothing can be written there.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder")
+        with TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"--out must be where files can be written: {error}") from error
+
+
 def write(path: Path, value: Mapping[str, Any]) -> None:
     """Replace ``path`` in one step: an interrupted run leaves the last complete file."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,11 +100,18 @@ def read(path: Path) -> dict[str, Any]:
     try:
         value: dict[str, Any] = json.loads(path.read_text())
         missing = [key for key in HEADER_KEYS if key not in value]
+        for key in TABLES:
+            if not isinstance(value.get(key, {}), dict):
+                raise TypeError(f"its {key} is {value[key]!r}")
+        for key, names in HEADER_KEYS.items():
+            missing += [f"{key}.{name}" for name in names if name not in value.get(key, names)]
         for row in value.get("rows", []):
             missing += [key for key in ROW_KEYS if key not in row]
             if row["direction"] not in DIRECTIONS:
                 raise ValueError(f"{path}: direction {row['direction']!r} of {row['provider']}")
-    except (json.JSONDecodeError, TypeError, AttributeError, KeyError) as error:
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    except NOT_RESULTS as error:
         raise ValueError(f"{path} is not a results file: {error}") from error
     if missing:
         raise ValueError(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks import environment, network, results, simulate
@@ -48,6 +50,8 @@ def run(options: argparse.Namespace) -> int:
     ]
     machine = network.with_settings(Machine(), _settings(options.set))
     _check(layers[0], machine, options)
+    report, picture = options.out / "dispatch.md", options.out / "dispatch.png"
+    results.make_way(report)
     parts, software = ["# Dispatch: a model"], {}
     if options.results:
         found = results.read(options.results)
@@ -72,10 +76,14 @@ def run(options: argparse.Namespace) -> int:
         simulate.tables(layers, machine, options.gpus, software),
     ]
     text = "\n\n".join(parts) + "\n"
-    picture = options.out / "dispatch.png"
+    if find_spec("matplotlib") is None:
+        print("benchmarks: no plot, which needs matplotlib", file=sys.stderr)
+        report.write_text(text)
+        print(f"{text}\nwritten: {report}")
+        return 0
     simulate.draw(layers, machine, options.gpus, software, picture)
-    (options.out / "dispatch.md").write_text(f"{text}\n![{simulate.LABEL}](dispatch.png)\n")
-    print(f"{text}\nwritten: {options.out / 'dispatch.md'}, {picture}")
+    report.write_text(f"{text}\n![{simulate.LABEL}](dispatch.png)\n")
+    print(f"{text}\nwritten: {report}, {picture}")
     return 0
 
 

@@ -24,6 +24,7 @@ from typing import Any, TextIO
 
 import torch
 
+from benchmarks import results
 from benchmarks.environment import ROOT
 from benchmarks.providers import OURS
 
@@ -265,7 +266,7 @@ def add_parser(commands: Any) -> None:
         "plan", choices=PLANS, help="the tables of make gpu-check, or every op, model and routing"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="default cuda")
-    parser.add_argument("--out", type=Path, required=True, help="a folder")
+    parser.add_argument("--out", type=Path, help="a folder; none needed with --list")
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds for all")
     parser.add_argument(
         "--compile", type=float, default=0.0, help="seconds in which to compile kernels at first"
@@ -281,11 +282,13 @@ def sweep_command(options: argparse.Namespace) -> int:
             print(f"{part.seconds:5.0f} s  {part.name}: {' '.join(part.arguments)}")
         print(f"{sum(part.seconds for part in parts):5.0f} s  at most")
         return 0
+    if options.out is None:
+        raise ValueError("sweep: --out FOLDER is required, unless with --list")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"sweep: torch {torch.__version__} finds no CUDA device")
     out, began = options.out.resolve(), time.monotonic()
+    results.make_way(out / "sweep.json")
     if options.compile:
-        out.mkdir(parents=True, exist_ok=True)
         at_once = max(1, (os.cpu_count() or 1) // 2)
         compile_first(parts, out, options.device, options.compile, at_once)
         print(f"compiled kernels for {time.monotonic() - began:.0f} s", flush=True)

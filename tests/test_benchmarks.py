@@ -322,6 +322,8 @@ def test_report_draws_how_times_scale(tmp_path: Path) -> None:
         (["run", "permute", "--shape", "T=0"], "sizes of at least 1"),
         (["run", "topk_router", "permute", "--out", "x.json"], "--out must be a folder"),
         (["run", "permute", "--rounds", "-1"], "must be at least 0; got 20.0 and -1"),
+        (["run", "permute", "--seconds", "nan"], "must be at least 0; got nan and 50"),
+        (["run", "permute", "--threads", "0"], "--threads must be at least 1; got 0"),
         (["report", "no_such_file.json"], "no_such_file.json"),
     ],
 )
@@ -362,7 +364,7 @@ def test_providers_that_cannot_run_are_refused_before_anything_is_measured(
 def test_report_refuses_another_file(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_text('{"rows": []}')
-    with pytest.raises(ValueError, match="lacks commit, device"):
+    with pytest.raises(ValueError, match="lacks commit, date, device"):
         results.read(path)
 
 

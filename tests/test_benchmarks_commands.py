@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import results, resume
+from benchmarks import cli, results, resume, simulate_command
 from benchmarks.accuracy import judge
 from benchmarks.cli import main
 from benchmarks.limits import Limits
@@ -36,6 +37,131 @@ def measured(tmp_path: Path) -> Path:
     out = tmp_path / "permute.json"
     assert run(out, "permute", "--shape", "T=3,H=4,E=4,K=2") == 0
     return out
+
+
+def test_ops_without_the_sizes_asked_for_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape = ("--shape", "T=3,H=4")
+    assert run(tmp_path, "expert_activation", "permute", *shape) == 0
+    said = "expert_activation: not run: shape must be sizes by letter, of R, I"
+    assert said in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"permute.json"}
+    assert run(tmp_path, "expert_activation", "grouped_gemm", *shape) == 2
+    assert "of R, I (T=16,H=2048); got 'T=3'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "permute", "--device", "cpu", "--out"],
+        ["memory", "--device", "cpu", "--out"],
+        ["report", "--tables", "--out"],
+        ["simulate", "--out"],
+        ["sweep", "main", "--device", "cpu", "--out"],
+    ],
+)
+def test_where_nothing_can_be_written_nothing_is_measured(
+    arguments: list[str],
+    measured: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def begun(*arguments: Any) -> Any:
+        pytest.fail("measured for nothing")
+
+    for name in ("cli.run_op", "activation_checkpointing.measure", "sweep.sweep"):
+        monkeypatch.setattr(f"benchmarks.{name}", begun)
+    monkeypatch.setattr(cli, "COMMITTED", measured.parent)
+    a_file = measured.with_suffix(".txt")
+    a_file.write_text("")
+    assert main([*arguments, str(a_file)]) == 2
+    assert f"--out must be where files can be written: [Errno 17] File exists: '{a_file}'" in (
+        capsys.readouterr().err
+    )
+    folder = measured.with_name("folder.json")
+    folder.mkdir()
+    if arguments[0] in ("run", "memory"):
+        assert main([*arguments, str(folder)]) == 2
+        assert f"{folder} is a folder" in capsys.readouterr().err
+
+
+def test_a_plan_is_listed_without_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sweep", "full", "--list"]) == 0
+    assert "launches: run moe_layer" in capsys.readouterr().out
+    assert main(["sweep", "full", "--device", "cpu"]) == 2
+    assert "--out FOLDER is required" in capsys.readouterr().err
+
+
+def test_the_committed_results_are_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "RUNS", tmp_path / "none")
+    assert main(["report", "--tables", "--out", str(tmp_path)]) == 0
+    text = (tmp_path / "report.md").read_text()
+    for folder in cli.COMMITTED.iterdir():
+        document = results.read(folder / "fused_experts.json")
+        assert f"## fused_experts on {document['device']['name']}" in text
+
+
+def test_a_folder_is_reported_without_what_holds_no_results(
+    measured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.json"
+    other.write_text('{"rows": [\n{"x": 1}]}')
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe")
+    out = tmp_path / "report"
+    assert main(["report", "--tables", "--out", str(out), str(tmp_path)]) == 0
+    assert f"left out: {other} is not a results file" in capsys.readouterr().err
+    assert "## permute on" in (out / "report.md").read_text()
+    assert main(["report", "--tables", "--out", str(out), str(other)]) == 2
+
+
+@pytest.mark.parametrize("key", ["op", "date", "device.name", "commit.dirty", "rows"])
+def test_a_file_of_another_version_is_said_to_lack(key: str, measured: Path) -> None:
+    document = json.loads(measured.read_text())
+    part, _, name = key.partition(".")
+    (document[part] if name else document).pop(name or part)
+    measured.write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=f"not a results file: it lacks {key}"):
+        results.read(measured)
+
+
+@pytest.mark.parametrize("key", ["dtype", "routing", "floor_ms"])
+def test_rows_of_another_version_are_said_to_lack(key: str, measured: Path) -> None:
+    document = json.loads(measured.read_text())
+    document["rows"][0].pop(key)
+    measured.write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=f"not a results file: it lacks {key}"):
+        results.read(measured)
+
+
+@pytest.mark.parametrize("key", ["device", "commit", "versions", "providers"])
+def test_what_should_be_a_table_is_named(key: str, measured: Path) -> None:
+    document = json.loads(measured.read_text())
+    measured.write_text(json.dumps(document | {key: "x"}))
+    with pytest.raises(ValueError, match=f"not a results file: its {key} is 'x'"):
+        results.read(measured)
+
+
+def test_bytes_are_no_results(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"x\.json is not a results file"):
+        results.read(path)
+
+
+def test_a_simulation_without_matplotlib_has_its_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def found(name: str) -> Any:
+        return None if name == "matplotlib" else find_spec(name)
+
+    monkeypatch.setattr(simulate_command, "find_spec", found)
+    assert main(["simulate", "--gpus", "8", "--tokens", "128", "--out", str(tmp_path)]) == 0
+    assert "no plot, which needs matplotlib" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"dispatch.md"}
+    assert "dispatch.png" not in (tmp_path / "dispatch.md").read_text()
 
 
 # --------------------------------------------------------------------------------- resumed runs

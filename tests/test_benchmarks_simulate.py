@@ -203,8 +203,10 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = rows_of("process_group", 2, 80e-6, 3e-6, [2.0, 8000.0])
     common = {"shape": "", "ms": 1.0, "tflops": None, "over_floor": None, "peak_bytes": 0}
     common |= {"error": 0.0, "void": "", "note": "", "sizes": {"H": 2048, "E": 128, "K": 8}}
-    header = {"device": {"type": "cpu", "name": "a CPU"}, "commit": {"hash": "abc"}}
-    header |= {"threads": 1, "versions": {}, "limits": {}, "providers": {}}
+    common |= {"dtype": "bf16", "rounds": 1, "gbs": None, "floor_ms": None}
+    header = {"op": "dispatch", "date": "", "commit": {"hash": "abc", "dirty": False}}
+    header |= {"device": {"type": "cpu", "name": "a CPU"}, "threads": 1}
+    header |= {"versions": {}, "limits": {}, "providers": {}}
     results.write_text(json.dumps({**header, "rows": [{**row, **common} for row in rows]}))
     out = tmp_path / "out"
     assert main(["simulate", "--results", str(results), "--out", str(out)]) == 0
@@ -231,6 +233,9 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--set", "speed=3"], "rdma.bandwidth"),
         (["--set", "nvlink.latency=fast"], "NAME=NUMBER"),
         (["--set", "memory=0"], "must be positive"),
+        (["--set", "launch=inf"], "must be positive and finite; got inf"),
+        (["--set", "gpus_per_node=0.5"], "gpus_per_node must be a whole number; got 0.5"),
+        (["--results", "."], ". cannot be read"),
         (["--tokens", "0"], "at least 1"),
         (["--shape", "E=4"], "K must be at most E = 4"),
     ],

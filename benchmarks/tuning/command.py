@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import environment
+from benchmarks import environment, results
 from benchmarks.architectures import ARCHITECTURES
 from benchmarks.ops._shapes import layer_sets, tuning_set
 from benchmarks.registry import DTYPES, Shape
@@ -246,6 +246,7 @@ def _tune(wanted: Sequence[Any], options: argparse.Namespace) -> int:
     device, start = torch.device(options.device), time.monotonic()
     name, arch = device_class(device), architecture(device)
     path = options.out or RUNS / f"{name}.json"
+    results.make_way(path)
     document = table.load(path, name, CONFIGS)
     known = as_table(document, CONFIGS)
     among = _among(options.among) if options.among else None
