@@ -219,6 +219,8 @@ def _run_one(op: Op, settings: Settings, options: argparse.Namespace) -> list[st
     if reason := _no_shape(op, settings) or _no_provider(op, settings):
         print(f"{op.name}: not run: {reason}", flush=True)
         return []
+    if settings.only_routings and not op.routed:
+        print(f"{op.name}: --routing does not change its inputs", flush=True)
     described = environment.describe(settings.device)
     why = available(op, settings.device.type, settings.providers)
     for name, reason in why.items():

@@ -165,6 +165,7 @@ class Op:
         truth: results (and ``gradients``) for an input set in float64, of a subset of rows.
         dtypes, directions: that it is measured in by default, for each device type.
         routings: that a shape is measured with if none is asked for.
+        routed: whether inputs depend on the routing; without, it is always the op's own.
         yardstick: an implementation whose error the others' is held to; None for the provider
             that has this part.
         plain: the provider whose error against float64 the others' is held to.
@@ -192,6 +193,7 @@ class Op:
         }
     )
     routings: Callable[[Shape], tuple[str, ...]] = lambda shape: ("uniform",)
+    routed: bool = True
     yardstick: Builder | None = None
     plain: str = "torch"
     bound: float | None = None

@@ -88,7 +88,7 @@ class Settings:
     watch: Callable[[CaseKey, str | None], None] = unwatched
 
     def routings(self, op: Op, shape: Shape) -> tuple[str, ...]:
-        return tuple(self.only_routings) or op.routings(shape)
+        return tuple(self.only_routings if op.routed else ()) or op.routings(shape)
 
 
 @dataclass

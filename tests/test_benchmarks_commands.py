@@ -15,8 +15,9 @@ from benchmarks import cli, results, resume, simulate_command
 from benchmarks.accuracy import judge
 from benchmarks.cli import main
 from benchmarks.limits import Limits
+from benchmarks.ops import OPS
 from benchmarks.providers import PROVIDERS
-from benchmarks.registry import Case, Implementation, Truth
+from benchmarks.registry import Case, Implementation, Shape, Truth
 from benchmarks.tuning.trials import Trials
 
 QUICK = ("--device", "cpu", "--dtype", "fp32", "--direction", "forward", "--provider", "torch")
@@ -207,6 +208,32 @@ def test_a_process_that_is_killed_leaves_no_half_of_a_marker(
 
 
 # ----------------------------------------------------------------------------- what does not count
+
+
+@pytest.mark.parametrize("op", [name for name, op in OPS.items() if not op.on_ranks])
+def test_rows_say_no_routing_that_their_inputs_do_not_have(
+    op: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Inputs differ with the routing, or there are no rows of another."""
+    letters = OPS[op].shapes("cpu")[0].sizes
+    if {"T", "L"} <= set(letters):  # a whole model
+        assert not OPS[op].routed
+        return
+    sizes = {"T": 5, "R": 40, "H": 32, "I": 32, "E": 8, "K": 2, "D": 8, "N": 4, "P": 2, "B": 4}
+    shape = Shape({letter: sizes[letter] for letter in letters})
+    cases = [
+        OPS[op].make_case(shape, torch.float32, torch.device("cpu"), routing, 0)
+        for routing in ("uniform", "one")
+    ]
+    names = [n for n, v in cases[0].inputs[0].items() if not v.is_floating_point()]
+    differ = any(not torch.equal(*(c.inputs[0][name] for c in cases)) for name in names)
+    assert differ == OPS[op].routed
+    if not OPS[op].routed:
+        text = ",".join(f"{letter}={size}" for letter, size in shape.sizes.items())
+        assert run(tmp_path, op, "--shape", text, "--routing", "zipf", "one") == 0
+        assert f"{op}: --routing does not change its inputs" in capsys.readouterr().out
+        (row,) = results.read(tmp_path / f"{op}.json")["rows"]
+        assert row["routing"] == "uniform"
 
 
 @pytest.mark.parametrize("shape", ["T=3,E=4,K=5", "T=3,H=4,E=4,K=5"])

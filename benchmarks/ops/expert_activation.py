@@ -51,6 +51,7 @@ expert_activation = Op(
         ],
     },
     defaults={"cpu": ("cpu",), "cuda": ("cuda",)},
+    routed=False,
     make_case=_make_case,
     cost=_cost,
     truth=_truth,

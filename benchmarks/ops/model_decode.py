@@ -100,6 +100,7 @@ model_decode = Op(
     truth=_truth,
     dtypes={"cpu": ("bf16",), "cuda": ("bf16",)},
     directions=FORWARD_ONLY,
+    routed=False,
     plain="transformers_eager",
     requires=("transformers.models.qwen3_moe",),
 )

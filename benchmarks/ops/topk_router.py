@@ -58,6 +58,7 @@ topk_router = Op(
     outputs=("topk_weights", "topk_ids"),
     shape_sets=slot_sets(),
     defaults=ROW_DEFAULTS,
+    routed=False,
     make_case=_make_case,
     cost=_cost,
     truth=_truth,
