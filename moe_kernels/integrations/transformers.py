@@ -112,9 +112,23 @@ def register() -> None:
         ImportError: transformers is missing, or older than 5.7.
     """
     require_transformers("moe_kernels.integrations.transformers.register")
+    from transformers.integrations import finegrained_fp8
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+    with_scales = getattr(finegrained_fp8, "ALL_FP8_EXPERTS_FUNCTIONS", None)
+    if with_scales is not None:
+        with_scales.register(NAME, _refuse_scales)
+
+
+def _refuse_scales(experts: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """The forward of experts that transformers keeps in 8 or 4 bits, with scales beside them."""
+    raise ValueError(
+        f"experts_implementation={NAME!r}: the experts' weights must have 16 bits or more; "
+        f"{type(experts).__name__} keeps {experts.down_proj.dtype} with scales. Load the model "
+        "with quantization_config=FineGrainedFP8Config(dequantize=True), or use another "
+        "experts_implementation."
+    )
 
 
 def _computes(gate: Callable[[Any, Tensor], Tensor], known: _Gate) -> bool:
@@ -383,11 +397,13 @@ def quantize_experts_of(model: nn.Module, format: str = "int4") -> dict[str, Qua
     Raises:
         ImportError: transformers is missing, or older than 5.7.
         ValueError: a model without such experts, or with some that cannot be replaced: a gate that
-            no activation of ours computes, weights that are sharded, on the meta device or not
-            finite in float32. Nothing is replaced then.
+            no activation of ours computes, adapters on their weights, weights that are sharded, on
+            the meta device, quantised or not finite in float32. Nothing is replaced then.
     """
     caller = "quantize_experts_of"
     require_transformers(f"moe_kernels.integrations.transformers.{caller}")
+    from transformers import PreTrainedModel
+
     if not isinstance(model, nn.Module):
         raise TypeError(f"{caller}: model must be a module; got {type(model).__name__}")
     found = {
@@ -404,6 +420,16 @@ def quantize_experts_of(model: nn.Module, format: str = "int4") -> dict[str, Qua
         )
     for name, (module, options) in found.items():
         who = f"{caller}: {type(module).__name__} ({name})"
+        if name.endswith(".base_layer"):  # PEFT's name of what an adapter wraps
+            raise ValueError(
+                f"{who}: an adapter of PEFT changes its weights. Merge it first (merge_and_unload)."
+            )
+        for weight in _weights(module)[:2]:
+            if not weight.is_floating_point() or weight.itemsize == 1:
+                raise ValueError(
+                    f"{who}: its weights must have 16 bits or more; they are {weight.dtype}. Load "
+                    "the model dequantised."
+                )
         if options is None:
             raise ValueError(
                 f"{who}: no activation of moe_kernels.expert_activation computes its gate. Leave "
@@ -426,8 +452,8 @@ def quantize_experts_of(model: nn.Module, format: str = "int4") -> dict[str, Qua
         assert options is not None
         layers[name] = QuantizedExpertsLayer(module, format, options).train(module.training)
         for part in model.modules():
-            if hasattr(part, "save_pretrained"):
-                part.save_pretrained = _refuse_to_save  # type: ignore[assignment]
+            if isinstance(part, PreTrainedModel):  # a PeftModel saves adapters alone
+                part.save_pretrained = _refuse_to_save
         for parent in list(model.modules()):  # a module may be in several places
             for child in [key for key, part in parent._modules.items() if part is module]:
                 setattr(parent, child, layers[name])

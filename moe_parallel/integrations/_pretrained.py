@@ -26,12 +26,15 @@ def redirect_save_pretrained(model: nn.Module) -> None:
     """Let ``save_pretrained`` of a model with replaced layers write what transformers reads.
 
     On the model and on those of its parts that could be saved by themselves, such as the base model
-    of one with a head: on the object, for its class belongs to transformers.
+    of one with a head: on the object, for its class belongs to transformers. A PeftModel around it
+    saves its adapters by itself.
     """
+    from transformers import PreTrainedModel
+
     for part in model.modules():
-        if callable(getattr(part, "save_pretrained", None)) and layers_of([part]):
+        if isinstance(part, PreTrainedModel) and layers_of([part]):
             # A partial of the model, not a method or closure: a deep copy gets its own.
-            part.save_pretrained = functools.partial(_save_pretrained, part)  # type: ignore[assignment]
+            part.save_pretrained = functools.partial(_save_pretrained, part)
 
 
 def _save_pretrained(

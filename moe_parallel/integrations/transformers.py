@@ -43,6 +43,8 @@ __all__ = [
     "to_hf_state_dict",
 ]
 
+SHARED = ("gate_proj", "up_proj", "down_proj")  # of the shared experts
+
 
 def replace_moe_layers(
     model: nn.Module,
@@ -80,7 +82,8 @@ def replace_moe_layers(
 
     Raises:
         ValueError: a block, or an option of one, that MoE does not compute; no MoE block at all; a
-            model that is already sharded. Nothing has been replaced then.
+            model that is already sharded, or offloaded; adapters on, or parametrizations of,
+            routers or experts. Nothing has been replaced then.
         ImportError: transformers is missing, or older than 5.7.
     """
     require_transformers("moe_parallel.integrations.transformers")
@@ -132,11 +135,14 @@ def replace_moe_layers(
 def _blocks(model: nn.Module) -> list[tuple[str, Any, Family]]:
     """Every sparse MoE block of the model; a ValueError if one is of no known family."""
     found: dict[str, tuple[Any, Family]] = {}
+    seen: list[str] = []
     for name, module in model.named_modules():
         parent = name.rpartition(".")[0]
         is_experts = name.split(".")[-1] == "experts" or type(module).__name__.endswith("Experts")
-        if not is_experts or parent in found:
+        # Inside of a block seen before are its experts, wrapped: those _config refuses.
+        if not is_experts or any(f"{parent}.".startswith(f"{block}.") for block in seen):
             continue
+        seen.append(parent)
         block = model.get_submodule(parent)
         if isinstance(block, MoE):
             continue
@@ -162,12 +168,8 @@ def _config(model: nn.Module, block: Any, family: Family, training: dict[str, An
     """The configuration of the layer; a ValueError says what stands against it."""
     if any(isinstance(value, DTensor) for value in block.parameters()):
         raise ValueError("the model is already sharded; replace its layers before")
+    _refuse_what_is_left_over(block, family)
     router, experts = block.get_submodule(family.router), block.experts
-    if not hasattr(experts, "down_proj"):
-        raise ValueError(
-            f"experts must have weights down_proj; got {type(experts).__name__}. Replace the layers"
-            " of a model whose experts are not quantised"
-        )
     routing: dict[str, Any] = {"n_expert_groups": 1, "n_limited_groups": 1, "route_scale": 1.0}
     routing |= family.routing(block, router)
     if routing["norm_topk_prob"] and router.top_k == 1:
@@ -193,6 +195,34 @@ def _config(model: nn.Module, block: Any, family: Family, training: dict[str, An
         **_activation(experts),
         **_shared(block, family),
     )
+
+
+def _refuse_what_is_left_over(block: Any, family: Family) -> None:
+    """Weights that :func:`_take_over` leaves behind, or does not find, would change the model."""
+    taken = {family.router_weight, family.router_bias, family.correction}
+    for name in ("gate_up_proj", "down_proj"):
+        taken |= {f"experts.{name}", f"experts.{name}_bias"}
+    modules = [family.shared_gate, *(f"{family.shared}.{name}" for name in SHARED)]
+    for name, value in block.named_parameters():
+        if name not in taken and not name.startswith(tuple(f"{part}." for part in modules)):
+            raise ValueError(
+                f"{name} has no place in moe_parallel.MoE. Merge adapters before (PEFT: "
+                "merge_and_unload), or add them afterwards; remove parametrizations; load a "
+                "quantised model dequantised"
+            )
+        if value.is_meta and any(hasattr(part, "_hf_hook") for part in block.modules()):
+            raise ValueError(
+                f"{name} is offloaded by accelerate, which would not bring it to the new layer. "
+                "Load the model without a device_map that offloads"
+            )
+    weight = getattr(block.experts, "down_proj", None)
+    if weight is None or not weight.is_floating_point() or weight.itemsize == 1:
+        found = "" if weight is None else f" of {weight.dtype}"
+        raise ValueError(
+            f"experts must have, in 16 bits or more, weights down_proj; got "
+            f"{type(block.experts).__name__}{found}. Replace the layers of a model whose experts "
+            "are not quantised"
+        )
 
 
 def _activation(experts: Any) -> dict[str, Any]:
@@ -250,7 +280,7 @@ def _take_over(layer: Any, block: Any, family: Family) -> None:
         layer.experts.down_proj_bias = block.experts.down_proj_bias
     if layer.shared_experts is not None:
         shared = block.get_submodule(family.shared)
-        for name in ("gate_proj", "up_proj", "down_proj"):
+        for name in SHARED:
             setattr(layer.shared_experts, name, getattr(shared, name))
     if family.shared_gate is not None:
         layer.shared_expert_gate = block.get_submodule(family.shared_gate)
