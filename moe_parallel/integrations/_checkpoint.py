@@ -168,6 +168,16 @@ def _owner(name: str, layers: Mapping[str, Any]) -> str | None:
     return owner if owner in layers else None
 
 
+def names_of(models: Sequence[nn.Module]) -> set[str]:
+    """Every name that checkpoints of transformers have for the tensors of replaced layers."""
+    return {
+        published
+        for owner, layer in layers_of(models).items()
+        for names in FORMATS
+        for published, _ in _named_parts(owner, layer, names)
+    }
+
+
 def tied_names(model: nn.Module) -> list[str]:
     """Names of parameters that have another name too, but for the first."""
     first = {plain_name(name) for name, _ in model.named_parameters()}
@@ -201,7 +211,7 @@ def load_hf_state_dict(
     caller = "load_hf_state_dict"
     check_module(caller, model)
     check_flag(caller, "strict", strict)
-    targets = _Targets([model], caller)
+    targets = Targets([model], caller)
     given: set[str] = set()
     for name, value in _pairs(caller, tensors):
         if name in targets.by_name:
@@ -255,11 +265,11 @@ def load_hf_checkpoint(model: OneOrMore, directory: str | Path, *, strict: bool 
     caller = "load_hf_checkpoint"
     with ExitStack() as files:
 
-        def open_all() -> tuple[dict[str, StoredTensor], _Targets]:
+        def open_all() -> tuple[dict[str, StoredTensor], Targets]:
             models = _stages(caller, model)
             check_flag(caller, "strict", strict)
             stored = stored_tensors(_folder(caller, directory), files)
-            return stored, _Targets(models, caller)
+            return stored, Targets(models, caller)
 
         stored, targets = on_all_ranks(open_all)
         given = {name: value for name, value in stored.items() if name in targets.by_name}
@@ -281,7 +291,7 @@ def load_hf_checkpoint(model: OneOrMore, directory: str | Path, *, strict: bool 
         on_all_ranks(fill)
 
 
-class _Targets:
+class Targets:
     """Where in a model, or in stages of it, the tensors of a checkpoint belong.
 
     Attributes:
@@ -336,16 +346,20 @@ class _Targets:
             value = replace(value, scratch=self._scratch)
         part.write(value, self._state[ours], self._piece_bytes)
 
-    def check_complete(self, given: Collection[str]) -> None:
-        """A ValueError if what has the names ``given`` does not fill every tensor of the model."""
+    def missing(self, given: Collection[str]) -> list[str]:
+        """The model's tensors that what has the names ``given`` does not fill."""
         written: Counter[str] = Counter()
         for name in given:
             written[self.by_name[name][0]] += math.prod(self._shape(name))
-        missing = [
+        return [
             name
             for name, tensor in self._state.items()
             if written[name] < tensor.numel() and name not in self._tied
         ]
+
+    def check_complete(self, given: Collection[str]) -> None:
+        """A ValueError if what has the names ``given`` does not fill every tensor of the model."""
+        missing = self.missing(given)
         if missing:
             raise ValueError(
                 f"{self._caller}: {len(missing)} weights were not given, or not in full, such as "

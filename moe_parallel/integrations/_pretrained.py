@@ -1,4 +1,4 @@
-"""``save_pretrained`` of Hugging Face models whose MoE layers have been replaced."""
+"""Hugging Face models with replaced MoE layers: their own methods that save and load."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.module import _IncompatibleKeys
 
 from moe_parallel.checkpoint.agreement import all_gathered, from_coordinator, is_coordinator
 from moe_parallel.integrations._checkpoint import (
     LOAD_FIRST,
+    Targets,
     check_memory,
     layers_of,
+    names_of,
     renamed,
     state_of,
     tied_names,
@@ -22,8 +25,9 @@ from moe_parallel.integrations._checkpoint import (
 )
 
 
-def redirect_save_pretrained(model: nn.Module) -> None:
-    """Let ``save_pretrained`` of a model with replaced layers write what transformers reads.
+def redirect_checkpoints(model: nn.Module) -> None:
+    """Let ``save_pretrained`` of a model with replaced layers write what transformers reads, and
+    ``load_state_dict`` take it, too: a ``Trainer`` resumes by these two.
 
     On the model and on those of its parts that could be saved by themselves, such as the base model
     of one with a head: on the object, for its class belongs to transformers. A PeftModel around it
@@ -35,6 +39,39 @@ def redirect_save_pretrained(model: nn.Module) -> None:
         if isinstance(part, PreTrainedModel) and layers_of([part]):
             # A partial of the model, not a method or closure: a deep copy gets its own.
             part.save_pretrained = functools.partial(_save_pretrained, part)
+            part.load_state_dict = functools.partial(_load_state_dict, part)
+
+
+def _load_state_dict(
+    model: Any, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
+) -> Any:
+    """``load_state_dict`` of torch, which also knows what checkpoints call the replaced layers.
+
+    Raises:
+        ValueError: tensors by such names with ``assign``, or of other shapes.
+        RuntimeError: with ``strict``, tensors that the model has no place for, or lacks.
+    """
+    others = set(state_dict) - set(model.state_dict()) if isinstance(state_dict, Mapping) else set()
+    if not others or others.isdisjoint(names_of([model])):
+        return type(model).load_state_dict(model, state_dict, strict, assign)
+    if assign:
+        raise ValueError(
+            "load_state_dict: assign must be False for weights by the names that transformers has "
+            "for the replaced layers, which hold them in another layout"
+        )
+    targets = Targets([model], "load_state_dict")
+    given = [name for name in state_dict if name in targets.by_name]
+    for name in given:
+        targets.check(name, state_dict[name])
+    missing = targets.missing(given)
+    unexpected = [name for name in state_dict if name not in targets.by_name]
+    if strict and (missing or unexpected):
+        raise RuntimeError(
+            f"load_state_dict of {type(model).__name__}: missing {missing}, unexpected {unexpected}"
+        )
+    for name in given:
+        targets.write(name, state_dict[name])
+    return _IncompatibleKeys(missing, unexpected)
 
 
 def _save_pretrained(

@@ -32,7 +32,7 @@ from moe_parallel.integrations._checkpoint import (
     to_hf_state_dict,
 )
 from moe_parallel.integrations._families import Family, family_of
-from moe_parallel.integrations._pretrained import redirect_save_pretrained
+from moe_parallel.integrations._pretrained import redirect_checkpoints
 from moe_parallel.layers import MoE
 
 __all__ = [
@@ -64,8 +64,8 @@ def replace_moe_layers(
     configuration of the layers becomes the ``moe_config`` of the module that holds them.
 
     ``save_pretrained`` and ``push_to_hub`` of the model go on writing what plain transformers
-    loads; ``state_dict()`` has the names of the new layers, which :func:`to_hf_state_dict`
-    translates.
+    loads, and ``load_state_dict`` takes it; ``state_dict()`` has the names of the new layers, which
+    :func:`to_hf_state_dict` translates.
 
     Args:
         model: a model, or base model, of one of the families in ``docs/transformers.md``.
@@ -128,7 +128,7 @@ def replace_moe_layers(
         holder: Any = model.get_submodule(name.rpartition("layers.")[0].rstrip("."))
         if getattr(holder, "moe_config", None) is None:
             holder.moe_config = config
-    redirect_save_pretrained(model)
+    redirect_checkpoints(model)
     return layers
 
 
