@@ -11,6 +11,7 @@
 #include "cpu/kernels.h"
 #include "cpu/panels.h"
 #include "cpu/row_packing.h"
+#include "cpu/spread_tiles.h"
 #include "cpu/tiles.h"
 
 namespace moe::CPU_CAPABILITY {
@@ -271,8 +272,10 @@ void multiply_spread_rows(const operand_t<T>* packed, int64_t m, int64_t k, cons
 }
 
 // The same for a few rows, which read the matrix as fast as memory gives it: several of its rows at
-// a time, never packed, on sums that stay in the cache. Where bf16 is loaded in pairs, sums of a
-// step's columns are those of even ones, then those of odd ones, until the last rows are added.
+// a time, never packed, on sums that stay in the cache. With 16 registers it is spread_tiles.h that
+// does this, where sums stay in registers for as long; with 32 that is not measured. Where bf16 is
+// loaded in pairs, sums of a step's columns are those of even ones, then those of odd ones, until
+// the last rows are added.
 template <typename T, int kRows>
 void multiply_few_spread_rows(const operand_t<T>* packed, int64_t m, int64_t k,
                               const MatrixOf<T>& b, Range columns, acc_t<T>* out,
@@ -377,10 +380,14 @@ void multiply(const void* packed_rows, int64_t m, int64_t k, const MatrixOf<T>& 
   constexpr auto run_spread = multiply_spread_rows<T>;
 #endif
   if (!b.k_contiguous) {
-    const auto of_rows = m <= kVeryFewRows  ? multiply_few_spread_rows<T, kRowsReadFast>
-                         : m <= kFewRows<T> ? multiply_few_spread_rows<T, kRowsTogether>
-                                            : run_spread;
-    return of_rows(packed, m, k, b, columns, out, out_stride);
+    if (m > kFewRows<T>) return run_spread(packed, m, k, b, columns, out, out_stride);
+    if constexpr (kRegisters < 32) {
+      return multiply_spread_tiles<T>(packed, m, k, b, columns, out, out_stride);
+    } else {
+      const auto of_rows = m <= kVeryFewRows ? multiply_few_spread_rows<T, kRowsReadFast>
+                                             : multiply_few_spread_rows<T, kRowsTogether>;
+      return of_rows(packed, m, k, b, columns, out, out_stride);
+    }
   }
   const Blocks<T> blocks(m);
   const int64_t vector_size = group_count<T>(k) * kStep<T>, done = min(blocks.vectors * L, m);

@@ -16,12 +16,12 @@ constexpr int kStep = kLanes<acc_t<T>> * Compute<T>::G;  // elements of k in a v
 
 // Rows of a matrix [k, n] that a few packed rows are multiplied with at a time. More are fewer
 // passes over sums, fewer are read faster: up to so many packed rows that is what takes the time.
-constexpr int kRowsTogether = kRegisters == 32 ? 16 : 4, kRowsReadFast = kRegisters == 32 ? 8 : 4;
+constexpr int kRowsTogether = kRegisters == 32 ? 16 : 8, kRowsReadFast = 8;
 constexpr int64_t kVeryFewRows = 8;
 
 // Up to so many rows, packing a matrix [k, n] takes longer than it saves.
 template <typename T>
-constexpr int64_t kFewRows = kTileRegisters<T> ? 8 : (kRegisters < 32 ? 11 : 24);
+constexpr int64_t kFewRows = kTileRegisters<T> ? 8 : 24;
 
 // Elements of a packed row, with the zeros that follow: whole vectors and groups of kRowsTogether.
 template <typename T>
