@@ -155,8 +155,10 @@ def inner_classes(inner: int) -> tuple[str, ...]:
 
 
 def device_class(device: torch.device) -> str:
-    """The name of a GPU's table: ``sm_90-h200``, or ``sm_90`` for an unlisted one."""
+    """The name of a device's table: ``sm_90-h200``, or ``sm_90`` for an unlisted GPU."""
     arch = f"sm_{architecture(device)}"
+    if device.type != "cuda":
+        return arch
     words = torch.cuda.get_device_properties(device).name.lower().replace("-", " ").split()
     model = next((name for name in MODELS if name in words), "")
     return f"{arch}-{model}" if model else arch
