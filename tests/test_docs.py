@@ -5,12 +5,16 @@ need no more than a tiny model or two ranks.
 import ast
 import inspect
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.nn import functional
 
 from tests.parallel.ranks import run_ranks
 
@@ -99,6 +103,96 @@ def test_transformers(tmp_path: Path) -> None:
         assert torch.equal(value, original.state_dict()[key]), key
     exec(quantised.replace("model.generate(...)", ""), names)
     assert not any("experts" in name for name, _ in names["model"].named_parameters())
+
+
+def layer(
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    routing: tuple[torch.Tensor, torch.Tensor],
+    act: Callable[[torch.Tensor], torch.Tensor] = functional.silu,
+) -> torch.Tensor:
+    """A gated layer, token by token: gate and up [E, I, H], down [E, H, I]."""
+    ids, weights = routing
+    return torch.stack(
+        [
+            sum(
+                (
+                    w * (down[e] @ (act(gate[e] @ token) * (up[e] @ token)))
+                    for e, w in zip(ids[t].tolist(), weights[t], strict=True)
+                ),
+                torch.zeros_like(token),
+            )
+            for t, token in enumerate(x)
+        ]
+    )
+
+
+def test_from_other_libraries() -> None:
+    tokens, hidden, width, experts, top_k = 5, 12, 6, 4, 2
+    first, *page = snippets("docs/from-other-libraries.md")
+    left = iter(page)
+
+    def run(**names: Any) -> dict[str, Any]:
+        """The page's next snippet, after the import of its first."""
+        names |= {"torch": torch, "x": x, "topk_ids": routing[0], "topk_weights": routing[1]}
+        exec(first.splitlines()[0], names)
+        exec(next(left), names)
+        return names
+
+    def check(names: dict[str, Any], act: Any = functional.silu) -> None:
+        torch.testing.assert_close(names["y"], layer(x, gate, up, down, routing, act))
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(size, dtype=torch.float64)
+
+    x = random(tokens, hidden)
+    gate, up = random(experts, width, hidden), random(experts, width, hidden)
+    down = random(experts, hidden, width)
+    routing = torch.rand(tokens, experts).topk(top_k).indices, torch.rand(tokens, top_k).double()
+    numbers = {"num_experts": experts, "hidden_size": hidden}
+    joined = torch.cat((gate, up), 1)
+
+    names = run(w1=gate, w3=up, w2=down)
+    check(names)
+    assert torch.equal(names["w1"], gate)
+    assert torch.equal(names["w3"], up)
+
+    fc1, fc2 = (
+        SimpleNamespace(**{f"weight{e}": w for e, w in enumerate(weights)})
+        for weights in (joined, down)
+    )
+    check(run(fc1=fc1, fc2=fc2, **numbers))
+    weight1, weight2 = joined.mT.reshape(hidden, -1), down.mT.reshape(-1, hidden)
+    check(run(weight1=weight1, weight2=weight2, **numbers))
+
+    w1, v1, w2 = (w.reshape(-1, hidden) for w in (gate, up, down.mT))
+    check(run(w1=w1, v1=v1, w2=w2, **numbers), partial(functional.gelu, approximate="tanh"))
+
+    check(run(experts=torch.cat((up, gate), 1), output_experts=down))
+
+    alternating = torch.stack((gate, up), 2).flatten(1, 2)
+    no_biases = {"c_fc_bias": random(experts, 2 * width) * 0, "c_proj_bias": None}
+    check(run(c_fc=alternating, c_proj=down, **no_biases))
+
+    weights = {"w13": joined, "w2": down}
+    check(run(**weights))
+
+    logits = random(tokens, experts)
+    best = logits.topk(top_k)
+    names = run(logits=logits, **weights)
+    routing = best.indices, best.values.softmax(1)
+    check(names)
+
+    names = run(**weights, **numbers)
+    one = torch.ones(1, 1, dtype=torch.float64)
+    expected = [
+        sum(layer(w * x[t : t + 1], gate, up, down, (e.view(1, 1), one)) for e, w in chosen)
+        for t, chosen in enumerate(zip(i, w, strict=True) for i, w in zip(*routing, strict=True))
+    ]
+    torch.testing.assert_close(names["y"], torch.cat(expected))
+    assert not list(left)
 
 
 def exchange(rank: int, ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
