@@ -66,10 +66,19 @@ def find_tool(program: str) -> str:
     )
 
 
+def cxx_words() -> list[str]:
+    """$CXX, split as a shell does."""
+    text = os.environ.get("CXX", "")
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        stop(f"CXX must be a compiler and flags after it, as a shell reads them; {error}: {text}")
+
+
 def find_cxx() -> str:
     """The C++ compiler that $CXX names and the flags after it, or else one on PATH, as a list of
     CMake's. CMakeLists.txt adds ccache itself."""
-    words = shlex.split(os.environ.get("CXX", ""))
+    words = cxx_words()
     named = [word for word in words if Path(word).name not in ("ccache", "sccache")]
     for name in named[:1] or ["c++", "g++", "clang++"]:
         if path := shutil.which(name):
@@ -116,6 +125,10 @@ def standard_library() -> str:
 
 
 class CMakeBuild(build_ext):
+    def run(self) -> None:
+        cxx_words()  # setuptools looks at $CXX before anything is built
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         mode = setting(
             "MOE_KERNELS_CUDA", "auto", "(?i:auto|on|off|compile)", "auto, on, off or compile"

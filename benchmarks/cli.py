@@ -212,7 +212,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _run_one(op: Op, settings: Settings, options: argparse.Namespace) -> list[str]:
-    """Measure, print and write one op. Returns what is wrong with our own rows."""
+    """Measure, print and write one op. Returns what is wrong: our own rows, ranks that failed."""
     if missing := [module for module in op.requires if not find_spec(module.split(".")[0])]:
         print(f"{op.name}: not run: needs {', '.join(missing)}", flush=True)
         return []
@@ -248,8 +248,9 @@ def _run_one(op: Op, settings: Settings, options: argparse.Namespace) -> list[st
     if op.on_ranks:
         described["ranks"] = left.ranks | described["ranks"]
         described["threads"] = max((d["threads"] for d in described["ranks"].values()), default=1)
+    failed: list[str] = []
     try:
-        for new, dtype, seen in _measured(op, settings, counts):
+        for new, dtype, seen in _measured(op, settings, counts, failed):
             if seen is not None:
                 limits[dtype] = limits[dtype].best(seen) if dtype in limits else seen
             rows += new
@@ -262,9 +263,9 @@ def _run_one(op: Op, settings: Settings, options: argparse.Namespace) -> list[st
         raise
     if not rows:
         print(f"{op.name}: nothing was measured", flush=True)
-        return []
+        return failed
     print(f"\n{tables.summary(document['rows'])}\n\nwritten: {path}", flush=True)
-    return [
+    return failed + [
         f"{op.name} {row['shape']} {row['dtype']} {row['direction']}: {row['void'] or row['note']}"
         for row in rows
         if row["provider"] in OWN and (row["void"] or row["note"]) and not row["unsupported"]
@@ -290,15 +291,21 @@ def _no_provider(op: Op, settings: Settings) -> str:
 
 
 def _measured(
-    op: Op, settings: Settings, counts: Sequence[int]
+    op: Op, settings: Settings, counts: Sequence[int], failed: list[str]
 ) -> Iterator[tuple[list[dict[str, Any]], str, Limits | None]]:
-    """Rows as they come, their dtype and the machine's limits; rows of ranks bring their own."""
+    """Rows as they come, their dtype and the machine's limits; rows of ranks bring their own.
+
+    What ranks failed with is added to ``failed``: other numbers of them, and other ops, go on.
+    """
     if not op.on_ranks:
         yield from run_op(op, settings)
     for count in counts:
         over = {"oversubscribed": ranks.placement(count, settings.threads)["oversubscribed"]}
-        for rows in ranks.run_on_ranks(op, settings, count):
-            yield [row | over for row in rows], rows[0]["dtype"], None
+        try:
+            for rows in ranks.run_on_ranks(op, settings, count):
+                yield [row | over for row in rows], rows[0]["dtype"], None
+        except ranks.RanksFailed as error:
+            failed.append(f"{op.name}: {error}")
 
 
 def _possible_ranks(op: Op, settings: Settings, wanted: Sequence[int]) -> list[int]:

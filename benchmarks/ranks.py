@@ -58,11 +58,15 @@ def impossible(op: Op, settings: Settings, ranks: int) -> str:
     return ""
 
 
+class RanksFailed(RuntimeError):
+    """A rank failed or died; the message has what each of them said."""
+
+
 def run_on_ranks(op: Op, settings: Settings, ranks: int) -> Iterator[list[Row]]:
     """Measure ``op`` on ``ranks`` processes: its rows, shape by shape.
 
     Raises:
-        RuntimeError: a rank failed or died; the message has what each of them said.
+        RanksFailed: a rank failed or died.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
@@ -109,7 +113,7 @@ def _received(connections: list[Connection], processes: list[Any]) -> Iterator[l
                 failures[rank] = f"{kind}: {value}"
     if failures:
         text = "\n".join(f"rank {rank} {why}" for rank, why in sorted(failures.items()))
-        raise RuntimeError(f"{len(failures)} of {len(processes)} ranks failed\n{text}")
+        raise RanksFailed(f"{len(failures)} of {len(processes)} ranks failed\n{text}")
 
 
 def _end_with_the_parent() -> None:

@@ -352,7 +352,7 @@ def test_a_dead_rank_is_named() -> None:
         processes.append(process)
     received: Iterator[Any] = ranks._received(connections, processes)
     assert next(received) == [{"a": 1}]
-    with pytest.raises(RuntimeError) as error:
+    with pytest.raises(ranks.RanksFailed) as error:
         list(received)
     for process in processes:
         process.join()
@@ -360,6 +360,26 @@ def test_a_dead_rank_is_named() -> None:
     assert "3 of 3 ranks failed" in text  # the first ended without saying that it was done
     assert "rank 1 died: exit code 3" in text
     assert "rank 2 failed: ValueError: no" in text
+
+
+def test_other_numbers_of_ranks_go_on_where_some_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_on_ranks = ranks.run_on_ranks
+
+    def failing(op: Any, settings: Settings, count: int) -> Iterator[Any]:
+        if count == 2:
+            raise ranks.RanksFailed("1 of 2 ranks failed\nrank 1 died: exit code 3")
+        yield from run_on_ranks(op, settings, count)
+
+    monkeypatch.setattr(ranks, "run_on_ranks", failing)
+    out = tmp_path / "out.json"
+    options = ["--ranks", "2", "1", "--seconds", "0", "--rounds", "1", "--out", str(out)]
+    provider = ["--provider", "process_group"]
+    code = main(["run", "dispatch", "--device", "cpu", "--shape", TINY[0], *provider, *options])
+    assert code == 1
+    assert {row["sizes"]["P"] for row in results.read(out)["rows"]} == {1}
+    assert "dispatch: 1 of 2 ranks failed" in capsys.readouterr().err
 
 
 def _rank(connection: Connection) -> None:

@@ -231,6 +231,8 @@ def test_a_resumed_run_must_not_be_contradicted(trained: Path) -> None:
         (["--batch", "0"], "--batch must be at least 1; got 0"),
         (["--lr", "nan"], "--lr must be finite"),
         (["--weight-decay", "-1"], "--weight-decay must be finite and not negative; got -1.0"),
+        (["--clip", "0"], "--clip must be positive, or nothing is learnt; got 0.0"),
+        (["--seed", str(2**64)], r"--seed must be below 2\*\*63; got 18446744073709551616"),
         (["--top-k", "0"], "--top-k must be at least 1; got 0"),
         (["--top-k", "17"], "--top-k must be at most experts = 16; got 17"),
         (["--hidden", "20"], "--hidden must be a multiple of 2 . heads = 8; got 20"),

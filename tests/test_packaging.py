@@ -152,6 +152,7 @@ def test_wheel_holds_both_packages_and_nothing_else(tmp_path):
     ("environment", "said"),
     [
         ({"CXX": "/nonexistent/c++"}, ["C++20 compiler", "CXX=/nonexistent/c++", "Remedy"]),
+        ({"CXX": "g++ '-O1"}, ["CXX must be a compiler", "No closing quotation: g++ '-O1"]),
         (
             {"MOE_KERNELS_CUDA": "on", "CUDA_HOME": "/nonexistent"},
             ["MOE_KERNELS_CUDA=on, but", "CUDA", "MOE_KERNELS_CUDA=off"],
@@ -162,7 +163,7 @@ def test_wheel_holds_both_packages_and_nothing_else(tmp_path):
         ({"MOE_KERNELS_EMULATE_AMX": "yes"}, ["MOE_KERNELS_EMULATE_AMX must", "'yes'"]),
         ({"MAX_JOBS": "0"}, ["MAX_JOBS must", "'0'"]),
     ],
-    ids=["compiler", "cuda", "nvcc", "mode", "architectures", "emulation", "jobs"],
+    ids=["compiler", "quotes", "cuda", "nvcc", "mode", "architectures", "emulation", "jobs"],
 )
 def test_build_refuses_with_one_message(tmp_path, environment, said):
     result = build(tmp_path, **environment)

@@ -48,6 +48,10 @@ class Settings:
                 raise ValueError(f"{option} must be at least {least}; got {value}")
             if isinstance(value, float) and not 0 <= value < float("inf"):
                 raise ValueError(f"{option} must be finite and not negative; got {value}")
+        if self.seed >= 2**63:
+            raise ValueError(f"--seed must be below 2**63; got {self.seed}")
+        if self.clip == 0:
+            raise ValueError("--clip must be positive, or nothing is learnt; got 0.0")
         if self.hidden % (2 * self.heads):
             raise ValueError(
                 f"--hidden must be a multiple of 2 * heads = {2 * self.heads}; got {self.hidden}"
