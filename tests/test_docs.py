@@ -192,6 +192,18 @@ def test_from_other_libraries() -> None:
         for t, chosen in enumerate(zip(i, w, strict=True) for i, w in zip(*routing, strict=True))
     ]
     torch.testing.assert_close(names["y"], torch.cat(expected))
+
+    sizes = {"a13": (2, hidden), "b13": (2 * width, 2), "a2": (2, width), "b2": (hidden, 2)}
+    adapters = {name: random(experts, *size).requires_grad_() for name, size in sizes.items()}
+    a13, b13, a2, b2 = adapters.values()
+    names = run(**names | adapters | {"scale": 0.5})
+    grads = torch.autograd.grad(names["y"].square().sum(), list(adapters.values()))
+    gate, up = (joined + 0.5 * b13 @ a13).chunk(2, 1)
+    down = down + 0.5 * b2 @ a2
+    check(names)
+    expected = layer(x, gate, up, down, routing).square().sum()
+    for ours, grad in zip(grads, torch.autograd.grad(expected, [a13, b13, a2, b2]), strict=True):
+        torch.testing.assert_close(ours, grad)
     assert not list(left)
 
 
