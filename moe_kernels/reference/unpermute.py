@@ -11,8 +11,9 @@ from moe_kernels.reference.permute import permute
 
 
 def _gather(rows: Tensor, slot_to_row: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows by slot ``[T, K, H]``, zero for dropped slots, and which slots are used ``[T, K]``."""
-    used = slot_to_row < offsets[-1]
+    """Rows by slot ``[T, K, H]``, zero for dropped slots and for rows that are missing at the end;
+    and which slots are used ``[T, K]``."""
+    used = slot_to_row < offsets[-1].clamp(max=rows.shape[0])
     with_zero = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
     return with_zero[torch.where(used, slot_to_row, rows.shape[0]).to(torch.int64)], used
 

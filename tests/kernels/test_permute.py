@@ -6,6 +6,7 @@ from torch import Tensor
 
 import moe_kernels
 from moe_kernels import reference
+from moe_kernels.reference.unpermute import unpermute_backward
 from tests.conftest import Implementation
 from tests.kernels.accuracy import assert_accurate, gradients
 from tests.kernels.routing import SHAPES, make_ids
@@ -82,6 +83,23 @@ def test_num_rows_bounds_the_buffer(impl: Implementation) -> None:
             for value, rows in ((y, short), (expected, padded))
         )
         assert torch.equal(grad, expected_grad[: valid - 3])
+
+
+def test_rows_that_are_missing_count_as_zero_in_the_definition() -> None:
+    ids, experts = make_ids("dropped")
+    order = moe_kernels.sort_by_expert(ids, experts)
+    valid = int(order.offsets[-1])
+    rows, weights = torch.randn(valid, 24), torch.rand(ids.shape)
+    rows[valid - 3 :] = 0
+    grad = torch.randn(ids.shape[0], 24)
+    for given in (None, weights):
+        short, padded = (reference.unpermute(some, *order, given) for some in (rows[:-3], rows))
+        assert torch.equal(short, padded)
+    found, expected = (
+        unpermute_backward(grad, some, *order, weights, [True, True]) for some in (rows[:-3], rows)
+    )
+    assert torch.equal(found[0], expected[0][:-3])
+    assert torch.equal(found[1], expected[1])
 
 
 def test_views_and_repeated_backward(impl: Implementation) -> None:
