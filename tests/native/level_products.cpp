@@ -131,6 +131,8 @@ void check_products_of() {
       for (int64_t k : {97, 2081}) check_multiply(gemm, m, k, 35, k_contiguous);
     }
   }
+  // More columns than meet a few rows at a time.
+  for (int64_t m : {1, 7}) check_multiply(gemm, m, 20, 2100, false);
   if constexpr (std::is_same_v<T, bf16>) {
     // More packed rows than a cache holds, and more columns than their sums.
     check_multiply(gemm, 190, 3301, 530, true);
