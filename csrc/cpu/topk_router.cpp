@@ -126,9 +126,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> topk_router(
                     "topk_router: candidates must be in [0, E - top_k = ", experts - top_k,
                     "]; got ", candidates);
   const int64_t columns = top_k + candidates;
-  TORCH_CHECK_VALUE(num_groups >= 1 && experts % num_groups == 0 && topk_groups <= num_groups,
-                    "topk_router: num_groups must divide E = ", experts,
-                    " and be at least topk_groups");
+  TORCH_CHECK_VALUE(num_groups >= 1 && experts % num_groups == 0,
+                    "topk_router: num_groups must be at least 1 and divide E = ", experts, "; got ",
+                    num_groups);
+  TORCH_CHECK_VALUE(topk_groups >= 1 && topk_groups <= num_groups,
+                    "topk_router: topk_groups must be in [1, num_groups = ", num_groups, "]; got ",
+                    topk_groups);
   const at::ScalarType wide = accumulate_dtype(logits_TE.scalar_type());
   const auto options = logits_TE.options();
   const at::Tensor logits = with_unit_stride(logits_TE);

@@ -180,3 +180,13 @@ def test_refuses_wrong_options() -> None:
         moe_kernels.topk_router(logits, 2, token_mask=torch.ones(4))
     with pytest.raises(IndexError, match="given_ids"):
         moe_kernels.topk_router(logits, 2, given_ids=torch.full((4, 2), 8))
+
+
+@pytest.mark.parametrize(("num_groups", "topk_groups"), [(2, -40), (2, 0), (2, 3), (3, 1)])
+def test_the_op_on_cpu_refuses_groups_that_it_does_not_have(
+    num_groups: int, topk_groups: int
+) -> None:
+    """Called past the public function, as an exported program does: ids are indices there."""
+    options = ("softmax", True, False, None, num_groups, topk_groups, "max", -math.inf, 1.0)
+    with pytest.raises(ValueError, match=r"topk_router: (num|topk)_groups must be .*; got"):
+        torch.ops.moe_kernels.topk_router(torch.randn(4, 8), 2, *options, None, None, False)
