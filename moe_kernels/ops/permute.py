@@ -70,6 +70,8 @@ def check_order(op: str, order: Any, x: Tensor | None = None) -> None:
                 f"{list(value.stride())}"
             )
         check_device(op, "order.row_to_slot", row_to_slot, f"order.{name}", value)
+    if offsets.shape[0] == 0:
+        raise ValueError(f"{op}: order.offsets must be [E + 1], at least one entry; got [0]")
     if x is not None and slot_to_row.shape[0] != x.shape[0]:
         raise ValueError(
             f"{op}: order.slot_to_row must be [T, K] with T = {x.shape[0]} (x.shape[0]); "

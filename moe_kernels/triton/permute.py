@@ -33,6 +33,12 @@ def load_rows_of(slot_to_row, token, k, used, T, top_k):
 
 
 @triton.jit
+def rows_of_experts(offsets, E, num_rows):
+    """How many of the rows are an expert's: within [0, num_rows] whatever the offsets."""
+    return tl.minimum(tl.maximum(tl.load(offsets + E), 0), num_rows)
+
+
+@triton.jit
 def tail_of(used, num_rows, BLOCK: tl.constexpr):
     """The rows of no slot that a program writes: the first, and how many times which step on."""
     first = tl.cast(used, tl.int64) + tl.program_id(0).to(tl.int64) * BLOCK
@@ -49,7 +55,7 @@ def _permute_kernel(
     """A program reads its tokens once and writes them to all their rows."""
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     column = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    used = tl.minimum(tl.load(offsets + E), num_rows)
+    used = rows_of_experts(offsets, E, num_rows)
     inside = (column < H)[None, :]
     tile = tl.load(
         x + token[:, None] * stride_t + column[None, :].to(tl.int64) * stride_h,

@@ -24,7 +24,13 @@ from moe_kernels.triton._launch import (
 from moe_kernels.triton._math import divide
 from moe_kernels.triton._replay import launch
 from moe_kernels.triton._wgrad import empty_like_weight
-from moe_kernels.triton.permute import UNROLLED, load_rows_of, tail_of, token_programs
+from moe_kernels.triton.permute import (
+    UNROLLED,
+    load_rows_of,
+    rows_of_experts,
+    tail_of,
+    token_programs,
+)
 from moe_kernels.triton.unpermute import SPREAD
 
 TILE = 4096  # elements a program quantises
@@ -91,7 +97,7 @@ def _permute_quantize_kernel(
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
     column = tl.program_id(1) * BLOCKS * BLOCK + tl.arange(0, BLOCKS * BLOCK)
-    used = tl.minimum(tl.load(offsets + E), num_rows)
+    used = rows_of_experts(offsets, E, num_rows)
     inside, exists = (column < Kd)[None, :], (block * BLOCK < Kd)[None, :]
     tile = tl.load(
         x + token[:, None] * stride_t + column[None, :].to(tl.int64) * stride_k,

@@ -19,7 +19,9 @@ from moe_kernels.triton import (
     fused_experts,
     grouped_gemm,
     permute,
+    quantize,
     sort_by_expert,
+    unpermute,
 )
 from moe_kernels.triton._config_tables import WARP_SPECIALIZE, Config
 from moe_kernels.triton._configs import CONFIGS
@@ -272,6 +274,45 @@ def test_offsets_that_do_not_fit_stay_in_bounds(
     for call in calls:
         with pytest.raises(ValueError, match="offsets must rise from 0"):
             call()
+
+
+def _launch_guarded(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+    """The launch on copies of its tensors; fails where bytes beside one of them are written."""
+    beside = 2048
+    copies: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def copied(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        assert value.is_contiguous() or value.t().is_contiguous()
+        size = value.numel() * value.element_size()
+        memory = torch.full((size + 2 * beside,), 123, dtype=torch.uint8, device=value.device)
+        inner = memory[beside:-beside].view(value.dtype).as_strided(value.shape, value.stride())
+        copies.append((value, inner.copy_(value), memory))
+        return inner
+
+    kernel[grid](*map(copied, args), **constants)
+    for value, inner, memory in copies:
+        value.copy_(inner)
+        assert (memory[:beside] == 123).all()
+        assert (memory[-beside:] == 123).all()
+
+
+@pytest.mark.parametrize("last", [-7, 5, 99])
+def test_orders_that_do_not_fit_stay_in_bounds(
+    impl: Implementation, last: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (permute, quantize, unpermute):
+        monkeypatch.setattr(module, "launch", _launch_guarded)
+    x, rows = torch.randn(6, 8, device=impl.device), torch.randn(12, 8, device=impl.device)
+    order = moe_kernels.sort_by_expert(torch.randint(0, 3, (6, 2)).to(impl.device), 3)
+    order.offsets[-1] = last
+    for num_rows in (12, 5):
+        ops.permute(x, *order, num_rows)
+        ops.permute_quantize(x, *order, num_rows, torch.float8_e4m3fn, 128, False)
+    weights = torch.rand(6, 2, device=impl.device)
+    ops.unpermute(rows, *order, weights)
+    ops.unpermute_backward(x, rows, *order, weights, [True, True])
 
 
 def test_chunks_that_do_not_fit_stay_in_bounds(
