@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from moe_kernels.triton._config_tables import WIDEST
 from moe_kernels.triton._configs import Config
 from moe_kernels.triton._launch import ceil_div
 from moe_kernels.triton._tiles import TileMap
@@ -25,7 +26,7 @@ from moe_kernels.triton.unpermute import sum_slots
 
 WHOLE_BYTES = 2**27  # a buffer of at most as many bytes is made whole
 CHUNK = 2048  # columns
-STEP = 256  # chunks start at multiples: bounds of every configuration's tiles, and aligned
+STEP = WIDEST  # chunks start at multiples: bounds of every configuration's tiles, and aligned
 
 
 def chunk_width(rows: int, columns: int, element_size: int, least: int = 1) -> int:

@@ -45,6 +45,7 @@ WARP_SPECIALIZE = {
 }
 GLUON = ("gluon", "gluon_gather", "gluon_activate")
 LARGEST_TILE = 128 * 128  # of a group of four warps: 128 sums a thread
+WIDEST = 256  # columns of a tile: what is computed by chunks of columns has them begin with one
 SCALED = 128  # columns, and contracted elements, that share a scale
 # columns and contracted elements of a tile, where they do; a kernel in Gluon takes more columns
 LARGEST = {"scaled_grouped_gemm": SCALED}
@@ -242,6 +243,11 @@ def parse_config(document: Mapping[str, Any], kernel: str, where: str) -> Config
                 f"{where}: {name} of {kernel} must be at most {LARGEST[kernel]}, which share a "
                 f"scale; got {values[name]}"
             )
+    if values["block_n"] > WIDEST:
+        raise ValueError(
+            f"{where}: block_n must be at most {WIDEST}, of which chunks of columns are multiples; "
+            f"got {values['block_n']}"
+        )
     if values["warps"] > 32:
         raise ValueError(f"{where}: warps must be at most 32; got {values['warps']}")
     found = Config(**values, warp_specialize=specialize)

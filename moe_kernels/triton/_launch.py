@@ -68,18 +68,20 @@ def architecture(device: torch.device) -> int:
     """The compute capability that is compiled for, times ten; interpreted kernels play sm_90.
 
     Raises:
-        ValueError: it is below 8.0; Triton multiplies without tensor cores there.
+        ValueError: it is below 8.0; Triton multiplies without tensor cores there. Or the GPU is of
+            another maker.
     """
     if INTERPRETED:
         return 90
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        arch = int(triton.runtime.driver.active.get_current_target().arch)
-    if arch < OLDEST:
+        target = triton.runtime.driver.active.get_current_target()
+    if target.backend != "cuda" or target.arch < OLDEST:
+        got = target.arch / 10 if target.backend == "cuda" else f"{target.backend} {target.arch}"
         raise ValueError(
-            f"moe_kernels: {device} must be a GPU of compute capability {OLDEST / 10} or later; "
-            f"got {arch / 10}. Set MOE_KERNELS_BACKEND=reference for the plain PyTorch definitions."
+            f"moe_kernels: {device} must be an NVIDIA GPU of compute capability {OLDEST / 10} or "
+            f"later; got {got}. Set MOE_KERNELS_BACKEND=reference for plain PyTorch definitions."
         )
-    return arch
+    return int(target.arch)
 
 
 def pipelines_pointer_loads(device: torch.device) -> bool:

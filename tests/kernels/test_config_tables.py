@@ -209,6 +209,8 @@ def test_a_table_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ([entry(config=dataclasses.asdict(OTHER) | {"block_k": 8})], "block_k must be at least 16"),
         ([entry(config=dataclasses.asdict(OTHER) | {"stages": 0})], "stages must be an integer"),
         ([entry(config=dataclasses.asdict(OTHER) | {"stages": True})], "stages must be an integer"),
+        # backward by chunks of 256 columns would write past one
+        ([entry(config=dataclasses.asdict(OTHER) | {"block_n": 512})], "block_n must be at most"),
         ([entry(config=dataclasses.asdict(OTHER) | {"warps": 64})], "warps must be at most 32"),
         ([entry(config=_specialized("gluon"))], "tile of up with warp_specialize gluon must have"),
         *(
@@ -257,16 +259,22 @@ def test_a_bad_table_is_an_error_that_names_it(
         _configs.config("up", BF16, 2048, 8, aligned=True)
 
 
-def test_an_older_gpu_is_refused_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("target", "got"),
+    [(GPUTarget("cuda", 75, 32), "7.5"), (GPUTarget("hip", "gfx942", 64), "hip gfx942")],
+)
+def test_another_gpu_is_refused_with_a_remedy(
+    target: GPUTarget, got: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Driver:
         active = property(lambda self: self)
 
         def get_current_target(self) -> Any:
-            return GPUTarget("cuda", 75, 32)
+            return target
 
     monkeypatch.setattr(_launch, "INTERPRETED", False)
     monkeypatch.setattr(_launch.triton.runtime, "driver", Driver())
-    message = r"cpu must be a GPU of compute capability 8.0 or later; got 7.5. Set MOE_KERNELS_"
+    message = f"an NVIDIA GPU of compute capability 8.0 or later; got {got}. Set MOE_KERNELS_BACK"
     with pytest.raises(ValueError, match=message):
         _launch.architecture.__wrapped__(torch.device("cpu"))
 
