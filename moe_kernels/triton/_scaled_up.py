@@ -69,7 +69,7 @@ def _store_values(
     )
 
 
-@triton.jit(do_not_specialize=["bound", "rows", "h_rows", "E"])
+@triton.jit(do_not_specialize=["bound", "rows", "h_rows", "E", "stride_sxk"])
 def _scaled_up_kernel(
     x, w, scales_x, scales_w, bias, offsets, h, values, scales, tiles, bound, rows, h_rows,
     H, I, W, E, alpha, limit,

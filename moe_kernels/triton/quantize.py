@@ -149,7 +149,7 @@ def _quantize_weights_kernel(
     tl.store(scales + program + tl.arange(0, 1), scale)
 
 
-@triton.jit(do_not_specialize=["R"])
+@triton.jit(do_not_specialize=["R", "stride_sk"])
 def _dequantize_rows_kernel(
     values, scales, out, R, Kd, stride_r, stride_k, stride_sr, stride_sk,
     BYTES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,

@@ -79,7 +79,8 @@ def scaled_products(
     return total
 
 
-@triton.jit(do_not_specialize=["bound"])
+# scales of rows are stored by columns, which are as far apart as there are rows
+@triton.jit(do_not_specialize=["bound", "stride_sak"])
 def _scaled_grouped_gemm_kernel(
     a, b, scales_a, scales_b, bias, out, tiles, bound, N, Kd,
     stride_am, stride_ak, stride_be, stride_bk, stride_bn, stride_sam, stride_sak,

@@ -129,12 +129,12 @@ def _grouped_gemm(
         module.grouped_gemm_dbias(grad, offsets, dtype)
 
 
-def _quantize(dtype: torch.dtype, block: int = 128, hidden: int = H) -> None:
+def _quantize(dtype: torch.dtype, block: int = 128, hidden: int = H, tokens: int = T) -> None:
     from moe_kernels.triton import quantize as module
 
-    x, float8 = torch.empty(T, hidden, dtype=dtype), torch.float8_e4m3fn
+    x, float8 = torch.empty(tokens, hidden, dtype=dtype), torch.float8_e4m3fn
     values, scales = module.quantize_rows(x, float8, block, False)
-    module.permute_quantize(x, *_order(), T * K, float8, block, True)
+    module.permute_quantize(x, *_order(tokens), tokens * K, float8, block, True)
     module.dequantize_rows(values, scales, dtype, block)
     for stored in (False, True):
         w = torch.empty(E, INNER, hidden, dtype=dtype).mT if stored else None
@@ -403,6 +403,9 @@ CASES: dict[str, Callable[[], None]] = {
     "experts_full": partial(_fused_experts, "swiglu", torch.float32),
     "counts": partial(_fused_experts_of, (16, 9, 1)),
     "other_counts": partial(_fused_experts_of, (8, 16, 2), (1, 10, 16)),
+    # whose slots are no multiple of 16
+    "other_counts_fp8": partial(_fused_experts_fp8, tokens=T + 1),
+    "other_counts_quantized": partial(_quantize, BF16, tokens=T + 1),
 }
 # the other configurations and layouts
 MORE_CASES: dict[str, Callable[[], None]] = {

@@ -79,7 +79,7 @@ def test_kernels_keep_their_values_in_registers_and_fit(
 
 
 def test_counts_of_experts_and_choices_compile_nothing_new(reports: Reports) -> None:
-    assert not [report["kernel"] for report in reports if report["case"] == "other_counts"]
+    assert not [r["kernel"] for r in reports if r["case"].startswith("other_counts")]
 
 
 def test_products_run_on_tensor_cores(reports: Reports) -> None:
