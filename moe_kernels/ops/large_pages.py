@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def _on_this_rank(tensor: Tensor) -> Tensor:
     """What this rank has of a DTensor; a plain tensor as it is."""
     local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return local
+
+
+def _in_memory(tensor: Any) -> Iterator[Tensor]:
+    """The tensors that have the memory: those inside of one that only wraps others."""
+    if is_traceable_wrapper_subclass(tensor):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _in_memory(getattr(tensor, name))
+    else:
+        yield tensor
 
 
 def use_large_pages(weights: nn.Module | Tensor) -> int:
@@ -23,13 +35,17 @@ def use_large_pages(weights: nn.Module | Tensor) -> int:
     process may hold (files, shared memory) is left alone, as are sparse tensors and all that is not
     on the CPU.
 
+    Weights that were loaded may lie in their file still. transformers leaves those there which need
+    no other dtype or layout: load with ``from_pretrained(..., disable_mmap=True)``. ``torch.load``
+    does so with ``mmap=True``.
+
     Args:
         weights: a tensor, or a module, which means its parameters and buffers; of a DTensor what
-            this rank has of it.
+            this rank has of it, of other tensors that wrap some what they wrap.
 
     Returns:
-        Bytes that are on large pages now: about the size of the weights, or 0 where the system
-        cannot do it (it takes Linux 6.1 or newer).
+        Bytes that are on large pages now: about the size of the weights, less by those that are in
+        files, or 0 where the system cannot do it (it takes Linux 6.1 or newer).
 
     Raises:
         TypeError: weights is neither a tensor nor a module.
@@ -42,7 +58,7 @@ def use_large_pages(weights: nn.Module | Tensor) -> int:
     tensors = (
         [weights] if isinstance(weights, Tensor) else [*weights.parameters(), *weights.buffers()]
     )
-    tensors = [_on_this_rank(tensor.detach()) for tensor in tensors]
+    tensors = [part for t in tensors for part in _in_memory(_on_this_rank(t.detach()))]
     storages = {
         tensor.untyped_storage().data_ptr(): tensor
         for tensor in tensors

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from moe_kernels import use_large_pages
 
@@ -51,3 +52,13 @@ def test_leaves_other_memory_alone() -> None:
     assert use_large_pages(torch.empty(4 * PAGE, device="meta")) == 0
     assert use_large_pages(torch.empty(0)) == 0
     assert use_large_pages(torch.randn(1024)) == 0
+
+
+def test_weights_inside_of_others() -> None:
+    """As quantised ones of other libraries are, which have no memory of their own."""
+    parts = [torch.randn(2048, 2048) for _ in range(2)]
+    model = nn.Linear(1, 1)
+    model.weight = nn.Parameter(TwoTensor(*parts))
+    expected = [part.clone() for part in parts]
+    assert use_large_pages(model) == sum(use_large_pages(part) for part in parts)
+    assert all(map(torch.equal, parts, expected))
