@@ -41,6 +41,8 @@ from moe_kernels.ops import (
     sort_by_expert,
     unpermute,
 )
+from moe_kernels.ops._checks import check_choice
+from moe_kernels.reference.quantized_experts import FORMATS
 
 NAME = "moe_kernels"
 MINIMUM_VERSION = (5, 7)  # the first that accepts implementations registered from outside
@@ -406,13 +408,24 @@ def quantize_experts_of(model: nn.Module, format: str = "int4") -> dict[str, Qua
 
     if not isinstance(model, nn.Module):
         raise TypeError(f"{caller}: model must be a module; got {type(model).__name__}")
+    check_choice(caller, "format", format, FORMATS)  # before the weights, which take a while
     found = {
         name: (module, fused_options(module))
         for name, module in model.named_modules()
         if hasattr(module, "_apply_gate") and hasattr(module, "is_transposed")
     }
     if not found:
-        raise ValueError(f"{caller}: {type(model).__name__} has no experts to quantise")
+        who = f"{caller}: {type(model).__name__} has no experts to quantise"
+        for name, module in model.named_modules():
+            if isinstance(module, QuantizedExpertsLayer):
+                raise ValueError(
+                    f"{who}: they were quantised already ({name or 'itself'}, {module.format}). "
+                    "Load the model again for another format."
+                )
+        raise ValueError(
+            f"{who}: no module of it went through transformers' use_experts_implementation, as "
+            "none does of a dense model, or of one whose MoE blocks were replaced"
+        )
     if "" in found:
         raise ValueError(
             f"{caller}: model must be a module that holds the experts, in whose place others are "

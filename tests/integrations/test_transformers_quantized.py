@@ -174,12 +174,22 @@ def test_what_cannot_be_quantised_is_named() -> None:
         ValueError, match=r"Qwen3MoeExperts \(model\.layers\.1\.mlp\.experts\): no "
     ):
         quantize_experts_of(model)
-    with pytest.raises(ValueError, match="Linear has no experts to quantise"):
+    with pytest.raises(ValueError, match="Linear has no experts to quantise: no module of it"):
         quantize_experts_of(torch.nn.Linear(2, 2))
     with torch.device("meta"):
         empty = transformers.AutoModelForCausalLM.from_config(model.config)
     with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts\): .* meta device"):
         quantize_experts_of(empty)
     assert [id(module) for module in model.modules()] == [id(module) for module in before]
-    with pytest.raises(ValueError, match="format must be one of"):
-        quantize_experts_of(tiny_model("qwen3_moe"), "q4_0")
+    with pytest.raises(ValueError, match="quantize_experts_of: format must be one of"):
+        quantize_experts_of(model, "q4_0")  # the format is wrong, whatever the experts are
+
+
+def test_what_is_quantised_already_is_named() -> None:
+    model = tiny_model("qwen3_moe")
+    layers = quantize_experts_of(model, "int8")
+    first = "model.layers.0.mlp.experts"
+    for part, name in ((model, first), (model.get_submodule(first), "itself")):
+        with pytest.raises(ValueError, match=rf"quantised already \({name}, int8\)"):
+            quantize_experts_of(part, "int4")
+    assert all(model.get_submodule(name) is layer for name, layer in layers.items())
