@@ -90,7 +90,7 @@ def test_transformers(tmp_path: Path) -> None:
 
     original: Any = tiny_model("qwen3_moe")
     original.save_pretrained(tmp_path / "original")
-    implementation, quantised, modules = snippets("docs/transformers.md")
+    implementation, quantised, from_codes, modules = snippets("docs/transformers.md")
     names: dict[str, Any] = {"name": str(tmp_path / "original"), "directory": tmp_path / "saved"}
     exec(implementation, names)
     assert names["model"].config._experts_implementation == "moe_kernels"
@@ -103,6 +103,9 @@ def test_transformers(tmp_path: Path) -> None:
         assert torch.equal(value, original.state_dict()[key]), key
     exec(quantised.replace("model.generate(...)", ""), names)
     assert not any("experts" in name for name, _ in names["model"].named_parameters())
+    logits = names["model"](ids).logits
+    exec(from_codes.replace("int4.pt", str(tmp_path / "int4.pt")), names)
+    assert torch.equal(names["model"](ids).logits, logits)
 
 
 def layer(

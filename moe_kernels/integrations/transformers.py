@@ -375,8 +375,24 @@ def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
     raise RuntimeError(
         "save_pretrained: the model's experts were quantised by quantize_experts_of, and what "
         "from_pretrained reads has no place for their codes. Save the model before quantising it, "
-        "or keep model.state_dict() with torch.save and load it into a model quantised alike."
+        "or keep model.state_dict() with torch.save and load it into a model quantised alike, "
+        'which may have been made under torch.device("meta").'
     )
+
+
+def _refuse_to_leave_behind(who: str, model: nn.Module) -> None:
+    """Experts on the meta device are right in a model that is all there: codes are to be loaded."""
+    if any(hasattr(part, "_hf_hook") for part in model.modules()):
+        raise ValueError(
+            f"{who}: accelerate has offloaded its weights. Load the model without a device_map "
+            "that offloads."
+        )
+    for name, value in model.named_parameters():
+        if not value.is_meta:
+            raise ValueError(
+                f"{who}: its weights are on the meta device, and {name} is on {value.device}. Load "
+                "them first, or make the whole model on meta, to load codes into it."
+            )
 
 
 def quantize_experts_of(model: nn.Module, format: str = "int4") -> dict[str, QuantizedExpertsLayer]:
@@ -387,10 +403,14 @@ def quantize_experts_of(model: nn.Module, format: str = "int4") -> dict[str, Qua
     they had are freed once nothing else holds them. ``state_dict`` has the codes, and loads into a
     model that was quantised alike; ``save_pretrained`` is refused.
 
+    A model that was made under ``torch.device("meta")`` gets codes without values, and never has
+    the memory of its weights: ``model.to_empty(device="cpu")``, ``model.init_weights()``, for the
+    buffers that no state has, and ``model.load_state_dict`` fill it.
+
     Args:
-        model: of transformers, its weights loaded, on any device; the outermost, which is what
-            then refuses to be saved. All experts modules behind ``use_experts_implementation`` are
-            replaced; dense layers stay.
+        model: of transformers, its weights loaded, on any device, or none of them; the outermost,
+            which is what then refuses to be saved. All experts modules behind
+            ``use_experts_implementation`` are replaced; dense layers stay.
         format: of :func:`moe_kernels.quantize_experts`.
 
     Returns:
@@ -399,8 +419,9 @@ def quantize_experts_of(model: nn.Module, format: str = "int4") -> dict[str, Qua
     Raises:
         ImportError: transformers is missing, or older than 5.7.
         ValueError: a model without such experts, or with some that cannot be replaced: a gate that
-            no activation of ours computes, adapters on their weights, weights that are sharded, on
-            the meta device, quantised or not finite in float32. Nothing is replaced then.
+            no activation of ours computes, adapters on their weights, weights that are sharded,
+            offloaded, not loaded while others are, quantised or not finite in float32. Nothing is
+            replaced then.
     """
     caller = "quantize_experts_of"
     require_transformers(f"moe_kernels.integrations.transformers.{caller}")
@@ -452,7 +473,8 @@ def quantize_experts_of(model: nn.Module, format: str = "int4") -> dict[str, Qua
             if hasattr(weight, "device_mesh"):
                 raise ValueError(f"{who}: its weights are sharded. Quantise before sharding.")
             if weight.is_meta:
-                raise ValueError(f"{who}: its weights are on the meta device. Load them first.")
+                _refuse_to_leave_behind(who, model)
+                continue
             for expert, matrix in enumerate(weight.detach()):
                 if not matrix.to(torch.float32).isfinite().all():
                     raise ValueError(

@@ -121,6 +121,23 @@ def test_state_is_kept_by_models_quantised_alike(tmp_path: Path) -> None:
         tiny_model("gpt_oss").load_state_dict(model.state_dict())
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h"])
+def test_codes_load_into_a_model_without_weights(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family, tie_word_embeddings=True).eval()
+    with torch.device("meta"):
+        other = transformers.AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
+    layers = quantize_experts_of(other, "int4")
+    assert all(value.is_meta for layer in layers.values() for value in layer.buffers())
+    quantize_experts_of(model, "int4")
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    other.to_empty(device="cpu").init_weights()
+    other.load_state_dict(torch.load(tmp_path / "state.pt", mmap=True))
+    other.eval()
+    with torch.no_grad():
+        expected = model(input_ids=tokens()).logits
+        torch.testing.assert_close(other(input_ids=tokens()).logits, expected, rtol=0, atol=0)
+
+
 def test_what_cannot_be_quantised_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     model = tiny_model("qwen3_moe")
     with torch.no_grad():
@@ -176,10 +193,15 @@ def test_what_cannot_be_quantised_is_named() -> None:
         quantize_experts_of(model)
     with pytest.raises(ValueError, match="Linear has no experts to quantise: no module of it"):
         quantize_experts_of(torch.nn.Linear(2, 2))
-    with torch.device("meta"):
-        empty = transformers.AutoModelForCausalLM.from_config(model.config)
-    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts\): .* meta device"):
-        quantize_experts_of(empty)
+    partly = tiny_model("qwen3_moe")
+    partly.model.layers[0].mlp.experts.to("meta")
+    name = r"layers\.0\.mlp\.experts\): .* meta device, and model\.embed_tokens.* on cpu"
+    with pytest.raises(ValueError, match=name):
+        quantize_experts_of(partly)
+    offloaded = tiny_model("qwen3_moe").to("meta")
+    offloaded.model.layers[0]._hf_hook = object()  # as accelerate marks a layer
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts\): accelerate has offloaded"):
+        quantize_experts_of(offloaded)
     assert [id(module) for module in model.modules()] == [id(module) for module in before]
     with pytest.raises(ValueError, match="quantize_experts_of: format must be one of"):
         quantize_experts_of(model, "q4_0")  # the format is wrong, whatever the experts are
