@@ -11,7 +11,9 @@ def free_kept_buffers() -> int:
     Gradients and activations of 16 MiB and more are kept when they are freed, for the next step: to
     fetch such memory from the system anew takes as long as computing what goes there. Kept and used
     buffers together never exceed 1.5 times what was in use at once, and one that no call has asked
-    for in a minute goes at the next one. Call this when training is over and the process goes on.
+    for in a minute goes when the next one of that size is asked for or freed. Calls with few tokens
+    need none, so nothing goes in a server that only decodes. Call this when training is over and
+    the process goes on, or after a long prompt.
     ``MOE_KERNELS_KEEP_BUFFERS=0`` in the environment keeps none.
 
     Returns:
