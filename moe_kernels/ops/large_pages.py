@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from moe_kernels.ops.quantized_experts import QuantizedExperts
+
 
 def _on_this_rank(tensor: Tensor) -> Tensor:
     """What this rank has of a DTensor; a plain tensor as it is."""
@@ -26,7 +28,7 @@ def _in_memory(tensor: Any) -> Iterator[Tensor]:
         yield tensor
 
 
-def use_large_pages(weights: nn.Module | Tensor) -> int:
+def use_large_pages(weights: nn.Module | Tensor | QuantizedExperts) -> int:
     """Move weights in CPU memory to pages of 2 MiB, at the same addresses.
 
     With few tokens an expert's time is that of reading its weights, and on pages of 4 KiB looking
@@ -40,24 +42,28 @@ def use_large_pages(weights: nn.Module | Tensor) -> int:
     does so with ``mmap=True``.
 
     Args:
-        weights: a tensor, or a module, which means its parameters and buffers; of a DTensor what
-            this rank has of it, of other tensors that wrap some what they wrap.
+        weights: a tensor, quantised experts, or a module, which means its parameters and buffers;
+            of a DTensor what this rank has of it, of other tensors that wrap some what they wrap.
 
     Returns:
         Bytes that are on large pages now: about the size of the weights, less by those that are in
         files, or 0 where the system cannot do it (it takes Linux 6.1 or newer).
 
     Raises:
-        TypeError: weights is neither a tensor nor a module.
+        TypeError: weights is none of these.
     """
-    if not isinstance(weights, Tensor | nn.Module):
+    if isinstance(weights, Tensor):
+        tensors = [weights]
+    elif isinstance(weights, QuantizedExperts):
+        tensors = [weights.codes, weights.scales]
+    elif isinstance(weights, nn.Module):
+        tensors = [*weights.parameters(), *weights.buffers()]
+    else:
         raise TypeError(
-            f"use_large_pages: weights must be a tensor or a module; got {type(weights).__name__}"
+            "use_large_pages: weights must be a tensor, a module or QuantizedExperts; got "
+            f"{type(weights).__name__}"
         )
     native = importlib.import_module("moe_kernels._C")
-    tensors = (
-        [weights] if isinstance(weights, Tensor) else [*weights.parameters(), *weights.buffers()]
-    )
     tensors = [part for t in tensors for part in _in_memory(_on_this_rank(t.detach()))]
     storages = {
         tensor.untyped_storage().data_ptr(): tensor

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
-from moe_kernels import use_large_pages
+from moe_kernels import quantize_experts, use_large_pages
 
 PAGE = 2 << 20
 
@@ -62,3 +62,11 @@ def test_weights_inside_of_others() -> None:
     expected = [part.clone() for part in parts]
     assert use_large_pages(model) == sum(use_large_pages(part) for part in parts)
     assert all(map(torch.equal, parts, expected))
+
+
+def test_quantised_experts() -> None:
+    weights = quantize_experts(torch.randn(8, 1024, 1024), "int8")
+    expected = weights.dequantize()
+    moved = use_large_pages(weights)
+    assert moved == use_large_pages(weights.codes) + use_large_pages(weights.scales)
+    assert torch.equal(weights.dequantize(), expected)
