@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import sys
 from collections.abc import Sequence
@@ -138,6 +139,15 @@ def check_number(op: str, name: str, value: Any) -> None:
             )
     elif not isinstance(value, numbers.Real | torch.SymInt | torch.SymFloat):
         raise TypeError(f"{op}: {name} must be a number; got {value!r}")
+
+
+def without_infinity(value: float) -> float:
+    """``value``; where torch.export traces, the largest double of its sign in place of an infinity,
+    which an AOTInductor package does not hold. Kernels take the one for the other.
+    """
+    if torch.compiler.is_exporting() and isinstance(value, float) and math.isinf(value):
+        return math.copysign(sys.float_info.max, value)
+    return value
 
 
 def check_rows(op: str, rows: Any) -> None:

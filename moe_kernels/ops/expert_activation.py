@@ -19,6 +19,7 @@ from moe_kernels.ops._checks import (
     check_number,
     check_tensor,
     shape,
+    without_infinity,
 )
 from moe_kernels.ops._library import (
     call_op,
@@ -68,7 +69,7 @@ def resolve_activation(
             raise ValueError(f"{op}: alpha must be finite; got {alpha}")
     return (
         1.702 if alpha is None else float(alpha),
-        default_limit(kind) if limit is None else float(limit),
+        without_infinity(default_limit(kind) if limit is None else float(limit)),
     )
 
 

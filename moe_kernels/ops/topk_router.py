@@ -22,6 +22,7 @@ from moe_kernels.ops._checks import (
     check_number,
     check_tensor,
     shape,
+    without_infinity,
 )
 from moe_kernels.ops._library import (
     call_op,
@@ -289,7 +290,7 @@ def topk_router(
         num_groups,
         topk_groups,
         group_score,
-        group_fill,
+        without_infinity(group_fill),
         route_scale,
         token_mask,
         given_ids,

@@ -4,6 +4,7 @@ R rows, I intermediate size, W = 2 * I columns for gated kinds, else I.
 """
 
 import math
+import sys
 
 import torch
 from torch import Tensor
@@ -24,6 +25,11 @@ def is_gated(kind: str) -> bool:
 def default_limit(kind: str) -> float:
     """The clamp of ``kind`` where none is asked for: gpt-oss' 7 for swigluoai, else none."""
     return 7.0 if kind == "swigluoai" else math.inf
+
+
+def is_clamped(kind: str, limit: float) -> bool:
+    """Whether ``limit`` does anything: exported graphs have the largest double for no clamp."""
+    return kind in ("swiglu", "swigluoai") and limit < sys.float_info.max
 
 
 def split_gate_up(h: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
@@ -53,7 +59,7 @@ def expert_activation(
     limit = default_limit(kind) if limit is None else limit
     if kind in GATED:
         gate, up = split_gate_up(wide, interleaved)
-        if kind in ("swiglu", "swigluoai") and limit < math.inf:
+        if is_clamped(kind, limit):
             gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
         if kind == "swiglu":
             out = functional.silu(gate) * up
@@ -108,7 +114,7 @@ def expert_activation_backward(
     if kind in GATED:
         raw_gate, raw_up = split_gate_up(wide, interleaved)
         gate, up = raw_gate, raw_up
-        clamped = kind in ("swiglu", "swigluoai") and limit < math.inf
+        clamped = is_clamped(kind, limit)
         if clamped:
             gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
         value, slope = _derivative(kind, gate, alpha)

@@ -48,6 +48,7 @@ def select_experts(
             per_group = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
         best = per_group.sort(dim=-1, descending=True, stable=True).indices[:, :topk_groups]
         wins = torch.zeros_like(per_group, dtype=torch.bool).scatter(-1, best, True)
+        fill = fill if fill == 0 else -math.inf  # exported graphs have the least double for it
         choice = torch.where(wins[..., None], grouped, fill).flatten(-2)
     return choice.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
 

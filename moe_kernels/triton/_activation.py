@@ -6,7 +6,7 @@ which float32 results show and 16-bit results do not.
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,8 @@ class Activation:
             "KIND": self.kind,
             "GATED": self.gated,
             "INTERLEAVED": self.interleaved,
-            "CLAMP": self.kind in CLAMPED and self.limit < math.inf,
+            # exported graphs have the largest double for no clamp
+            "CLAMP": self.kind in CLAMPED and self.limit < sys.float_info.max,
             "PRECISE": tensor.element_size() >= 4,
         }
 

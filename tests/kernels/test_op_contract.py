@@ -255,6 +255,31 @@ def test_router_compiles_with_symbolic_options(impl: Implementation, fill: float
             assert torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_graphs_hold_no_infinity(impl: Implementation, strict: bool) -> None:
+    """AOTInductor does not load a package with one; no clamp and the fill of groups are by default
+    infinite."""
+    inputs, _ = make_case("plain", torch.float32)
+
+    class Layer(torch.nn.Module):
+        def forward(self, logits: Tensor, case: dict[str, Tensor]) -> Tensor:
+            _, ids, _, _ = moe_kernels.topk_router(logits, 3, num_groups=4, topk_groups=2)
+            y = moe_kernels.fused_experts(**case | {"topk_ids": ids})
+            return moe_kernels.expert_activation(y * 1e30, "swiglu")
+
+    arguments = (
+        torch.randn(37, 8, device=impl.device) - 5,
+        {name: value.to(impl.device) for name, value in inputs.items()},
+    )
+    with torch.no_grad():
+        program = torch.export.export(Layer(), arguments, strict=strict)
+        torch.testing.assert_close(program.module()(*arguments), Layer()(*arguments))
+    calls = [node for node in program.graph.nodes if "moe_kernels" in str(node.target)]
+    floats = [value for node in calls for value in node.args if isinstance(value, float)]
+    assert len(calls) == 3
+    assert all(math.isfinite(value) for value in floats), calls
+
+
 def test_meta_tensors_give_shapes() -> None:
     inputs, _ = make_case("plain", torch.bfloat16, bias=True)
     moved = {k: v.to("meta").requires_grad_(v.is_floating_point()) for k, v in inputs.items()}
