@@ -101,6 +101,10 @@ class QuantizedExperts:
         return dequantize(self.codes, self.scales, self.format, inner, columns, dtype)
 
 
+# no more than tensors, a name and sizes, so that torch.load takes it from a file by default
+torch.serialization.add_safe_globals([QuantizedExperts])
+
+
 def has_sizes(value: object) -> bool:
     """Whether ``value`` is quantised weights with a number of sizes that can be told apart."""
     sizes = value.shape if isinstance(value, QuantizedExperts) else None

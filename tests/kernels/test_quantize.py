@@ -1,5 +1,7 @@
 """quantize_rows, quantize_weights, permute_quantize: the definition's bits, and its promises."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -244,3 +246,12 @@ def test_refuses_what_does_not_fit() -> None:
         moe_kernels.permute(x, order, scales=scales)
     with pytest.raises(ValueError, match="with T = 5"):
         moe_kernels.permute_quantize(x[:5], order)
+
+
+def test_quantised_experts_are_loaded_as_weights(tmp_path: Path) -> None:
+    """As state dicts are, without ``weights_only=False``, which would run what a file says."""
+    packed = moe_kernels.quantize_experts(torch.randn(3, 40, 24))
+    torch.save({"down": packed}, tmp_path / "experts.pt")
+    loaded = torch.load(tmp_path / "experts.pt", weights_only=True)["down"]
+    assert torch.equal(loaded.dequantize(), packed.dequantize())
+    assert loaded.shape == packed.shape
