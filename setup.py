@@ -20,6 +20,7 @@ One that is empty counts as unset.
 """
 
 import hashlib
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -35,6 +36,7 @@ try:
     from setuptools import Extension, __version__, setup
     from setuptools.command.build_ext import build_ext
     from setuptools.command.build_py import build_py
+    from setuptools.command.dist_info import dist_info
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] != "setuptools":
         raise
@@ -234,6 +236,23 @@ class FreshPackages(build_py):
         super().run()
 
 
+class Metadata(dist_info):
+    def run(self) -> None:
+        """Which pip asks for first. It would exchange a torch that they do not allow for another,
+        and build the extension against the one before."""
+        from packaging.requirements import Requirement  # setuptools brings it
+
+        allowed = [Requirement(text) for text in self.distribution.install_requires]
+        (torch,) = [requirement for requirement in allowed if requirement.name == "torch"]
+        found = importlib.metadata.version("torch")
+        if not torch.specifier.contains(found, prereleases=True):
+            stop(
+                f"torch must be {torch.specifier}; found {found}. Remedy: pip install '{torch}', "
+                "or try this one by python setup.py build_ext --inplace"
+            )
+        super().run()
+
+
 if importlib.util.find_spec("torch") is None:
     stop(
         "the extension is built against the torch you will use, and this Python finds no torch;\n"
@@ -246,5 +265,5 @@ if int(__version__.split(".")[0]) < 77:
     stop(f"building needs setuptools 77; found {__version__}. Remedy: pip install -U setuptools")
 setup(
     ext_modules=[Extension("moe_kernels._C", sources=[])],
-    cmdclass={"build_ext": CMakeBuild, "build_py": FreshPackages},
+    cmdclass={"build_ext": CMakeBuild, "build_py": FreshPackages, "dist_info": Metadata},
 )

@@ -100,7 +100,11 @@ def requirements_of(extra: str) -> list[Requirement]:
 
 
 @pytest.mark.parametrize("extra", ["triton", "bench", "test", "dev"])
-@pytest.mark.parametrize("version", ["3.6.0", "3.7.1"], ids=["torch 2.11", "torch 2.13"])
+@pytest.mark.parametrize(
+    "version",
+    ["3.6.0", "3.7.1", "3.8.0", "3.9.0"],
+    ids=["torch 2.11", "torch 2.13", "torch 2.14", "torch 2.15"],
+)
 def test_extras_take_the_triton_that_torch_demands(extra, version):
     specifiers = [r.specifier for r in requirements_of(extra) if r.name == "triton"]
     assert specifiers
@@ -170,6 +174,20 @@ def test_build_refuses_with_one_message(tmp_path, environment, said):
     assert result.returncode != 0
     (message,) = [line for line in result.stderr.splitlines() if line.startswith("moe-kernels:")]
     for words in said:
+        assert words in message
+    assert "Traceback" not in result.stderr
+
+
+def test_a_torch_that_pip_would_exchange_is_refused_first(tmp_path):
+    command = ("setup.py", "-q", "dist_info", "--output-dir", tmp_path)
+    assert run(*command).returncode == 0
+    other = tmp_path / "torch-2.99.0.dist-info"
+    other.mkdir()
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.99.0\n")
+    result = run(*command, PYTHONPATH=str(tmp_path))
+    assert result.returncode != 0
+    (message,) = [line for line in result.stderr.splitlines() if line.startswith("moe-kernels:")]
+    for words in ("torch must be", "found 2.99.0", "pip install 'torch<"):
         assert words in message
     assert "Traceback" not in result.stderr
 
