@@ -21,12 +21,10 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime.jit import JITFunction
 
 from benchmarks.architectures import shared_memory
-
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-
 
 MBARRIERS = {
     "init": "init",
@@ -173,7 +171,7 @@ class Report:
 
 
 def _run(tool: str, *args: str) -> str:
-    done = subprocess.run([str(TOOLS / tool), *args], capture_output=True, text=True, check=False)
+    done = subprocess.run([tool, *args], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{tool} failed: {done.stderr}")
     return done.stdout + done.stderr
@@ -234,11 +232,13 @@ def read(case: str, kernel: Any, arch: int) -> Report:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
-        ptxas = (
-            "ptxas-blackwell" if arch >= 100 and (TOOLS / "ptxas-blackwell").exists() else "ptxas"
-        )
         log = _run(
-            ptxas, "-v", f"--gpu-name={gpu[1]}", str(source), "-o", str(Path(folder) / "out.cubin")
+            get_ptxas(arch).path,
+            "-v",
+            f"--gpu-name={gpu[1]}",
+            str(source),
+            "-o",
+            str(Path(folder) / "out.cubin"),
         )
     stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", log)
     registers = re.search(r"Used (\d+) registers", log)

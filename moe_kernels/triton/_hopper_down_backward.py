@@ -29,7 +29,7 @@ from __future__ import annotations
 import triton.experimental.gluon.language as gl
 from torch import Tensor
 from triton.experimental import gluon
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from moe_kernels.triton._activation import (
     Activation,
@@ -37,6 +37,7 @@ from moe_kernels.triton._activation import (
     activate_gated_backward,
 )
 from moe_kernels.triton._config_tables import LARGEST_TILE, Config
+from moe_kernels.triton._gluon import tma_load
 from moe_kernels.triton._hopper_gemm import (
     GROUPS,
     LOADING,
@@ -104,7 +105,7 @@ def _bring_h(
             mbarrier.expect(ready, 2 * SIDE * WIDE * PLANES)
             for plane in gl.static_range(PLANES):
                 memory = parts.index(slot * PLANES + plane)
-                tma.async_copy_global_to_shared(h, [plane, row, column * WIDE], ready, memory)
+                tma_load(h, [plane, row, column * WIDE], ready, memory)
         turns += 1  # noqa: SIM113  there is no enumerate
 
 

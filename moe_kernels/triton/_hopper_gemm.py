@@ -45,13 +45,13 @@ from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from moe_kernels.triton._config_tables import LARGEST_TILE, Config
+from moe_kernels.triton._gluon import tma_load
 from moe_kernels.triton._launch import ceil_div, processors
 from moe_kernels.triton._operands import bias_operand, tma_strides
 from moe_kernels.triton._replay import launch
@@ -80,9 +80,9 @@ def _hand_back(empty, step, done, STAGES: gl.constexpr):
 def _load_weight(w, expert, n, k, ready, slot, TRANSPOSED: gl.constexpr):
     """What a step that begins at k contracts, of the columns from n on."""
     if TRANSPOSED:
-        tma.async_copy_global_to_shared(w, [expert, n, k], ready, slot)
+        tma_load(w, [expert, n, k], ready, slot)
     else:
-        tma.async_copy_global_to_shared(w, [expert, k, n], ready, slot)
+        tma_load(w, [expert, k, n], ready, slot)
 
 
 @gluon.jit
@@ -108,7 +108,7 @@ def _load(
             ready = full.index(slot)
             mbarrier.wait(empty.index(slot), parity ^ 1)
             mbarrier.expect(ready, BYTES)
-            tma.async_copy_global_to_shared(a, [first, k], ready, x.index(slot))
+            tma_load(a, [first, k], ready, x.index(slot))
             weight = w.index(slot)
             if HALVES:
                 left, right = weight.slice(0, BLOCK_N, dim=0), weight.slice(BLOCK_N, BLOCK_N, dim=0)

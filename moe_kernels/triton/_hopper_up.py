@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from moe_kernels.triton._activation import Activation, activate, activate_gated
 from moe_kernels.triton._config_tables import LARGEST_TILE, Config
+from moe_kernels.triton._gluon import copy_async
 from moe_kernels.triton._hopper_gemm import (
     GROUPS,
     _begin,
@@ -89,10 +90,10 @@ def _gather(
             else:
                 _load_weight(w, expert, n, k, ready, weight, TRANSPOSED)
             if EVEN_K:
-                async_copy.async_copy_global_to_shared(rows.index(slot), cells + k)
+                copy_async(rows.index(slot), cells + k)
             else:
                 inside = (k + column < units * UNIT)[None, :]
-                async_copy.async_copy_global_to_shared(rows.index(slot), cells + k, mask=inside)
+                copy_async(rows.index(slot), cells + k, mask=inside)
             async_copy.mbarrier_arrive(ready, increment_count=False)
             step += 1
 

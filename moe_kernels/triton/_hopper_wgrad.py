@@ -38,6 +38,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.tools.ragged_tma import create_ragged_descriptor, to_ragged_indices
 
 from moe_kernels.triton._config_tables import LARGEST_TILE, Config
+from moe_kernels.triton._gluon import copy_async, tma_load, tma_store
 from moe_kernels.triton._hopper_gemm import (
     GROUPS,
     _await_turn,
@@ -102,7 +103,7 @@ def _tile_count(problem, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
 def _load_ragged(source, begin, end, row, column, ready, slot):
     """Rows from ``row`` on, zero from ``end`` on."""
     billion, last, first = to_ragged_indices(begin, end - begin, row - begin)
-    tma.async_copy_global_to_shared(source, [billion, last, first, column], ready, slot)
+    tma_load(source, [billion, last, first, column], ready, slot)
 
 
 @gluon.jit
@@ -171,10 +172,10 @@ def _gather(
             mbarrier.expect(ready, 2 * BLOCK_K * OTHER)
             if A_GATHERED:
                 _load_ragged(grad, begin, end, row, n, ready, w.index(slot))
-                async_copy.async_copy_global_to_shared(x.index(slot), cells, mask=inside)
+                copy_async(x.index(slot), cells, mask=inside)
             else:
                 _load_ragged(a, begin, end, row, m, ready, x.index(slot))
-                async_copy.async_copy_global_to_shared(w.index(slot), cells, mask=inside)
+                copy_async(w.index(slot), cells, mask=inside)
             async_copy.mbarrier_arrive(ready, increment_count=False)
             step += 1
 
@@ -319,7 +320,7 @@ def _sum(
                 buffer.store(parts[part].to(out.dtype))
                 fence_async_shared()
                 meet()
-                tma.async_copy_shared_to_global(out, [expert, m, n + part * WIDTH], buffer)
+                tma_store(out, [expert, m, n + part * WIDTH], buffer)
             else:
                 _add(
                     parts[part], out, expert, m, n + part * WIDTH, M, N, stride_e, pitch, ROWS,

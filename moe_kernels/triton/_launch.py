@@ -22,6 +22,11 @@ INTERPRETED_PROCESSORS = 3
 UNCHANGED = contextlib.nullcontext()
 
 
+def is_known(release: tuple[int, ...]) -> bool:
+    """Whether it is a release of Triton whose Gluon and launches were looked at."""
+    return (3, 6) <= release < (3, 10)
+
+
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 

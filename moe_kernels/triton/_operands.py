@@ -22,6 +22,7 @@ from moe_kernels.triton._launch import (
     INTERPRETED,
     TRITON_VERSION,
     architecture,
+    is_known,
     pipelines_pointer_loads,
 )
 
@@ -145,10 +146,10 @@ def specializes(kernel: str, cut: Config, weight: Operand, rows: Operand | None 
 def _has_gluon(kernel: str, cut: Config, out: Tensor) -> bool:
     """Whether a kernel in Gluon is asked for, and there is one for this tile and device.
 
-    They were compiled with the two releases of Triton that are named. Without them the same tiles
+    They were compiled with the releases of Triton that are known. Without them the same tiles
     are computed by warps that are all alike.
     """
-    if cut.warp_specialize not in GLUON or INTERPRETED or not (3, 6) <= TRITON_VERSION < (3, 8):
+    if cut.warp_specialize not in GLUON or INTERPRETED or not is_known(TRITON_VERSION):
         return False
     return suits_gluon(kernel, cut) and 90 <= architecture(out.device) < 100
 

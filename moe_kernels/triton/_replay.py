@@ -29,9 +29,15 @@ import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
-from moe_kernels.triton._launch import INTERPRETED, TRITON_VERSION, checks_values, on_device_of
+from moe_kernels.triton._launch import (
+    INTERPRETED,
+    TRITON_VERSION,
+    checks_values,
+    is_known,
+    on_device_of,
+)
 
-KNOWN_TRITON = not INTERPRETED and torch.version.hip is None and (3, 6) <= TRITON_VERSION < (3, 8)
+KNOWN_TRITON = not INTERPRETED and torch.version.hip is None and is_known(TRITON_VERSION)
 SMALL = 2**16  # bytes; what is smaller, and not returned, is allocated together
 ALIGNMENT = 256
 KEPT = 512  # sets of arguments of an op that are remembered
@@ -95,8 +101,11 @@ class _Known:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-    """``kernel[grid](*args, **constants)``: all launches go through here, to be noted."""
-    compiled = kernel[grid](*args, **constants)
+    """``kernel[grid](*args, **constants)``: all launches go through here, to be noted.
+
+    Products and sums are fused: Triton 3.9 warns that this will not be its default for ever.
+    """
+    compiled = kernel[grid](*args, enable_fp_fusion=True, **constants)
     recorder = _get_current_dispatch_mode()
     if isinstance(recorder, _Recorder):
         recorder.launched(kernel, compiled, grid, args, constants)
@@ -137,6 +146,7 @@ def _read(args: Sequence[Any]) -> tuple[list[Tensor], list[int], tuple[Any, ...]
         checks_values(),
         triton.knobs.runtime.debug,
         triton.knobs.compilation.instrumentation_mode,
+        getattr(triton.knobs.compilation, "fpsan_homomorphic_casts", None),  # from 3.9
     )
     return tensors, addresses, tuple(key)
 

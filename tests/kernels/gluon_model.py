@@ -346,11 +346,9 @@ class Language:
         self.names: dict[str, Any] = {
             "gl": language,
             "tl": language,
-            "tma": types.SimpleNamespace(
-                async_copy_global_to_shared=copy,
-                async_copy_shared_to_global=store_copy,
-                store_wait=store_wait,
-            ),
+            "tma": types.SimpleNamespace(store_wait=store_wait),
+            "tma_load": copy,
+            "tma_store": store_copy,
             "mbarrier": types.SimpleNamespace(
                 MBarrierLayout=lambda: None,
                 init=lambda barrier, count: barrier.init(count),
@@ -360,9 +358,8 @@ class Language:
                 expect=lambda barrier, size: change(barrier, 1, size, True),
                 arrive=lambda barrier, pred=True: change(barrier, 1, 0, pred),
             ),
-            "async_copy": types.SimpleNamespace(
-                async_copy_global_to_shared=gather, mbarrier_arrive=arrive_copied
-            ),
+            "async_copy": types.SimpleNamespace(mbarrier_arrive=arrive_copied),
+            "copy_async": gather,
             "fence_async_shared": fence,
             "warpgroup_mma": issue,
             "warpgroup_mma_wait": complete,

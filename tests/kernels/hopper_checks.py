@@ -219,7 +219,7 @@ def check_it_is_used_on_hopper_alone(
         with monkeypatch.context() as patch:
             patch.setattr(_operands, "architecture", lambda device, arch=arch: arch)
             assert not used()
-    for version, known in {(3, 5): False, (3, 6): True, (3, 7): True, (3, 8): False}.items():
+    for version, known in {(3, 5): False, (3, 6): True, (3, 9): True, (3, 10): False}.items():
         monkeypatch.setattr(_operands, "TRITON_VERSION", version)
         assert used() == known
 

@@ -3,7 +3,8 @@
 It keeps bfloat16 as uint16, and multiplies, adds and compares those bits as integers. Here operands
 are widened to float32 and results rounded to nearest even, as the hardware does. Reductions of
 bfloat16 tiles, ``tl.sum`` for one, remain wrong: kernels widen first. Its conversion to
-float8_e4m3fn loses the carry of a mantissa that is rounded up, and takes NaN for a number.
+float8_e4m3fn loses the carry of a mantissa that is rounded up, and takes NaN for a number. What it
+computes of a mask and a condition is int32, which the loads of Triton 3.9 refuse.
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ def mended_interpreter() -> Iterator[None]:
     convert = InterpreterBuilder.create_fp_to_fp
     binary = InterpreterBuilder.binary_op
     unary = InterpreterBuilder.unary_op
+    load = InterpreterBuilder.create_masked_load
+    store = InterpreterBuilder.create_masked_store
 
     def narrow(handle: Any) -> bool:
         return bool(handle.dtype.scalar == tl.bfloat16)
@@ -100,7 +103,22 @@ def mended_interpreter() -> Iterator[None]:
             return unary(self, operand, op)
         return TensorHandle(_round(op(_widen(operand.data))), tl.bfloat16)
 
-    mended = (create_dot, cast_impl, create_fp_to_fp, binary_op, unary_op)
+    def truth(mask: Any) -> Any:
+        counts = isinstance(mask, TensorHandle) and mask.data.dtype != np.bool_
+        return TensorHandle(mask.data != 0, tl.int1) if counts else mask
+
+    def create_masked_load(self: Any, place: Any, mask: Any, *rest: Any, **named: Any) -> Any:
+        return load(self, place, truth(mask), *rest, **named)
+
+    def create_masked_store(
+        self: Any, place: Any, values: Any, mask: Any, *rest: Any, **named: Any
+    ) -> Any:
+        return store(self, place, values, truth(mask), *rest, **named)
+
+    mended = (
+        create_dot, cast_impl, create_fp_to_fp, binary_op, unary_op, create_masked_load,
+        create_masked_store,
+    )  # fmt: skip
     # kernels compute on rows and columns that masks then drop, whatever they hold
     with (
         mock.patch.multiple(InterpreterBuilder, **{f.__name__: f for f in mended}),
