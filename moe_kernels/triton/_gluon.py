@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
 
-def _named(module: object, *names: str) -> object:
+def _named(module: object, *names: str) -> Any:
     """The first of the names that the module has."""
     return next(found for name in names if (found := getattr(module, name, None)) is not None)
 
