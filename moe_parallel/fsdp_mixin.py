@@ -31,6 +31,7 @@ from moe_parallel.torch_internals import (
     complete_accumulated_grads,
     discard_accumulated_grads,
     edges_of_functions,
+    final_callback,
     fsdp_param_groups,
     fully_sharded_modules,
     gradient_edges,
@@ -154,8 +155,7 @@ def _run_post_backward_hooks(fsdp_module: FSDPModule) -> Callable[[], None]:
         for group in fsdp_param_groups(state):
             complete_accumulated_grads(group)
             group.post_backward()
-    callback: Callable[[], None] = root_state._root_post_backward_final_callback
-    return callback
+    return final_callback(root_state)
 
 
 def _run_post_backward_for_moe_module(module: Any) -> None:

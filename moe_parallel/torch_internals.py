@@ -1,4 +1,4 @@
-"""What this package uses of PyTorch's private interfaces that differ or may move, 2.11 to 2.13.
+"""What this package uses of PyTorch's private interfaces that differ or may move, 2.11 to 2.15.
 
 Beside them stand those that the specification of ``fsdp_mixin.py`` names, the passes of a
 pipeline's backward and the state of an FSDP unit, and the root of a mesh in ``mesh.py``.
@@ -88,7 +88,8 @@ def complete_accumulated_grads(group: Any) -> None:
     FSDP does so for gradients that autograd accumulated before its hook ran. What it finds later,
     of a split backward, or of a parameter that only the last micro-batch used, is in the dtype of
     the parameter, and it refuses a mixture. Parameters that have none yet get zeros where others
-    have some, so that autograd adds to them.
+    have some, so that autograd adds to them. From 2.15 parameters accumulate in the reduce dtype
+    themselves, and such zeros are theirs.
     """
     fsdp_params = getattr(group, "fsdp_params", None)
     params = [
@@ -96,16 +97,35 @@ def complete_accumulated_grads(group: Any) -> None:
         for param in (fsdp_params if isinstance(fsdp_params, (list, tuple)) else ())
         if hasattr(param, "_unsharded_param") and param._unsharded_param.requires_grad
     ]
-    for param in params:
+    before = [param for param in params if hasattr(param, "to_accumulated_grad_if_needed")]
+    for param in before:
         param.accumulate_unsharded_grad_if_needed()
         param.to_accumulated_grad_if_needed()
     if all(param.unsharded_accumulated_grad is None for param in params):
         return
     for param in params:
         if param.unsharded_accumulated_grad is None:
-            param.unsharded_accumulated_grad = torch.zeros_like(
-                param._unsharded_param, dtype=param.reduce_dtype
-            )
+            whole = param._unsharded_param
+            if before:
+                param.unsharded_accumulated_grad = torch.zeros_like(whole, dtype=param.reduce_dtype)
+            else:
+                whole.grad = torch.zeros_like(whole, dtype=whole.grad_dtype)
+
+
+def final_callback(root_state: Any) -> Callable[[], None]:
+    """That of a root's backward, which waits for the reductions; it may be called again and again.
+
+    From 2.15 it wants to have been queued by a backward, and says so but once.
+    """
+    context = root_state._state_ctx
+    callback: Callable[[], None] = root_state._root_post_backward_final_callback
+
+    def finish() -> None:
+        if getattr(context, "manual_backward_finalization_active", False) is None:
+            context.manual_backward_finalization_active = context.manual_backward_finalization
+        callback()
+
+    return finish
 
 
 def discard_accumulated_grads(module: Any) -> None:
@@ -116,7 +136,8 @@ def discard_accumulated_grads(module: Any) -> None:
     for unit in fully_sharded_modules(module):
         for group in fsdp_param_groups(unit._get_fsdp_state()):
             for param in group.fsdp_params:
-                param.unsharded_accumulated_grad = None
+                if "unsharded_accumulated_grad" in vars(param):  # until 2.15
+                    param.unsharded_accumulated_grad = None
                 if hasattr(param, "_unsharded_param"):
                     param._unsharded_param.grad = None
         unit.reshard()
