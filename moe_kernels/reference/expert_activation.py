@@ -32,6 +32,14 @@ def is_clamped(kind: str, limit: float) -> bool:
     return kind in ("swiglu", "swigluoai") and limit < sys.float_info.max
 
 
+def clamp_gate_up(gate: Tensor, up: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+    """The gate up to ``limit``, up within +-limit. At the bound the slope is 1, where that of
+    torch.clamp was 1 and is 0 from 2.14.
+    """
+    up = torch.where(up < -limit, -limit, up)
+    return torch.where(gate > limit, limit, gate), torch.where(up > limit, limit, up)
+
+
 def split_gate_up(h: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     """The gate and the up half of ``h [..., 2I]``, concatenated or in alternating columns."""
     if interleaved:
@@ -60,7 +68,7 @@ def expert_activation(
     if kind in GATED:
         gate, up = split_gate_up(wide, interleaved)
         if is_clamped(kind, limit):
-            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+            gate, up = clamp_gate_up(gate, up, limit)
         if kind == "swiglu":
             out = functional.silu(gate) * up
         elif kind == "geglu":
@@ -116,7 +124,7 @@ def expert_activation_backward(
         gate, up = raw_gate, raw_up
         clamped = is_clamped(kind, limit)
         if clamped:
-            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+            gate, up = clamp_gate_up(gate, up, limit)
         value, slope = _derivative(kind, gate, alpha)
         shifted = up + 1 if kind == "swigluoai" else up
         out = value * shifted

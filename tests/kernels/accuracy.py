@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.accuracy import spread
-from moe_kernels.reference.expert_activation import split_gate_up
+from moe_kernels.reference.expert_activation import clamp_gate_up, split_gate_up
 
 
 def _pair(actual: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,7 +91,7 @@ def torch_activation(h: Tensor, kind: str, interleaved: bool, alpha: float, limi
     if kind == "reglu":
         return functional.relu(gate) * up
     if limit < float("inf"):
-        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        gate, up = clamp_gate_up(gate, up, limit)
     if kind == "swiglu":
         return functional.silu(gate) * up
     return gate * torch.sigmoid(alpha * gate) * (up + 1)

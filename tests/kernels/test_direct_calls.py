@@ -388,5 +388,7 @@ def test_no_memory_is_the_error_of_python(without_direct_calls: Callable[[], Non
     if child == 0:
         found = error()
         without_direct_calls()
-        os._exit(0 if found is error() is MemoryError else 1)
+        # of PyTorch's own calls it is a RuntimeError from 2.15 on
+        right = found is MemoryError and error() in (MemoryError, RuntimeError)
+        os._exit(0 if right else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
