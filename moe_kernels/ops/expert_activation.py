@@ -150,7 +150,8 @@ def expert_activation(
         row_weights: [R], any float dtype, multiplies each row.
         interleaved: gate and up columns alternate (g0 u0 g1 u1 ...) instead of two halves.
         alpha: of swigluoai, default 1.702.
-        limit: clamps g above and u to +-limit. swigluoai: default 7; swiglu: default no clamp.
+        limit: clamps g above and u to +-limit. swigluoai: default 7; swiglu: default no clamp. At
+            the bound the slope is 1, as that of torch.clamp was before 2.14.
 
     Returns:
         [R, I] in h.dtype.
