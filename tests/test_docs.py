@@ -176,8 +176,15 @@ def test_from_other_libraries() -> None:
     check(run(experts=torch.cat((up, gate), 1), output_experts=down))
 
     alternating = torch.stack((gate, up), 2).flatten(1, 2)
-    no_biases = {"c_fc_bias": random(experts, 2 * width) * 0, "c_proj_bias": None}
-    check(run(c_fc=alternating, c_proj=down, **no_biases))
+    biases = {"c_fc_bias": random(experts, 2 * width), "c_proj_bias": random(experts, hidden)}
+    names = run(c_fc=alternating, c_proj=down, **biases)
+    # a bias is a column of weights for an input that is 1
+    parts = biases["c_fc_bias"].view(experts, width, 2, 1).unbind(2)
+    wide = (torch.cat(pair, 2) for pair in zip((gate, up), parts, strict=True))
+    ones, zeros = torch.ones(tokens, 1), torch.zeros(experts, 1, width)
+    y = layer(torch.cat((x, ones), 1), *wide, torch.cat((down, zeros), 1), routing)[:, :hidden]
+    y = y + (routing[1][..., None] * biases["c_proj_bias"][routing[0]]).sum(1)
+    torch.testing.assert_close(names["y"], y)
 
     weights = {"w13": joined, "w2": down}
     check(run(**weights))
